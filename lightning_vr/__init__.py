@@ -1,0 +1,20 @@
+"""Variance-reduced diffusion training for PyTorch Lightning."""
+
+from lightning_vr.diffusers_schedule import DiffusersSchedule
+from lightning_vr.estimators.draws import IID
+from lightning_vr.estimators.dsm import DSM
+from lightning_vr.estimators.stf import STF
+from lightning_vr.module import DiffusionModule
+from lightning_vr.networks import MLP
+from lightning_vr.posterior import posterior_mean
+from lightning_vr.references import References
+from lightning_vr.sampling import Sampler
+from lightning_vr.schedules import EDM, VE, VP, Cosine, RectifiedFlow
+from lightning_vr.timesteps import LogitNormal, LogNormal, LogUniform, Uniform
+from lightning_vr.types import Clean, LossEstimate, Noised, TargetEstimate
+from lightning_vr.weightings import (
+    EDMWeighting,
+    LogNormalWeighting,
+    MinSNRWeighting,
+    UnitWeighting,
+)

@@ -1,0 +1,129 @@
+"""Before training: check a first batch through the whole module, and fill the target's bank."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_vr.distributed import all_gather_rows
+from lightning_vr.estimators.dsm import DSM
+from lightning_vr.references import check_samples
+from lightning_vr.training_set import training_batches
+from lightning_vr.types import Clean
+
+if TYPE_CHECKING:
+    from lightning_vr.module import DiffusionModule
+
+
+@torch.no_grad()
+def fill_target(module: "DiffusionModule") -> None:
+    """Give ``module.target`` its references, encoded by the module, from all ranks.
+
+    A target without a bank gets the first batch, which is enough to calibrate on. Either way the
+    first batch goes through the network once, so that what cannot train is refused before it does.
+
+    Raises:
+        ValueError: If samples, labels, indices or the network's output are not what they must be.
+    """
+    needs_bank = module.target.needs_bank
+    rows, groups, positions, indexed = [], [], [], True
+    title = "Encoding references" if needs_bank else "Checking the first batch"
+    limit = None if needs_bank else module.trainer.train_dataloader.batch_size
+    for at, batch in training_batches(module.trainer, title, limit):
+        clean = module.clean(batch)
+        check_clean(clean, module.num_classes, at)
+        if not rows:
+            _check_network(module, batch)
+            module.sample_shape = tuple(clean.x0.shape[1:])
+        if clean.cond is not None:
+            return
+        indexed = indexed and clean.index is not None
+        rows.append(clean.x0 if clean.x0.dtype == torch.float64 else clean.x0.float())
+        groups.append(clean.group)
+        positions.append(at.to(clean.x0.device))
+    order = all_gather_rows(torch.cat(positions)).argsort()
+    x0 = all_gather_rows(torch.cat(rows))[order]
+    labels = [group for group in groups if group is not None]
+    group = all_gather_rows(torch.cat(labels))[order] if labels else None
+    module.target.fill(x0, group, indexed=indexed)
+
+
+def check_clean(clean: Clean, num_classes: int | None, positions: Tensor) -> None:
+    """Refuse samples, labels or indices that training would go wrong with.
+
+    Args:
+        clean: Encoded samples.
+        num_classes: Number of classes of the module, or None.
+        positions: Where the samples stand in the training set ``(B,)``.
+
+    Raises:
+        ValueError: Naming the first sample that is not as it must be.
+    """
+    check_samples("x0", clean.x0)
+    finite = torch.isfinite(clean.x0.flatten(1)).all(dim=1).cpu()
+    if not bool(finite.all()):
+        raise ValueError(
+            f"The clean samples expected to be finite, but sample {int(positions[~finite][0])} of "
+            f"the training set is not: remove it from the data or mend `encode`."
+        )
+    if clean.group is not None:
+        check_group(clean.group, num_classes)
+    if clean.index is not None and not torch.equal(clean.index.cpu(), positions):
+        raise ValueError(
+            f"Sample indices expected to be positions in the training set, but sample "
+            f"{int(positions[0])} has index {int(clean.index[0])}: let the data set's item i "
+            f"carry the index i."
+        )
+
+
+def check_group(group: Tensor, num_classes: int | None) -> None:
+    """Refuse labels that are no int64 classes in ``[0, num_classes)``."""
+    if num_classes is None:
+        raise ValueError(
+            "Argument `group` needs a class-conditional module: set `num_classes`, or leave it out."
+        )
+    if group.ndim != 1 or group.is_floating_point():
+        raise ValueError(
+            f"Class labels expected to be integers of shape (B,), but got {group.dtype} of shape "
+            f"{tuple(group.shape)}."
+        )
+    if len(group) and not 0 <= int(group.min()) <= int(group.max()) < num_classes:
+        worst = int(group.min()) if int(group.min()) < 0 else int(group.max())
+        raise ValueError(
+            f"Class labels expected to be in [0, {num_classes}), as `num_classes` says, "
+            f"but got {worst}: set `num_classes` to {worst + 1} or mend the labels."
+        )
+
+
+def check_labels(num_classes: int | None, label_dropout: float) -> None:
+    """Refuse a number of classes or a label dropout that means nothing."""
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"Argument `num_classes` expected to be at least 1, but got {num_classes}.")
+    if not 0 <= label_dropout <= 1:
+        raise ValueError(
+            f"Argument `label_dropout` expected to be between 0 and 1, but got {label_dropout}."
+        )
+    if label_dropout > 0 and num_classes is None:
+        raise ValueError(
+            f"Argument `label_dropout` of {label_dropout} needs labels to drop: set `num_classes`."
+        )
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse a diffusers network whose output is divided by its time embedding's input."""
+    config = getattr(network, "config", {})
+    kind = config.get("time_embedding_type") if hasattr(config, "get") else None
+    if kind == "fourier":
+        raise ValueError(
+            f"Argument `network`: {type(network).__name__} with time_embedding_type='fourier' "
+            f"divides its output by the time and takes its logarithm: use 'positional'."
+        )
+
+
+def _check_network(module: "DiffusionModule", batch: object) -> None:
+    estimate = module.loss(batch, module.generator("check"), target=DSM())
+    if not bool(torch.isfinite(estimate.loss)):
+        raise ValueError(
+            f"The loss of the first batch expected to be finite, but got {float(estimate.loss)}: "
+            f"check the schedule's range, `weighting` and the network's initialisation."
+        )

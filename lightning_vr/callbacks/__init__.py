@@ -1,0 +1,1 @@
+"""Callbacks that make the noise of diffusion training visible."""

@@ -1,0 +1,26 @@
+"""Data modules: bundled digits, points from known densities, images of a user's own."""
+
+from lightning_vr.data.datamodule import SplitDataModule
+from lightning_vr.data.dataset import InMemoryDataset, SampleDataset
+from lightning_vr.data.digits import Digits, digits
+from lightning_vr.data.folder import ImageFolder
+from lightning_vr.data.huggingface import HuggingFaceImages
+from lightning_vr.data.mixture import GaussianMixture
+from lightning_vr.data.synthetic import Checkerboard, EightGaussians, Moons
+from lightning_vr.data.two_gaussians import TwoGaussians, two_gaussians_target_variance
+
+__all__ = [
+    "Checkerboard",
+    "Digits",
+    "EightGaussians",
+    "GaussianMixture",
+    "HuggingFaceImages",
+    "ImageFolder",
+    "InMemoryDataset",
+    "Moons",
+    "SampleDataset",
+    "SplitDataModule",
+    "TwoGaussians",
+    "digits",
+    "two_gaussians_target_variance",
+]

@@ -1,0 +1,168 @@
+"""A training set, a validation set and their loaders: what all data modules here share.
+
+The training loader shuffles and drops the last uneven batch, for batches of different sizes on
+different ranks would hang or bias a gather of references. Under DDP, Lightning puts its
+distributed sampler into both loaders; the ``"index"`` of a sample is its position in the data set
+whatever the sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_vr.data.dataset import Sample, SampleDataset
+
+
+class SplitDataModule(LightningDataModule, ABC):
+    """A data module that builds its two data sets once, at the first ``setup``.
+
+    Args:
+        batch_size: Samples per batch and process.
+        num_workers: Processes that load batches; 0 loads them in the training process.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        expect_at_least("batch_size", batch_size, 1)
+        expect_at_least("num_workers", num_workers, 0)
+
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._datasets: tuple[SampleDataset, SampleDataset] | None = None
+        self._sigma_data: float | None = None
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one clean sample."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int | None:
+        """Number of classes, ``None`` if the data has no labels."""
+
+    @abstractmethod
+    def build_datasets(self) -> tuple[SampleDataset, SampleDataset]:
+        """The training set and the validation set."""
+
+    def setup(self, stage: str = "fit") -> None:
+        """Builds both data sets, whatever the stage.
+
+        Args:
+            stage: Lightning's name of what is about to run.
+
+        Raises:
+            ValueError: If the training set cannot fill one batch on every process.
+        """
+        if self._datasets is None:
+            self._datasets = self.build_datasets()
+
+        count = len(self.train_dataset)
+        processes = self.trainer.world_size if self.trainer is not None else 1
+        largest = count // processes
+        if self.batch_size > largest:
+            shared = f" shared by {processes} processes" if processes > 1 else ""
+            raise ValueError(
+                f"Argument `batch_size` expected to be between 1 and {largest}, the size of the"
+                f" training set{shared}, but got {self.batch_size}: choose a smaller batch."
+            )
+
+    @property
+    def train_dataset(self) -> SampleDataset:
+        """The training set; a batch's ``"index"`` counts its rows."""
+        return self._built("train_dataset")[0]
+
+    @property
+    def validation_dataset(self) -> SampleDataset:
+        """The validation set."""
+        return self._built("validation_dataset")[1]
+
+    @property
+    def sigma_data(self) -> float:
+        """Overall standard deviation of the training data; known after ``setup``."""
+        if self._sigma_data is None:
+            self._sigma_data = self._built("sigma_data")[0].standard_deviation()
+        return self._sigma_data
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Shuffled batches of one size."""
+        return self._loader(self.train_dataset, training=True)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """The whole validation set, in order."""
+        return self._loader(self.validation_dataset, training=False)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """The validation set: none of these data sets keeps a third part."""
+        return self.val_dataloader()
+
+    def _built(self, name: str) -> tuple[SampleDataset, SampleDataset]:
+        if self._datasets is None:
+            raise RuntimeError(f"`{name}` is known after `setup`: call `setup()` first.")
+        return self._datasets
+
+    def _loader(self, dataset: SampleDataset, training: bool) -> DataLoader[Sample]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=training,
+            drop_last=training,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def stratified_split(label: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits samples at random, each class in the same proportion to within one sample.
+
+    Samples are ordered by class, at random within a class, and every ``1/fraction``-th one is
+    held out.
+
+    Args:
+        label: Classes of shape ``(N,)``; all alike for a plain random split.
+        fraction: Share of the samples to hold out, rounded up to a whole number of them.
+        seed: Seed of the order.
+
+    Returns:
+        Sorted positions of the training samples and of the held out samples.
+
+    Raises:
+        ValueError: If either part would be empty.
+    """
+    count = len(label)
+    held_out = math.ceil(fraction * count) if 0 < fraction < 1 else 0
+    if not 0 < held_out < count:
+        raise ValueError(
+            "Argument `validation_fraction` expected to be between 0 and 1 and to leave a sample on"
+            f" either side of the split, but got {fraction} of {count} samples."
+        )
+
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    by_class = shuffled[label[shuffled].argsort(stable=True)]
+
+    chosen = torch.zeros(count, dtype=torch.bool)
+    every = torch.arange(held_out, dtype=torch.float64).add(0.5).mul(count / held_out).long()
+    chosen[by_class[every]] = True
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+
+
+def expect_at_least(name: str, value: float, least: float) -> None:
+    """Refuses a number below the smallest one allowed, and ``nan``.
+
+    Args:
+        name: The argument.
+        value: What it is.
+        least: The smallest it may be.
+
+    Raises:
+        ValueError: If it is smaller.
+    """
+    if not value >= least:
+        raise ValueError(f"Argument `{name}` expected to be at least {least}, but got {value}.")

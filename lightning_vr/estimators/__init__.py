@@ -1,0 +1,1 @@
+"""Estimators of the diffusion loss: draws, targets and control variates, one file each."""

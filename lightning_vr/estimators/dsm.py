@@ -1,0 +1,52 @@
+"""Denoising score matching: the target is the clean sample itself (Vincent 2011).
+
+``E[x0 | x_t]`` minimises ``E ‖x0_hat(x_t) - x0‖²``, so regressing on x0 is unbiased; the variance of
+the target is the posterior variance ``tr Cov[x0 | x_t]``, V_DSM in x0 space.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lightning_vr.types import Clean, Noised, TargetEstimate
+
+
+class Target(nn.Module, ABC):
+    """Estimates E[x0 | x_t], what the network regresses on."""
+
+    needs_bank: bool = False
+
+    @abstractmethod
+    def forward(self, noised: Noised, clean: Clean, generator: torch.Generator) -> TargetEstimate:
+        """Estimate E[x0 | x_t] for each draw, without gradient.
+
+        Args:
+            noised: K·B draws of the B clean samples.
+            clean: The samples that were noised, with the labels that are not dropped.
+            generator: Source of all randomness.
+        """
+
+    def fill(self, x0: Tensor, group: Tensor | None, *, indexed: bool) -> None:
+        """Take the encoded training set, before training; a target without references ignores it.
+
+        Args:
+            x0: All encoded samples in the order of the training set ``(N, *)``, or the samples of a
+                first batch if ``needs_bank`` is false.
+            group: Their labels ``(N,)``, or None.
+            indexed: Whether the batches carry the samples' positions in the training set.
+        """
+
+
+class DSM(Target):
+    """The clean sample as its own target: unbiased, free, and as noisy as the posterior."""
+
+    def forward(self, noised: Noised, clean: Clean, generator: torch.Generator) -> TargetEstimate:
+        return own_sample(noised)
+
+
+def own_sample(noised: Noised) -> TargetEstimate:
+    """Return the samples that made ``noised`` as targets: ESS 1, no spread."""
+    return TargetEstimate(
+        noised.x0, torch.ones_like(noised.sigma), torch.zeros_like(noised.sigma)
+    )

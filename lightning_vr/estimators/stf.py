@@ -1,0 +1,236 @@
+"""Stable Target Fields: the posterior mean under a set of references as the target.
+
+Xu, Tong and Jaakkola 2023, arXiv 2302.00670, equation 5, self-normalised weights over references that
+hold the own sample x0. Given x_t and the *unordered* reference set S, the sample that made x_t is
+distributed as the weights say, so the target is ``E[x0 | x_t, S]``: the Rao-Blackwellised DSM target,
+unbiased for every number of references (Bertrand et al. 2025, proposition 2; the paper's "bias"
+comes from leaving the own sample out). Its variance falls from V_DSM to 0 as S grows to the whole
+data set, and ``E[spread] = V_DSM - V_STF`` by the law of total variance.
+
+It stays unbiased only if the own sample stands in S by the exact tensor that was noised, and the others
+are exchangeable with it given everything that the network is conditioned on. Hence references of
+another class are masked, rows whose label is dropped use all of them, rows with a continuous condition
+(text) fall back to DSM, and any switch must be a rule of (sigma, x_t, S).
+"""
+
+import logging
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_vr.distributed import all_gather_rows, row_offset
+from lightning_vr.estimators.dsm import Target, own_sample
+from lightning_vr.posterior import posterior_mean
+from lightning_vr.references import References
+from lightning_vr.rng import generator as keyed_generator
+from lightning_vr.types import Clean, Noised, TargetEstimate
+
+log = logging.getLogger(__name__)
+
+_MIXING = 1e-3
+"""Mean weight that other references must have for the softmax to matter."""
+
+
+class STF(Target):
+    """Weighted mean of references as the target.
+
+    Args:
+        references: Where they come from. ``"batch"``: the batch of all ranks. A number n: the own
+            sample and n - 1 others, drawn anew in each step from a bank of the encoded training
+            set, without replacement if the batches carry indices. ``"all"``: the whole bank, the
+            exact posterior mean of the data set.
+        min_noise_level: Noise level sigma/alpha below which the own sample is the target and no
+            softmax is computed. ``"auto"`` finds, before training, the level below which the
+            other references weigh less than 0.1 % on average.
+        chunk_size: Number of references at a time; by default what keeps temporaries at a few MB.
+    """
+
+    def __init__(
+        self,
+        references: int | Literal["batch", "all"] = "batch",
+        min_noise_level: float | Literal["auto"] = 0.0,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_arguments(references, min_noise_level, chunk_size)
+        self.references = references
+        self.min_noise_level = min_noise_level
+        self.chunk_size = chunk_size
+        self.needs_bank = references != "batch"
+        self.bank: References | None = None
+        self._switch = 0.0 if min_noise_level == "auto" else float(min_noise_level)
+        self._indexed = False
+        self._has_warned = False
+
+    @property
+    def switch(self) -> float:
+        """The noise level in force below which the own sample is the target."""
+        return self._switch
+
+    def fill(self, x0: Tensor, group: Tensor | None, *, indexed: bool) -> None:
+        if self.needs_bank:
+            self._check_bank(len(x0), indexed)
+            self.bank, self._indexed = References.prepare(x0, group), indexed
+        if self.min_noise_level == "auto":
+            self._switch = self._mixing_noise_level(References.prepare(x0, group))
+            log.info("STF: references matter above noise level %.3g", self._switch)
+
+    def forward(self, noised: Noised, clean: Clean, generator: torch.Generator) -> TargetEstimate:
+        own = own_sample(noised)
+        if noised.cond is not None:
+            self._warn_of_condition()
+            return own
+        references, exclude = self._draw_references(noised, clean, generator)
+        if self._switch == 0:
+            return self._estimate(noised, references, exclude)
+        mixed = (noised.noise_level >= self._switch).nonzero().squeeze(1)
+        if len(mixed) == 0:
+            return own
+        part = self._estimate(_rows(noised, mixed), references, exclude[mixed])
+        return TargetEstimate(
+            own.x0.index_copy(0, mixed, part.x0),
+            own.ess.index_copy(0, mixed, part.ess),
+            own.spread.index_copy(0, mixed, part.spread),
+        )
+
+    def _estimate(
+        self, noised: Noised, references: Tensor | References, exclude: Tensor
+    ) -> TargetEstimate:
+        posterior = posterior_mean(
+            noised.xt,
+            noised.alpha,
+            noised.sigma,
+            references,
+            own=noised.x0,
+            exclude=exclude,
+            query_group=noised.group,
+            chunk_size=self.chunk_size,
+        )
+        return TargetEstimate(posterior.mean, posterior.ess, posterior.spread)
+
+    def _draw_references(
+        self, noised: Noised, clean: Clean, generator: torch.Generator
+    ) -> tuple[References, Tensor]:
+        """Return references and, for each row, the position that its own sample replaces."""
+        if self.references == "batch":
+            resamples = len(noised.x0) // len(clean.x0)
+            positions = torch.arange(len(clean.x0), device=noised.t.device)
+            positions = positions + row_offset(len(clean.x0), noised.t.device)
+            group = None if clean.group is None else all_gather_rows(clean.group)
+            x0 = all_gather_rows(clean.x0.to(noised.x0.dtype))
+            references = References.prepare(x0, group)
+            return references, positions.repeat_interleave(resamples)
+        bank = self._filled_bank(noised.t.device)
+        if self.references == "all":
+            return bank, self._index(noised)
+        return self._draw_from_bank(bank, noised, generator)
+
+    def _draw_from_bank(
+        self, bank: References, noised: Noised, generator: torch.Generator
+    ) -> tuple[References, Tensor]:
+        count, device = int(self.references), noised.t.device
+        last = torch.full_like(noised.t, count - 1, dtype=torch.int64)
+        if not self._indexed:
+            index = torch.randint(len(bank), (count,), generator=generator, device=device)
+            return bank.take(index), last
+        index = torch.randperm(len(bank), generator=generator, device=device)[:count]
+        position = torch.full((len(bank),), -1, dtype=torch.int64, device=device)
+        position[index] = torch.arange(count, device=device)
+        own = position[self._index(noised)]
+        return bank.take(index), torch.where(own >= 0, own, last)
+
+    def _filled_bank(self, device: torch.device) -> References:
+        if self.bank is None:
+            raise RuntimeError(
+                f"STF(references={self.references!r}) has no bank: `fit` fills it; in a loop of your "
+                f"own call `target.fill(x0, group, indexed=True)` with the encoded training set."
+            )
+        if self.bank.rows.device != device:
+            self.bank = self.bank.to(device)
+        return self.bank
+
+    def _index(self, noised: Noised) -> Tensor:
+        if noised.index is None:
+            raise ValueError(
+                f"STF(references={self.references!r}) got a batch without sample indices: `encode` "
+                f"must set `index` in every training batch, as it did when the bank was filled."
+            )
+        return noised.index
+
+    def _check_bank(self, size: int, indexed: bool) -> None:
+        if self.references == "all" and not indexed:
+            raise ValueError(
+                "Argument `references='all'` needs sample indices: without them the own sample "
+                "cannot be told from its copy in the bank and would count twice, a bias. Let the "
+                "data set give `index` and `encode` pass it on, or use a number of references."
+            )
+        if self.references != "all" and int(self.references) > size:
+            raise ValueError(
+                f"Argument `references` expected to be at most {size}, the size of the training "
+                f"set, but got {self.references}: use fewer, or 'all'."
+            )
+
+    def _warn_of_condition(self) -> None:
+        if not self._has_warned:
+            log.warning(
+                "STF: batches carry a condition beyond class labels, for which no two samples are "
+                "exchangeable; the target falls back to DSM."
+            )
+            self._has_warned = True
+
+    def _mixing_noise_level(self, references: References, queries: int = 64) -> float:
+        """Bisect log noise level for where other references weigh ``_MIXING`` on average."""
+        source = keyed_generator("mixing noise level", device=references.rows.device)
+        count = len(references) if self.references in ("batch", "all") else int(self.references)
+        order = torch.randperm(len(references), generator=source, device=source.device)
+        some = references.take(order[:count])
+        x0 = some.rows[:queries]
+        noise = torch.randn(x0.shape, generator=source, device=source.device, dtype=x0.dtype)
+        group = None if some.group is None else some.group[:queries]
+
+        scale = math.sqrt(float(some.squared_norms.mean()))
+        low, high = math.log(1e-5 * scale + 1e-12), math.log(10 * scale + 1e-12)
+        for _ in range(12):
+            middle = 0.5 * (low + high)
+            sigma = math.exp(middle)
+            centred = replace(some, centre=torch.zeros_like(some.centre))
+            posterior = posterior_mean(x0 + sigma * noise, 1.0, sigma, centred, query_group=group)
+            is_mixing = float((1 - 1 / posterior.ess).mean()) > _MIXING
+            low, high = (low, middle) if is_mixing else (middle, high)
+        return math.exp(low)
+
+
+def _rows(noised: Noised, index: Tensor) -> Noised:
+    return Noised(
+        *(getattr(noised, name)[index] for name in ("xt", "x0", "noise", "t")),
+        alpha=noised.alpha[index],
+        sigma=noised.sigma[index],
+        weight=noised.weight[index],
+        group=None if noised.group is None else noised.group[index],
+    )
+
+
+def _check_arguments(
+    references: int | str, min_noise_level: float | str, chunk_size: int | None
+) -> None:
+    if isinstance(references, str):
+        is_valid = references in ("batch", "all")
+    else:
+        is_valid = isinstance(references, int) and references >= 1
+    if not is_valid:
+        raise ValueError(
+            f"Argument `references` expected to be 'batch', 'all' or a number of 1 or more, "
+            f"but got {references!r}."
+        )
+    if min_noise_level != "auto" and not (
+        isinstance(min_noise_level, (int, float)) and 0 <= min_noise_level < math.inf
+    ):
+        raise ValueError(
+            f"Argument `min_noise_level` expected to be 'auto' or a finite number of 0 or more, "
+            f"but got {min_noise_level!r}."
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"Argument `chunk_size` expected to be at least 1, but got {chunk_size}.")

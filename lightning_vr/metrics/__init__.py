@@ -1,0 +1,20 @@
+"""Distances between real and generated samples."""
+
+from lightning_vr.metrics.features import (
+    DigitFeatures,
+    Features,
+    IdentityFeatures,
+    InceptionFeatures,
+    RandomConvFeatures,
+)
+from lightning_vr.metrics.frechet import FrechetMetric, frechet_distance
+
+__all__ = [
+    "DigitFeatures",
+    "Features",
+    "FrechetMetric",
+    "IdentityFeatures",
+    "InceptionFeatures",
+    "RandomConvFeatures",
+    "frechet_distance",
+]

@@ -1,0 +1,365 @@
+"""DiffusionModule: clean samples, draws, target, network and loss as a LightningModule.
+
+    batch → encode → draws → target → network → loss
+
+Each slot has a plain default: ``IID`` draws, the ``DSM`` target, no control variate. Randomness comes
+from generators keyed by (seed, purpose, rank, step), so that ranks differ, a resumed run repeats what
+the uninterrupted one draws, and nothing that measures disturbs training.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_vr.bank import check_group, check_labels, check_network, fill_target
+from lightning_vr.checkpoints import STATE, class_to_load, save_described_hyperparameters
+from lightning_vr.distributed import broadcast, rank
+from lightning_vr.estimators.draws import IID, Draws
+from lightning_vr.estimators.dsm import DSM, Target
+from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
+from lightning_vr.predictions import PredictionType, check_prediction
+from lightning_vr.rng import generator
+from lightning_vr.sampling import Sampler
+from lightning_vr.schedules import EDM, Schedule
+from lightning_vr.timesteps import Density
+from lightning_vr.types import UNLABELLED, Clean, LossEstimate, Noised
+from lightning_vr.weightings import UnitWeighting, Weighting, check_positive
+
+
+class DiffusionModule(LightningModule):
+    """Trains a diffusion model with pluggable estimators of its loss.
+
+    Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode`` and
+    ``predict`` (how the network is called).
+
+    Args:
+        network: Called as ``network(x, t)``, with ``class_labels=`` if ``num_classes`` is given
+            and a sample's condition as keywords; returns a tensor, a tuple that starts with one,
+            or an object with ``sample``. Any ``nn.Module``, diffusers' models among them.
+        schedule: Scales of sample and noise; ``EDM()`` if not given.
+        prediction: What the network predicts. ``"edm"`` preconditions it, for every schedule.
+        timesteps: Density of t; the schedule's usual one if not given.
+        weighting: Loss weight in x0 space; unit weight on what the network predicts if not given.
+        draws: Times and noise for each sample; ``IID()`` if not given.
+        target: Estimate of E[x0 | x_t] to regress on; ``DSM()`` if not given.
+        control_variate: A term of the loss whose gradient has mean zero.
+        sigma_data: Standard deviation of the data, for the preconditioning of ``"edm"``.
+        num_classes: Number of class labels that the network is conditioned on. Its embedding needs
+            one more, the last, for dropped labels. Without it labels are ignored.
+        label_dropout: Fraction of labels to drop, for classifier-free guidance.
+        sampler: How samples are drawn; ``Sampler()`` if not given.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer; steps are optimizer steps.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule | None = None,
+        prediction: PredictionType = "edm",
+        timesteps: Density | None = None,
+        weighting: Weighting | None = None,
+        draws: Draws | None = None,
+        target: Target | None = None,
+        control_variate: ControlVariate | None = None,
+        sigma_data: float = 0.5,
+        num_classes: int | None = None,
+        label_dropout: float = 0.0,
+        sampler: Sampler | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        check_prediction(prediction)
+        check_positive("sigma_data", sigma_data)
+        check_labels(num_classes, label_dropout)
+        check_network(network)
+        self._objects = save_described_hyperparameters(self)
+        self.network = network
+        self.schedule = schedule or EDM()
+        self.prediction = prediction
+        self.timesteps = timesteps or self.schedule.default_timesteps()
+        self.weighting = weighting or UnitWeighting(prediction, sigma_data)
+        self.draws = draws or IID()
+        self.target = target or DSM()
+        self.control_variate = control_variate
+        self.sigma_data = sigma_data
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+        self.sampler = sampler or Sampler()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+
+        self.estimate: LossEstimate | None = None
+        self.sample_shape: tuple[int, ...] | None = None
+        self.seed: int | None = None
+
+    def encode(self, batch: Any) -> Clean:
+        """Turn a batch into clean samples; override it for latents, conditions, augmentation labels.
+
+        Args:
+            batch: A tensor, ``(x,)``, ``(x, label)`` or a dictionary with ``"image"`` or ``"x0"`` and,
+                if there are any, ``"label"`` and ``"index"`` (the position in the training set).
+
+        Raises:
+            ValueError: If the batch is none of these.
+        """
+        if isinstance(batch, Clean):
+            return batch
+        if isinstance(batch, Tensor):
+            return Clean(batch)
+        if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+            return Clean(batch[0], group=batch[1] if len(batch) > 1 else None)
+        if isinstance(batch, dict) and ("x0" in batch or "image" in batch):
+            x0 = batch["x0"] if "x0" in batch else batch["image"]
+            return Clean(x0, group=batch.get("label"), index=batch.get("index"))
+        raise ValueError(
+            f"The batch expected to be a tensor, (x, label) or a dictionary with 'image' or 'x0', "
+            f"but got {type(batch).__name__}: override `encode` to turn it into Clean(x0, ...)."
+        )
+
+    def clean(self, batch: Any) -> Clean:
+        """Encode a batch, without the labels that the network does not see.
+
+        Samples are exchangeable given what the network is conditioned on: for an unconditional one
+        labels are no reason to mask references.
+        """
+        clean = self.encode(batch)
+        return clean if self.num_classes is not None else replace(clean, group=None)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Turn samples into what a person looks at; the identity unless overridden."""
+        return x0
+
+    def predict(self, x: Tensor, noised: Noised) -> Tensor:
+        """Call the network on scaled samples ``x (B, *)``; override it for other signatures."""
+        arguments: dict[str, Any] = dict(noised.cond or {})
+        if self.num_classes is not None:
+            labels = noised.group
+            if labels is None:
+                labels = torch.full_like(noised.t, UNLABELLED, dtype=torch.int64)
+            arguments["class_labels"] = torch.where(labels < 0, self.num_classes, labels)
+        output = self.network(x, self.schedule.embedding_time(noised.t), **arguments)
+        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        if output.shape != x.shape:
+            raise ValueError(
+                f"Argument `network` expected to return the shape of its input, {tuple(x.shape)}, "
+                f"but {type(self.network).__name__} returned {tuple(output.shape)}: "
+                f"give it as many output as input channels."
+            )
+        return output
+
+    def denoise(
+        self,
+        xt: Tensor,
+        t: Tensor,
+        group: Tensor | None = None,
+        cond: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Return x0_hat ``(B, *)`` for ``xt (B, *)`` at times ``t (B,)``.
+
+        Args:
+            xt: Noised samples.
+            t: Times.
+            group: Class labels ``(B,)``, negative where unconditional, or None for all of these.
+            cond: Further condition of the network.
+        """
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        weight = torch.ones_like(t)
+        noised = Noised(xt, xt, torch.zeros_like(xt), t, alpha, sigma, weight, group, cond)
+        return denoise(self.predict, noised, self.schedule, self.prediction, self.sigma_data)
+
+    def loss(
+        self, batch: Any, source: torch.Generator, *, target: Target | None = None
+    ) -> LossEstimate:
+        """Return the loss of a batch, an unbiased estimate whatever the slots hold.
+
+        Args:
+            batch: What ``encode`` takes.
+            source: Generator of all randomness, on the batch's device.
+            target: Used in place of the module's own; validation regresses on ``DSM()``.
+        """
+        clean = self.clean(batch)
+        noised = self.draws(clean, self.schedule, self.timesteps, source)
+        if self.training and self.label_dropout > 0 and noised.group is not None:
+            noised = replace(noised, group=self._drop_labels(noised.group, source))
+        estimate = (target or self.target)(noised, clean, source)
+        return diffusion_loss(
+            self.predict,
+            noised,
+            estimate,
+            schedule=self.schedule,
+            weighting=self.weighting,
+            kind=self.prediction,
+            sigma_data=self.sigma_data,
+            control_variate=self.control_variate,
+        )
+
+    def generator(self, *key: int | str) -> torch.Generator:
+        """Return the generator of this run, this rank and ``key``, on the module's device."""
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        return generator(seed, rank(), *key, device=self.device)
+
+    def sample(
+        self,
+        count: int,
+        *,
+        group: Tensor | None = None,
+        cond: dict[str, Any] | None = None,
+        shape: tuple[int, ...] | None = None,
+        sampler: Sampler | None = None,
+        source: torch.Generator | None = None,
+        batch_size: int = 256,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw samples in x0 space; ``decode`` turns them into pictures.
+
+        Args:
+            count: How many.
+            group: Class labels ``(count,)``, or None for samples without a class.
+            cond: Further condition, one row per sample in each tensor.
+            shape: Shape of one sample; after training, that of the training data.
+            sampler: How; the module's own sampler if not given.
+            source: Generator of the noise, on the module's device.
+            batch_size: How many at a time.
+            progress: Whether to show a progress bar where it takes long.
+
+        Returns:
+            ``(count, *shape)``, on the module's device.
+        """
+        shape = shape or self.sample_shape
+        if shape is None:
+            raise ValueError(
+                "Argument `shape` is needed until the module has seen training data: "
+                "pass the shape of one sample, for example (1, 8, 8)."
+            )
+        if group is not None:
+            check_group(group, self.num_classes)
+        sampler = sampler or self.sampler
+        source = source or self.generator("sample")
+        noise = torch.randn(count, *shape, generator=source, device=self.device)
+        parts = []
+        with torch.no_grad(), evaluating(self):
+            for start in range(0, count, batch_size):
+                rows = slice(start, start + batch_size)
+                labels = None if group is None else group[rows].to(self.device)
+                some = {name: value[rows] for name, value in (cond or {}).items()} or None
+                denoiser = self._guided(labels, some, sampler.guidance)
+                parts.append(sampler.solve(denoiser, self.schedule, noise[rows], progress=progress))
+        return torch.cat(parts) if parts else noise
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-step and keep its estimate for callbacks."""
+        estimate = self.loss(batch, self.generator("train", self.global_step, batch_idx))
+        self.estimate = replace(
+            estimate, loss=estimate.loss.detach(), per_draw=estimate.per_draw.detach()
+        )
+        self.log("train/loss", estimate.loss.detach(), prog_bar=True, batch_size=len(estimate.per_draw))
+        return estimate.loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the plain denoising loss with noise that is the same in every epoch."""
+        self._evaluation_step("val", batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the plain denoising loss with fixed noise."""
+        self._evaluation_step("test", batch, batch_idx)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Draw one sample for each request: a dictionary with ``"index"`` and maybe ``"label"``."""
+        source = self.generator("predict", batch_idx)
+        labels = batch.get("label") if self.num_classes is not None else None
+        x0 = self.sample(len(batch["index"]), group=labels, source=source, progress=True)
+        return self.decode(x0)
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimizer and, if there is one, a learning-rate schedule over steps."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = self.lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Fix the seed of the run, check the data and the network, and fill the target's bank."""
+        if self.seed is None:
+            self.seed = int(broadcast(torch.tensor(torch.initial_seed(), device=self.device)))
+        fill_target(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed, so that a resumed run draws what the uninterrupted one would."""
+        shape = None if self.sample_shape is None else list(self.sample_shape)
+        checkpoint[STATE] = {
+            "seed": self.seed,
+            "sample_shape": shape,
+            "objects": self._objects,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the seed and the samples' shape."""
+        state = checkpoint.get(STATE, {})
+        self.seed = state.get("seed")
+        self.sample_shape = tuple(state["sample_shape"]) if state.get("sample_shape") else None
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any
+    ) -> "DiffusionModule":
+        """Rebuild a trained module, of whichever subclass wrote the checkpoint.
+
+        Args:
+            checkpoint_path: The checkpoint file.
+            map_location: Where to load the weights; their own device if not given.
+            **kwargs: Constructor arguments in place of the checkpoint's.
+
+        Raises:
+            ValueError: If the subclass is not imported, or if an argument was an object that no
+                configuration can rebuild and is not given again.
+        """
+        kind = class_to_load(cls, checkpoint_path, kwargs)
+        if kind is not cls:
+            return kind.load_from_checkpoint(checkpoint_path, map_location, **kwargs)
+        return super().load_from_checkpoint(checkpoint_path, map_location, **kwargs)
+
+    def _drop_labels(self, group: Tensor, source: torch.Generator) -> Tensor:
+        u = torch.rand(len(group), generator=source, device=group.device)
+        return torch.where(u < self.label_dropout, UNLABELLED, group)
+
+    def _guided(
+        self, group: Tensor | None, cond: dict[str, Any] | None, scale: float
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        def denoiser(xt: Tensor, t: Tensor) -> Tensor:
+            conditional = self.denoise(xt, t, group, cond)
+            if scale == 1 or group is None:
+                return conditional
+            return torch.lerp(self.denoise(xt, t, None, cond), conditional, scale)
+
+        return denoiser
+
+    def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
+        estimate = self.loss(batch, self.generator("evaluate", batch_idx), target=DSM())
+        self.log(
+            f"{stage}/loss",
+            estimate.loss,
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=len(estimate.per_draw),
+        )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put ``module`` in evaluation mode, and each of its parts back into its own mode after."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,65 @@
+"""Networks that ship with the package: a residual MLP for points.
+
+Networks are called as ``network(x, t)`` with t in the range of a thousand, ``class_labels=`` if they
+are class-conditional, and a sample's further condition as keywords, as diffusers' models are; any
+``nn.Module`` with that signature works.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Residual multilayer perceptron on points, with sinusoidal time embedding.
+
+    Args:
+        dimension: Number of coordinates of a point.
+        width: Width of the hidden layers, even.
+        depth: Number of residual blocks.
+        num_class_embeds: Number of class embeddings, the dropped label's included, or None.
+    """
+
+    def __init__(
+        self,
+        dimension: int = 2,
+        width: int = 128,
+        depth: int = 3,
+        num_class_embeds: int | None = None,
+    ) -> None:
+        super().__init__()
+        if width < 2 or width % 2:
+            raise ValueError(f"Argument `width` expected to be even and positive, but got {width}.")
+        if dimension < 1 or depth < 1:
+            raise ValueError(
+                f"Arguments `dimension` and `depth` expected to be at least 1, "
+                f"but got {dimension} and {depth}."
+            )
+        self.dimension, self.width, self.depth = dimension, width, depth
+        self.num_class_embeds = num_class_embeds
+        self.project_in = nn.Linear(dimension, width)
+        self.embed_time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.embed_class = nn.Embedding(num_class_embeds, width) if num_class_embeds else None
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+            )
+            for _ in range(depth)
+        )
+        self.project_out = nn.Linear(width, dimension)
+        nn.init.zeros_(self.project_out.weight)
+        nn.init.zeros_(self.project_out.bias)
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Map points ``x (B, d)`` at times ``t (B,)`` to ``(B, d)``."""
+        half = self.width // 2
+        frequencies = torch.exp(-math.log(1e4) * torch.arange(half, device=t.device) / half)
+        angles = t[:, None].to(x.dtype) * frequencies.to(x.dtype)
+        context = self.embed_time(torch.cat([angles.sin(), angles.cos()], dim=1))
+        if self.embed_class is not None and class_labels is not None:
+            context = context + self.embed_class(class_labels)
+        hidden = self.project_in(x)
+        for block in self.blocks:
+            hidden = hidden + block(hidden + context)
+        return self.project_out(hidden)

@@ -1,0 +1,153 @@
+"""Densities of the time t as inverse CDFs.
+
+``t = icdf(u)`` with u uniform on (0, 1), so that a stratified u gives a stratified t for every
+density (the design of k-diffusion; Kingma et al. 2021, arXiv 2107.00630, use it for low variance).
+Which density a schedule is usually trained with: uniform for VP, cosine, rectified flow and VE in
+its log-uniform time (Song et al. 2021, arXiv 2011.13456); log-normal for EDM (Karras et al. 2022,
+arXiv 2206.00364, table 1); logit-normal for rectified flow (Esser et al. 2024, arXiv 2403.03206).
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Density(nn.Module, ABC):
+    """A density p(t) on an interval, given by its inverse CDF."""
+
+    @abstractmethod
+    def icdf(self, u: Tensor) -> Tensor:
+        """Map uniform ``u`` in (0, 1) to times, element by element."""
+
+    @abstractmethod
+    def log_prob(self, t: Tensor) -> Tensor:
+        """Return log p(t), element by element; -inf off the support."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Return ``icdf(u)``."""
+        return self.icdf(u)
+
+
+class Uniform(Density):
+    """t uniform on ``[low, high]``.
+
+    Args:
+        low: Smallest time.
+        high: Largest time.
+    """
+
+    def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
+        super().__init__()
+        _check_interval(low, high)
+        self.low, self.high = low, high
+
+    def icdf(self, u: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * u
+
+    def log_prob(self, t: Tensor) -> Tensor:
+        inside = (t >= self.low) & (t <= self.high)
+        return torch.where(inside, -math.log(self.high - self.low), -math.inf)
+
+
+class LogUniform(Density):
+    """log t uniform: all orders of magnitude of ``[low, high]`` alike.
+
+    Args:
+        low: Smallest time, positive.
+        high: Largest time.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        _check_interval(low, high)
+        if low <= 0:
+            raise ValueError(f"Argument `low` expected to be positive, but got {low}.")
+        self.low, self.high = low, high
+
+    def icdf(self, u: Tensor) -> Tensor:
+        return self.low * (self.high / self.low) ** u
+
+    def log_prob(self, t: Tensor) -> Tensor:
+        inside = (t >= self.low) & (t <= self.high)
+        density = -torch.log(t) - math.log(math.log(self.high / self.low))
+        return torch.where(inside, density, -math.inf)
+
+
+class LogNormal(Density):
+    """log t normal; EDM's density of the noise level (arXiv 2206.00364, table 1).
+
+    Args:
+        mean: Mean of log t.
+        std: Standard deviation of log t.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+        super().__init__()
+        _check_std(std)
+        self.mean, self.std = mean, std
+
+    def icdf(self, u: Tensor) -> Tensor:
+        return torch.exp(self.mean + self.std * torch.special.ndtri(u))
+
+    def log_prob(self, t: Tensor) -> Tensor:
+        return _log_normal(torch.log(t), self.mean, self.std) - torch.log(t)
+
+
+class LogitNormal(Density):
+    """logit t normal on (0, 1) (Esser et al. 2024, arXiv 2403.03206, equation 19).
+
+    Args:
+        mean: Mean of logit t.
+        std: Standard deviation of logit t.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        _check_std(std)
+        self.mean, self.std = mean, std
+
+    def icdf(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+    def log_prob(self, t: Tensor) -> Tensor:
+        return _log_normal(torch.logit(t), self.mean, self.std) - torch.log(t) - torch.log1p(-t)
+
+
+class UniformSteps(Density):
+    """t uniform on the integers ``0 .. steps - 1``, for a schedule that is a table.
+
+    Args:
+        steps: Number of training timesteps of the table.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"Argument `steps` expected to be at least 1, but got {steps}.")
+        self.steps = steps
+
+    def icdf(self, u: Tensor) -> Tensor:
+        return torch.floor(u * self.steps).clamp(max=self.steps - 1)
+
+    def log_prob(self, t: Tensor) -> Tensor:
+        inside = (t >= 0) & (t < self.steps) & (t == torch.floor(t))
+        return torch.where(inside, -math.log(self.steps), -math.inf)
+
+
+def _log_normal(x: Tensor, mean: float, std: float) -> Tensor:
+    return -0.5 * ((x - mean) / std) ** 2 - math.log(std * math.sqrt(2 * math.pi))
+
+
+def _check_interval(low: float, high: float) -> None:
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(
+            f"Arguments `low` and `high` expected to be finite with low < high, "
+            f"but got low={low} and high={high}."
+        )
+
+
+def _check_std(std: float) -> None:
+    if not 0 < std < math.inf:
+        raise ValueError(f"Argument `std` expected to be positive, but got {std}.")

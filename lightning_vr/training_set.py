@@ -1,0 +1,63 @@
+"""One pass over the training set in its own order, for banks and reference statistics.
+
+The pass leaves training undisturbed: it has a loader of its own, and the global random states are
+restored. Under DDP each rank reads every W-th sample.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from tqdm.auto import tqdm
+
+from lightning_vr.distributed import rank, world_size
+
+
+def training_batches(
+    trainer: Trainer, title: str, limit: int | None = None
+) -> Iterator[tuple[Tensor, Any]]:
+    """Yield ``(positions, batch)`` over the training set in order, this rank's share, on its device.
+
+    Shows a progress bar if it takes longer than a second.
+
+    Args:
+        trainer: A trainer that is fitting.
+        title: What the progress bar says.
+        limit: Stop after about this many samples over all ranks, evenly spaced, or None for all.
+
+    Raises:
+        ValueError: If the training data is not one map-style data set behind one DataLoader.
+    """
+    loader = training_loader(trainer)
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    stride = 1 if limit is None else max(1, size // limit)
+    positions = list(range(0, size, stride))[:limit][rank() :: world_size()]
+    batch_size = loader.batch_size or 64
+    own = DataLoader(
+        Subset(loader.dataset, positions),
+        batch_size=batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+    )
+    is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    bar = tqdm(own, title, leave=False, delay=1, disable=None if is_shown else True)
+    with isolate_rng():
+        for i, batch in enumerate(bar):
+            at = torch.tensor(positions[i * batch_size : (i + 1) * batch_size])
+            yield at, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def training_loader(trainer: Trainer) -> DataLoader[Any]:
+    """Return the one loader of the training set, or refuse."""
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"Argument `train_dataloaders` expected to be one DataLoader of a map-style data set, "
+            f"whose samples have positions, but got {type(loader).__name__}: "
+            f"use STF(references='batch') and switch off what reads the whole training set."
+        )
+    return loader

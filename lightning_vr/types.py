@@ -1,0 +1,99 @@
+"""What flows through one training step, as frozen bundles of tensors.
+
+``Clean`` leaves ``encode``, ``Noised`` leaves the draws, ``TargetEstimate`` the target and
+``LossEstimate`` the loss. Shapes: ``x`` is ``(B, *)``; ``t``, ``alpha``, ``sigma`` are ``(B,)``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+UNLABELLED = -1
+"""The group of a row whose label is dropped or unknown: every reference is exchangeable with it."""
+
+
+@dataclass(frozen=True)
+class Clean:
+    """Clean samples, as the upstream ``encode`` gives them.
+
+    Attributes:
+        x0: Samples that diffusion noises, ``(B, *)``.
+        group: Class labels ``(B,)``, int64, that the network is conditioned on, or None.
+            Samples of one group are exchangeable.
+        cond: Any further condition of the network (text, an image), as keyword arguments of the
+            network or None. Samples with a condition have no exchangeable references.
+        index: Positions in the training set ``(B,)``, int64, or None.
+    """
+
+    x0: Tensor
+    group: Tensor | None = None
+    cond: dict[str, Any] | None = None
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Draws of ``(index, t, noise)``: ``xt = alpha * x0 + sigma * noise``, with importance weights.
+
+    Attributes:
+        xt: Noised samples ``(B, *)``.
+        x0: The clean samples that made them ``(B, *)``.
+        noise: Standard normal noise ``(B, *)``.
+        t: Times ``(B,)``.
+        alpha: Scale of the sample ``(B,)``.
+        sigma: Scale of the noise ``(B,)``.
+        weight: Importance weights p/q ``(B,)``, never self-normalised.
+        group: Class labels ``(B,)`` as the network sees them, ``UNLABELLED`` where dropped, or None.
+        cond: Further condition of the network, or None.
+        index: Positions in the training set ``(B,)``, or None.
+    """
+
+    xt: Tensor
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    weight: Tensor
+    group: Tensor | None = None
+    cond: dict[str, Any] | None = None
+    index: Tensor | None = None
+
+    @property
+    def noise_level(self) -> Tensor:
+        """``sigma / alpha``, shape ``(B,)``: the axis that all schedules share."""
+        return self.sigma / self.alpha
+
+
+@dataclass(frozen=True)
+class TargetEstimate:
+    """An estimate of ``E[x0 | xt]``.
+
+    Attributes:
+        x0: The estimate ``(B, *)``.
+        ess: Effective number of references ``(B,)``; 1 for the sample itself.
+        spread: ``tr Cov`` of x0 under the reference weights ``(B,)``, x0 units squared. Its mean
+            is the target variance that the estimate removes.
+    """
+
+    x0: Tensor
+    ess: Tensor
+    spread: Tensor
+
+
+@dataclass(frozen=True)
+class LossEstimate:
+    """An unbiased estimate of the diffusion loss.
+
+    Attributes:
+        loss: Scalar to differentiate, the mean of ``per_draw``.
+        per_draw: Weighted loss of each draw ``(B,)``.
+        noised: The draws.
+        target: What the network regressed on.
+    """
+
+    loss: Tensor
+    per_draw: Tensor
+    noised: Noised
+    target: TargetEstimate

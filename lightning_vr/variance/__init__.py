@@ -1,0 +1,1 @@
+"""Measurements of Monte Carlo noise: targets and gradients."""
