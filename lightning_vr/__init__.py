@@ -1,5 +1,7 @@
 """Variance-reduced diffusion training for PyTorch Lightning."""
 
+from lightning_vr.callbacks.fid import FrechetDistance
+from lightning_vr.callbacks.samples import SampleGrid
 from lightning_vr.diffusers_schedule import DiffusersSchedule
 from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.dsm import DSM
@@ -18,3 +20,34 @@ from lightning_vr.weightings import (
     MinSNRWeighting,
     UnitWeighting,
 )
+
+__all__ = [
+    "DSM",
+    "EDM",
+    "IID",
+    "MLP",
+    "STF",
+    "VE",
+    "VP",
+    "Clean",
+    "Cosine",
+    "DiffusersSchedule",
+    "DiffusionModule",
+    "EDMWeighting",
+    "FrechetDistance",
+    "LogNormal",
+    "LogNormalWeighting",
+    "LogUniform",
+    "LogitNormal",
+    "LossEstimate",
+    "MinSNRWeighting",
+    "Noised",
+    "RectifiedFlow",
+    "References",
+    "SampleGrid",
+    "Sampler",
+    "TargetEstimate",
+    "Uniform",
+    "UnitWeighting",
+    "posterior_mean",
+]

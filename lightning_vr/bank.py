@@ -1,4 +1,4 @@
-"""Before training: check a first batch through the whole module, and fill the target's bank."""
+"""Before training: fill the target's bank, and refuse what cannot train."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vr.distributed import all_gather_rows
-from lightning_vr.estimators.dsm import DSM
 from lightning_vr.references import check_samples
 from lightning_vr.training_set import training_batches
 from lightning_vr.types import Clean
@@ -17,44 +16,38 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def fill_target(module: "DiffusionModule") -> None:
-    """Give ``module.target`` its references, encoded by the module, from all ranks.
-
-    A target without a bank gets the first batch, which is enough to calibrate on. Either way the
-    first batch goes through the network once, so that what cannot train is refused before it does.
+    """Give ``module.target`` its references: the training set, encoded by the module on all ranks.
 
     Raises:
-        ValueError: If samples, labels, indices or the network's output are not what they must be.
+        ValueError: If samples, labels or indices are not what they must be.
     """
-    needs_bank = module.target.needs_bank
-    rows, groups, positions, indexed = [], [], [], True
-    title = "Encoding references" if needs_bank else "Checking the first batch"
-    limit = None if needs_bank else module.trainer.train_dataloader.batch_size
-    for at, batch in training_batches(module.trainer, title, limit):
+    rows: list[Tensor] = []
+    groups: list[Tensor] = []
+    positions: list[Tensor] = []
+    indexed = True
+    for at, batch in training_batches(
+        module.trainer, "Encoding references", module.target.bank_size
+    ):
         clean = module.clean(batch)
         check_clean(clean, module.num_classes, at)
-        if not rows:
-            _check_network(module, batch)
-            module.sample_shape = tuple(clean.x0.shape[1:])
         if clean.cond is not None:
-            return
+            return  # no references are exchangeable given it
         indexed = indexed and clean.index is not None
         rows.append(clean.x0 if clean.x0.dtype == torch.float64 else clean.x0.float())
-        groups.append(clean.group)
+        groups += [] if clean.group is None else [clean.group]
         positions.append(at.to(clean.x0.device))
     order = all_gather_rows(torch.cat(positions)).argsort()
-    x0 = all_gather_rows(torch.cat(rows))[order]
-    labels = [group for group in groups if group is not None]
-    group = all_gather_rows(torch.cat(labels))[order] if labels else None
-    module.target.fill(x0, group, indexed=indexed)
+    group = all_gather_rows(torch.cat(groups))[order] if groups else None
+    module.target.fill(all_gather_rows(torch.cat(rows))[order], group, indexed=indexed)
 
 
-def check_clean(clean: Clean, num_classes: int | None, positions: Tensor) -> None:
+def check_clean(clean: Clean, num_classes: int | None, positions: Tensor | None = None) -> None:
     """Refuse samples, labels or indices that training would go wrong with.
 
     Args:
         clean: Encoded samples.
         num_classes: Number of classes of the module, or None.
-        positions: Where the samples stand in the training set ``(B,)``.
+        positions: Where the samples stand in the training set ``(B,)``, if that is known.
 
     Raises:
         ValueError: Naming the first sample that is not as it must be.
@@ -62,13 +55,18 @@ def check_clean(clean: Clean, num_classes: int | None, positions: Tensor) -> Non
     check_samples("x0", clean.x0)
     finite = torch.isfinite(clean.x0.flatten(1)).all(dim=1).cpu()
     if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        known = clean.index if positions is None else positions
+        name = f"row {row} of the batch" if known is None else f"sample {int(known[row])}"
         raise ValueError(
-            f"The clean samples expected to be finite, but sample {int(positions[~finite][0])} of "
-            f"the training set is not: remove it from the data or mend `encode`."
+            f"The clean samples expected to be finite, but {name} is not: "
+            f"remove it from the data or mend `encode`."
         )
     if clean.group is not None:
         check_group(clean.group, num_classes)
-    if clean.index is not None and not torch.equal(clean.index.cpu(), positions):
+    if positions is None or clean.index is None:
+        return
+    if not torch.equal(clean.index.cpu(), positions):
         raise ValueError(
             f"Sample indices expected to be positions in the training set, but sample "
             f"{int(positions[0])} has index {int(clean.index[0])}: let the data set's item i "
@@ -98,7 +96,9 @@ def check_group(group: Tensor, num_classes: int | None) -> None:
 def check_labels(num_classes: int | None, label_dropout: float) -> None:
     """Refuse a number of classes or a label dropout that means nothing."""
     if num_classes is not None and num_classes < 1:
-        raise ValueError(f"Argument `num_classes` expected to be at least 1, but got {num_classes}.")
+        raise ValueError(
+            f"Argument `num_classes` expected to be at least 1, but got {num_classes}."
+        )
     if not 0 <= label_dropout <= 1:
         raise ValueError(
             f"Argument `label_dropout` expected to be between 0 and 1, but got {label_dropout}."
@@ -117,13 +117,4 @@ def check_network(network: nn.Module) -> None:
         raise ValueError(
             f"Argument `network`: {type(network).__name__} with time_embedding_type='fourier' "
             f"divides its output by the time and takes its logarithm: use 'positional'."
-        )
-
-
-def _check_network(module: "DiffusionModule", batch: object) -> None:
-    estimate = module.loss(batch, module.generator("check"), target=DSM())
-    if not bool(torch.isfinite(estimate.loss)):
-        raise ValueError(
-            f"The loss of the first batch expected to be finite, but got {float(estimate.loss)}: "
-            f"check the schedule's range, `weighting` and the network's initialisation."
         )

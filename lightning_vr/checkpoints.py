@@ -1,6 +1,7 @@
-"""Hyperparameters that reload: the same ones in a checkpoint whether the CLI or Python built the module.
+"""Hyperparameters that reload: the same whether the CLI or Python built the module.
 
-``save_hyperparameters`` alone would pickle live networks, which ``torch.load`` refuses to read back.
+``save_hyperparameters`` alone would pickle live networks, which ``torch.load`` refuses to read
+back.
 """
 
 import inspect
@@ -74,7 +75,10 @@ def class_to_load(
         return cls
     for kind in _subclasses(cls):
         package = kind.__module__.partition(".")[0]
-        if class_path in (f"{kind.__module__}.{kind.__qualname__}", f"{package}.{kind.__qualname__}"):
+        if class_path in (
+            f"{kind.__module__}.{kind.__qualname__}",
+            f"{package}.{kind.__qualname__}",
+        ):
             return kind
     raise ValueError(
         f"The checkpoint {path} holds a {class_path}, which is not imported or is no subclass of "

@@ -1,9 +1,10 @@
 """Objects as configurations, so that a module built in Python reloads like one built by the CLI.
 
-A Lightning checkpoint of a CLI run holds ``{"class_path": ..., "init_args": ...}`` and needs no code
-to reload. ``describe`` writes the same for live objects: diffusers models know their config, and a
-class that keeps each constructor argument under its own name can be read back. A network so described
-is rebuilt without memory and compared, and what cannot be described is named, never guessed.
+A Lightning checkpoint of a CLI run holds ``{"class_path": ..., "init_args": ...}`` and needs no
+code to reload. ``describe`` writes the same for live objects: diffusers models know their config,
+and a class that keeps each constructor argument under its own name can be read back. A network so
+described is rebuilt without memory and compared, and what cannot be described is named, never
+guessed.
 """
 
 import functools

@@ -1,8 +1,9 @@
 """The schedule of a diffusers scheduler, so that its networks train and sample unchanged.
 
-Two families: a table of ``alphas_cumprod`` (DDPM and its relatives), the variance-preserving process
-``alpha² = alphas_cumprod`` at the timesteps ``0 .. steps - 1``, with log noise level interpolated
-linearly between two of them; and flow matching, ``sigma = t / steps``, ``alpha = 1 - sigma``.
+Two families: a table of ``alphas_cumprod`` (DDPM and its relatives), the variance-preserving
+process ``alpha² = alphas_cumprod`` at the timesteps ``0 .. steps - 1``, with log noise level
+interpolated linearly between two of them; and flow matching, ``sigma = t / steps``, ``alpha = 1 -
+sigma``.
 """
 
 from typing import Any
@@ -96,9 +97,9 @@ def _log_noise_levels(scheduler: Any) -> Tensor:
             f"scheduler, but got {type(scheduler).__name__}: use EDM() or VE() instead."
         )
     kept = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64)
-    if bool((kept < 1e-7).any()):
+    if scheduler.config.get("rescale_betas_zero_snr") or bool((kept <= 0).any()):
         raise ValueError(
             f"Argument `scheduler` has zero terminal signal, alphas_cumprod of {float(kept.min())}, "
-            f"where x0 cannot be told from noise: set its `rescale_betas_zero_snr` to False."
+            f"where x0 is lost in the noise: set its `rescale_betas_zero_snr` to False."
         )
     return 0.5 * (torch.log1p(-kept) - torch.log(kept))

@@ -2,22 +2,29 @@
 
     batch → encode → draws → target → network → loss
 
-Each slot has a plain default: ``IID`` draws, the ``DSM`` target, no control variate. Randomness comes
-from generators keyed by (seed, purpose, rank, step), so that ranks differ, a resumed run repeats what
-the uninterrupted one draws, and nothing that measures disturbs training.
+Each slot has a plain default: ``IID`` draws, the ``DSM`` target, no control variate. Randomness
+comes from generators keyed by (seed, purpose, rank, step), so that ranks differ, a resumed run
+repeats what the uninterrupted one draws, and nothing that measures disturbs training.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from lightning_vr.bank import check_group, check_labels, check_network, fill_target
+from lightning_vr.bank import (
+    check_clean,
+    check_group,
+    check_labels,
+    check_network,
+    fill_target,
+)
 from lightning_vr.checkpoints import STATE, class_to_load, save_described_hyperparameters
 from lightning_vr.distributed import broadcast, rank
 from lightning_vr.estimators.draws import IID, Draws
@@ -35,8 +42,8 @@ from lightning_vr.weightings import UnitWeighting, Weighting, check_positive
 class DiffusionModule(LightningModule):
     """Trains a diffusion model with pluggable estimators of its loss.
 
-    Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode`` and
-    ``predict`` (how the network is called).
+    Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
+    and ``predict`` (how the network is called).
 
     Args:
         network: Called as ``network(x, t)``, with ``class_labels=`` if ``num_classes`` is given
@@ -55,7 +62,8 @@ class DiffusionModule(LightningModule):
         label_dropout: Fraction of labels to drop, for classifier-free guidance.
         sampler: How samples are drawn; ``Sampler()`` if not given.
         optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes the learning-rate schedule from the optimizer; steps are optimizer steps.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer; steps are optimizer
+            steps.
     """
 
     def __init__(
@@ -99,13 +107,15 @@ class DiffusionModule(LightningModule):
         self.estimate: LossEstimate | None = None
         self.sample_shape: tuple[int, ...] | None = None
         self.seed: int | None = None
+        self._is_checked = False
 
     def encode(self, batch: Any) -> Clean:
-        """Turn a batch into clean samples; override it for latents, conditions, augmentation labels.
+        """Turn a batch into clean samples; override it for latents or conditions.
 
         Args:
-            batch: A tensor, ``(x,)``, ``(x, label)`` or a dictionary with ``"image"`` or ``"x0"`` and,
-                if there are any, ``"label"`` and ``"index"`` (the position in the training set).
+            batch: A tensor, ``(x,)``, ``(x, label)`` or a dictionary with ``"image"`` or ``"x0"``
+                and, if there are any, ``"label"`` and ``"index"`` (the position in the training
+                set).
 
         Raises:
             ValueError: If the batch is none of these.
@@ -147,6 +157,7 @@ class DiffusionModule(LightningModule):
             arguments["class_labels"] = torch.where(labels < 0, self.num_classes, labels)
         output = self.network(x, self.schedule.embedding_time(noised.t), **arguments)
         output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        assert isinstance(output, Tensor)
         if output.shape != x.shape:
             raise ValueError(
                 f"Argument `network` expected to return the shape of its input, {tuple(x.shape)}, "
@@ -180,12 +191,18 @@ class DiffusionModule(LightningModule):
     ) -> LossEstimate:
         """Return the loss of a batch, an unbiased estimate whatever the slots hold.
 
+        The first training batch is checked.
+
         Args:
             batch: What ``encode`` takes.
             source: Generator of all randomness, on the batch's device.
             target: Used in place of the module's own; validation regresses on ``DSM()``.
         """
         clean = self.clean(batch)
+        if self.training and not self._is_checked:
+            check_clean(clean, self.num_classes)
+            self.sample_shape = tuple(clean.x0.shape[1:])
+            self._is_checked = True
         noised = self.draws(clean, self.schedule, self.timesteps, source)
         if self.training and self.label_dropout > 0 and noised.group is not None:
             noised = replace(noised, group=self._drop_labels(noised.group, source))
@@ -203,8 +220,12 @@ class DiffusionModule(LightningModule):
 
     def generator(self, *key: int | str) -> torch.Generator:
         """Return the generator of this run, this rank and ``key``, on the module's device."""
-        seed = torch.initial_seed() if self.seed is None else self.seed
-        return generator(seed, rank(), *key, device=self.device)
+        return generator(self.run_seed, rank(), *key, device=self.device)
+
+    @property
+    def run_seed(self) -> int:
+        """The seed of the run: fixed when training starts, kept in the checkpoint."""
+        return torch.initial_seed() if self.seed is None else self.seed
 
     def sample(
         self,
@@ -260,7 +281,9 @@ class DiffusionModule(LightningModule):
         self.estimate = replace(
             estimate, loss=estimate.loss.detach(), per_draw=estimate.per_draw.detach()
         )
-        self.log("train/loss", estimate.loss.detach(), prog_bar=True, batch_size=len(estimate.per_draw))
+        self.log(
+            "train/loss", estimate.loss.detach(), prog_bar=True, batch_size=len(estimate.per_draw)
+        )
         return estimate.loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -287,10 +310,11 @@ class DiffusionModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Fix the seed of the run, check the data and the network, and fill the target's bank."""
+        """Fix the seed of the run and fill the target's bank."""
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(torch.initial_seed(), device=self.device)))
-        fill_target(self)
+        if self.target.bank_size != 0:
+            fill_target(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed, so that a resumed run draws what the uninterrupted one would."""
@@ -310,7 +334,7 @@ class DiffusionModule(LightningModule):
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any
-    ) -> "DiffusionModule":
+    ) -> Self:
         """Rebuild a trained module, of whichever subclass wrote the checkpoint.
 
         Args:
@@ -324,8 +348,10 @@ class DiffusionModule(LightningModule):
         """
         kind = class_to_load(cls, checkpoint_path, kwargs)
         if kind is not cls:
-            return kind.load_from_checkpoint(checkpoint_path, map_location, **kwargs)
-        return super().load_from_checkpoint(checkpoint_path, map_location, **kwargs)
+            return cast(Self, kind.load_from_checkpoint(checkpoint_path, map_location, **kwargs))
+        module = super().load_from_checkpoint(checkpoint_path, map_location, **kwargs)
+        assert isinstance(module, cls)
+        return module
 
     def _drop_labels(self, group: Tensor, source: torch.Generator) -> Tensor:
         u = torch.rand(len(group), generator=source, device=group.device)

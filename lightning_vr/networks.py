@@ -1,8 +1,8 @@
 """Networks that ship with the package: a residual MLP for points.
 
-Networks are called as ``network(x, t)`` with t in the range of a thousand, ``class_labels=`` if they
-are class-conditional, and a sample's further condition as keywords, as diffusers' models are; any
-``nn.Module`` with that signature works.
+Networks are called as ``network(x, t)`` with t in the range of a thousand, ``class_labels=`` if
+they are class-conditional, and a sample's further condition as keywords, as diffusers' models are;
+any ``nn.Module`` with that signature works.
 """
 
 import math
@@ -62,4 +62,5 @@ class MLP(nn.Module):
         hidden = self.project_in(x)
         for block in self.blocks:
             hidden = hidden + block(hidden + context)
-        return self.project_out(hidden)
+        output: Tensor = self.project_out(hidden)
+        return output

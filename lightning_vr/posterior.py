@@ -2,18 +2,20 @@
 
 Under ``x_t = alpha x0 + sigma noise`` and x0 uniform on references ``r_1 .. r_n``,
 
-    E[x0 | x_t] = Σ_k w_k r_k,   w = softmax(ℓ),   ℓ_k = (alpha/sigma²) x_t·r_k - (alpha²/2sigma²) ‖r_k‖²
+    E[x0 | x_t] = Σ_k w_k r_k,   w = softmax(ℓ),
+    ℓ_k = (alpha/sigma²) x_t·r_k - (alpha²/2sigma²) ‖r_k‖²
 
 (‖x_t‖² is common to all k and drops out). It is the target of Stable Target Fields (Xu, Tong and
 Jaakkola 2023, arXiv 2302.00670, equation 5) and, with the whole data set as references, the exact
 minimiser of denoising score matching on it.
 
 Two matrix products and a softmax by running maximum and sum: memory is B·chunk + B·d, never B·n·d,
-and chunked equals dense up to rounding. Weights below e^-60 are set to zero: as denormal numbers they
-make the second product twice as slow and change nothing.
+and chunked equals dense up to rounding. Weights below e^-60 are set to zero: as denormal numbers
+they make the second product twice as slow and change nothing.
 
-If the sample that made x_t is given as ``own``, the mean is formed as a shift from it, weighted by the
-other references alone, so that at low noise the shift and the spread keep their relative precision.
+If the sample that made x_t is given as ``own``, the mean is formed as a shift from it, weighted by
+the other references alone, so that at low noise the shift and the spread keep their relative
+precision.
 """
 
 import math
@@ -128,8 +130,8 @@ def posterior_mean(
         if own is None and query_group is not None and bool((sums.count == 0).any()):
             row = int((sums.count == 0).nonzero()[0])
             raise ValueError(
-                f"Argument `query_group` leaves row {row} (group {int(query_group[row])}) without a "
-                f"reference: give references of that group, or `own`."
+                f"Argument `query_group` leaves row {row} (group {int(query_group[row])}) without "
+                f"a reference: give references of that group, or `own`."
             )
         base = centre if own is None else own.flatten(1).to(dtype)
         log_density = -0.5 * precision * torch.linalg.vecdot(query, query)

@@ -101,4 +101,6 @@ def check_prediction(kind: str) -> None:
     """Refuse what is no prediction type."""
     if kind not in get_args(PredictionType):
         allowed = ", ".join(get_args(PredictionType))
-        raise ValueError(f"Argument `prediction` expected to be one of {allowed}, but got {kind!r}.")
+        raise ValueError(
+            f"Argument `prediction` expected to be one of {allowed}, but got {kind!r}."
+        )

@@ -7,7 +7,11 @@ disturbing training (Salmon et al. 2011, "Parallel random numbers: as easy as 1,
 """
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -20,3 +24,16 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restore the global random states of torch, numpy and Python on leaving, however that is."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,8 +1,8 @@
 """Solvers of the probability-flow ODE in x0 space.
 
-In ``z = x_t / alpha`` and ``s = sigma / alpha`` every schedule's ODE is ``dz/ds = (z - x0_hat) / s``
-(Song et al. 2021, arXiv 2011.13456, equation 13; Karras et al. 2022, arXiv 2206.00364, equation 4),
-and its right-hand side is the noise estimate ``eps = (x_t - alpha x0_hat) / sigma``. A step to
+In ``z = x_t / alpha`` and ``s = sigma / alpha`` every schedule's ODE is ``dz/ds = (z - x0_hat) /
+s`` (Song et al. 2021, arXiv 2011.13456, equation 13; Karras et al. 2022, arXiv 2206.00364, equation
+4), and its right-hand side is the noise estimate ``eps = (x_t - alpha x0_hat) / sigma``. A step to
 (alpha', sigma'), written without dividing by alpha, is
 
     Euler: x' = alpha' x0_hat + sigma' eps                               (DDIM)
@@ -78,8 +78,9 @@ class Sampler:
         """
         ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
         lowest, highest = (float(level) for level in schedule.noise_level(ends))
-        low = self.noise_level_min or lowest
-        high = self.noise_level_max or min(highest, LARGEST_NOISE_LEVEL)
+        low = lowest if self.noise_level_min is None else self.noise_level_min
+        high = self.noise_level_max
+        high = min(highest, LARGEST_NOISE_LEVEL) if high is None else high
         if not 0 < low < high:
             raise ValueError(
                 f"Arguments `noise_level_min` and `noise_level_max` expected to satisfy "
@@ -89,7 +90,8 @@ class Sampler:
         if self.grid == "exponential":
             return high * (low / high) ** ramp
         inverse = 1 / self.rho
-        return (high**inverse + ramp * (low**inverse - high**inverse)) ** self.rho
+        grid: Tensor = (high**inverse + ramp * (low**inverse - high**inverse)) ** self.rho
+        return grid
 
     def solve(
         self, denoiser: Denoiser, schedule: Schedule, noise: Tensor, *, progress: bool = False
@@ -123,4 +125,5 @@ class Sampler:
                 _, next_eps = x0_and_noise(x, i + 1)
                 step = sigma[i + 1] - alpha[i + 1] * sigma[i] / alpha[i]
                 x = x + step * (next_eps - eps) / 2
-        return x0_and_noise(x, self.steps - 1)[0].to(noise.dtype)
+        x0, _ = x0_and_noise(x, self.steps - 1)
+        return x0.to(noise.dtype)

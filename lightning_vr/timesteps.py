@@ -48,7 +48,8 @@ class Uniform(Density):
 
     def log_prob(self, t: Tensor) -> Tensor:
         inside = (t >= self.low) & (t <= self.high)
-        return torch.where(inside, -math.log(self.high - self.low), -math.inf)
+        density = torch.full_like(t, -math.log(self.high - self.low))
+        return torch.where(inside, density, -math.inf)
 
 
 class LogUniform(Density):
@@ -92,7 +93,8 @@ class LogNormal(Density):
         return torch.exp(self.mean + self.std * torch.special.ndtri(u))
 
     def log_prob(self, t: Tensor) -> Tensor:
-        return _log_normal(torch.log(t), self.mean, self.std) - torch.log(t)
+        density = _log_normal(torch.log(t), self.mean, self.std) - torch.log(t)
+        return torch.where(t > 0, density, -math.inf)
 
 
 class LogitNormal(Density):
@@ -112,7 +114,9 @@ class LogitNormal(Density):
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
     def log_prob(self, t: Tensor) -> Tensor:
-        return _log_normal(torch.logit(t), self.mean, self.std) - torch.log(t) - torch.log1p(-t)
+        density = _log_normal(torch.logit(t), self.mean, self.std)
+        density = density - torch.log(t) - torch.log1p(-t)
+        return torch.where((t > 0) & (t < 1), density, -math.inf)
 
 
 class UniformSteps(Density):
@@ -133,7 +137,7 @@ class UniformSteps(Density):
 
     def log_prob(self, t: Tensor) -> Tensor:
         inside = (t >= 0) & (t < self.steps) & (t == torch.floor(t))
-        return torch.where(inside, -math.log(self.steps), -math.inf)
+        return torch.where(inside, torch.full_like(t, -math.log(self.steps)), -math.inf)
 
 
 def _log_normal(x: Tensor, mean: float, std: float) -> Tensor:

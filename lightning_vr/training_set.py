@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from lightning_vr.distributed import rank, world_size
+from lightning_vr.rng import undisturbed
 
 
 def training_batches(
     trainer: Trainer, title: str, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Yield ``(positions, batch)`` over the training set in order, this rank's share, on its device.
+    """Yield ``(positions, batch)`` over the training set in order, this rank's share.
 
     Shows a progress bar if it takes longer than a second.
 
@@ -44,16 +44,20 @@ def training_batches(
         collate_fn=loader.collate_fn,
     )
     is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    bar = tqdm(own, title, leave=False, delay=1, disable=None if is_shown else True)
-    with isolate_rng():
+    with undisturbed():
+        # tqdm starts the loader when it is made, and a loader that starts draws a seed
+        bar = tqdm(own, title, leave=False, delay=1, disable=None if is_shown else True)
         for i, batch in enumerate(bar):
             at = torch.tensor(positions[i * batch_size : (i + 1) * batch_size])
             yield at, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def training_loader(trainer: Trainer) -> DataLoader[Any]:
-    """Return the one loader of the training set, or refuse."""
+    """Return the one loader of the training set, the data module's when not fitting, or refuse."""
     loader = trainer.train_dataloader
+    data = getattr(trainer, "datamodule", None)
+    if loader is None and data is not None:
+        loader = data.train_dataloader()
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             f"Argument `train_dataloaders` expected to be one DataLoader of a map-style data set, "

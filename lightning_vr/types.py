@@ -44,7 +44,8 @@ class Noised:
         alpha: Scale of the sample ``(B,)``.
         sigma: Scale of the noise ``(B,)``.
         weight: Importance weights p/q ``(B,)``, never self-normalised.
-        group: Class labels ``(B,)`` as the network sees them, ``UNLABELLED`` where dropped, or None.
+        group: Class labels ``(B,)`` as the network sees them, ``UNLABELLED`` where dropped, or
+            None.
         cond: Further condition of the network, or None.
         index: Positions in the training set ``(B,)``, or None.
     """

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,10 @@ def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
 def log_picture(trainer: Trainer, name: str, path: Path) -> None:
     """Show the PNG at ``path`` in every logger that can show pictures. Rank 0 alone calls it."""
     for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "experiment", None)
         if hasattr(logger, "log_image"):
             logger.log_image(key=name, images=[str(path)], step=trainer.global_step)
-        elif hasattr(logger.experiment, "add_image"):
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-            logger.experiment.add_image(name, pixels, trainer.global_step, dataformats="HWC")
+        elif hasattr(experiment, "add_image"):
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            experiment.add_image(name, pixels, trainer.global_step, dataformats="HWC")

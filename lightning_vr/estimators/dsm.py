@@ -1,7 +1,7 @@
 """Denoising score matching: the target is the clean sample itself (Vincent 2011).
 
-``E[x0 | x_t]`` minimises ``E ‖x0_hat(x_t) - x0‖²``, so regressing on x0 is unbiased; the variance of
-the target is the posterior variance ``tr Cov[x0 | x_t]``, V_DSM in x0 space.
+``E[x0 | x_t]`` minimises ``E ‖x0_hat(x_t) - x0‖²``, so regressing on x0 is unbiased; the variance
+of the target is the posterior variance ``tr Cov[x0 | x_t]``, V_DSM in x0 space.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,8 @@ from lightning_vr.types import Clean, Noised, TargetEstimate
 class Target(nn.Module, ABC):
     """Estimates E[x0 | x_t], what the network regresses on."""
 
-    needs_bank: bool = False
+    bank_size: int | None = 0
+    """How many encoded training samples ``fill`` needs before training: 0 none, None all."""
 
     @abstractmethod
     def forward(self, noised: Noised, clean: Clean, generator: torch.Generator) -> TargetEstimate:
@@ -28,11 +29,10 @@ class Target(nn.Module, ABC):
         """
 
     def fill(self, x0: Tensor, group: Tensor | None, *, indexed: bool) -> None:
-        """Take the encoded training set, before training; a target without references ignores it.
+        """Take encoded training samples, before training; a target without references takes none.
 
         Args:
-            x0: All encoded samples in the order of the training set ``(N, *)``, or the samples of a
-                first batch if ``needs_bank`` is false.
+            x0: Encoded samples in the order of the training set ``(N, *)``.
             group: Their labels ``(N,)``, or None.
             indexed: Whether the batches carry the samples' positions in the training set.
         """
@@ -47,6 +47,4 @@ class DSM(Target):
 
 def own_sample(noised: Noised) -> TargetEstimate:
     """Return the samples that made ``noised`` as targets: ESS 1, no spread."""
-    return TargetEstimate(
-        noised.x0, torch.ones_like(noised.sigma), torch.zeros_like(noised.sigma)
-    )
+    return TargetEstimate(noised.x0, torch.ones_like(noised.sigma), torch.zeros_like(noised.sigma))

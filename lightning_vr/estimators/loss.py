@@ -54,9 +54,7 @@ def diffusion_loss(
     """
     coefficients = prediction(kind, schedule, noised.t, sigma_data)
     output = network(expand(coefficients.input_scale, noised.xt) * noised.xt, noised)
-    residual = output.to(noised.x0.dtype) - coefficients.output(
-        noised.x0, noised.noise, target.x0
-    )
+    residual = output.to(noised.x0.dtype) - coefficients.output(noised.x0, noised.noise, target.x0)
     weight = noised.weight * weighting(schedule, noised.t) * coefficients.b**2
     per_draw = weight * residual.flatten(1).square().mean(dim=1)
     if control_variate is not None:

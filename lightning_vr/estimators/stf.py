@@ -1,16 +1,16 @@
 """Stable Target Fields: the posterior mean under a set of references as the target.
 
-Xu, Tong and Jaakkola 2023, arXiv 2302.00670, equation 5, self-normalised weights over references that
-hold the own sample x0. Given x_t and the *unordered* reference set S, the sample that made x_t is
-distributed as the weights say, so the target is ``E[x0 | x_t, S]``: the Rao-Blackwellised DSM target,
-unbiased for every number of references (Bertrand et al. 2025, proposition 2; the paper's "bias"
-comes from leaving the own sample out). Its variance falls from V_DSM to 0 as S grows to the whole
-data set, and ``E[spread] = V_DSM - V_STF`` by the law of total variance.
+Xu, Tong and Jaakkola 2023, arXiv 2302.00670, equation 5, self-normalised weights over references
+that hold the own sample x0. Given x_t and the *unordered* reference set S, the sample that made x_t
+is distributed as the weights say, so the target is ``E[x0 | x_t, S]``: the Rao-Blackwellised DSM
+target, unbiased for every number of references (Bertrand et al. 2025, proposition 2; the paper's
+"bias" comes from leaving the own sample out). Its variance falls from V_DSM to 0 as S grows to the
+whole data set, and ``E[spread] = V_DSM - V_STF`` by the law of total variance.
 
-It stays unbiased only if the own sample stands in S by the exact tensor that was noised, and the others
-are exchangeable with it given everything that the network is conditioned on. Hence references of
-another class are masked, rows whose label is dropped use all of them, rows with a continuous condition
-(text) fall back to DSM, and any switch must be a rule of (sigma, x_t, S).
+It stays unbiased only if the own sample stands in S by the exact tensor that was noised, and the
+others are exchangeable with it given everything that the network is conditioned on. Hence
+references of another class are masked, rows whose label is dropped use all of them, rows with a
+continuous condition (text) fall back to DSM, and any switch must be a rule of (sigma, x_t, S).
 """
 
 import logging
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 _MIXING = 1e-3
 """Mean weight that other references must have for the softmax to matter."""
+
+_CALIBRATION = 512
+"""Samples on which ``min_noise_level="auto"`` is found where the batch gives the references."""
 
 
 class STF(Target):
@@ -59,7 +62,9 @@ class STF(Target):
         self.references = references
         self.min_noise_level = min_noise_level
         self.chunk_size = chunk_size
-        self.needs_bank = references != "batch"
+        self.bank_size = (
+            None if references != "batch" else _CALIBRATION * (min_noise_level == "auto")
+        )
         self.bank: References | None = None
         self._switch = 0.0 if min_noise_level == "auto" else float(min_noise_level)
         self._indexed = False
@@ -71,7 +76,7 @@ class STF(Target):
         return self._switch
 
     def fill(self, x0: Tensor, group: Tensor | None, *, indexed: bool) -> None:
-        if self.needs_bank:
+        if self.references != "batch":
             self._check_bank(len(x0), indexed)
             self.bank, self._indexed = References.prepare(x0, group), indexed
         if self.min_noise_level == "auto":
@@ -85,11 +90,11 @@ class STF(Target):
             return own
         references, exclude = self._draw_references(noised, clean, generator)
         if self._switch == 0:
-            return self._estimate(noised, references, exclude)
+            return self._estimate(noised, slice(None), references, exclude)
         mixed = (noised.noise_level >= self._switch).nonzero().squeeze(1)
         if len(mixed) == 0:
             return own
-        part = self._estimate(_rows(noised, mixed), references, exclude[mixed])
+        part = self._estimate(noised, mixed, references, exclude)
         return TargetEstimate(
             own.x0.index_copy(0, mixed, part.x0),
             own.ess.index_copy(0, mixed, part.ess),
@@ -97,16 +102,20 @@ class STF(Target):
         )
 
     def _estimate(
-        self, noised: Noised, references: Tensor | References, exclude: Tensor
+        self,
+        noised: Noised,
+        rows: Tensor | slice,
+        references: References,
+        exclude: Tensor,
     ) -> TargetEstimate:
         posterior = posterior_mean(
-            noised.xt,
-            noised.alpha,
-            noised.sigma,
+            noised.xt[rows],
+            noised.alpha[rows],
+            noised.sigma[rows],
             references,
-            own=noised.x0,
-            exclude=exclude,
-            query_group=noised.group,
+            own=noised.x0[rows],
+            exclude=exclude[rows],
+            query_group=None if noised.group is None else noised.group[rows],
             chunk_size=self.chunk_size,
         )
         return TargetEstimate(posterior.mean, posterior.ess, posterior.spread)
@@ -145,8 +154,8 @@ class STF(Target):
     def _filled_bank(self, device: torch.device) -> References:
         if self.bank is None:
             raise RuntimeError(
-                f"STF(references={self.references!r}) has no bank: `fit` fills it; in a loop of your "
-                f"own call `target.fill(x0, group, indexed=True)` with the encoded training set."
+                f"STF(references={self.references!r}) has no bank: `fit` fills it; in a loop of "
+                f"your own call `target.fill(x0, group, indexed=True)` with the encoded training set."
             )
         if self.bank.rows.device != device:
             self.bank = self.bank.to(device)
@@ -201,16 +210,6 @@ class STF(Target):
             is_mixing = float((1 - 1 / posterior.ess).mean()) > _MIXING
             low, high = (low, middle) if is_mixing else (middle, high)
         return math.exp(low)
-
-
-def _rows(noised: Noised, index: Tensor) -> Noised:
-    return Noised(
-        *(getattr(noised, name)[index] for name in ("xt", "x0", "noise", "t")),
-        alpha=noised.alpha[index],
-        sigma=noised.sigma[index],
-        weight=noised.weight[index],
-        group=None if noised.group is None else noised.group[index],
-    )
 
 
 def _check_arguments(

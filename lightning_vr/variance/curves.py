@@ -1,0 +1,87 @@
+"""Target variance over noise levels, as it was measured: what plots, tables and loggers show."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Measured(NamedTuple):
+    """A curve over the noise levels.
+
+    Attributes:
+        mean: Estimate at each noise level ``(L,)``, float64.
+        error: Its standard error ``(L,)``.
+    """
+
+    mean: Tensor
+    error: Tensor
+
+
+@dataclass(frozen=True)
+class TargetVarianceCurve:
+    """Target variance of a data set over noise levels.
+
+    Attributes:
+        noise_levels: ``sigma / alpha``, ``(L,)``, float64.
+        size: Number of samples N of the data set.
+        dsm: V_DSM, in units of the unweighted score at alpha = 1.
+        stf: V_STF of each number of references, same unit.
+        ess: Effective number of references for each number of them, and for N.
+        divergence: D(s), between 0 and about (N - 1)².
+    """
+
+    noise_levels: Tensor
+    size: int
+    dsm: Measured
+    stf: dict[int, Measured]
+    ess: dict[int, Measured]
+    divergence: Measured
+
+    def factor(self, references: int) -> Tensor:
+        """Return V_DSM / V_STF ``(L,)``: infinite where V_STF alone is 0, NaN where both are."""
+        return self.dsm.mean / self.stf[references].mean
+
+    def in_x0_space(self, variance: Measured) -> Measured:
+        """Return a variance in x0 units squared."""
+        unit = self.noise_levels**4
+        return Measured(variance.mean * unit, variance.error * unit)
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return every number by name: ``dsm, dsm_error, stf_16, stf_16_error, ..., ess_all``."""
+        curves = {"dsm": self.dsm}
+        curves |= {f"stf_{self.name(n)}": curve for n, curve in self.stf.items()}
+        curves |= {f"ess_{self.name(n)}": curve for n, curve in self.ess.items()}
+        curves["divergence"] = self.divergence
+        return {
+            name + suffix: values
+            for name, curve in curves.items()
+            for suffix, values in (("", curve.mean), ("_error", curve.error))
+        }
+
+    def name(self, references: int) -> str:
+        """Return the number of references in words: ``"all"`` for the whole data set."""
+        return "all" if references == self.size else str(references)
+
+    def state(self) -> dict[str, Any]:
+        """Return tensors, numbers and dictionaries, as a checkpoint keeps them."""
+        return {
+            "noise_levels": self.noise_levels,
+            "size": self.size,
+            "dsm": tuple(self.dsm),
+            "stf": {n: tuple(curve) for n, curve in self.stf.items()},
+            "ess": {n: tuple(curve) for n, curve in self.ess.items()},
+            "divergence": tuple(self.divergence),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "TargetVarianceCurve":
+        """Rebuild a curve from its ``state``."""
+        return cls(
+            state["noise_levels"],
+            state["size"],
+            Measured(*state["dsm"]),
+            {n: Measured(*curve) for n, curve in state["stf"].items()},
+            {n: Measured(*curve) for n, curve in state["ess"].items()},
+            Measured(*state["divergence"]),
+        )

@@ -1,0 +1,197 @@
+"""Samples after validation: averaged weights, every order of callbacks, and what is refused."""
+
+import functools
+from itertools import permutations
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
+
+from lightning_vr import MLP, DiffusionModule, FrechetDistance, SampleGrid, Sampler
+from lightning_vr.callbacks.samples import save_picture
+from lightning_vr.data import EightGaussians
+from lightning_vr.metrics import IdentityFeatures, RandomConvFeatures
+
+FRECHET = "frechet_distance/identity_n40"
+
+
+def module():
+    torch.manual_seed(0)
+    optimizer = functools.partial(torch.optim.Adam, lr=1e-2)
+    return DiffusionModule(MLP(width=16, depth=1), optimizer=optimizer, sampler=Sampler(steps=4))
+
+
+def data():
+    return EightGaussians(batch_size=32, num_samples=128, num_validation=32)
+
+
+def trainer(tmp_path, *callbacks, **settings):
+    defaults = {
+        "accelerator": "cpu",
+        "max_steps": 8,
+        "check_val_every_n_epoch": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "logger": CSVLogger(tmp_path, name="", version=""),
+    }
+    return Trainer(callbacks=list(callbacks), **(defaults | settings))
+
+
+def test_every_order_of_callbacks_gives_the_same_numbers_and_pictures(tmp_path):
+    results = []
+    for i, order in enumerate(permutations(range(3))):
+        callbacks = [
+            EMAWeightAveraging(decay=0.5),
+            FrechetDistance(samples=40),
+            SampleGrid(samples=8),
+        ]
+        fit = trainer(tmp_path / str(i), *(callbacks[k] for k in order))
+        fit.fit(module(), data())
+        pictures = sorted((tmp_path / str(i) / "samples").glob("*.png"))
+        results.append((float(fit.callback_metrics[FRECHET]), [p.read_bytes() for p in pictures]))
+    assert all(result == results[0] for result in results)
+    assert len(results[0][1]) == 2
+
+
+def test_averaged_weights_are_what_is_measured(tmp_path):
+    with_average = trainer(
+        tmp_path / "average", FrechetDistance(samples=40), EMAWeightAveraging(decay=0.5)
+    )
+    averaged = module()
+    with_average.fit(averaged, data())
+    raw = trainer(tmp_path / "raw", FrechetDistance(samples=40))
+    raw.fit(module(), data())
+    measured = float(with_average.callback_metrics[FRECHET])
+    assert measured != float(raw.callback_metrics[FRECHET])
+
+    # after fit the module holds the average, and validation measures it as it stands
+    again = trainer(tmp_path / "again", FrechetDistance(samples=40))
+    again.validate(averaged, datamodule=data(), verbose=False)
+    assert float(again.callback_metrics[FRECHET]) == pytest.approx(measured, rel=1e-12)
+
+
+def test_weights_that_were_never_averaged_are_not_swapped_in(tmp_path):
+    late = EMAWeightAveraging(decay=0.5, update_starting_at_step=100)
+    values = []
+    for callbacks in ([late, FrechetDistance(samples=40)], [FrechetDistance(samples=40)]):
+        fit = trainer(tmp_path / str(len(callbacks)), *callbacks)
+        fit.fit(module(), data())
+        values.append(float(fit.callback_metrics[FRECHET]))
+    assert values[0] == values[1]
+
+
+def test_a_run_with_the_callbacks_ends_in_bitwise_the_same_weights(tmp_path):
+    weights = []
+    for callbacks in ([], [FrechetDistance(samples=40), SampleGrid(samples=8)]):
+        watched = module()
+        trainer(tmp_path / str(len(callbacks)), *callbacks).fit(watched, data())
+        assert watched.training
+        weights.append(watched.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_number_reaches_the_csv_under_a_name_with_features_and_count(tmp_path):
+    trainer(tmp_path, FrechetDistance(samples=40)).fit(module(), data())
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index(FRECHET)
+    assert sum(row.split(",")[column] != "" for row in rows) == 2
+
+
+def test_every_n_validations_skips_the_others_also_across_a_resume(tmp_path):
+    grid = SampleGrid(samples=4, every_n_validations=3)
+    trainer(tmp_path, grid, max_steps=16).fit(module(), data())
+    assert [p.name for p in (tmp_path / "samples").glob("*.png")] == ["step_00000012.png"]
+    resumed = SampleGrid(samples=4, every_n_validations=3)
+    resumed.load_state_dict(grid.state_dict())
+    assert resumed.state_dict() == {"validations": 4}
+
+
+class Foreign(LightningModule):
+    """A trainer that knows nothing of diffusion."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch["x0"]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def draw(module, count):
+    return module.layer(torch.randn(count, 2))
+
+
+def test_a_module_that_is_not_ours_is_sampled_through_a_function(tmp_path):
+    callbacks = [
+        FrechetDistance(samples=40, sample=draw, clean=lambda batch: batch["x0"]),
+        SampleGrid(samples=4, sample=draw),
+    ]
+    fit = trainer(tmp_path, *callbacks)
+    fit.fit(Foreign(), data())
+    assert float(fit.callback_metrics[FRECHET]) > 0
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+
+
+def test_a_module_that_is_not_ours_without_a_function_is_refused(tmp_path):
+    with pytest.raises(
+        MisconfigurationException, match="cannot sample from a Foreign: pass `sample`"
+    ):
+        trainer(tmp_path, SampleGrid()).fit(Foreign(), data())
+
+
+def test_a_trainer_without_validation_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="after each validation run"):
+        trainer(tmp_path, SampleGrid(), limit_val_batches=0).fit(module(), data())
+
+
+def test_fewer_samples_than_features_are_refused_when_the_callback_is_built():
+    with pytest.raises(ValueError, match="`samples` expected to be more than 64"):
+        FrechetDistance(RandomConvFeatures(), samples=64)
+    with pytest.raises(ValueError, match="`real_samples` expected to be more than 5"):
+        FrechetDistance(IdentityFeatures(5), real_samples=5)
+
+
+def test_samples_of_the_training_set_itself_are_at_distance_zero(tmp_path):
+    points = data()
+    points.setup("fit")
+    fit = trainer(
+        tmp_path,
+        FrechetDistance(samples=128, sample=lambda module, count: points.train_dataset.x[:count]),
+    )
+    fit.fit(module(), points)
+    # 128 samples in one draw are the training set
+    assert float(fit.callback_metrics["frechet_distance/identity_n128"]) == pytest.approx(
+        0, abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_of_images_holds_each_image_in_its_place(tmp_path, channels):
+    images = torch.full((7, channels, 8, 8), -1.0)
+    images[5] = 0.5
+    save_picture(images, tmp_path / "new" / "grid.png", columns=4)
+    with Image.open(tmp_path / "new" / "grid.png") as picture:
+        assert picture.size == (4 * 9 * 5, 2 * 9 * 5)
+        pixel = picture.getpixel((9 * 5 + 10, 9 * 5 + 10))
+        assert pixel == (191 if channels == 1 else (191, 191, 191))
+        assert picture.getpixel((10, 10)) == (0 if channels == 1 else (0, 0, 0))
+
+
+def test_points_are_drawn_and_other_shapes_are_refused(tmp_path):
+    save_picture(torch.randn(20, 2), tmp_path / "points.png")
+    with Image.open(tmp_path / "points.png") as picture:
+        assert picture.size == (600, 600)
+    with pytest.raises(ValueError, match="override `decode`"):
+        save_picture(torch.randn(4, 5), tmp_path / "no.png")
