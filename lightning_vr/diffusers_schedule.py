@@ -99,7 +99,7 @@ def _log_noise_levels(scheduler: Any) -> Tensor:
     kept = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64)
     if scheduler.config.get("rescale_betas_zero_snr") or bool((kept <= 0).any()):
         raise ValueError(
-            f"Argument `scheduler` has zero terminal signal, alphas_cumprod of {float(kept.min())}, "
+            f"Argument `scheduler` has zero terminal signal, alphas_cumprod {float(kept.min()):g}, "
             f"where x0 is lost in the noise: set its `rescale_betas_zero_snr` to False."
         )
     return 0.5 * (torch.log1p(-kept) - torch.log(kept))

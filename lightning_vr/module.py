@@ -7,8 +7,6 @@ comes from generators keyed by (seed, purpose, rank, step), so that ranks differ
 repeats what the uninterrupted one draws, and nothing that measures disturbs training.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -32,7 +30,7 @@ from lightning_vr.estimators.dsm import DSM, Target
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
 from lightning_vr.predictions import PredictionType, check_prediction
 from lightning_vr.rng import generator
-from lightning_vr.sampling import Sampler
+from lightning_vr.sampling import Sampler, evaluating
 from lightning_vr.schedules import EDM, Schedule
 from lightning_vr.timesteps import Density
 from lightning_vr.types import UNLABELLED, Clean, LossEstimate, Noised
@@ -113,26 +111,9 @@ class DiffusionModule(LightningModule):
         """Turn a batch into clean samples; override it for latents or conditions.
 
         Args:
-            batch: A tensor, ``(x,)``, ``(x, label)`` or a dictionary with ``"image"`` or ``"x0"``
-                and, if there are any, ``"label"`` and ``"index"`` (the position in the training
-                set).
-
-        Raises:
-            ValueError: If the batch is none of these.
+            batch: What ``Clean.from_batch`` takes, unless overridden.
         """
-        if isinstance(batch, Clean):
-            return batch
-        if isinstance(batch, Tensor):
-            return Clean(batch)
-        if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-            return Clean(batch[0], group=batch[1] if len(batch) > 1 else None)
-        if isinstance(batch, dict) and ("x0" in batch or "image" in batch):
-            x0 = batch["x0"] if "x0" in batch else batch["image"]
-            return Clean(x0, group=batch.get("label"), index=batch.get("index"))
-        raise ValueError(
-            f"The batch expected to be a tensor, (x, label) or a dictionary with 'image' or 'x0', "
-            f"but got {type(batch).__name__}: override `encode` to turn it into Clean(x0, ...)."
-        )
+        return Clean.from_batch(batch)
 
     def clean(self, batch: Any) -> Clean:
         """Encode a batch, without the labels that the network does not see.
@@ -262,18 +243,18 @@ class DiffusionModule(LightningModule):
             )
         if group is not None:
             check_group(group, self.num_classes)
-        sampler = sampler or self.sampler
         source = source or self.generator("sample")
         noise = torch.randn(count, *shape, generator=source, device=self.device)
-        parts = []
         with torch.no_grad(), evaluating(self):
-            for start in range(0, count, batch_size):
-                rows = slice(start, start + batch_size)
-                labels = None if group is None else group[rows].to(self.device)
-                some = {name: value[rows] for name, value in (cond or {}).items()} or None
-                denoiser = self._guided(labels, some, sampler.guidance)
-                parts.append(sampler.solve(denoiser, self.schedule, noise[rows], progress=progress))
-        return torch.cat(parts) if parts else noise
+            return (sampler or self.sampler).draw(
+                self.denoise,
+                self.schedule,
+                noise,
+                group=None if group is None else group.to(self.device),
+                cond=cond,
+                batch_size=batch_size,
+                progress=progress,
+            )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-step and keep its estimate for callbacks."""
@@ -319,11 +300,8 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed, so that a resumed run draws what the uninterrupted one would."""
         shape = None if self.sample_shape is None else list(self.sample_shape)
-        checkpoint[STATE] = {
-            "seed": self.seed,
-            "sample_shape": shape,
-            "objects": self._objects,
-        }
+        state = {"seed": self.seed, "sample_shape": shape, "objects": self._objects}
+        checkpoint[STATE] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the seed and the samples' shape."""
@@ -351,22 +329,12 @@ class DiffusionModule(LightningModule):
             return cast(Self, kind.load_from_checkpoint(checkpoint_path, map_location, **kwargs))
         module = super().load_from_checkpoint(checkpoint_path, map_location, **kwargs)
         assert isinstance(module, cls)
+        module.seed = None  # a fit that is no resume draws anew
         return module
 
     def _drop_labels(self, group: Tensor, source: torch.Generator) -> Tensor:
         u = torch.rand(len(group), generator=source, device=group.device)
         return torch.where(u < self.label_dropout, UNLABELLED, group)
-
-    def _guided(
-        self, group: Tensor | None, cond: dict[str, Any] | None, scale: float
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        def denoiser(xt: Tensor, t: Tensor) -> Tensor:
-            conditional = self.denoise(xt, t, group, cond)
-            if scale == 1 or group is None:
-                return conditional
-            return torch.lerp(self.denoise(xt, t, None, cond), conditional, scale)
-
-        return denoiser
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
         estimate = self.loss(batch, self.generator("evaluate", batch_idx), target=DSM())
@@ -377,15 +345,3 @@ class DiffusionModule(LightningModule):
             sync_dist=True,
             batch_size=len(estimate.per_draw),
         )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put ``module`` in evaluation mode, and each of its parts back into its own mode after."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

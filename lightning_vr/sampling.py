@@ -13,18 +13,22 @@ churn. The last step, to s = 0, returns x0_hat.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_vr.schedules import Schedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """``(x_t (B, *), t (B,)) -> x0_hat (B, *)``."""
+
+ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any] | None], Tensor]
+"""``(x_t, t, class labels or None, condition or None) -> x0_hat``."""
 
 LARGEST_NOISE_LEVEL = 1000.0
 
@@ -127,3 +131,60 @@ class Sampler:
                 x = x + step * (next_eps - eps) / 2
         x0, _ = x0_and_noise(x, self.steps - 1)
         return x0.to(noise.dtype)
+
+    def draw(
+        self,
+        denoise: ConditionalDenoiser,
+        schedule: Schedule,
+        noise: Tensor,
+        *,
+        group: Tensor | None = None,
+        cond: dict[str, Any] | None = None,
+        batch_size: int = 256,
+        progress: bool = False,
+    ) -> Tensor:
+        """Carry ``noise (B, *)`` to guided samples ``(B, *)``, some at a time.
+
+        Args:
+            denoise: Estimates x0 from x_t, t, class labels (None is unconditional), condition.
+            schedule: The schedule that it was trained with.
+            noise: Standard normal numbers.
+            group: Class labels ``(B,)``, or None.
+            cond: Further condition, one row per sample in each value.
+            batch_size: How many at a time.
+            progress: Whether to show a progress bar if it takes longer than a second.
+        """
+        parts = []
+        for start in range(0, len(noise), batch_size):
+            rows = slice(start, start + batch_size)
+            labels = None if group is None else group[rows]
+            some = {name: value[rows] for name, value in (cond or {}).items()} or None
+            denoiser = self._guided(denoise, labels, some)
+            parts.append(self.solve(denoiser, schedule, noise[rows], progress=progress))
+        return torch.cat(parts) if parts else noise
+
+    def _guided(
+        self,
+        denoise: ConditionalDenoiser,
+        group: Tensor | None,
+        cond: dict[str, Any] | None,
+    ) -> Denoiser:
+        def denoiser(xt: Tensor, t: Tensor) -> Tensor:
+            conditional = denoise(xt, t, group, cond)
+            if self.guidance == 1 or group is None:
+                return conditional
+            return torch.lerp(denoise(xt, t, None, cond), conditional, self.guidance)
+
+        return denoiser
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put ``module`` in evaluation mode, and each of its parts back into its own mode after."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -31,6 +31,31 @@ class Clean:
     cond: dict[str, Any] | None = None
     index: Tensor | None = None
 
+    @classmethod
+    def from_batch(cls, batch: Any) -> "Clean":
+        """Read the usual batches.
+
+        Args:
+            batch: A tensor, ``(x,)``, ``(x, label)``, or a dictionary with ``"image"`` or ``"x0"``
+                and, if there are any, ``"label"`` and ``"index"``.
+
+        Raises:
+            ValueError: If the batch is none of these.
+        """
+        if isinstance(batch, Clean):
+            return batch
+        if isinstance(batch, Tensor):
+            return cls(batch)
+        if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+            return cls(batch[0], group=batch[1] if len(batch) > 1 else None)
+        if isinstance(batch, dict) and ("x0" in batch or "image" in batch):
+            x0 = batch["x0"] if "x0" in batch else batch["image"]
+            return cls(x0, group=batch.get("label"), index=batch.get("index"))
+        raise ValueError(
+            f"The batch expected to be a tensor, (x, label) or a dictionary with 'image' or 'x0', "
+            f"but got {type(batch).__name__}: override `encode` to turn it into Clean(x0, ...)."
+        )
+
 
 @dataclass(frozen=True)
 class Noised:

@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_vr.module import DiffusionModule, evaluating
+from lightning_vr.module import DiffusionModule
 from lightning_vr.rng import generator, undisturbed
+from lightning_vr.sampling import evaluating
 
 SampleFunction = Callable[[LightningModule, int], Tensor]
 """``(module, count) -> samples (count, *)``, for modules that are not ours."""

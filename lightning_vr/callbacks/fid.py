@@ -119,6 +119,6 @@ class FrechetDistance(AfterValidation):
             if count is not None and count <= features.dimension:
                 raise ValueError(
                     f"Argument `{name}` expected to be more than {features.dimension}, the number "
-                    f"of features of {features.name!r}, but got {count}: take more samples or smaller "
-                    f"features."
+                    f"of features of {features.name!r}, but got {count}: take more samples or "
+                    f"smaller features."
                 )

@@ -155,7 +155,7 @@ class STF(Target):
         if self.bank is None:
             raise RuntimeError(
                 f"STF(references={self.references!r}) has no bank: `fit` fills it; in a loop of "
-                f"your own call `target.fill(x0, group, indexed=True)` with the encoded training set."
+                f"your own call `target.fill(x0, group, indexed=True)` with the encoded data set."
             )
         if self.bank.rows.device != device:
             self.bank = self.bank.to(device)

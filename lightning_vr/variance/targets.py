@@ -43,6 +43,9 @@ from lightning_vr.rng import generator
 from lightning_vr.types import UNLABELLED, Clean, Noised, TargetEstimate
 from lightning_vr.variance.curves import Measured, TargetVarianceCurve
 
+_BLOCK_ELEMENTS = 1 << 20
+"""Noised values at a time, so that memory does not grow with the number of noise levels."""
+
 
 @torch.no_grad()
 def measure_target_variance(
@@ -84,8 +87,8 @@ def measure_target_variance(
 
     mine = range(rank(), blocks, world_size())
     found = levels.new_empty(len(mine), len(levels), 3 + 2 * len(counts))
-    title, disable = "Measuring target variance", None if progress else True
-    for i, block in enumerate(tqdm(mine, title, leave=False, delay=1, disable=disable)):
+    bar = tqdm(mine, "Target variance", leave=False, delay=1, disable=None if progress else True)
+    for i, block in enumerate(bar):
         clean = data.draw(samples // blocks, label_dropout, seed, block)
         found[i] = _measure_block(data, clean, levels, counts, (seed, block))
 
@@ -181,10 +184,9 @@ class _DataSet:
 def _lowest_mixing_level(data: _DataSet, low: float, high: float, threshold: float) -> float:
     """Bisect for where ``E tr Cov[x0 | x_t]`` is the threshold."""
     clean = data.draw(64, 0.0, "grid")
-    noise = _noise(clean, "grid")
     for _ in range(12):
         middle = math.sqrt(low * high)
-        noised = _noised(clean, noise, clean.x0.new_tensor(middle))
+        noised = _noised(clean, clean.x0.new_tensor([middle]), "grid")
         is_mixing = float(data.posterior(noised).spread.mean()) > threshold
         low, high = (low, middle) if is_mixing else (middle, high)
     return low
@@ -194,31 +196,34 @@ def _measure_block(
     data: _DataSet, clean: Clean, levels: Tensor, counts: list[int], key: tuple[int, int]
 ) -> Tensor:
     """Return block means ``(L, 3 + 2 counts)``: spread, D, ESS; error and ESS of each STF."""
-    noise = _noise(clean, *key)
     means = []
-    for level in levels:
-        noised = _noised(clean, noise, level)
+    for part in torch.split(levels, max(1, _BLOCK_ELEMENTS // clean.x0.numel())):
+        noised = _noised(clean, part, *key)
         exact = data.posterior(noised)
         values = [exact.spread, _divergence(noised, data.bank, exact.log_evidence), exact.ess]
         for count in counts:
             source = generator(*key, "references", count, device=data.device)
             target = data.target(count)(noised, clean, source)
             values += [_error(target, exact, count / data.size), target.ess]
-        means.append(torch.stack(values).mean(dim=1))
-    return torch.stack(means)
+        by_level = torch.stack(values, dim=1).reshape(-1, len(part), len(values))
+        means.append(by_level.mean(dim=0))
+    return torch.cat(means)
 
 
-def _noise(clean: Clean, *key: int | str) -> Tensor:
-    device = clean.x0.device
-    source = generator(*key, "noise", device=device)
-    return torch.randn(clean.x0.shape, generator=source, device=device, dtype=clean.x0.dtype)
+def _noised(clean: Clean, levels: Tensor, *key: int | str) -> Noised:
+    """Noise each sample at every level, with one noise: L draws of a sample next to each other."""
+    source = generator(*key, "noise", device=levels.device)
+    shape, dtype = clean.x0.shape, clean.x0.dtype
+    noise = torch.randn(shape, generator=source, device=levels.device, dtype=dtype)
 
-
-def _noised(clean: Clean, noise: Tensor, level: Tensor) -> Noised:
-    sigma = level.expand(len(noise))
+    row = torch.arange(len(noise), device=levels.device).repeat_interleave(len(levels))
+    sigma = levels.repeat(len(noise))
+    x0, noise = clean.x0[row], noise[row]
+    group = None if clean.group is None else clean.group[row]
+    index = None if clean.index is None else clean.index[row]
     ones = torch.ones_like(sigma)
-    xt = clean.x0 + level * noise
-    return Noised(xt, clean.x0, noise, sigma, ones, sigma, ones, clean.group, index=clean.index)
+    xt = x0 + sigma[:, None] * noise
+    return Noised(xt, x0, noise, sigma, ones, sigma, ones, group, index=index)
 
 
 def _error(target: TargetEstimate, exact: Posterior, fraction: float) -> Tensor:

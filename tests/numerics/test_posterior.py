@@ -347,16 +347,15 @@ def test_alone_with_its_own_copy_a_sample_is_the_answer_bitwise(hand_over):
     assert [float(posterior.ess), float(posterior.spread)] == [1, 0]
 
 
-@pytest.mark.parametrize("sigma", [0.13, 0.16, 0.2, 0.3])
-def test_at_low_noise_shift_and_spread_keep_their_relative_precision(hand_over, sigma):
-    _, own, references = problem(16, 200, 3, 1.0, sigma, torch.float32)
-    xt = references[own] + sigma * 0.5
+@pytest.mark.parametrize(("sigma", "largest"), [(1.2, 1e-7), (1.6, 1e-3), (2.5, 10.0)])
+def test_at_low_noise_the_spread_keeps_its_relative_precision(hand_over, sigma, largest):
+    xt, own, references = problem(32, 40, 64, 1.0, sigma, torch.float32)
     given = {"own": references[own], "exclude": own}
-    single = posterior_mean(xt, 1.0, sigma, hand_over(references), **given)
+    single = posterior_mean(xt, 1.0, sigma, hand_over(references), **given).spread
     given["own"] = given["own"].double()
-    wide = posterior_mean(xt.double(), 1.0, sigma, hand_over(references.double()), **given)
-    assert 0 < float(wide.spread.min()) < 1e-7
-    torch.testing.assert_close(single.spread.double(), wide.spread, rtol=2e-3, atol=1e-24)
+    wide = posterior_mean(xt.double(), 1.0, sigma, hand_over(references.double()), **given).spread
+    assert 0 < float(wide.median()) < largest
+    torch.testing.assert_close(single.double(), wide, rtol=1e-4, atol=1e-22)
 
 
 def test_group_masks_are_separate_calls_for_each_group(hand_over):
