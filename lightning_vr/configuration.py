@@ -2,18 +2,26 @@
 
 A Lightning checkpoint of a CLI run holds ``{"class_path": ..., "init_args": ...}`` and needs no
 code to reload. ``describe`` writes the same for live objects: diffusers models know their config,
-and a class that keeps each constructor argument under its own name can be read back. A network so
-described is rebuilt without memory and compared, and what cannot be described is named, never
-guessed.
+and a class that keeps each constructor argument under its own name can be read back. What was read
+is believed only if it is a fixed point: the object rebuilt from it, by the parser that reloads
+checkpoints and without memory for its weights, must read the same and have the same structure. What
+cannot be described is named, never guessed.
 """
 
 import functools
 import inspect
+import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
+
+from lightning_vr.rng import undisturbed
 
 
 class UndescribableError(ValueError):
@@ -23,25 +31,13 @@ class UndescribableError(ValueError):
 def describe(value: Any) -> Any:
     """Return ``value`` as nested primitives and ``class_path`` dictionaries.
 
+    Partials, classes and functions, which only their caller's type hint can tell from instances and
+    text, are described where they are the value or an item of it, not inside of another object.
+
     Raises:
         UndescribableError: If it cannot be rebuilt from a configuration.
     """
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, functools.partial):
-        if value.args:
-            raise UndescribableError("a partial with positional arguments")
-        return {"class_path": import_path(value.func), "init_args": describe(value.keywords)}
-    if isinstance(value, type) or inspect.isfunction(value) or inspect.isbuiltin(value):
-        return import_path(value)
-    described = {"class_path": import_path(type(value)), "init_args": _init_args(value)}
-    if isinstance(value, nn.Module):
-        _check_rebuilds(value, described)
-    return described
+    return _walk(value, _describe_leaf)
 
 
 def import_path(target: Callable[..., Any]) -> str:
@@ -51,53 +47,107 @@ def import_path(target: Callable[..., Any]) -> str:
         UndescribableError: If it is a lambda or local, so that no import finds it.
     """
     path = f"{target.__module__}.{target.__qualname__}"
-    if "<" in path:
+    if imported(path) is not target:
         raise UndescribableError(f"{path} cannot be imported")
     return path
 
 
-def rebuild(described: Any) -> Any:
-    """Return the live object of what ``describe`` gave."""
-    if isinstance(described, list):
-        return [rebuild(item) for item in described]
-    if not isinstance(described, dict):
-        return described
-    if "class_path" not in described:
-        return {key: rebuild(item) for key, item in described.items()}
-    module, name = described["class_path"].rsplit(".", 1)
-    target = getattr(__import__(module, fromlist=[name]), name)
-    return target(**rebuild(described.get("init_args", {})))
+def imported(path: str) -> Any:
+    """Return what the dotted ``path`` names in the modules imported so far, or None."""
+    names = path.split(".")
+    for cut in range(len(names) - 1, 0, -1):
+        module = sys.modules.get(".".join(names[:cut]))
+        if module is not None:
+            return functools.reduce(lambda x, name: getattr(x, name, None), names[cut:], module)
+    return None
 
 
-def _init_args(value: Any) -> dict[str, Any]:
-    try:
-        parameters = list(inspect.signature(type(value)).parameters.values())
-    except (TypeError, ValueError) as error:
-        raise UndescribableError(f"{type(value).__name__} has no signature") from error
+def rebuild(kind: type, init_args: dict[str, Any]) -> Any:
+    """Return the live object of a class and its described arguments."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, fail_untyped=False)
+    return kind(**vars(parser.instantiate(parser.parse_object(init_args))))
+
+
+def _walk(value: Any, describe_leaf: Callable[[Any], Any]) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_walk(item, describe_leaf) for item in value]
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise UndescribableError("a dictionary with keys that are no strings")
+        return {key: _walk(item, describe_leaf) for key, item in value.items()}
+    return describe_leaf(value)
+
+
+def _describe_leaf(value: Any) -> Any:
+    if isinstance(value, functools.partial):
+        if value.args:
+            raise UndescribableError("a partial with positional arguments")
+        return {"class_path": import_path(value.func), "init_args": describe(value.keywords)}
+    if isinstance(value, type) or inspect.isroutine(value):
+        return import_path(value)
+    described = _read(value)
+    _check_rebuilds(value, described)
+    return described
+
+
+def _read(value: Any) -> dict[str, Any]:
+    """Read the constructor's arguments back from the object."""
+    kind = type(value)
     config = getattr(value, "config", None)
-    source = config if isinstance(config, Mapping) else vars(value)
-    if isinstance(value, nn.Module) and source is not config:
-        source = {**source, **dict(value.named_children())}
+    kept = config if isinstance(config, Mapping) else dict(getattr(value, "__dict__", {}))
+    if isinstance(value, nn.Module) and kept is not config:
+        kept.update(value.named_children())
     args = {}
-    for parameter in parameters:
+    for parameter in _parameters(kind):
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
-        if parameter.kind is parameter.VAR_POSITIONAL or parameter.name not in source:
-            raise UndescribableError(
-                f"{type(value).__name__} does not keep its argument `{parameter.name}`"
-            )
-        args[parameter.name] = describe(source[parameter.name])
-    return args
+        if parameter.kind is parameter.VAR_POSITIONAL or parameter.name not in kept:
+            raise UndescribableError(f"{kind.__name__} does not keep its `{parameter.name}`")
+        args[parameter.name] = _walk(kept[parameter.name], _read)
+    return {"class_path": import_path(kind), "init_args": args}
 
 
-def _check_rebuilds(value: nn.Module, described: dict[str, Any]) -> None:
-    if not any(True for _ in value.parameters()):
-        return
+def _parameters(kind: type) -> list[inspect.Parameter]:
+    takes_none = kind.__init__ in (object.__init__, nn.Module.__init__)  # type: ignore[misc]
+    if takes_none and kind.__new__ is object.__new__:
+        return []
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            again = rebuild(described)
+        return list(inspect.signature(kind).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise UndescribableError(f"{kind.__name__} has no signature") from error
+
+
+def _check_rebuilds(value: Any, described: dict[str, Any]) -> None:
+    try:
+        with undisturbed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = _rebuild_lightly(value, described["init_args"])
+        is_same = _read(again) == described and _structure(again) == _structure(value)
     except Exception as error:
         raise UndescribableError(f"{type(value).__name__} does not rebuild: {error}") from error
-    shapes = {name: x.shape for name, x in value.state_dict().items()}
-    if shapes != {name: x.shape for name, x in again.state_dict().items()}:
-        raise UndescribableError(f"{type(value).__name__} rebuilds with other shapes")
+    if not is_same:
+        raise UndescribableError(f"{type(value).__name__} rebuilds differently")
+
+
+def _rebuild_lightly(value: Any, init_args: dict[str, Any]) -> Any:
+    if isinstance(value, nn.Module) and any(True for _ in value.parameters()):
+        try:
+            with torch.device("meta"):
+                return rebuild(type(value), init_args)
+        except Exception:  # a constructor that computes with numbers, as timm's do
+            return rebuild(type(value), init_args)
+    return rebuild(type(value), init_args)
+
+
+def _structure(value: Any) -> Any:
+    if not isinstance(value, nn.Module):
+        return type(value)
+    shapes = {name: getattr(x, "shape", None) for name, x in value.state_dict().items()}
+    return shapes, {name: type(part) for name, part in value.named_modules()}

@@ -105,7 +105,7 @@ class DiffusionModule(LightningModule):
         self.estimate: LossEstimate | None = None
         self.sample_shape: tuple[int, ...] | None = None
         self.seed: int | None = None
-        self._is_checked = False
+        self._checked_modes: set[bool] = set()
 
     def encode(self, batch: Any) -> Clean:
         """Turn a batch into clean samples; override it for latents or conditions.
@@ -172,7 +172,7 @@ class DiffusionModule(LightningModule):
     ) -> LossEstimate:
         """Return the loss of a batch, an unbiased estimate whatever the slots hold.
 
-        The first training batch is checked.
+        The first batch is checked, and so is the first training batch.
 
         Args:
             batch: What ``encode`` takes.
@@ -180,10 +180,10 @@ class DiffusionModule(LightningModule):
             target: Used in place of the module's own; validation regresses on ``DSM()``.
         """
         clean = self.clean(batch)
-        if self.training and not self._is_checked:
+        if self.training not in self._checked_modes:
             check_clean(clean, self.num_classes)
             self.sample_shape = tuple(clean.x0.shape[1:])
-            self._is_checked = True
+            self._checked_modes.add(self.training)
         noised = self.draws(clean, self.schedule, self.timesteps, source)
         if self.training and self.label_dropout > 0 and noised.group is not None:
             noised = replace(noised, group=self._drop_labels(noised.group, source))
@@ -206,7 +206,7 @@ class DiffusionModule(LightningModule):
     @property
     def run_seed(self) -> int:
         """The seed of the run: fixed when training starts, kept in the checkpoint."""
-        return torch.initial_seed() if self.seed is None else self.seed
+        return torch.initial_seed() % 2**63 if self.seed is None else self.seed
 
     def sample(
         self,
@@ -293,7 +293,7 @@ class DiffusionModule(LightningModule):
     def on_train_start(self) -> None:
         """Fix the seed of the run and fill the target's bank."""
         if self.seed is None:
-            self.seed = int(broadcast(torch.tensor(torch.initial_seed(), device=self.device)))
+            self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         if self.target.bank_size != 0:
             fill_target(self)
 

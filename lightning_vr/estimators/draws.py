@@ -47,7 +47,7 @@ class IID(Draws):
 def open_uniform(count: int, generator: torch.Generator) -> Tensor:
     """Return ``count`` uniform numbers in the open interval (0, 1), float64."""
     u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
-    return u + 2.0**-54
+    return u.clamp(min=2.0**-54)
 
 
 def noise_samples(

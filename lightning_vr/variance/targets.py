@@ -56,7 +56,7 @@ def measure_target_variance(
     group: Tensor | None = None,
     label_dropout: float = 0.0,
     samples: int = 1024,
-    blocks: int = 32,
+    blocks: int = 64,
     seed: int = 0,
     progress: bool = False,
 ) -> TargetVarianceCurve:

@@ -44,10 +44,17 @@ def independent_sets(sets, size, source, sigma):
     return clean, noised_at(clean, sigma, source)
 
 
-def mean_by_set_and_bin(error, xt, size):
-    """Mean of ``error`` in each bin of x_t over each set, ``(sets, bins)``: independent rows."""
+def mean_by_set(error, xt, size, query=None):
+    """Mean over each set of ``error`` in each bin of x_t, and for each label: independent rows."""
     inside = torch.bucketize(xt[:, 0], EDGES[1:-1])[:, None] == torch.arange(5)
-    return (error * inside).reshape(-1, size, 5).mean(1)
+    if query is not None:
+        inside = torch.cat([inside, query[:, None] == torch.arange(UNLABELLED, 3)], dim=1)
+    return (error * inside).reshape(-1, size, inside.shape[1]).mean(1)
+
+
+def largest(z_score, rows):
+    """The largest |z| of the columns that hold anything."""
+    return max(abs(z_score(column)) for column in rows.T if column.any())
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
@@ -55,32 +62,32 @@ def mean_by_set_and_bin(error, xt, size):
 def test_the_target_is_unbiased_for_every_number_of_references(size, sigma, z_score):
     source = generator("unbiased", size)
     rows = []
-    for _ in range(max(4, size)):
-        clean, noised = independent_sets(4096 // size, size, source, sigma)
+    for _ in range(4 * size):
+        clean, noised = independent_sets(512 // size, size, source, sigma)
         target = STF()(noised, clean, source)
         error = target.x0 - two_gaussians_mean(noised.xt, sigma)
-        rows.append(mean_by_set_and_bin(error, noised.xt, size))
-    assert max(abs(z_score(column)) for column in torch.cat(rows).T) < 4
+        rows.append(mean_by_set(error, noised.xt, size))
+    assert largest(z_score, torch.cat(rows)) < 4
 
 
 @pytest.mark.parametrize("size", [4, 16])
 def test_leaving_the_own_sample_out_is_a_bias_that_the_same_test_finds(size, z_score):
     source, sigma = generator("leave one out"), 1.0
     rows = []
-    for _ in range(size):
-        clean, noised = independent_sets(4096 // size, size, source, sigma)
+    for _ in range(4 * size):
+        clean, noised = independent_sets(512 // size, size, source, sigma)
         others = posterior_mean(
             noised.xt,
             1.0,
             sigma,
             clean.x0,
-            exclude=torch.arange(4096),
+            exclude=torch.arange(512),
             query_group=clean.group,
             reference_group=clean.group,
         )
         error = others.mean - two_gaussians_mean(noised.xt, sigma)
-        rows.append(mean_by_set_and_bin(error, noised.xt, size))
-    assert max(abs(z_score(column)) for column in torch.cat(rows).T) > 5
+        rows.append(mean_by_set(error, noised.xt, size))
+    assert largest(z_score, torch.cat(rows)) > 5
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0])
@@ -128,17 +135,17 @@ def test_the_mean_spread_is_the_variance_removed(size, sigma, z_score):
     assert float(target.spread.mean()) > 0.01
 
 
-def bank_problem(count=120, classes=3):
-    """A small data set: samples, and labels that are correlated with them."""
+def bank_problem(count=120):
+    """A small data set: samples, and three labels that are correlated with them."""
     source = generator("bank")
     x0 = two_gaussians(count, source)
-    label = (x0[:, 0] > torch.randn(count, generator=source)).long() + (torch.arange(count) % 2)
-    return x0, label % classes
+    label = (x0[:, 0] > torch.randn(count, generator=source)).long()
+    return x0, label + (torch.arange(count) % 2)
 
 
 def exact_mean(noised, x0, label, query):
     """The posterior mean of the whole data set, or of the row's class, by distances."""
-    logits = -(noised.xt - x0.T) ** 2 / (2 * noised.sigma[:, None] ** 2)
+    logits = -((noised.xt - x0.T) ** 2) / (2 * noised.sigma[:, None] ** 2)
     foreign = (query[:, None] != label) & (query[:, None] >= 0)
     return logits.masked_fill(foreign, -math.inf).softmax(1) @ x0
 
@@ -165,8 +172,8 @@ def test_references_from_a_bank_are_unbiased(count, indexed, labels, z_score):
         noised = noised_at(clean, 1.0, source)
         noised = replace(noised, group=None if labels == "none" else query)
         error = target(noised, clean, source).x0 - exact_mean(noised, x0, label, query)
-        rows.append(mean_by_set_and_bin(error, noised.xt, 32)[0])
-    assert max(abs(z_score(column)) for column in torch.stack(rows).T) < 4
+        rows.append(mean_by_set(error, noised.xt, 32, query))
+    assert largest(z_score, torch.cat(rows)) < 4
 
 
 @pytest.mark.parametrize("labels", ["classes", "some dropped"])
@@ -182,8 +189,8 @@ def test_references_from_a_batch_with_labels_are_unbiased(labels, z_score):
             query = torch.where(torch.arange(24) % 2 == 0, UNLABELLED, noised.group)
             noised = replace(noised, group=query)
         error = STF()(noised, clean, source).x0 - exact_mean(noised, x0, label, noised.group)
-        rows.append(mean_by_set_and_bin(error, noised.xt, 24)[0])
-    assert max(abs(z_score(column)) for column in torch.stack(rows).T) < 4
+        rows.append(mean_by_set(error, noised.xt, 24, noised.group))
+    assert largest(z_score, torch.cat(rows)) < 4
 
 
 def test_references_of_another_class_are_a_bias_that_the_same_test_finds(z_score):
@@ -197,8 +204,8 @@ def test_references_of_another_class_are_a_bias_that_the_same_test_finds(z_score
         clean = Clean(x0[index], index=index)
         noised = noised_at(clean, 1.0, source)
         error = target(noised, clean, source).x0 - exact_mean(noised, x0, label, label[index])
-        rows.append(mean_by_set_and_bin(error, noised.xt, 32)[0])
-    assert max(abs(z_score(column)) for column in torch.stack(rows).T) > 5
+        rows.append(mean_by_set(error, noised.xt, 32, label[index]))
+    assert largest(z_score, torch.cat(rows)) > 5
 
 
 @pytest.mark.parametrize("labels", ["none", "classes", "some dropped"])
@@ -252,7 +259,7 @@ def test_every_other_sample_is_a_reference_equally_often(indexed, z_score):
     target = STF(references=4)
     target.fill(torch.eye(9, dtype=WIDE), None, indexed=indexed)
     source = generator("equally often")
-    rows = [chosen(target, torch.tensor([2]), indexed, source)[0].round() for _ in range(2000)]
+    rows = [chosen(target, torch.tensor([2]), indexed, source)[0].round() for _ in range(1000)]
     counts = torch.stack(rows)
     counts[:, 2] -= 1
     others = [0, 1, 3, 4, 5, 6, 7, 8]
@@ -341,7 +348,7 @@ def test_stf_quietens_the_gradient_at_the_noise_levels_where_references_mix(sigm
     ]
     batch, whole, dsm = variances
     assert low * dsm <= batch <= high * dsm
-    assert whole < 1e-20 + (1e-20 if sigma == 1.0 else high * dsm)
+    assert whole < 1e-20 * dsm
 
 
 @pytest.mark.parametrize("references", ["batch", 20, "all"])
@@ -375,9 +382,7 @@ def test_when_all_rows_are_below_the_switch_the_own_samples_are_the_target(sourc
 
 @pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("references", ["batch", 300, "all"])
-def test_the_automatic_switch_is_where_other_references_weigh_a_thousandth(
-    references, with_labels
-):
+def test_the_automatic_switch_is_where_other_references_weigh_a_thousandth(references, with_labels):
     source = generator("automatic")
     x0 = 3 + torch.randn(300, 8, generator=source, dtype=WIDE)
     label = torch.arange(300) % 2 if with_labels else None
@@ -454,12 +459,12 @@ def test_arguments_that_mean_nothing_are_refused(options, message):
 
 
 def test_all_references_without_indices_are_refused_with_the_reason():
-    with pytest.raises(ValueError, match="`references='all'` needs sample indices: .*count twice"):
+    with pytest.raises(ValueError, match=r"`references='all'` needs sample indices.*twice"):
         STF("all").fill(torch.randn(5, 2), None, indexed=False)
 
 
 def test_more_references_than_samples_are_refused():
-    with pytest.raises(ValueError, match="`references` expected to be at most 5, .* but got 6"):
+    with pytest.raises(ValueError, match=r"`references` expected to be at most 5, .* but got 6"):
         STF(6).fill(torch.randn(5, 2), None, indexed=True)
 
 

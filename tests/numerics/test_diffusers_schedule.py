@@ -83,10 +83,10 @@ def test_the_network_is_told_the_schedulers_own_timestep(ddpm):
 
 def test_zero_terminal_signal_is_refused():
     scheduler = diffusers.DDPMScheduler(rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="`scheduler` has zero terminal signal.*rescale_betas"):
+    with pytest.raises(ValueError, match=r"`scheduler` has zero terminal signal.*rescale_beta"):
         DiffusersSchedule(scheduler)
     scheduler = diffusers.EulerDiscreteScheduler(rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="`scheduler` has zero terminal signal.*rescale_betas"):
+    with pytest.raises(ValueError, match=r"`scheduler` has zero terminal signal.*rescale_beta"):
         DiffusersSchedule(scheduler)
 
 

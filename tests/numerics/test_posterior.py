@@ -84,9 +84,7 @@ def test_two_points_have_the_closed_form_posterior_mean(hand_over, alpha, sigma,
 
     tanh = torch.tanh(alpha * xt.double().sum(1) / sigma**2)
     expected = tanh[:, None].expand(3, dim)
-    torch.testing.assert_close(
-        posterior.mean.double(), expected, rtol=0, atol=TOLERANCE[dtype]
-    )
+    torch.testing.assert_close(posterior.mean.double(), expected, rtol=0, atol=TOLERANCE[dtype])
     torch.testing.assert_close(
         posterior.spread.double() / dim, 1 - tanh**2, rtol=0, atol=TOLERANCE[dtype]
     )
@@ -218,9 +216,7 @@ def test_chunked_agrees_with_dense(hand_over, chunk_size, dtype, tolerance):
     }
     for given in ({}, options):
         dense = posterior_mean(xt, 0.7, 2.0, hand_over(references), chunk_size=64, **given)
-        parts = posterior_mean(
-            xt, 0.7, 2.0, hand_over(references), chunk_size=chunk_size, **given
-        )
+        parts = posterior_mean(xt, 0.7, 2.0, hand_over(references), chunk_size=chunk_size, **given)
         for x, y in zip(dense, parts, strict=True):
             torch.testing.assert_close(x, y, rtol=tolerance, atol=4 * tolerance)
 
@@ -255,13 +251,9 @@ def test_a_translation_of_the_data_translates_the_mean(hand_over, offset, dtype,
     there = {"own": references[own] + offset, "exclude": own}
     for here, moved in (({}, {}), (given, there)):
         still = posterior_mean(xt, 0.5, 1.0, hand_over(references), **here)
-        away = posterior_mean(
-            xt + 0.5 * offset, 0.5, 1.0, hand_over(references + offset), **moved
-        )
+        away = posterior_mean(xt + 0.5 * offset, 0.5, 1.0, hand_over(references + offset), **moved)
         scale = 1 + abs(offset)
-        torch.testing.assert_close(
-            away.mean - offset, still.mean, rtol=0, atol=tolerance * scale
-        )
+        torch.testing.assert_close(away.mean - offset, still.mean, rtol=0, atol=tolerance * scale)
         for x, y in zip(still[1:], away[1:], strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=100 * tolerance)
 
@@ -308,9 +300,7 @@ def test_equal_references_are_the_answer(hand_over):
 def test_own_in_place_of_its_copy_is_having_it_among_the_references(hand_over, sigma):
     xt, own, references = problem(9, 30, 4, 0.8, sigma)
     among = posterior_mean(xt, 0.8, sigma, hand_over(references))
-    apart = posterior_mean(
-        xt, 0.8, sigma, hand_over(references), own=references[own], exclude=own
-    )
+    apart = posterior_mean(xt, 0.8, sigma, hand_over(references), own=references[own], exclude=own)
     for x, y in zip(among, apart, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
@@ -340,9 +330,7 @@ def test_exclude_removes_one_reference_of_each_row(hand_over):
 
 def test_alone_with_its_own_copy_a_sample_is_the_answer_bitwise(hand_over):
     xt, own, references = problem(1, 1, 5, 1.0, 3.0, torch.float32)
-    posterior = posterior_mean(
-        xt, 1.0, 3.0, hand_over(references), own=references, exclude=own
-    )
+    posterior = posterior_mean(xt, 1.0, 3.0, hand_over(references), own=references, exclude=own)
     assert torch.equal(posterior.mean, references)
     assert [float(posterior.ess), float(posterior.spread)] == [1, 0]
 
@@ -394,9 +382,7 @@ def test_prepared_references_carry_their_groups():
     xt, own, references = problem(6, 30, 4, 0.9, 1.5)
     group = torch.arange(30) % 3
     prepared = References.prepare(references, group)
-    plain = posterior_mean(
-        xt, 0.9, 1.5, references, query_group=group[own], reference_group=group
-    )
+    plain = posterior_mean(xt, 0.9, 1.5, references, query_group=group[own], reference_group=group)
     carried = posterior_mean(xt, 0.9, 1.5, prepared, query_group=group[own])
     torch.testing.assert_close(carried.mean, plain.mean)
 

@@ -1,9 +1,12 @@
+import random
 import subprocess
 import sys
 
+import numpy as np
+import pytest
 import torch
 
-from lightning_vr.rng import generator
+from lightning_vr.rng import generator, undisturbed
 
 
 def draw(*key):
@@ -38,3 +41,39 @@ def test_the_global_stream_is_left_alone():
     state = torch.get_rng_state()
     draw(3, "measure")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def states():
+    return random.getstate()[1], np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def draw_from_all_streams():
+    return random.random(), np.random.rand(), torch.rand(1)
+
+
+def draw_and_fail():
+    draw_from_all_streams()
+    raise ZeroDivisionError
+
+
+def test_undisturbed_restores_the_global_streams_even_after_an_error():
+    before = states()
+    with undisturbed():
+        draw_from_all_streams()
+    assert states() == before
+    with pytest.raises(ZeroDivisionError), undisturbed():
+        draw_and_fail()
+    assert states() == before
+
+
+def test_undisturbed_restores_the_streams_when_a_loop_is_left_early():
+    def batches():
+        with undisturbed():
+            for _ in range(3):
+                yield draw_from_all_streams()
+
+    before = states()
+    loop = batches()
+    next(loop)
+    loop.close()
+    assert states() == before

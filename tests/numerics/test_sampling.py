@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -67,7 +68,7 @@ def test_euler_is_ddim(schedule, source):
     times = schedule.time(sampler.noise_levels(schedule))
 
     x = schedule.sigma(times[0]) * noise
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in itertools.pairwise(times):
         kept, kept_after = schedule.alpha(now) ** 2, schedule.alpha(after) ** 2
         x0 = in_time(schedule)(x, now.expand(16))
         epsilon = (x - kept.sqrt() * x0) / (1 - kept).sqrt()

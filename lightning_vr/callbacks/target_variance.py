@@ -1,0 +1,285 @@
+"""TargetVariance: how noisy the regression target is at each noise level, and what STF removes.
+
+Once, when training starts, V_DSM, V_STF, ESS and D are measured on the training set
+(``lightning_vr.variance.targets``: theory, units, sources). During training the variance that the
+target removes is read off its weights: the mean of ``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF by the
+law of total variance, and costs nothing.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_vr.callbacks import target_variance_report as report
+from lightning_vr.callbacks.sinks import log_numbers, log_picture, run_folder
+from lightning_vr.distributed import all_gather_rows
+from lightning_vr.estimators.stf import STF
+from lightning_vr.module import DiffusionModule
+from lightning_vr.references import References
+from lightning_vr.schedules import Schedule
+from lightning_vr.training_set import training_batches, training_loader
+from lightning_vr.types import Clean, LossEstimate
+from lightning_vr.variance.curves import TargetVarianceCurve
+from lightning_vr.variance.removed import RemovedVariance
+from lightning_vr.variance.targets import measure_target_variance, noise_level_grid
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_REFERENCES = (16, 256)
+_TAIL = 1e-3
+"""Share of training times on either side that the noise levels leave out."""
+
+
+class TargetVariance(Callback):
+    """Measures target variance against the noise level, for DSM and for STF.
+
+    Writes ``target_variance.png`` and ``target_variance.csv`` to the run's folder, every number to
+    every logger as ``target_variance/<quantity>/s<noise level>``, and a table to the terminal at
+    the end of ``fit``. During training it logs ``target_variance/removed/s<noise level>``: what the
+    target removes, the mean over all draws so far near that level, in the same unit.
+
+    On a ``DiffusionModule`` it needs no arguments; on any other module::
+
+        Trainer(callbacks=[TargetVariance(schedule=VP(), clean=lambda batch: batch["image"])])
+
+    Args:
+        references: Numbers of references of STF to measure, besides the module's own; 16 and 256,
+            where there are as many samples, if not given.
+        noise_levels: Number of noise levels. They span those of training, where curves change.
+        samples: Number of noised samples for each noise level.
+        max_data: At most so many samples of the training set are measured on, evenly spaced. A
+            part of the data has other curves than the whole.
+        schedule: The schedule of a module that is no DiffusionModule.
+        clean: A function from a batch of such a module to clean samples ``(B, *)``, or to
+            ``Clean`` with labels where the network is conditioned on classes.
+
+    Attributes:
+        curve: What was measured, from the start of training on.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        references: list[int] | None = None,
+        noise_levels: int = 20,
+        samples: int = 1024,
+        max_data: int = 10_000,
+        schedule: Schedule | None = None,
+        clean: Callable[[Any], Any] | None = None,
+    ) -> None:
+        _check_least("noise_levels", noise_levels, 2)
+        _check_least("samples", samples, 64)
+        _check_least("max_data", max_data, 1)
+        for count in references or []:
+            _check_least("references", count, 1)
+        self.references = references
+        self.noise_levels = noise_levels
+        self.samples = samples
+        self.max_data = max_data
+        self.schedule = schedule
+        self.clean = clean
+        self.curve: TargetVarianceCurve | None = None
+        self._removed: RemovedVariance | None = None
+        self._is_reported = False
+        self._logged_step = -1
+
+    @property
+    def state_key(self) -> str:
+        """Tell two instances that measure differently apart."""
+        return self._generate_state_key(
+            references=self.references,
+            noise_levels=self.noise_levels,
+            samples=self.samples,
+            max_data=self.max_data,
+            schedule=None if self.schedule is None else type(self.schedule).__name__,
+            clean=getattr(self.clean, "__qualname__", None),
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module whose schedule or clean samples are not known."""
+        if stage != "fit":
+            return
+        missing = [name for name in ("schedule", "clean") if getattr(self, name) is None]
+        if missing and not isinstance(pl_module, DiffusionModule):
+            raise MisconfigurationException(
+                f"TargetVariance needs `{'` and `'.join(missing)}` on a "
+                f"{type(pl_module).__name__}: pass the schedule that it trains with and a function "
+                f"from a batch to clean samples, as in TargetVariance(schedule=VP(), clean=...)."
+            )
+        self.curve, self._removed = None, None
+        self._is_reported, self._logged_step = False, -1
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, unless a checkpoint brought the curve, and report; the bank is filled by now."""
+        if self._is_reported:
+            return
+        self._is_reported = True
+        if not self._is_current(trainer, pl_module):
+            self._measure(trainer, pl_module)
+        if self.curve is None or self._removed is None:
+            return
+        self._removed.to(pl_module.device)
+        log_numbers(trainer, report.numbers(self.curve.noise_levels, self.curve.columns()))
+        folder = run_folder(trainer)
+        if trainer.is_global_zero:
+            report.write_csv(self.curve, folder / "target_variance.csv")
+            report.draw(self.curve, folder / "target_variance.png")
+            log_picture(trainer, "target_variance", folder / "target_variance.png")
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Add the batch's spread, and log the means at the loggers' cadence."""
+        estimate = getattr(pl_module, "estimate", None)
+        if self._removed is None or not isinstance(estimate, LossEstimate):
+            return
+        self._removed.add(estimate.noised.noise_level, estimate.target.spread)
+        cadence = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if cadence and trainer.global_step % cadence == 0:
+            self._log_removed(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the last steps added."""
+        self._log_removed(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table."""
+        if self.curve is None or not trainer.is_global_zero:
+            return
+        from rich.console import Console
+
+        shown, switch, note = max(self.curve.stf), 0.0, "V_STF is not what this run trains with."
+        own = _own_references(trainer, pl_module, self.curve.size)
+        target = getattr(pl_module, "target", None)
+        if own is not None and isinstance(target, STF):
+            shown, switch, note = own, target.switch, ""
+        Console().print(report.table(self.curve, shown, switch=switch, note=note))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the curve and the sums over training so far."""
+        return {
+            "curve": None if self.curve is None else self.curve.state(),
+            "removed": None if self._removed is None else self._removed.state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the curve, so that a resumed run does not measure again, and the sums."""
+        if state_dict["curve"] is not None:
+            self.curve = TargetVarianceCurve.from_state(state_dict["curve"])
+            self._removed = RemovedVariance(self.curve.noise_levels, state_dict["removed"])
+
+    def _is_current(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Tell whether the curve of a checkpoint holds what the module trains with now."""
+        if self.curve is None:
+            return False
+        own = _own_references(trainer, module, self.curve.size)
+        return own is None or own in self.curve.stf
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
+        clean = self._read(trainer, module)
+        if clean is None:
+            return
+        size = len(clean.x0)
+        counts = list(self.references or [n for n in _DEFAULT_REFERENCES if n <= size])
+        own = _own_references(trainer, module, size)
+        counts += [own] if own is not None else []
+        low, high = self._training_noise_levels(module)
+        self.curve = measure_target_variance(
+            clean.x0,
+            noise_level_grid(clean.x0, low, high, self.noise_levels, group=clean.group),
+            counts or [size],
+            group=clean.group,
+            label_dropout=module.label_dropout if isinstance(module, DiffusionModule) else 0.0,
+            samples=self.samples,
+            progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+        )
+        self._removed = RemovedVariance(self.curve.noise_levels)
+
+    def _training_noise_levels(self, module: LightningModule) -> tuple[float, float]:
+        if self.schedule is None and isinstance(module, DiffusionModule):
+            schedule, timesteps, device = module.schedule, module.timesteps, module.device
+        else:
+            assert self.schedule is not None
+            schedule, timesteps = self.schedule, self.schedule.default_timesteps()
+            device = torch.device("cpu")
+        tails = torch.tensor([_TAIL, 1 - _TAIL], device=device)
+        levels = schedule.noise_level(timesteps.icdf(tails))
+        return float(levels.min()), float(levels.max())
+
+    @torch.no_grad()
+    def _read(self, trainer: Trainer, module: LightningModule) -> Clean | None:
+        """Return clean samples of the training set from all ranks, or None if none exchange."""
+        size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        if size > self.max_data and trainer.is_global_zero:
+            log.warning(
+                "TargetVariance measures on %d of the %d training samples: `max_data` bounds them.",
+                self.max_data,
+                size,
+            )
+        bank = getattr(getattr(module, "target", None), "bank", None)
+        if isinstance(bank, References) and self.clean is None:
+            return _evenly_spaced(bank, self.max_data)
+
+        rows, groups, positions = [], [], []
+        for at, batch in training_batches(trainer, "Reading the training set", self.max_data):
+            clean = self._clean(module, batch)
+            if clean.cond is not None:
+                log.warning(
+                    "TargetVariance: batches carry a condition beyond class labels, for which no "
+                    "two samples are exchangeable; nothing is measured."
+                )
+                return None
+            rows.append(clean.x0.to(module.device))
+            groups += [] if clean.group is None else [clean.group.to(module.device)]
+            positions.append(at.to(module.device))
+        order = all_gather_rows(torch.cat(positions)).argsort()
+        group = all_gather_rows(torch.cat(groups))[order] if groups else None
+        return Clean(all_gather_rows(torch.cat(rows))[order], group)
+
+    def _clean(self, module: LightningModule, batch: Any) -> Clean:
+        if self.clean is not None:
+            return Clean.from_batch(self.clean(batch))
+        assert isinstance(module, DiffusionModule)
+        return module.clean(batch)
+
+    def _log_removed(self, trainer: Trainer) -> None:
+        if self._removed is None or self._logged_step == trainer.global_step:
+            return
+        self._logged_step = trainer.global_step
+        removed = {"removed": self._removed.means()}
+        log_numbers(trainer, report.numbers(self._removed.noise_levels, removed))
+
+
+def _own_references(trainer: Trainer, module: LightningModule, size: int) -> int | None:
+    """Return how many of ``size`` samples the module's own STF uses as references, if it does."""
+    target = getattr(module, "target", None)
+    if not isinstance(target, STF):
+        return None
+    if target.references == "all":
+        return size
+    if target.references == "batch":
+        return min(size, (training_loader(trainer).batch_size or 0) * trainer.world_size) or None
+    return int(target.references) if int(target.references) <= size else None
+
+
+def _evenly_spaced(bank: References, limit: int) -> Clean:
+    count = min(limit, len(bank))
+    index = torch.arange(count, device=bank.rows.device) * len(bank) // count
+    group = None if bank.group is None else bank.group[index]
+    return Clean(bank.rows[index] + bank.centre, group)
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"Argument `{name}` expected to be at least {least}, but got {value}.")
