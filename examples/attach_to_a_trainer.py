@@ -1,8 +1,8 @@
 """Attach the callbacks to a trainer that knows nothing of lightning_vr.
 
-A denoising diffusion model as people write it in Lightning, on real digits. ``TargetVariance`` needs its
-schedule and how a batch becomes clean samples; ``SampleGrid`` and ``FrechetDistance`` need a function that
-samples from it. Run it with
+A denoising diffusion model as people write it in Lightning, on real digits. ``TargetVariance``
+needs its schedule and how a batch becomes clean samples; ``SampleGrid`` and ``FrechetDistance``
+need a function that samples from it. Run it with
 
     python examples/attach_to_a_trainer.py --max_epochs 20
 

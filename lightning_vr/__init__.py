@@ -2,6 +2,7 @@
 
 from lightning_vr.callbacks.fid import FrechetDistance
 from lightning_vr.callbacks.samples import SampleGrid
+from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.diffusers_schedule import DiffusersSchedule
 from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.dsm import DSM
@@ -47,6 +48,7 @@ __all__ = [
     "SampleGrid",
     "Sampler",
     "TargetEstimate",
+    "TargetVariance",
     "Uniform",
     "UnitWeighting",
     "posterior_mean",

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from lightning_vr.references import PlainReferences, References, check_samples
 
-_NEGLIGIBLE = math.exp(-60)
+_NEGLIGIBLE = -60.0
+"""Log weight relative to the largest below which a weight is set to zero."""
 
 
 class Posterior(NamedTuple):
@@ -58,11 +59,13 @@ class _Sums:
 
     def add(self, logits: Tensor, rows: Tensor, squared_norms: Tensor) -> None:
         """Add references by their ``logits (B, c)``, which are overwritten."""
-        self.count += torch.isfinite(logits).sum(1)
+        self.count += (logits > -math.inf).sum(1)
         maximum = torch.maximum(self.maximum, logits.amax(1))
         finite = torch.where(maximum == -math.inf, 0, maximum)
         decay = torch.exp(self.maximum - finite)
-        weights = torch.threshold_(logits.sub_(finite[:, None]).exp_(), _NEGLIGIBLE, 0)
+        # where exp underflows it takes thirty times as long
+        weights = logits.sub_(finite[:, None]).clamp_(min=_NEGLIGIBLE - 1).exp_()
+        weights = torch.threshold_(weights, math.exp(_NEGLIGIBLE), 0)
 
         self.maximum = maximum
         self.weight.mul_(decay).add_(weights.sum(1))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_COPY_ELEMENTS = 1 << 20
+_COPY_ELEMENTS = 1 << 21
 _LOGIT_ELEMENTS = 1 << 20
 
 
@@ -88,7 +88,9 @@ class PlainReferences:
         self, size: int | None, queries: int, dtype: torch.dtype
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield ``(start, rows, squared_norms)`` of consecutive references."""
-        size = min(len(self), size or max(1, _COPY_ELEMENTS // max(queries, self.x.shape[1])))
+        copied = 0 if self.is_centred else self.x.shape[1]
+        limit = min(_LOGIT_ELEMENTS // max(1, queries), _COPY_ELEMENTS // max(1, copied))
+        size = min(len(self), size or max(1, limit))
         copy = self.x.new_empty(0 if self.is_centred else size, self.x.shape[1], dtype=dtype)
         for start in range(0, len(self), size):
             rows = self.x[start : start + size]

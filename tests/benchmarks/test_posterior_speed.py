@@ -1,6 +1,6 @@
 """posterior_mean at B=64, n=4096, d=3072 in float32: speed and memory.
 
-Run with ``pytest tests/benchmarks --benchmark-only -s``. Figures are printed and stored, not asserted.
+Run with ``pytest tests/benchmarks --benchmark-only -s``; figures are printed, not asserted.
 """
 
 import multiprocessing
@@ -107,8 +107,6 @@ def test_extra_memory_is_bounded_by_the_chunk(benchmark, count, prepare):
         peak = benchmark.pedantic(
             pool.apply, (peak_extra_memory, (count, prepare)), rounds=1, iterations=1
         )
-    materialised_size = QUERIES * count * DIM * 4 / 2**20
+    whole = QUERIES * count * DIM * 4 / 2**20
     benchmark.extra_info["peak_extra_mb"] = peak
-    print(
-        f"\nn={count}: {peak:.1f} MB extra; one tensor of (B, n, d) is {materialised_size:.0f} MB"
-    )
+    print(f"\nn={count}: {peak:.1f} MB extra; one tensor of (B, n, d) is {whole:.0f} MB")

@@ -1,5 +1,6 @@
 """TargetVariance in a run: what it writes, what it leaves alone, and whether its numbers agree."""
 
+import copy
 import csv
 import functools
 import math
@@ -8,6 +9,7 @@ import re
 import matplotlib
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -151,7 +153,7 @@ def test_what_training_removes_is_v_dsm_less_v_stf(tmp_path, settings):
     # times at one noise level, the last of the grid, so that its bin is a point
     settings = {"schedule": EDM()} | settings
     ends = settings["schedule"].time(torch.tensor([0.995, 1.0], dtype=torch.float64))
-    callback = TargetVariance(noise_levels=2, samples=8192)
+    callback = TargetVariance(noise_levels=2, samples=4096)
     spreads = Spreads()
     fit = trainer(tmp_path, callback, spreads, max_steps=300, log_every_n_steps=4)
     fit.fit(module(timesteps=LogUniform(*ends.tolist()), **settings), data())
@@ -216,6 +218,34 @@ def test_a_resumed_run_with_another_target_measures_again(tmp_path):
     again = trainer(tmp_path / "again", resumed, max_steps=16)
     again.fit(module(STF(10)), data(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
     assert list(resumed.curve.stf) == [4, 10]
+
+
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+def test_two_ranks_measure_what_one_process_does(tmp_path):
+    for devices in (1, 2):
+        fit = trainer(
+            tmp_path / str(devices),
+            TargetVariance(**SETTINGS),
+            devices=devices,
+            strategy="ddp_fork" if devices > 1 else "auto",
+        )
+        fit.fit(module(STF("batch")), data(batch_size=32 // devices))
+    curves = [(tmp_path / d / "target_variance.csv").read_bytes() for d in ("1", "2")]
+    assert curves[0] == curves[1]
+    assert logged(tmp_path / "2" / "metrics.csv", "target_variance/removed/")
+
+
+def test_a_configuration_file_can_name_it():
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(TargetVariance, "callback")
+    settings = {"references": [8], "schedule": {"class_path": "lightning_vr.VP"}}
+    settings |= {"clean": "copy.copy"}
+    path = "lightning_vr.callbacks.target_variance.TargetVariance"
+    config = parser.parse_object({"callback": {"class_path": path, "init_args": settings}})
+    callback = parser.instantiate(config).callback
+    assert isinstance(callback.schedule, VP)
+    assert callback.clean is copy.copy
+    assert "clean: copy.copy" in parser.dump(config)
 
 
 def test_two_instances_keep_states_of_their_own():

@@ -1,6 +1,7 @@
 """Target variance against closed forms, enumeration, and its own standard errors."""
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from lightning_vr.estimators.stf import STF
-from lightning_vr.types import Clean, Noised
+from lightning_vr.posterior import posterior_mean
+from lightning_vr.types import Clean, Noised, TargetEstimate
 from lightning_vr.variance.curves import TargetVarianceCurve
 from lightning_vr.variance.removed import RemovedVariance
-from lightning_vr.variance.targets import measure_target_variance, noise_level_grid
+from lightning_vr.variance.targets import _error, measure_target_variance, noise_level_grid
 
 LIMIT = 4.0
 """Standard errors that a statistical test allows."""
@@ -105,13 +107,13 @@ def test_v_dsm_of_many_samples_of_two_gaussians_is_that_of_the_mixture():
 
     source = torch.Generator().manual_seed(0)
     x0 = two_points(1024) + 0.1 * torch.randn(2048, 64, generator=source)
-    curve = measure_target_variance(x0, noise_levels, [1024])
+    curve = measure_target_variance(x0, noise_levels, [512])
     # the samples' own variance is off that of the mixture by 1 / sqrt(2 N d) and more
     off = (curve.dsm.mean - expected).abs()
     assert (off < LIMIT * curve.dsm.error + 0.01 * expected).all()
     assert (curve.dsm.error < 0.1 * expected).all()
-    # n - 1 only where noise tells no two samples apart; see notes, s = 0.5 gives 19 at 2
-    assert 900 < float(curve.factor(1024)[-1]) < 2 * 1024
+    # far out references are as good as drawn from all: n, and more as they are not drawn twice
+    assert 0.7 * 512 < float(curve.factor(512)[-1]) < 1.3 * 512 * 2048 / (2048 - 512)
 
 
 def enumerate_by_hand(x0, s, n, draws, group=None):
@@ -181,6 +183,23 @@ def test_mean_spread_is_v_dsm_less_v_stf():
     removed = float(curve.dsm.mean - curve.stf[6].mean)
     assert abs(float(spread.mean()) - removed) / error < LIMIT
     assert error < 0.05 * removed
+
+
+@pytest.mark.parametrize("s", [0.6, 1.0, 2.5])
+def test_mixing_the_two_estimates_of_v_stf_adds_no_bias(s):
+    """Every own sample, every other reference and a fine grid of noise: nothing is drawn."""
+    x0 = torch.tensor([[1.0], [-1.0], [0.4]], dtype=torch.float64)
+    noise = torch.linspace(-9, 9, 2001, dtype=torch.float64)[:, None]
+    weight = torch.exp(-0.5 * noise[:, 0] ** 2)
+    mixed, defined = 0.0, 0.0
+    for own, other in permutations(range(3), 2):
+        xt = x0[own] + s * noise
+        exact = posterior_mean(xt, 1.0, s, x0)
+        part = posterior_mean(xt, 1.0, s, x0[[own, other]])
+        target = TargetEstimate(part.mean, part.ess, part.spread)
+        mixed += float(weight @ _error(target, exact, 2 / 3))
+        defined += float(weight @ (part.mean - exact.mean).square().sum(1))
+    assert mixed == pytest.approx(defined, rel=1e-9)
 
 
 def test_standard_errors_cover_the_truth():
