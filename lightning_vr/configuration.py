@@ -56,9 +56,11 @@ def imported(path: str) -> Any:
     """Return what the dotted ``path`` names in the modules imported so far, or None."""
     names = path.split(".")
     for cut in range(len(names) - 1, 0, -1):
-        module = sys.modules.get(".".join(names[:cut]))
-        if module is not None:
-            return functools.reduce(lambda x, name: getattr(x, name, None), names[cut:], module)
+        found: Any = sys.modules.get(".".join(names[:cut]))
+        if found is not None:
+            for name in names[cut:]:
+                found = getattr(found, name, None)
+            return found
     return None
 
 
@@ -66,7 +68,7 @@ def rebuild(kind: type, init_args: dict[str, Any]) -> Any:
     """Return the live object of a class and its described arguments."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, fail_untyped=False)
-    return kind(**vars(parser.instantiate(parser.parse_object(init_args))))
+    return kind(**parser.instantiate(parser.parse_object(init_args)).as_dict())
 
 
 def _walk(value: Any, describe_leaf: Callable[[Any], Any]) -> Any:
@@ -101,8 +103,8 @@ def _read(value: Any) -> dict[str, Any]:
     """Read the constructor's arguments back from the object."""
     kind = type(value)
     config = getattr(value, "config", None)
-    kept = config if isinstance(config, Mapping) else dict(getattr(value, "__dict__", {}))
-    if isinstance(value, nn.Module) and kept is not config:
+    kept = dict(config if isinstance(config, Mapping) else getattr(value, "__dict__", {}))
+    if isinstance(value, nn.Module) and not isinstance(config, Mapping):
         kept.update(value.named_children())
     args = {}
     for parameter in _parameters(kind):
@@ -115,8 +117,11 @@ def _read(value: Any) -> dict[str, Any]:
 
 
 def _parameters(kind: type) -> list[inspect.Parameter]:
-    takes_none = kind.__init__ in (object.__init__, nn.Module.__init__)  # type: ignore[misc]
-    if takes_none and kind.__new__ is object.__new__:
+    inherited = {"__init__": (object, nn.Module), "__new__": (object,)}
+    if all(
+        any(getattr(kind, name) is getattr(base, name) for base in bases)
+        for name, bases in inherited.items()
+    ):
         return []
     try:
         return list(inspect.signature(kind).parameters.values())

@@ -136,7 +136,8 @@ class DiffusionModule(LightningModule):
             if labels is None:
                 labels = torch.full_like(noised.t, UNLABELLED, dtype=torch.int64)
             arguments["class_labels"] = torch.where(labels < 0, self.num_classes, labels)
-        output = self.network(x, self.schedule.embedding_time(noised.t), **arguments)
+        time = self.schedule.embedding_time(noised.t)
+        output = self.network(x.to(self.dtype), time, **arguments)
         output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         assert isinstance(output, Tensor)
         if output.shape != x.shape:
@@ -258,7 +259,9 @@ class DiffusionModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-step and keep its estimate for callbacks."""
-        estimate = self.loss(batch, self.generator("train", self.global_step, batch_idx))
+        # a run that resumes in mid-epoch counts its batches anew
+        micro_step = batch_idx % self.trainer.accumulate_grad_batches
+        estimate = self.loss(batch, self.generator("train", self.global_step, micro_step))
         self.estimate = replace(
             estimate, loss=estimate.loss.detach(), per_draw=estimate.per_draw.detach()
         )

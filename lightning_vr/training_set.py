@@ -34,8 +34,8 @@ def training_batches(
     """
     loader = training_loader(trainer)
     size = len(loader.dataset)  # type: ignore[arg-type]
-    stride = 1 if limit is None else max(1, size // limit)
-    positions = list(range(0, size, stride))[:limit][rank() :: world_size()]
+    count = size if limit is None else min(limit, size)
+    positions = [i * size // count for i in range(count)][rank() :: world_size()]
     batch_size = loader.batch_size or 64
     own = DataLoader(
         Subset(loader.dataset, positions),

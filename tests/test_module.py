@@ -131,6 +131,27 @@ class TestRandomness:
         assert len(whole.losses) == 16
         assert before.losses + after.losses == whole.losses
 
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_a_run_stopped_in_mid_epoch_goes_on_with_the_draws_of_the_uninterrupted_one(
+        self, tmp_path, accumulate
+    ):
+        """Lightning then begins the epoch's data anew; times and noise must go on all the same."""
+
+        def times(checkpoint=None, **options):
+            torch.manual_seed(1 if checkpoint is None else 77)
+            record = Record()
+            fit = trainer(record, accumulate_grad_batches=accumulate, **{"max_epochs": 3} | options)
+            fit.fit(conditional_module(), loader(), ckpt_path=checkpoint, weights_only=True)
+            fit.save_checkpoint(tmp_path / "stopped.ckpt")
+            return record.times
+
+        whole = times()
+        before = times(max_steps=3)
+        after = times(tmp_path / "stopped.ckpt")
+        assert len(before) == 3 * accumulate
+        assert before + after == whole[: len(before + after)]
+        assert len(after) >= 4
+
     def test_every_micro_step_draws_its_own_times(self):
         record = Record()
         torch.manual_seed(0)
@@ -270,6 +291,15 @@ class TestLoss:
         trainer(max_epochs=1, precision="bf16-mixed").fit(module, loader())
         assert module.estimate.target.x0.dtype == torch.float32
         assert module.estimate.per_draw.dtype == torch.float32
+
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_samples_meet_the_network_in_its_own_precision(self, precision, dtype):
+        module = conditional_module(target=STF(8))
+        data = Points(x0=Points().x0.to(dtype))
+        trainer(max_epochs=1, precision=precision).fit(module, loader(data))
+        assert module.estimate.target.x0.dtype in (torch.float32, torch.float64)
+        assert module.sample(2).dtype == torch.float32
 
     @pytest.mark.parametrize("label_dropout", [0.0, 0.25, 1.0])
     def test_labels_are_dropped_at_the_stated_rate_in_training_only(self, label_dropout):
