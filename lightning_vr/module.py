@@ -8,11 +8,12 @@ repeats what the uninterrupted one draws, and nothing that measures disturbs tra
 """
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -23,7 +24,7 @@ from lightning_vr.bank import (
     check_network,
     fill_target,
 )
-from lightning_vr.checkpoints import STATE, class_to_load, save_described_hyperparameters
+from lightning_vr.checkpoints import STATE, describe_arguments, load_module
 from lightning_vr.distributed import broadcast, rank
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.dsm import DSM, Target
@@ -86,7 +87,7 @@ class DiffusionModule(LightningModule):
         check_positive("sigma_data", sigma_data)
         check_labels(num_classes, label_dropout)
         check_network(network)
-        self._objects = save_described_hyperparameters(self)
+        self._description = describe_arguments(self)
         self.network = network
         self.schedule = schedule or EDM()
         self.prediction = prediction
@@ -303,37 +304,37 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed, so that a resumed run draws what the uninterrupted one would."""
         shape = None if self.sample_shape is None else list(self.sample_shape)
-        state = {"seed": self.seed, "sample_shape": shape, "objects": self._objects}
-        checkpoint[STATE] = state
+        checkpoint[STATE] = {"seed": self.seed, "sample_shape": shape}
+        self._description.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the seed and the samples' shape."""
+        """Take the samples' shape and, to resume a fit, the seed."""
         state = checkpoint.get(STATE, {})
-        self.seed = state.get("seed")
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self.seed = state.get("seed")
         self.sample_shape = tuple(state["sample_shape"]) if state.get("sample_shape") else None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        strict: bool | None = None,
+        **kwargs: Any,
     ) -> Self:
         """Rebuild a trained module, of whichever subclass wrote the checkpoint.
 
         Args:
             checkpoint_path: The checkpoint file.
             map_location: Where to load the weights; their own device if not given.
+            strict: Whether the names of all weights must match.
             **kwargs: Constructor arguments in place of the checkpoint's.
 
         Raises:
-            ValueError: If the subclass is not imported, or if an argument was an object that no
-                configuration can rebuild and is not given again.
+            ValueError: If the subclass is not imported, if an argument was an object that no
+                configuration can rebuild and is not given again, or if the weights do not fit.
         """
-        kind = class_to_load(cls, checkpoint_path, kwargs)
-        if kind is not cls:
-            return cast(Self, kind.load_from_checkpoint(checkpoint_path, map_location, **kwargs))
-        module = super().load_from_checkpoint(checkpoint_path, map_location, **kwargs)
-        assert isinstance(module, cls)
-        module.seed = None  # a fit that is no resume draws anew
-        return module
+        return load_module(cls, checkpoint_path, map_location, strict, kwargs)
 
     def _drop_labels(self, group: Tensor, source: torch.Generator) -> Tensor:
         u = torch.rand(len(group), generator=source, device=group.device)

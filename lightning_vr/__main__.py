@@ -1,0 +1,6 @@
+"""``python -m lightning_vr``: the command line."""
+
+from lightning_vr.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""LightningCLI, with what is configured above what a checkpoint says."""
+
+import os
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+import lightning_vr.data  # noqa: F401  # a short class name resolves once its class is imported
+from lightning_vr.checkpoints import STATE, check_complete, check_weights, read_checkpoint
+from lightning_vr.cli.errors import cause, is_wrong_setting, one_line
+from lightning_vr.cli.predict import VRTrainer
+from lightning_vr.cli.resume import changed_optimization, last_checkpoint, model_settings
+from lightning_vr.module import DiffusionModule
+
+_LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader"}
+_LOGGER = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": ""}}
+
+
+class VRCLI(LightningCLI):
+    """Lightning's command line with ``DiffusionModule`` as the model and without its pitfalls.
+
+    Args:
+        model_class: The class that ``--model`` names a subclass of.
+        datamodule_class: The class that ``--data`` names a subclass of.
+        **kwargs: As ``LightningCLI`` takes them.
+    """
+
+    def __init__(
+        self,
+        model_class: type[LightningModule] = DiffusionModule,
+        datamodule_class: type[LightningDataModule] = LightningDataModule,
+        **kwargs: Any,
+    ) -> None:
+        self._checkpoint: dict[str, Any] | None = None
+        defaults: dict[str, Any] = {
+            "subclass_mode_model": True,
+            "subclass_mode_data": True,
+            "auto_configure_optimizers": False,
+            "seed_everything_default": 0,
+            "save_config_kwargs": {"overwrite": True},
+            "trainer_class": VRTrainer,
+            "trainer_defaults": {"logger": _LOGGER},
+            "parser_kwargs": {
+                "prog": "lightning-vr",
+                "description": "Variance-reduced diffusion training. A wrong setting is one line; "
+                "LIGHTNING_VR_TRACEBACK=1 shows where it was refused.",
+                "version": version("lightning-vr"),
+                "exit_on_error": False,
+            },
+        }
+        super().__init__(model_class, datamodule_class, **(defaults | kwargs))
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, model and data; the last two are not required, for a checkpoint may do."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": x for name, x in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(self._model_class, "model", True, required=False)
+        parser.add_lightning_class_args(self._datamodule_class, "data", True, required=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; where no module is configured, put a checkpoint's hyperparameters beneath."""
+        if not hasattr(self, "_subcommand_parsers"):
+            self._parse(args)
+            return
+        missing: Exception | None = None
+        try:
+            self._parse(args)
+        except ArgumentError as error:
+            missing = error
+            self._parse_without_network(args, error)
+        if missing is None and self._settings.model is None:
+            missing = ValueError(
+                "Argument `model` is missing: give a network, as in --model.network MLP, or a "
+                "configuration file, or the --ckpt_path of a run."
+            )
+        path = self._checkpoint_path()
+        if path is None:
+            if missing is not None:
+                raise missing
+            return
+        self._checkpoint = read_checkpoint(path)
+        if missing is not None:
+            check_complete(self._checkpoint, path, ("optimizer", "lr_scheduler"))
+            self._set_default("model", model_settings(self._checkpoint, path))
+        seed = self._checkpoint_seed()
+        if self.config.subcommand == "fit" and seed is not None:
+            self._set_default("seed_everything", seed)
+        self._parse(args)
+        self._settings.ckpt_path = path
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse what would fail later with a traceback."""
+        loader = _LOADERS.get(str(self.subcommand))
+        if loader and self.datamodule is None and not is_overridden(loader, self.model):
+            raise ValueError(
+                f"Argument `data` is missing: name a data module, as in "
+                f"`{self.subcommand} --data Digits`."
+            )
+        is_built = not is_overridden("configure_model", self.model)
+        if self._checkpoint and self.model.strict_loading and is_built:
+            check_weights(self.model, self._checkpoint, self._settings.ckpt_path)
+        # each run has a folder of its own; off fit only a checkpoint's weights count
+        messages = ["The dirpath has changed from"]
+        if self.subcommand != "fit":
+            messages += ["callbacks used to create the checkpoint", "the WeightAveraging callback"]
+        for message in messages:
+            warnings.filterwarnings("ignore", f".*{message}")
+
+    @property
+    def _settings(self) -> Namespace:
+        settings = self.config[self.config.subcommand]
+        assert isinstance(settings, Namespace)
+        return settings
+
+    def _parse(self, args: ArgsType) -> None:
+        if isinstance(args, (dict, Namespace)):
+            self.config = self.parser.parse_object(args)
+        else:
+            self.config = self.parser.parse_args(args)
+
+    def _parse_without_network(self, args: ArgsType, error: ArgumentError) -> None:
+        kind = self._model_class
+        placeholder = {"network": {"class_path": "torch.nn.Identity"}}
+        class_path = f"{kind.__module__}.{kind.__qualname__}"
+        self._set_default("model", {"class_path": class_path, "init_args": placeholder})
+        try:
+            self._parse(args)
+        except ArgumentError:
+            raise error from None
+
+    def _set_default(self, name: str, value: Any) -> None:
+        for parser in self._subcommand_parsers.values():
+            parser.set_defaults({name: value})
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning lets a checkpoint's hyperparameters override the settings here
+        if self._checkpoint is None or self.config.subcommand != "fit":
+            return
+        changes = changed_optimization(self._settings.model.as_dict(), self._checkpoint)
+        seed = self._checkpoint_seed()
+        if seed is not None and self._settings.seed_everything != seed:
+            changes.append(("seed_everything", self._settings.seed_everything, seed))
+        if changes:
+            name, configured, saved = changes[0]
+            raise ValueError(
+                f"Setting `{name}` is {configured}, but {saved} in {self._settings.ckpt_path}, "
+                f"whose state of training `fit` restores: leave it as it was there, or train anew "
+                f"without --ckpt_path."
+            )
+
+    def _checkpoint_seed(self) -> int | None:
+        seed = (self._checkpoint or {}).get(STATE, {}).get("seed")
+        return seed if seed is not None and seed < 2**32 else None
+
+    def _checkpoint_path(self) -> str | None:
+        """Return the file of ``ckpt_path``, or None if there is none or Lightning will find it."""
+        path = self._settings.ckpt_path
+        if path == "last":
+            return str(last_checkpoint(self._settings.trainer))
+        if path in (None, "best", "hpc") or str(path).startswith("registry"):
+            return None
+        if "://" not in str(path) and not Path(path).is_file():
+            raise ValueError(
+                f"Argument `ckpt_path` expected to be a checkpoint file or 'last', but there is no "
+                f"file {path}."
+            )
+        return str(path)
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: The arguments, in place of those of the process.
+
+    Raises:
+        SystemExit: With status 2 and one line on stderr if a setting is wrong.
+    """
+    try:
+        VRCLI(args=args)
+    except Exception as error:
+        wrong = cause(error)
+        if os.environ.get("LIGHTNING_VR_TRACEBACK") or not is_wrong_setting(wrong):
+            raise
+        sys.stderr.write(f"error: {one_line(wrong)}\n")
+        raise SystemExit(2) from None

@@ -1,0 +1,101 @@
+"""What ``--ckpt_path`` names, and what of it the settings agree with."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from lightning_vr.checkpoints import HYPERPARAMETERS, STATE
+from lightning_vr.configuration import describe, imported
+from lightning_vr.module import DiffusionModule
+
+_TYPES = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable | None}
+
+
+def last_checkpoint(trainer: Namespace) -> Path:
+    """Return the newest ``last`` checkpoint of all runs that share the configured folder."""
+    logger = trainer.logger[0] if isinstance(trainer.logger, list) else trainer.logger
+    folder = Path(trainer.default_root_dir or ".")
+    if isinstance(logger, Namespace):
+        folder = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
+    found = [
+        path for up in ("", "*/", "*/*/") for path in folder.glob(f"{up}checkpoints/last*.ckpt")
+    ]
+    if not found:
+        raise ValueError(
+            f"Argument `ckpt_path` is 'last', but there is no checkpoints/last.ckpt in {folder}: "
+            f"name the file, or train with a ModelCheckpoint(save_last=True)."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def model_settings(checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:
+    """Return what rebuilds the module of a checkpoint, as the command line takes a module.
+
+    Partials of functions, which it does not take, are left out.
+
+    Raises:
+        ValueError: If the checkpoint does not say.
+    """
+    described = dict(checkpoint.get(HYPERPARAMETERS, {}))
+    class_path = described.pop("_class_path", None)
+    described.pop("_instantiator", None)
+    if class_path is None:
+        raise ValueError(
+            f"The checkpoint {path} does not say how to rebuild its module: configure it."
+        )
+    for name in _TYPES.keys() & described.keys():
+        if _parsed(name, described[name]) is None:
+            del described[name]
+    return {"class_path": class_path, "init_args": described}
+
+
+def changed_optimization(
+    model: dict[str, Any], checkpoint: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Return (name, configured, saved) of optimizer settings that differ from a checkpoint's.
+
+    Resuming restores their state, hyperparameters included, so that no change takes effect.
+    """
+    saved = dict.fromkeys(checkpoint.get(STATE, {}).get("objects", []), "an object of Python's")
+    saved |= checkpoint.get(HYPERPARAMETERS, {})
+    changes = []
+    for name in _TYPES:
+        if name not in model["init_args"]:
+            continue
+        default = describe(inspect.signature(DiffusionModule).parameters[name].default)
+        now = _flat(model["init_args"][name], f"model.{name}")
+        then = saved.get(name, default)
+        then = _flat(_parsed(name, then) or then, f"model.{name}")
+        changes += [
+            (key, now.get(key), then.get(key))
+            for key in now | then
+            if now.get(key) != then.get(key)
+        ]
+    return changes
+
+
+def _parsed(name: str, given: Any) -> Any:
+    """Return optimizer settings with all defaults, or None if they are none."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{name}", type=_TYPES[name])
+    try:
+        return parser.parse_object({name: given}).as_dict()[name]
+    except ArgumentError:
+        return None
+
+
+def _flat(settings: Any, name: str) -> dict[str, Any]:
+    """Return ``a.b: value`` for nested settings; a class stands under the name of its settings."""
+    if not isinstance(settings, dict):
+        return {name: settings}
+    parts = {}
+    for key, value in settings.items():
+        if key == "class_path":
+            kind = imported(value)
+            parts[name] = value if kind is None else f"{kind.__module__}.{kind.__qualname__}"
+        else:
+            parts.update(_flat(value, name if key == "init_args" else f"{name}.{key}"))
+    return parts

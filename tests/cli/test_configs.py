@@ -1,0 +1,68 @@
+"""Every configuration that ships runs, and leaves all of a run in one folder."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_vr.cli import main
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+BASE = Path(__file__).parents[2] / "configs/eight_gaussians.yaml"
+OVERLAYS = {"wandb"}
+TINY = [
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=2",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.val_check_interval=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--model.sampler.solver=euler",
+    "--model.sampler.steps=2",
+]
+WRITTEN = {
+    "metrics.csv",
+    "config.yaml",
+    "target_variance.csv",
+    "target_variance.png",
+    "checkpoints/last.ckpt",
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_runs_and_leaves_all_in_one_folder(config, folder, capsys):
+    files = [BASE, config] if config.stem in OVERLAYS else [config]
+
+    main(["fit", *(f"--config={file}" for file in files), *tiny(files[0])])
+
+    (run,) = folder.glob(f"runs/{files[0].stem}/version_*")
+    written = {str(path.relative_to(run)) for path in run.rglob("*")}
+    assert written >= WRITTEN
+    assert ("samples/step_00000002.png" in written) == ("SampleGrid" in files[0].read_text())
+    assert "V_STF" in capsys.readouterr().out
+
+    beside = {path.name for path in folder.glob("*")} - {"runs"}
+    assert not beside
+    header = (run / "metrics.csv").read_text().splitlines()[0]
+    assert "train/loss" in header
+    assert "val/loss" in header
+    assert "frechet_distance/" in header
+
+
+def test_a_configuration_of_a_run_serves_the_other_subcommands(folder):
+    flags = [f"--config={BASE}", *tiny(BASE)]
+    main(["fit", *flags])
+
+    for version, stage in enumerate(["validate", "test", "predict"], start=1):
+        main([stage, *flags, "--ckpt_path=runs/eight_gaussians/version_0/checkpoints/last.ckpt"])
+        run = folder / f"runs/eight_gaussians/version_{version}"
+        assert (run / "config.yaml").exists()
+        assert (run / "samples.npz").exists() == (stage == "predict")
+        assert any(run.glob("samples/*.png")) == (stage != "predict")
+
+
+def tiny(config):
+    """Flags that make a run short; synthetic data comes in any number."""
+    is_synthetic = yaml.safe_load(config.read_text())["data"]["class_path"] != "Digits"
+    return [*TINY, "--data.num_samples=1100"] if is_synthetic else TINY

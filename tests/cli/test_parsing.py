@@ -1,0 +1,183 @@
+"""Settings: short names, files that parse to themselves, and what is refused in one line."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import NETWORK, POINTS, SHORT, write
+
+from lightning_vr import DSM, MLP, STF, DiffusionModule
+from lightning_vr.cli import VRCLI, main
+
+
+def printed(capsys, *args):
+    with pytest.raises(SystemExit) as exit_:
+        main([*args, "--print_config"])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_short_class_names_are_enough(folder):
+    callbacks = [{"class_path": "TargetVariance"}, {"class_path": "SampleGrid"}]
+    file = write(folder / "callbacks.yaml", trainer={"callbacks": callbacks})
+    flags = ["--model.target", "STF", "--model.target.references", "16", "--model.schedule", "VP"]
+
+    cli = VRCLI(args=["--config", str(file), *NETWORK, *POINTS, *flags, *SHORT], run=False)
+
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert {"TargetVariance", "SampleGrid"} <= set(names)
+    assert isinstance(cli.model, DiffusionModule)
+    assert isinstance(cli.model.network, MLP)
+    assert (type(cli.model.target), cli.model.target.references) == (STF, 16)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_printed_configuration_parses_to_itself(command, capsys, folder):
+    first = printed(capsys, command, *NETWORK, *POINTS, *SHORT, "--model.target=STF")
+    file = folder / "printed.yaml"
+    file.write_text(first)
+
+    assert printed(capsys, command, "--config", str(file)) == first
+    assert "STF" in first
+
+
+def test_the_saved_configuration_repeats_the_run(run):
+    first = run("fit", "--seed_everything=3", "--model.target=STF")
+    again = run("fit", "--config", str(first / "config.yaml"), network=[], data=[], short=[])
+
+    saved, repeated = (yaml.safe_load((f / "config.yaml").read_text()) for f in (first, again))
+    assert saved == repeated
+    assert (first / "metrics.csv").read_text() == (again / "metrics.csv").read_text()
+
+
+def test_a_run_folder_that_exists_is_no_obstacle(run, folder):
+    flags = [*NETWORK, *POINTS, *SHORT, "--trainer.logger.version=0"]
+    main(["fit", *flags])
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        main(["fit", *flags, "--model.sigma_data=0.25"])
+    assert "sigma_data: 0.25" in (folder / "runs/version_0/config.yaml").read_text()
+
+
+def test_a_module_of_ones_own_is_named_by_its_path(folder, monkeypatch):
+    (folder / "mine.py").write_text(
+        "from torch import nn\n"
+        "from lightning_vr import DiffusionModule\n"
+        "class Mine(DiffusionModule):\n"
+        "    def __init__(self, network: nn.Module, scale: float = 1.0):\n"
+        "        super().__init__(network)\n"
+        "        self.scale = scale\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    flags = ["--model=mine.Mine", "--model.scale=3"]
+
+    cli = VRCLI(args=[*flags, *NETWORK, *POINTS, *SHORT], run=False)
+
+    assert type(cli.model).__name__ == "Mine"
+    assert cli.model.scale == 3
+    assert isinstance(cli.model.target, DSM)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model.prediction=noise"], ["model.prediction", "'epsilon'", "noise"]),
+        (["--model.network.width=wide"], ["model.network.width", "int", "wide"]),
+        (["--model.network.width=3"], ["`width`", "3"]),
+        (["--model.network=Nonesuch"], ["model.network", "No such class", "Nonesuch"]),
+        (["--model.sigma=3"], ["model", "'sigma' is not accepted"]),
+        (["--model.target=STF", "--model.target.references=few"], ["model.target.ref", "few"]),
+        (["--model.target=STF", "--model.target.references=513"], ["`references`", "512", "513"]),
+        (["--model.label_dropout=0.1"], ["`label_dropout`", "num_classes"]),
+        (["--model.optimizer=AdamW", "--model.optimizer.lr=-1"], ["learning rate", "-1"]),
+        (["--data=Nonesuch"], ["data", "No such class", "Nonesuch"]),
+        (["--data.batch_size=513"], ["`batch_size`", "512", "513"]),
+        (["--trainer.max_steps=many"], ["trainer.max_steps", "int", "many"]),
+        (["--trainer.precision=3"], ["trainer.precision", "3"]),
+        (["--trainer.devices=0"], ["devices", "0"]),
+        (["--nonesuch=1"], ["unrecognized", "--nonesuch"]),
+        (["--config=nonesuch.yaml"], ["config", "does not exist", "nonesuch.yaml"]),
+    ],
+    ids=lambda flags: flags[-1] if flags[-1].startswith("--") else "",
+)
+def test_a_wrong_setting_is_one_line_that_names_it(flags, words, refused):
+    error = refused("fit", *flags)
+    assert all(word in error for word in words), error
+    assert "NoneType" not in error
+
+
+def test_a_broken_file_is_one_line(refused, folder):
+    (folder / "broken.yaml").write_text("model: [")
+    assert "parsing config" in refused("fit", "--config=broken.yaml")
+
+
+def test_what_is_missing_is_named(refused):
+    assert "`model` is missing" in refused("fit", network=[])
+    assert "network" in refused("fit", "--model.sampler.steps=3", network=[])
+    assert "`data` is missing" in refused("fit", data=[])
+    assert "`data` is missing" in refused("validate", data=[])
+    assert "'nonesuch'" in refused("nonesuch")
+    with pytest.raises(SystemExit):
+        main([])
+
+
+class Failing(MLP):
+    """A network with a bug, in its constructor or in training."""
+
+    def __init__(self, when: str):
+        super().__init__(width=16, depth=1)
+        if when == "construction":
+            raise TypeError("a bug")
+
+    def forward(self, x, t, class_labels=None):
+        if self.training:
+            raise ValueError("a bug")
+        return super().forward(x, t)
+
+
+@pytest.mark.parametrize("when", ["construction", "training"])
+def test_a_bug_keeps_its_traceback(run, when):
+    network = ["--model.network", f"{__name__}.Failing", f"--model.network.when={when}"]
+    with pytest.raises(ValueError, match="a bug"):
+        run("fit", network=network)
+
+
+def test_the_traceback_of_a_wrong_setting_can_be_seen(run, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_VR_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="`width`"):
+        run("fit", "--model.network.width=3")
+
+
+def test_importing_the_package_and_asking_for_help_is_light():
+    """In a process of its own: what is imported, and the time beyond that of Lightning."""
+    code = """
+import sys, time
+heavy = {"diffusers", "wandb", "matplotlib", "sklearn"}
+start = time.perf_counter()
+import lightning.pytorch
+lightning = time.perf_counter() - start
+# torchmetrics, which Lightning imports, imports matplotlib where it is installed
+theirs = heavy & set(sys.modules)
+assert theirs <= {"matplotlib"}
+start = time.perf_counter()
+import lightning_vr
+assert heavy & set(sys.modules) == theirs, set(sys.modules) & heavy
+from lightning_vr.cli import main
+try:
+    main(["--help"])
+except SystemExit as exit_:
+    assert exit_.code == 0
+ours = time.perf_counter() - start
+assert heavy & set(sys.modules) == theirs, set(sys.modules) & heavy
+assert ours < 0.5 * lightning, (ours, lightning)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "{fit,validate,test,predict}" in done.stdout
+
+
+def test_the_command_line_knows_its_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith("lightning-vr ")

@@ -1,0 +1,127 @@
+"""``predict``: samples of a trained module as arrays and as a picture."""
+
+import numpy as np
+import pytest
+from conftest import NETWORK, run_in, write
+from PIL import Image
+
+FEW = ["--model.sampler.steps=3"]
+LAST = "checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The checkpoint of a short run, for a network and data."""
+
+    def train(*flags, **kwargs):
+        folder = tmp_path_factory.mktemp("trained")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            return ["--ckpt_path", str(run_in(folder, "fit", *flags, **kwargs) / LAST)]
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def points(trained):
+    return trained("--trainer.limit_val_batches=0")
+
+
+def arrays(folder):
+    with np.load(folder / "samples.npz") as file:
+        return dict(file)
+
+
+def test_points_are_arrays_and_a_scatter_plot(run, points, capsys):
+    folder = run("predict", *points, *FEW, "--num_samples=21", network=[], data=[])
+    samples = arrays(folder)
+    assert list(samples) == ["samples"]
+    assert samples["samples"].shape == (21, 2)
+    assert np.isfinite(samples["samples"]).all()
+    with Image.open(folder / "samples.png") as picture:
+        assert picture.width > 100
+    assert f"21 samples in runs/{folder.name}: samples.npz, samples.png" in capsys.readouterr().out
+
+
+def test_classes_are_cycled_over(run, trained):
+    network = [*NETWORK, "--model.network.num_class_embeds=9", "--model.num_classes=8"]
+    checkpoint = trained(network=network)
+    folder = run("predict", *checkpoint, *FEW, "--num_samples=21", network=[], data=[])
+    assert arrays(folder)["labels"].tolist() == [i % 8 for i in range(21)]
+
+
+def test_images_are_a_grid_with_one_column_per_class(run, trained, folder):
+    unet = {
+        "class_path": "diffusers.UNet2DModel",
+        "init_args": {
+            "sample_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "block_out_channels": [8],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "down_block_types": ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"],
+            "num_class_embeds": 11,
+        },
+    }
+    settings = {"network": unet, "num_classes": 10}
+    model = {"class_path": "DiffusionModule", "init_args": settings}
+    config = ["--config", str(write(folder / "unet.yaml", model=model))]
+    checkpoint = trained(network=config, data=["--data=Digits"])
+
+    made = run("predict", *checkpoint, *FEW, "--num_samples=25", network=[], data=[])
+
+    assert arrays(made)["samples"].shape == (25, 1, 8, 8)
+    with Image.open(made / "samples.png") as picture:
+        assert picture.width / picture.height == pytest.approx(10 / 3)
+
+
+def test_samples_that_are_no_picture_are_arrays_alone(run, trained):
+    data = ["--data=TwoGaussians", "--data.dimension=5", "--data.num_samples=512"]
+    checkpoint = trained(network=[*NETWORK, "--model.network.dimension=5"], data=data)
+    folder = run("predict", *checkpoint, *FEW, "--num_samples=3", network=[], data=[])
+    assert arrays(folder)["samples"].shape == (3, 5)
+    assert not (folder / "samples.png").exists()
+
+
+def test_settings_of_the_sampler_take_effect(run, points):
+    flags = [*points, "--num_samples=4"]
+    euler, heun = (
+        arrays(
+            run("predict", *flags, f"--model.sampler.solver={solver}", *FEW, network=[], data=[])
+        )
+        for solver in ("euler", "heun")
+    )
+    assert not np.allclose(euler["samples"], heun["samples"])
+
+
+def test_a_data_module_is_ignored(run, points):
+    flags = [*points, *FEW, "--num_samples=4"]
+    with_data, without = (
+        arrays(run("predict", *flags, data=data)) for data in (["--data=Digits"], [])
+    )
+    assert np.array_equal(with_data["samples"], without["samples"])
+
+
+def test_two_processes_write_all_samples_in_order_and_differ(run, trained):
+    network = [*NETWORK, "--model.network.num_class_embeds=9", "--model.num_classes=8"]
+    flags = [
+        *trained(network=network),
+        *FEW,
+        "--num_samples=7",
+        "--batch_size=2",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp_fork",
+    ]
+    samples = arrays(run("predict", *flags, network=[], data=[]))
+    assert samples["samples"].shape == (7, 2)
+    assert samples["labels"].tolist() == list(range(7))
+    assert len(np.unique(samples["samples"], axis=0)) == 7
+
+
+def test_what_predict_cannot_do_is_one_line(refused, points):
+    assert "`ckpt_path`" in refused("predict")
+    flags = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--num_samples=1"]
+    assert "`num_samples`" in refused("predict", *points, *flags)
+    assert "num_samples" in refused("predict", *points, "--num_samples=0")
