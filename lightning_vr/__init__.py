@@ -3,6 +3,7 @@
 from lightning_vr.callbacks.fid import FrechetDistance
 from lightning_vr.callbacks.samples import SampleGrid
 from lightning_vr.callbacks.target_variance import TargetVariance
+from lightning_vr.cli import VRCLI
 from lightning_vr.diffusers_schedule import DiffusersSchedule
 from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.dsm import DSM
@@ -30,6 +31,7 @@ __all__ = [
     "STF",
     "VE",
     "VP",
+    "VRCLI",
     "Clean",
     "Cosine",
     "DiffusersSchedule",

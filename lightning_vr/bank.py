@@ -1,5 +1,6 @@
 """Before training: fill the target's bank, and refuse what cannot train."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,11 +110,17 @@ def check_labels(num_classes: int | None, label_dropout: float) -> None:
         )
 
 
-def check_network(network: nn.Module) -> None:
-    """Refuse a diffusers network whose output is divided by its time embedding's input."""
-    config = getattr(network, "config", {})
-    kind = config.get("time_embedding_type") if hasattr(config, "get") else None
-    if kind == "fourier":
+def check_network(network: nn.Module, num_classes: int | None) -> None:
+    """Refuse a network that divides its output by the time, or lacks a class embedding."""
+    config = getattr(network, "config", None)
+    settings = config if isinstance(config, Mapping) else vars(network)
+    embeddings = settings.get("num_class_embeds")
+    if num_classes is not None and embeddings is not None and embeddings <= num_classes:
+        raise ValueError(
+            f"Argument `network`: {type(network).__name__} has num_class_embeds={embeddings}, but "
+            f"{num_classes} classes and the dropped label need {num_classes + 1}."
+        )
+    if settings.get("time_embedding_type") == "fourier":
         raise ValueError(
             f"Argument `network`: {type(network).__name__} with time_embedding_type='fourier' "
             f"divides its output by the time and takes its logarithm: use 'positional'."

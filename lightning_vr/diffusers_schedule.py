@@ -6,13 +6,16 @@ interpolated linearly between two of them; and flow matching, ``sigma = t / step
 sigma``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from lightning_vr.schedules import RectifiedFlow, Schedule
 from lightning_vr.timesteps import Density, Uniform, UniformSteps
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 class DiffusersSchedule(Schedule):
@@ -30,10 +33,10 @@ class DiffusersSchedule(Schedule):
 
     log_noise_level: Tensor
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: "SchedulerMixin") -> None:
         super().__init__()
         self.scheduler = scheduler
-        self.steps = int(scheduler.config.num_train_timesteps)
+        self.steps = int(cast(Any, scheduler).config.num_train_timesteps)
         self.is_flow = "FlowMatch" in type(scheduler).__name__
         table = torch.zeros(0) if self.is_flow else _log_noise_levels(scheduler)
         self.register_buffer("log_noise_level", table, persistent=False)

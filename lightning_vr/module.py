@@ -86,7 +86,7 @@ class DiffusionModule(LightningModule):
         check_prediction(prediction)
         check_positive("sigma_data", sigma_data)
         check_labels(num_classes, label_dropout)
-        check_network(network)
+        check_network(network, num_classes)
         self._description = describe_arguments(self)
         self.network = network
         self.schedule = schedule or EDM()
@@ -100,6 +100,7 @@ class DiffusionModule(LightningModule):
         self.num_classes = num_classes
         self.label_dropout = label_dropout
         self.sampler = sampler or Sampler()
+        self.sampler.noise_levels(self.schedule)  # refuses bounds that do not fit the schedule
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
 

@@ -691,3 +691,13 @@ def test_edm_defaults_are_those_of_the_paper():
         weighting=module.weighting,
     )
     torch.testing.assert_close(found.per_draw, published, rtol=1e-3, atol=1e-5)
+
+
+def test_a_class_embedding_without_room_for_the_dropped_label_is_refused():
+    with pytest.raises(ValueError, match="num_class_embeds=10, but 10 classes and the dropped"):
+        DiffusionModule(MLP(num_class_embeds=10), num_classes=10)
+
+
+def test_noise_levels_of_the_sampler_are_checked_when_the_module_is_built():
+    with pytest.raises(ValueError, match="0 < min < max, but got 90 and 80"):
+        DiffusionModule(MLP(), sampler=Sampler(noise_level_min=90.0))

@@ -2,14 +2,19 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch import Tensor
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
 from lightning_vr.callbacks.sinks import log_picture, run_folder
+from lightning_vr.module import DiffusionModule
+from lightning_vr.rng import undisturbed
 
 _SMALLEST_TILE = 40
 
@@ -42,10 +47,35 @@ class SampleGrid(AfterValidation):
         if samples < 1:
             raise ValueError(f"Argument `samples` expected to be at least 1, but got {samples}.")
         self.samples = samples
+        self._is_checked = False
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Refuse samples that make no picture, once their shape is known."""
+        if (
+            self._is_checked
+            or self.sample is not None
+            or not isinstance(pl_module, DiffusionModule)
+        ):
+            return
+        self._is_checked = True
+        with torch.no_grad(), undisturbed():
+            shape = pl_module.decode(pl_module.sample(1)).shape[1:]
+        if not is_picture(tuple(shape)):
+            raise MisconfigurationException(_no_picture(tuple(shape)))
 
     def measure(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw the samples and write their picture."""
-        path = run_folder(trainer) / "samples" / f"step_{trainer.global_step:08d}.png"
+        stage = trainer.state.fn or TrainerFn.FITTING
+        is_fit = stage == TrainerFn.FITTING
+        name = f"step_{trainer.global_step:08d}" if is_fit else stage.value
+        path = run_folder(trainer) / "samples" / f"{name}.png"
         samples = self.draw(module, self.samples, "grid")
         if trainer.is_global_zero:
             save_picture(samples, path, columns=getattr(module, "num_classes", None))
@@ -70,10 +100,14 @@ def save_picture(samples: Tensor, path: Path, columns: int | None = None) -> Non
     elif samples.ndim == 2 and samples.shape[1] == 2:
         _scatter(samples, path)
     else:
-        raise ValueError(
-            f"Argument `samples` expected to be images (B, 1 or 3, H, W) or points (B, 2), but got "
-            f"{tuple(samples.shape)}: override `decode` to turn them into pictures."
-        )
+        raise ValueError(_no_picture(tuple(samples.shape[1:])))
+
+
+def _no_picture(shape: tuple[int, ...]) -> str:
+    return (
+        f"Samples expected to be images (1 or 3, H, W) or points (2,), but got {shape}: override "
+        f"`decode` to turn them into pictures, or leave SampleGrid out."
+    )
 
 
 def is_picture(shape: tuple[int, ...]) -> bool:

@@ -107,7 +107,10 @@ class VRCLI(LightningCLI):
         if self._checkpoint and self.model.strict_loading and is_built:
             check_weights(self.model, self._checkpoint, self._settings.ckpt_path)
         # each run has a folder of its own; off fit only a checkpoint's weights count
-        messages = ["The dirpath has changed from"]
+        messages = [
+            "The dirpath has changed from",
+            "`isinstance.treespec, LeafSpec.` is deprecated",
+        ]
         if self.subcommand != "fit":
             messages += ["callbacks used to create the checkpoint", "the WeightAveraging callback"]
         for message in messages:

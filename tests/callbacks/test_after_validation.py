@@ -195,3 +195,22 @@ def test_points_are_drawn_and_other_shapes_are_refused(tmp_path):
         assert picture.size == (600, 600)
     with pytest.raises(ValueError, match="override `decode`"):
         save_picture(torch.randn(4, 5), tmp_path / "no.png")
+
+
+def test_samples_that_make_no_picture_are_refused_at_the_first_step(tmp_path):
+    class InThree(DiffusionModule):
+        def decode(self, x0):
+            return torch.cat([x0, x0[:, :1]], dim=1)
+
+    grid = trainer(tmp_path, SampleGrid())
+    with pytest.raises(MisconfigurationException, match=r"but got \(3,\): override `decode`"):
+        grid.fit(InThree(MLP(width=16, depth=1), sampler=Sampler(steps=2)), data())
+    assert grid.global_step == 1
+
+
+def test_a_validation_run_names_its_picture_after_itself(tmp_path):
+    watched = module()
+    trainer(tmp_path / "fit").fit(watched, data())
+    validation = trainer(tmp_path / "validate", SampleGrid(samples=4))
+    validation.validate(watched, datamodule=data(), verbose=False)
+    assert [p.name for p in (tmp_path / "validate" / "samples").iterdir()] == ["validate.png"]
