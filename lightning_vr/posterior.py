@@ -37,7 +37,8 @@ class Posterior(NamedTuple):
         mean: ``E[x0 | x_t]``, ``(B, *)``.
         ess: Effective number of references ``(Σ w)² / Σ w²``, ``(B,)``.
         spread: ``tr Cov[x0 | x_t]``, x0 units squared, ``(B,)``.
-        log_evidence: ``log p(x_t)``, the references equally likely, ``(B,)``.
+        log_evidence: ``log p(x_t)``, the references equally likely, ``(B,)``; rounding errors are
+            relative to ``‖x_t‖² / 2 sigma²``, which is large at low noise.
     """
 
     mean: Tensor
@@ -105,8 +106,8 @@ def posterior_mean(
         chunk_size: Number of references at a time; by default what keeps temporaries at a few MB.
 
     Raises:
-        ValueError: On complex or integer samples, shapes that do not fit, a sigma that is not
-            positive, or a row that is left without a reference.
+        ValueError: On complex or integer samples, shapes that do not fit, a number sigma that is
+            not positive, or a row that is left without a reference.
     """
     check_samples("xt", xt)
     prepared = _as_references(xt, references, reference_group)
@@ -119,7 +120,7 @@ def posterior_mean(
         query = xt.flatten(1).to(dtype) - alpha[:, None] * centre
         slope, curvature = alpha * precision, 0.5 * alpha**2 * precision
 
-        pivot = torch.zeros_like(query) if own is None else own.flatten(1).to(dtype) - centre
+        pivot = query.new_zeros(1, 1) if own is None else own.flatten(1).to(dtype) - centre
         pivot_norm = torch.linalg.vecdot(pivot, pivot)
         own_logit = slope * torch.linalg.vecdot(query, pivot) - curvature * pivot_norm
         own_logit = own_logit if own is not None else torch.full_like(slope, -math.inf)
