@@ -1,5 +1,6 @@
 """What all tests share: schedules, prediction types and z-scores."""
 
+import os
 from typing import get_args
 
 import pytest
@@ -7,6 +8,14 @@ import torch
 
 from lightning_vr.predictions import PredictionType
 from lightning_vr.schedules import EDM, VE, VP, Cosine, RectifiedFlow
+
+
+@pytest.fixture(autouse=True)
+def no_seed_is_left_behind():
+    """Lightning hands ``seed_everything`` on through the environment, to forked ranks too."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(params=[EDM, VE, VP, Cosine, RectifiedFlow], ids=lambda kind: kind.__name__)

@@ -4,7 +4,38 @@ import runpy
 import sys
 from pathlib import Path
 
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_vr import MLP, DiffusionModule, Sampler
+from lightning_vr.data import Digits
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+class Flat(torch.nn.Module):
+    """An MLP on the pixels of a digit."""
+
+    def __init__(self, num_class_embeds):
+        super().__init__()
+        self.num_class_embeds = num_class_embeds
+        self.network = MLP(64, width=16, depth=1, num_class_embeds=num_class_embeds)
+
+    def forward(self, x, t, class_labels):
+        return self.network(x.flatten(1), t, class_labels).reshape(x.shape)
+
+
+def test_a_checkpoint_of_digits_is_judged(tmp_path, monkeypatch, capsys):
+    module = DiffusionModule(Flat(11), num_classes=10, sampler=Sampler(steps=2))
+    trainer = Trainer(max_steps=1, logger=False, enable_checkpointing=False, limit_val_batches=0)
+    trainer.fit(module, Digits())
+    trainer.save_checkpoint(tmp_path / "digits.ckpt")
+    arguments = [str(tmp_path / "digits.ckpt"), "--samples", "50"]
+    monkeypatch.setattr(sys, "argv", ["judge_digits.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "judge_digits.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "93.6% of the real digits" in printed
+    assert "of 50" in printed
 
 
 def test_the_callbacks_attach_to_a_trainer_that_is_not_ours(tmp_path, monkeypatch):
