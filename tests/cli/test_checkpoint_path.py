@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import NETWORK, run_in
+from commands import NETWORK, run_in
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_vr import MLP, STF, DiffusionModule

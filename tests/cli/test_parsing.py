@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import NETWORK, POINTS, SHORT, write
+from commands import NETWORK, POINTS, SHORT, write
 
 from lightning_vr import DSM, MLP, STF, DiffusionModule
 from lightning_vr.cli import VRCLI, main

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import NETWORK, run_in, write
+from commands import NETWORK, run_in, write
 from PIL import Image
 
 FEW = ["--model.sampler.steps=3"]
