@@ -29,6 +29,7 @@ from lightning_vr.distributed import broadcast, rank
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.dsm import DSM, Target
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
+from lightning_vr.networks import call_network
 from lightning_vr.predictions import PredictionType, check_prediction
 from lightning_vr.rng import generator
 from lightning_vr.sampling import Sampler, evaluating
@@ -139,16 +140,7 @@ class DiffusionModule(LightningModule):
                 labels = torch.full_like(noised.t, UNLABELLED, dtype=torch.int64)
             arguments["class_labels"] = torch.where(labels < 0, self.num_classes, labels)
         time = self.schedule.embedding_time(noised.t)
-        output = self.network(x.to(self.dtype), time, **arguments)
-        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        assert isinstance(output, Tensor)
-        if output.shape != x.shape:
-            raise ValueError(
-                f"Argument `network` expected to return the shape of its input, {tuple(x.shape)}, "
-                f"but {type(self.network).__name__} returned {tuple(output.shape)}: "
-                f"give it as many output as input channels."
-            )
-        return output
+        return call_network(self.network, x.to(self.dtype), time, arguments)
 
     def denoise(
         self,

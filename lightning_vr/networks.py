@@ -6,6 +6,7 @@ any ``nn.Module`` with that signature works.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,3 +65,21 @@ class MLP(nn.Module):
             hidden = hidden + block(hidden + context)
         output: Tensor = self.project_out(hidden)
         return output
+
+
+def call_network(network: nn.Module, x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Return the output of a network, whichever way it wraps it.
+
+    Raises:
+        ValueError: If its shape is not that of ``x``.
+    """
+    output = network(x, t, **arguments)
+    output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    assert isinstance(output, Tensor)
+    if output.shape != x.shape:
+        raise ValueError(
+            f"Argument `network` expected to return the shape of its input, {tuple(x.shape)}, "
+            f"but {type(network).__name__} returned {tuple(output.shape)}: "
+            f"give it as many output as input channels."
+        )
+    return output

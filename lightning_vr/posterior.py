@@ -131,12 +131,8 @@ def posterior_mean(
             _mask(logits, start, exclude, query_group, prepared.group)
             sums.add(logits, rows, norms)
 
-        if own is None and query_group is not None and bool((sums.count == 0).any()):
-            row = int((sums.count == 0).nonzero()[0])
-            raise ValueError(
-                f"Argument `query_group` leaves row {row} (group {int(query_group[row])}) without "
-                f"a reference: give references of that group, or `own`."
-            )
+        if own is None and query_group is not None:
+            _check_every_row_has_a_reference(sums.count, query_group)
         base = centre if own is None else own.flatten(1).to(dtype)
         log_density = -0.5 * precision * torch.linalg.vecdot(query, query)
         log_density += 0.5 * query.shape[1] * torch.log(precision / (2 * math.pi))
@@ -163,6 +159,15 @@ def _finish(
     count = sums.count + (own_logit > -math.inf)
     log_evidence = sums.maximum + torch.log(weight) - torch.log(count) + log_density
     return Posterior((base + shift).reshape(xt.shape), ess, spread, log_evidence)
+
+
+def _check_every_row_has_a_reference(count: Tensor, query_group: Tensor) -> None:
+    if bool((count == 0).any()):
+        row = int((count == 0).nonzero()[0])
+        raise ValueError(
+            f"Argument `query_group` leaves row {row} (group {int(query_group[row])}) without "
+            f"a reference: give references of that group, or `own`."
+        )
 
 
 def _mask(
