@@ -7,6 +7,7 @@ comes from generators keyed by (seed, purpose, rank, step), so that ranks differ
 repeats what the uninterrupted one draws, and nothing that measures disturbs training.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -102,8 +103,8 @@ class DiffusionModule(LightningModule):
         self.label_dropout = label_dropout
         self.sampler = sampler or Sampler()
         self.sampler.noise_levels(self.schedule)  # refuses bounds that do not fit the schedule
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer = _Shared(optimizer)
+        self.lr_scheduler = None if lr_scheduler is None else _Shared(lr_scheduler)
 
         self.estimate: LossEstimate | None = None
         self.sample_shape: tuple[int, ...] | None = None
@@ -342,3 +343,19 @@ class DiffusionModule(LightningModule):
             sync_dist=True,
             batch_size=len(estimate.per_draw),
         )
+
+
+class _Shared:
+    """A function that copies of a module share, as ``WeightAveraging`` makes one.
+
+    The command line's functions hold on to the whole trainer, which under DDP cannot be copied.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __call__(self, argument: Any) -> Any:
+        return self.function(argument)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self

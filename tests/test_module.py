@@ -1,4 +1,6 @@
+import copy
 import math
+import threading
 from dataclasses import replace
 
 import diffusers
@@ -701,3 +703,18 @@ def test_a_class_embedding_without_room_for_the_dropped_label_is_refused():
 def test_noise_levels_of_the_sampler_are_checked_when_the_module_is_built():
     with pytest.raises(ValueError, match="0 < min < max, but got 90 and 80"):
         DiffusionModule(MLP(), sampler=Sampler(noise_level_min=90.0))
+
+
+def test_a_module_copies_whatever_its_optimizer_holds_on_to():
+    class Holds:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __call__(self, parameters):
+            return torch.optim.SGD(parameters, lr=0.5)
+
+    module = DiffusionModule(MLP(), optimizer=Holds())
+    copied = copy.deepcopy(module)
+    assert copied.optimizer is module.optimizer
+    assert copied.configure_optimizers().defaults["lr"] == 0.5
+    assert copied.network is not module.network
