@@ -207,8 +207,8 @@ def test_what_diffusers_makes_reloads(saved):
 
     assert same_weights(again, module)
     assert again.schedule.scheduler.config.beta_end == 0.01
-    assert again.lr_scheduler.func is get_cosine_schedule_with_warmup
-    assert again.lr_scheduler.keywords == cosine.keywords
+    assert again.lr_scheduler.function.func is get_cosine_schedule_with_warmup
+    assert again.lr_scheduler.function.keywords == cosine.keywords
 
 
 def test_a_subclass_may_take_up_a_plain_module(saved):
