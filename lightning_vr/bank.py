@@ -1,14 +1,13 @@
 """Before training: fill the target's bank, and refuse what cannot train."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_vr.distributed import all_gather_rows
 from lightning_vr.references import check_samples
-from lightning_vr.training_set import training_batches
+from lightning_vr.training_set import encoded_training_set
 from lightning_vr.types import Clean
 
 if TYPE_CHECKING:
@@ -22,24 +21,16 @@ def fill_target(module: "DiffusionModule") -> None:
     Raises:
         ValueError: If samples, labels or indices are not what they must be.
     """
-    rows: list[Tensor] = []
-    groups: list[Tensor] = []
-    positions: list[Tensor] = []
-    indexed = True
-    for at, batch in training_batches(
-        module.trainer, "Encoding references", module.target.bank_size
-    ):
+
+    def encode(positions: Tensor, batch: Any) -> Clean:
         clean = module.clean(batch)
-        check_clean(clean, module.num_classes, at)
-        if clean.cond is not None:
-            return  # no references are exchangeable given it
-        indexed = indexed and clean.index is not None
-        rows.append(clean.x0 if clean.x0.dtype == torch.float64 else clean.x0.float())
-        groups += [] if clean.group is None else [clean.group]
-        positions.append(at.to(clean.x0.device))
-    order = all_gather_rows(torch.cat(positions)).argsort()
-    group = all_gather_rows(torch.cat(groups))[order] if groups else None
-    module.target.fill(all_gather_rows(torch.cat(rows))[order], group, indexed=indexed)
+        check_clean(clean, module.num_classes, positions)
+        return clean
+
+    size = module.target.bank_size
+    clean = encoded_training_set(module.trainer, encode, "Encoding references", size)
+    if clean is not None:
+        module.target.fill(clean.x0, clean.group, indexed=clean.index is not None)
 
 
 def check_clean(clean: Clean, num_classes: int | None, positions: Tensor | None = None) -> None:

@@ -4,7 +4,7 @@ The pass leaves training undisturbed: it has a loader of its own, and the global
 restored. Under DDP each rank reads every W-th sample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm.auto import tqdm
 
-from lightning_vr.distributed import rank, world_size
+from lightning_vr.distributed import all_gather_rows, rank, world_size
 from lightning_vr.rng import undisturbed
+from lightning_vr.types import Clean
 
 
 def training_batches(
@@ -50,6 +51,37 @@ def training_batches(
         for i, batch in enumerate(bar):
             at = torch.tensor(positions[i * batch_size : (i + 1) * batch_size])
             yield at, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def encoded_training_set(
+    trainer: Trainer, encode: Callable[[Tensor, Any], Clean], title: str, limit: int | None = None
+) -> Clean | None:
+    """Return the encoded training set of all ranks, in its own order, on the device of each.
+
+    Args:
+        trainer: A trainer that is fitting.
+        encode: Turns ``(positions, batch)`` into clean samples.
+        title: What the progress bar says.
+        limit: At most so many samples, evenly spaced, or None for all.
+
+    Returns:
+        Samples, their labels if they have any, and their positions as indices if every batch
+        carries indices; None if the samples have a condition, given which no two are exchangeable.
+    """
+    device = trainer.strategy.root_device
+    rows, groups, positions, indexed = [], [], [], True
+    for at, batch in training_batches(trainer, title, limit):
+        clean = encode(at, batch)
+        if clean.cond is not None:
+            return None
+        indexed = indexed and clean.index is not None
+        rows.append(clean.x0.to(device))
+        groups += [] if clean.group is None else [clean.group.to(device)]
+        positions.append(at.to(device))
+    index, order = all_gather_rows(torch.cat(positions)).sort()
+    group = all_gather_rows(torch.cat(groups))[order] if groups else None
+    x0 = all_gather_rows(torch.cat(rows))[order]
+    return Clean(x0, group, index=index if indexed else None)
 
 
 def training_loader(trainer: Trainer) -> DataLoader[Any]:

@@ -16,12 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_vr.callbacks import target_variance_report as report
 from lightning_vr.callbacks.sinks import log_numbers, log_picture, run_folder
-from lightning_vr.distributed import all_gather_rows
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
 from lightning_vr.references import References
 from lightning_vr.schedules import Schedule
-from lightning_vr.training_set import training_batches, training_loader
+from lightning_vr.training_set import encoded_training_set, training_loader
 from lightning_vr.types import Clean, LossEstimate
 from lightning_vr.variance.curves import TargetVarianceCurve
 from lightning_vr.variance.removed import RemovedVariance
@@ -231,21 +230,18 @@ class TargetVariance(Callback):
         if isinstance(bank, References) and self.clean is None:
             return _evenly_spaced(bank, self.max_data)
 
-        rows, groups, positions = [], [], []
-        for at, batch in training_batches(trainer, "Reading the training set", self.max_data):
-            clean = self._clean(module, batch)
-            if clean.cond is not None:
-                log.warning(
-                    "TargetVariance: batches carry a condition beyond class labels, for which no "
-                    "two samples are exchangeable; nothing is measured."
-                )
-                return None
-            rows.append(clean.x0.to(module.device))
-            groups += [] if clean.group is None else [clean.group.to(module.device)]
-            positions.append(at.to(module.device))
-        order = all_gather_rows(torch.cat(positions)).argsort()
-        group = all_gather_rows(torch.cat(groups))[order] if groups else None
-        return Clean(all_gather_rows(torch.cat(rows))[order], group)
+        found = encoded_training_set(
+            trainer,
+            lambda _, batch: self._clean(module, batch),
+            "Reading the training set",
+            self.max_data,
+        )
+        if found is None:
+            log.warning(
+                "TargetVariance: batches carry a condition beyond class labels, for which no "
+                "two samples are exchangeable; nothing is measured."
+            )
+        return found
 
     def _clean(self, module: LightningModule, batch: Any) -> Clean:
         if self.clean is not None:
