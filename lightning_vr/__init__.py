@@ -1,6 +1,8 @@
 """Variance-reduced diffusion training for PyTorch Lightning."""
 
+from lightning_vr.auditing import Audit, Candidate, audit
 from lightning_vr.callbacks.fid import FrechetDistance
+from lightning_vr.callbacks.gradient_variance import GradientVariance
 from lightning_vr.callbacks.samples import SampleGrid
 from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.cli import VRCLI
@@ -32,12 +34,15 @@ __all__ = [
     "VE",
     "VP",
     "VRCLI",
+    "Audit",
+    "Candidate",
     "Clean",
     "Cosine",
     "DiffusersSchedule",
     "DiffusionModule",
     "EDMWeighting",
     "FrechetDistance",
+    "GradientVariance",
     "LogNormal",
     "LogNormalWeighting",
     "LogUniform",
@@ -53,5 +58,6 @@ __all__ = [
     "TargetVariance",
     "Uniform",
     "UnitWeighting",
+    "audit",
     "posterior_mean",
 ]

@@ -143,6 +143,13 @@ def read_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     return checkpoint
 
 
+def load_training_weights(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Load the weights that training would go on from, not averaged ones that were kept as well."""
+    module.on_load_checkpoint(checkpoint)
+    weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+    module.load_state_dict(weights, strict=module.strict_loading)
+
+
 def check_complete(checkpoint: dict[str, Any], path: Any, given: Container[str]) -> None:
     """Refuse a checkpoint that misses an argument which is not ``given`` either."""
     for name in checkpoint.get(STATE, {}).get("objects", []):

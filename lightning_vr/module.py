@@ -36,7 +36,7 @@ from lightning_vr.rng import generator
 from lightning_vr.sampling import Sampler, evaluating
 from lightning_vr.schedules import EDM, Schedule
 from lightning_vr.timesteps import Density
-from lightning_vr.types import UNLABELLED, Clean, LossEstimate, Noised
+from lightning_vr.types import UNLABELLED, Clean, LossEstimate, Noised, TargetEstimate
 from lightning_vr.weightings import UnitWeighting, Weighting, check_positive
 
 
@@ -180,14 +180,36 @@ class DiffusionModule(LightningModule):
             check_clean(clean, self.num_classes)
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
-        noised = self.draws(clean, self.schedule, self.timesteps, source)
+        return self.regress(*self.draw(clean, source, target=target))
+
+    def draw(
+        self,
+        clean: Clean,
+        source: torch.Generator,
+        *,
+        target: Target | None = None,
+        times: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Noised, TargetEstimate]:
+        """Noise clean samples and estimate what to regress on.
+
+        Args:
+            clean: B clean samples.
+            source: Generator of all randomness, on their device.
+            target: Used in place of the module's own.
+            times: Times and weights that ``draws.times`` has drawn, or None to draw them here.
+        """
+        times = times or self.draws.times(clean, self.schedule, self.timesteps, source)
+        noised = self.draws.noise(clean, self.schedule, *times, source)
         if self.training and self.label_dropout > 0 and noised.group is not None:
             noised = replace(noised, group=self._drop_labels(noised.group, source))
-        estimate = (target or self.target)(noised, clean, source)
+        return noised, (target or self.target)(noised, clean, source)
+
+    def regress(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
+        """Return the loss of the network on draws and their targets."""
         return diffusion_loss(
             self.predict,
             noised,
-            estimate,
+            target,
             schedule=self.schedule,
             weighting=self.weighting,
             kind=self.prediction,

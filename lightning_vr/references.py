@@ -41,6 +41,9 @@ class References:
         rows = flat - centre
         return cls(rows, torch.linalg.vector_norm(rows, dim=1).square_(), centre, group)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "References":
+        return self  # nothing changes references: copies of a module share them
+
     def __len__(self) -> int:
         return len(self.rows)
 

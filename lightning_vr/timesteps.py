@@ -140,6 +140,40 @@ class UniformSteps(Density):
         return torch.where(inside, torch.full_like(t, -math.log(self.steps)), -math.inf)
 
 
+class Truncated(Density):
+    """A density between two of its quantiles, and nowhere else.
+
+    ``log_prob`` is that of a continuous density: of a table, a step that a quantile cuts through
+    counts in full.
+
+    Args:
+        density: The density on the whole interval.
+        low: Share of its mass that is left out below.
+        high: Share of its mass up to where it is kept.
+    """
+
+    def __init__(self, density: Density, low: float, high: float) -> None:
+        super().__init__()
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"Arguments `low` and `high` expected to satisfy 0 <= low < high <= 1, "
+                f"but got {low} and {high}."
+            )
+        self.density, self.low, self.high = density, low, high
+
+    def icdf(self, u: Tensor) -> Tensor:
+        inner = self.low + (self.high - self.low) * u
+        # rounded up to 1, it would be at infinity
+        largest = 1 - torch.finfo(inner.dtype).eps / 2
+        return self.density.icdf(torch.where(u < 1, inner.clamp(max=largest), inner))
+
+    def log_prob(self, t: Tensor) -> Tensor:
+        edges = t.new_tensor([self.low, self.high], dtype=torch.float64)
+        start, end = self.density.icdf(edges).to(t)
+        density = self.density.log_prob(t) - math.log(self.high - self.low)
+        return torch.where((t >= start) & (t <= end), density, -math.inf)
+
+
 def _log_normal(x: Tensor, mean: float, std: float) -> Tensor:
     return -0.5 * ((x - mean) / std) ** 2 - math.log(std * math.sqrt(2 * math.pi))
 

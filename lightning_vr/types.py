@@ -31,6 +31,13 @@ class Clean:
     cond: dict[str, Any] | None = None
     index: Tensor | None = None
 
+    def rows(self, index: Any) -> "Clean":
+        """Return the samples at ``index``, a slice or positions ``(n,)``."""
+        group = None if self.group is None else self.group[index]
+        cond = None if self.cond is None else {k: v[index] for k, v in self.cond.items()}
+        own = None if self.index is None else self.index[index]
+        return Clean(self.x0[index], group, cond, own)
+
     @classmethod
     def from_batch(cls, batch: Any) -> "Clean":
         """Read the usual batches.

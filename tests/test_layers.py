@@ -12,7 +12,7 @@ import lightning_vr
 
 PACKAGE = Path(lightning_vr.__file__).parent
 TENSOR_LAYERS = [
-    ["types", "rng", "distributed", "networks"],
+    ["types", "rng", "distributed", "networks", "batches"],
     [
         "timesteps",
         "schedules",
@@ -26,9 +26,18 @@ TENSOR_LAYERS = [
 ]
 LAYERS = [
     *TENSOR_LAYERS,
-    ["sampling", "metrics", "module", "configuration", "checkpoints", "training_set", "bank"],
+    [
+        "sampling",
+        "metrics",
+        "module",
+        "noisy_losses",
+        "configuration",
+        "checkpoints",
+        "training_set",
+        "bank",
+    ],
     ["callbacks", "data"],
-    ["audit"],
+    ["auditing"],
     ["cli", "__main__", "__init__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -3,7 +3,8 @@
 Once, when training starts, V_DSM, V_STF, ESS and D are measured on the training set
 (``lightning_vr.variance.targets``: theory, units, sources). During training the variance that the
 target removes is read off its weights: the mean of ``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF by the
-law of total variance, and costs nothing.
+law of total variance, and costs nothing. The loss less its irreducible part, the variance of the
+target, is how far the network is from its optimum (``lightning_vr.variance.excess``).
 """
 
 import logging
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
+from lightning_vr.callbacks import excess_loss
 from lightning_vr.callbacks import target_variance_report as report
 from lightning_vr.callbacks.sinks import log_numbers, log_picture, run_folder
 from lightning_vr.estimators.stf import STF
@@ -23,6 +26,7 @@ from lightning_vr.schedules import Schedule
 from lightning_vr.training_set import encoded_training_set, training_loader
 from lightning_vr.types import Clean, LossEstimate
 from lightning_vr.variance.curves import TargetVarianceCurve
+from lightning_vr.variance.excess import ExcessLoss
 from lightning_vr.variance.removed import RemovedVariance
 from lightning_vr.variance.targets import measure_target_variance, noise_level_grid
 
@@ -40,6 +44,14 @@ class TargetVariance(Callback):
     every logger as ``target_variance/<quantity>/s<noise level>``, and a table to the terminal at
     the end of ``fit``. During training it logs ``target_variance/removed/s<noise level>``: what the
     target removes, the mean over all draws so far near that level, in the same unit.
+
+    On a ``DiffusionModule`` it also splits the training loss, as means over about the last five log
+    events: ``irreducible_loss/s<noise level>`` is what the variance of the target leaves to the
+    best network, ``excess_loss/...`` the rest, how far the weights that train are from the optimum;
+    ``.../total`` is over all draws. At the end ``excess_loss.png`` and ``excess_loss.csv`` show it.
+    The optimum is that of the encoded training set as read once: augmentation that changes between
+    epochs would count as excess. None of this with another module, a control variate, ``clean``, or
+    a curve of a part of the data (``max_data``), which lacks some of the variance.
 
     On a ``DiffusionModule`` it needs no arguments; on any other module::
 
@@ -85,6 +97,8 @@ class TargetVariance(Callback):
         self.clean = clean
         self.curve: TargetVarianceCurve | None = None
         self._removed: RemovedVariance | None = None
+        self._excess: ExcessLoss | None = None
+        self._excess_state: dict[str, Tensor] | None = None
         self._is_reported = False
         self._logged_step = -1
 
@@ -112,6 +126,7 @@ class TargetVariance(Callback):
                 f"from a batch to clean samples, as in TargetVariance(schedule=VP(), clean=...)."
             )
         self.curve, self._removed = None, None
+        self._excess, self._excess_state = None, None
         self._is_reported, self._logged_step = False, -1
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,6 +139,8 @@ class TargetVariance(Callback):
         if self.curve is None or self._removed is None:
             return
         self._removed.to(pl_module.device)
+        if self.clean is None:
+            self._excess = excess_loss.start(trainer, pl_module, self.curve, self._excess_state)
         log_numbers(trainer, report.numbers(self.curve.noise_levels, self.curve.columns()))
         folder = run_folder(trainer)
         if trainer.is_global_zero:
@@ -139,18 +156,22 @@ class TargetVariance(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add the batch's spread, and log the means at the loggers' cadence."""
+        """Add the batch's spread and loss, and log the means at the loggers' cadence."""
         estimate = getattr(pl_module, "estimate", None)
         if self._removed is None or not isinstance(estimate, LossEstimate):
             return
         self._removed.add(estimate.noised.noise_level, estimate.target.spread)
+        if self._excess is not None and isinstance(pl_module, DiffusionModule):
+            excess_loss.add(self._excess, pl_module, estimate)
         cadence = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if cadence and trainer.global_step % cadence == 0:
-            self._log_removed(trainer)
+            self._log_recent(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the last steps added."""
-        self._log_removed(trainer)
+        """Log what the last steps added, and show the excess loss."""
+        self._log_recent(trainer)
+        if self._excess is not None:
+            excess_loss.write(trainer, self._excess)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
@@ -159,7 +180,7 @@ class TargetVariance(Callback):
         from rich.console import Console
 
         shown, switch, note = max(self.curve.stf), 0.0, "V_STF is not what this run trains with."
-        own = _own_references(trainer, pl_module, self.curve.size)
+        own = excess_loss.own_references(trainer, pl_module, self.curve.size)
         target = getattr(pl_module, "target", None)
         if own is not None and isinstance(target, STF):
             shown, switch, note = own, target.switch, ""
@@ -170,6 +191,7 @@ class TargetVariance(Callback):
         return {
             "curve": None if self.curve is None else self.curve.state(),
             "removed": None if self._removed is None else self._removed.state(),
+            "excess": self._excess_state if self._excess is None else self._excess.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -177,12 +199,13 @@ class TargetVariance(Callback):
         if state_dict["curve"] is not None:
             self.curve = TargetVarianceCurve.from_state(state_dict["curve"])
             self._removed = RemovedVariance(self.curve.noise_levels, state_dict["removed"])
+            self._excess_state = state_dict.get("excess")
 
     def _is_current(self, trainer: Trainer, module: LightningModule) -> bool:
         """Tell whether the curve of a checkpoint holds what the module trains with now."""
         if self.curve is None:
             return False
-        own = _own_references(trainer, module, self.curve.size)
+        own = excess_loss.own_references(trainer, module, self.curve.size)
         return own is None or own in self.curve.stf
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
@@ -191,7 +214,7 @@ class TargetVariance(Callback):
             return
         size = len(clean.x0)
         counts = list(self.references or [n for n in _DEFAULT_REFERENCES if n <= size])
-        own = _own_references(trainer, module, size)
+        own = excess_loss.own_references(trainer, module, size)
         counts += [own] if own is not None else []
         low, high = self._training_noise_levels(module)
         self.curve = measure_target_variance(
@@ -204,6 +227,7 @@ class TargetVariance(Callback):
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
         self._removed = RemovedVariance(self.curve.noise_levels)
+        self._excess_state = None
 
     def _training_noise_levels(self, module: LightningModule) -> tuple[float, float]:
         if self.schedule is None and isinstance(module, DiffusionModule):
@@ -249,24 +273,15 @@ class TargetVariance(Callback):
         assert isinstance(module, DiffusionModule)
         return module.clean(batch)
 
-    def _log_removed(self, trainer: Trainer) -> None:
+    def _log_recent(self, trainer: Trainer) -> None:
         if self._removed is None or self._logged_step == trainer.global_step:
             return
         self._logged_step = trainer.global_step
         removed = {"removed": self._removed.means()}
-        log_numbers(trainer, report.numbers(self._removed.noise_levels, removed))
-
-
-def _own_references(trainer: Trainer, module: LightningModule, size: int) -> int | None:
-    """Return how many of ``size`` samples the module's own STF uses as references, if it does."""
-    target = getattr(module, "target", None)
-    if not isinstance(target, STF):
-        return None
-    if target.references == "all":
-        return size
-    if target.references == "batch":
-        return min(size, (training_loader(trainer).batch_size or 0) * trainer.world_size) or None
-    return int(target.references) if int(target.references) <= size else None
+        found = report.numbers(self._removed.noise_levels, removed)
+        if self._excess is not None:
+            found |= excess_loss.numbers(self._excess)
+        log_numbers(trainer, found)
 
 
 def _evenly_spaced(bank: References, limit: int) -> Clean:

@@ -34,11 +34,13 @@ def level_names(levels: Tensor) -> list[str]:
     return names
 
 
-def numbers(noise_levels: Tensor, columns: Mapping[str, Tensor]) -> dict[str, float]:
+def numbers(
+    noise_levels: Tensor, columns: Mapping[str, Tensor], prefix: str = "target_variance/"
+) -> dict[str, float]:
     """Name numbers ``(L,)`` as loggers take them, ``target_variance/dsm/s0.5``; NaN is left out."""
     names = level_names(noise_levels)
     return {
-        f"target_variance/{column}/s{name}": value
+        f"{prefix}{column}/s{name}": value
         for column, values in columns.items()
         for name, value in zip(names, values.tolist(), strict=True)
         if not math.isnan(value)

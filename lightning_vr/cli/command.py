@@ -15,11 +15,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import lightning_vr.data  # noqa: F401  # a short class name resolves once its class is imported
 from lightning_vr.checkpoints import STATE, check_complete, check_weights, read_checkpoint
 from lightning_vr.cli.errors import cause, is_wrong_setting, one_line
-from lightning_vr.cli.predict import VRTrainer
 from lightning_vr.cli.resume import changed_optimization, last_checkpoint, model_settings
+from lightning_vr.cli.trainer import VRTrainer
 from lightning_vr.module import DiffusionModule
 
-_LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader"}
+_LOADERS = {
+    "fit": "train_dataloader",
+    "audit": "train_dataloader",
+    "validate": "val_dataloader",
+    "test": "test_dataloader",
+}
 _LOGGER = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": ""}}
 
 
@@ -56,6 +61,11 @@ class VRCLI(LightningCLI):
             },
         }
         super().__init__(model_class, datamodule_class, **(defaults | kwargs))
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands and which of their arguments the command line sets itself."""
+        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data; the last two are not required, for a checkpoint may do."""

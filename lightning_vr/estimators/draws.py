@@ -15,13 +15,20 @@ from lightning_vr.types import Clean, Noised
 
 
 class Draws(nn.Module, ABC):
-    """Decides at which times and with which noise the clean samples are noised."""
+    """Decides at which times and with which noise the clean samples are noised.
+
+    Times and noise are drawn one after the other, so that a measurement can keep the times and
+    draw the noise again.
+    """
+
+    couples_rows: bool = False
+    """Whether the draws of one batch depend on each other beyond those of one sample."""
 
     @abstractmethod
-    def forward(
+    def times(
         self, clean: Clean, schedule: Schedule, timesteps: Density, generator: torch.Generator
-    ) -> Noised:
-        """Noise ``clean``.
+    ) -> tuple[Tensor, Tensor]:
+        """Draw a time for each draw, and its importance weight p/q.
 
         Args:
             clean: B clean samples.
@@ -30,18 +37,37 @@ class Draws(nn.Module, ABC):
             generator: Source of all randomness.
 
         Returns:
-            K·B draws, those of one sample next to each other: row i belongs to sample i // K.
+            Times and weights, ``(K·B,)`` each, those of one sample next to each other: row i
+            belongs to sample i // K.
         """
+
+    def forward(
+        self, clean: Clean, schedule: Schedule, timesteps: Density, generator: torch.Generator
+    ) -> Noised:
+        """Noise ``clean`` at times drawn for it; arguments as for ``times``."""
+        t, weight = self.times(clean, schedule, timesteps, generator)
+        return self.noise(clean, schedule, t, weight, generator)
+
+    def noise(
+        self,
+        clean: Clean,
+        schedule: Schedule,
+        t: Tensor,
+        weight: Tensor,
+        generator: torch.Generator,
+    ) -> Noised:
+        """Noise ``clean`` at given times: K·B draws."""
+        return noise_samples(clean, schedule, t, weight, generator)
 
 
 class IID(Draws):
     """One independent time and noise for each sample; importance weights are 1."""
 
-    def forward(
+    def times(
         self, clean: Clean, schedule: Schedule, timesteps: Density, generator: torch.Generator
-    ) -> Noised:
+    ) -> tuple[Tensor, Tensor]:
         t = timesteps(open_uniform(len(clean.x0), generator)).to(torch.float32)
-        return noise_samples(clean, schedule, t, torch.ones_like(t), generator)
+        return t, torch.ones_like(t)
 
 
 def open_uniform(count: int, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,11 @@ class Target(nn.Module, ABC):
     bank_size: int | None = 0
     """How many encoded training samples ``fill`` needs before training: 0 none, None all."""
 
+    @property
+    def couples_rows(self) -> bool:
+        """Whether the targets of one batch share randomness, so that they are dependent."""
+        return False
+
     @abstractmethod
     def forward(self, noised: Noised, clean: Clean, generator: torch.Generator) -> TargetEstimate:
         """Estimate E[x0 | x_t] for each draw, without gradient.

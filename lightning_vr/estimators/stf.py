@@ -75,6 +75,10 @@ class STF(Target):
         """The noise level in force below which the own sample is the target."""
         return self._switch
 
+    @property
+    def couples_rows(self) -> bool:
+        return self.references != "all"
+
     def fill(self, x0: Tensor, group: Tensor | None, *, indexed: bool) -> None:
         if self.references != "batch":
             self._check_bank(len(x0), indexed)

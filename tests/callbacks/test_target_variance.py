@@ -17,10 +17,13 @@ from matplotlib import pyplot
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lightning_vr import EDM, MLP, STF, VP, Clean, DiffusionModule, LogUniform
+from lightning_vr import EDM, IID, MLP, STF, VP, Clean, DiffusionModule, LogUniform, posterior_mean
 from lightning_vr.callbacks import target_variance
 from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.data import EightGaussians
+from lightning_vr.estimators.loss import ControlVariate
+from lightning_vr.predictions import prediction
+from lightning_vr.weightings import MinSNRWeighting
 
 SETTINGS = {"noise_levels": 6, "samples": 128, "references": [4]}
 
@@ -233,6 +236,9 @@ def test_two_ranks_measure_what_one_process_does(tmp_path):
     curves = [(tmp_path / d / "target_variance.csv").read_bytes() for d in ("1", "2")]
     assert curves[0] == curves[1]
     assert logged(tmp_path / "2" / "metrics.csv", "target_variance/removed/")
+    # the ranks' draws together: as many in each run, and on two ranks other ones
+    draws = [sum(float(r["draws"]) for r in rows(tmp_path / d / "excess_loss.csv")) for d in "12"]
+    assert draws[0] == pytest.approx(draws[1])
 
 
 def test_a_configuration_file_can_name_it():
@@ -289,6 +295,8 @@ def test_it_works_on_a_module_that_knows_nothing_of_it(tmp_path, capsys):
     assert (tmp_path / "target_variance.png").exists()
     assert "V_STF (n = 4)" in capsys.readouterr().out
     assert not logged(tmp_path / "metrics.csv", "target_variance/removed/")
+    assert not logged(tmp_path / "metrics.csv", "excess_loss/")
+    assert not (tmp_path / "excess_loss.png").exists()
 
 
 def test_clean_may_give_labels_that_mask_references(tmp_path):
@@ -362,7 +370,142 @@ def test_with_a_continuous_condition_nothing_is_measured_and_the_log_says_why(tm
     trainer(tmp_path, callback, max_steps=2).fit(Captioned(MLP(width=16, depth=1)), data())
     assert callback.curve is None
     assert "no two samples are exchangeable" in caplog.text
-    assert callback.state_dict() == {"curve": None, "removed": None}
+    assert callback.state_dict() == {"curve": None, "removed": None, "excess": None}
+
+
+@pytest.mark.parametrize("target", [None, STF("batch"), STF(8)], ids=["dsm", "batch", "bank"])
+def test_a_run_leaves_the_excess_loss_as_numbers_a_file_and_a_picture(tmp_path, target):
+    trainer(tmp_path, TargetVariance(**SETTINGS)).fit(module(target), data())
+    table = rows(tmp_path / "excess_loss.csv")
+    columns = ["noise_level", "loss", "irreducible", "excess", "excess_error", "draws"]
+    assert list(table[0]) == columns
+    seen = [{k: float(v) for k, v in row.items()} for row in table if float(row["draws"]) > 0]
+    assert len(table) == 6
+    assert len(seen) > 3
+    for row in seen:
+        assert row["excess"] == pytest.approx(row["loss"] - row["irreducible"])
+    with Image.open(tmp_path / "excess_loss.png") as picture:
+        assert min(picture.size) > 400
+
+    excess = logged(tmp_path / "metrics.csv", "excess_loss/")
+    irreducible = logged(tmp_path / "metrics.csv", "irreducible_loss/")
+    levels = {float(k.removeprefix("excess_loss/s")) for k in excess if "/total" not in k}
+    assert {float(f"{row['noise_level']:.2g}") for row in seen} <= levels
+    assert len(excess) == len(irreducible) > len(seen)
+    # the steps after the last log event at a multiple of 3 make one more
+    draws = 32 * (3 * 0.8**2 + 3 * 0.8 + 2)
+    assert sum(row["draws"] for row in seen) == pytest.approx(draws)
+    mean = sum(row["excess"] * row["draws"] for row in seen) / draws
+    assert excess["excess_loss/total"] == pytest.approx(mean)
+
+
+class Weighted(IID):
+    """Draws whose importance weights are 1, 2 and 3."""
+
+    def times(self, clean, schedule, timesteps, generator):
+        t, _ = super().times(clean, schedule, timesteps, generator)
+        return t, torch.randint(1, 4, t.shape, generator=generator).to(t)
+
+
+class Exact(DiffusionModule):
+    """Predicts the posterior mean of its training set."""
+
+    def predict(self, x, noised):
+        rows = self.trainer.train_dataloader.dataset
+        samples = torch.stack([rows[i]["x0"] for i in range(len(rows))])
+        mean = posterior_mean(noised.xt, noised.alpha, noised.sigma, samples).mean
+        coefficients = prediction(self.prediction, self.schedule, noised.t, self.sigma_data)
+        unused = 0 * next(self.network.parameters()).sum()
+        return coefficients.output(noised.x0, noised.noise, mean) + unused
+
+
+def test_the_exact_denoiser_has_no_excess_loss_in_a_run(tmp_path):
+    torch.manual_seed(0)
+    exact = Exact(
+        MLP(width=4, depth=1),
+        schedule=VP(),
+        prediction="v",
+        weighting=MinSNRWeighting(),
+        draws=Weighted(),
+        target=STF(4, min_noise_level=0.8),
+    )
+    callback = TargetVariance(noise_levels=8, samples=4096, references=[4])
+    fit = trainer(tmp_path, callback, max_steps=100, log_every_n_steps=0)
+    fit.fit(exact, data(batch_size=128))
+    table = [{k: float(v) for k, v in row.items()} for row in rows(tmp_path / "excess_loss.csv")]
+    assert all(abs(row["excess"]) < 4 * row["excess_error"] for row in table)
+    # on both sides of the switch the irreducible part is known well
+    precise = [r["noise_level"] for r in table if r["excess_error"] < 0.1 * r["irreducible"]]
+    assert min(precise) < 0.7 < 0.9 < max(precise)
+
+
+class Losses(Callback):
+    """The loss of each step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.values.append(float(pl_module.estimate.loss))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"target": STF("all")}, {"target": STF(4, min_noise_level=0.3), "schedule": VP()}],
+    ids=["dsm", "all", "switch"],
+)
+def test_irreducible_and_excess_loss_add_up_to_the_training_loss(tmp_path, settings):
+    losses = Losses()
+    fit = trainer(tmp_path, TargetVariance(**SETTINGS), losses, max_steps=3)
+    fit.fit(module(**settings), data())
+    excess = logged(tmp_path / "metrics.csv", "excess_loss/total")["excess_loss/total"]
+    left = logged(tmp_path / "metrics.csv", "irreducible_loss/total")["irreducible_loss/total"]
+    assert excess + left == pytest.approx(sum(losses.values) / 3, rel=1e-5)
+    if settings.get("target") and settings["target"].references == "all":
+        assert left == 0
+    else:
+        assert left > 0
+
+
+def test_a_resumed_run_goes_on_with_the_excess_loss_of_the_first(tmp_path):
+    first = TargetVariance(**SETTINGS)
+    fit = trainer(tmp_path / "first", first, max_steps=-1, max_epochs=2)
+    fit.fit(module(), data())
+    fit.save_checkpoint(tmp_path / "end.ckpt")
+    resumed = TargetVariance(**SETTINGS)
+    again = trainer(tmp_path / "again", resumed, max_steps=-1, max_epochs=3, log_every_n_steps=4)
+    again.fit(module(), data(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+
+    before, after = (c.state_dict()["excess"]["sums"] for c in (first, resumed))
+    # four more steps of 32 draws in one event at the end, and what was there fades once
+    assert float(after[0, -1]) == pytest.approx(0.8 * float(before[0, -1]) + 4 * 32)
+    assert (after[0] >= 0.8 * before[0] - 1e-9).all()
+
+
+class Nothing(ControlVariate):
+    def forward(self, network, noised, target):
+        return torch.zeros_like(noised.t)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "words"),
+    [
+        ({"max_data": 40}, {}, "the curve of 40 samples is not that of all 128"),
+        ({}, {"control_variate": Nothing()}, "the control variate adds a term"),
+        ({"clean": lambda batch: batch["x0"]}, {}, ""),
+    ],
+    ids=["part-of-the-data", "control-variate", "clean"],
+)
+def test_where_it_cannot_be_told_there_is_no_excess_loss_and_the_log_says_why(
+    tmp_path, caplog, arguments, settings, words
+):
+    trainer(tmp_path, TargetVariance(**SETTINGS, **arguments)).fit(module(**settings), data())
+    assert words in caplog.text
+    assert ("no excess loss" in caplog.text) == bool(words)
+    assert logged(tmp_path / "metrics.csv", "target_variance/removed/")
+    assert not logged(tmp_path / "metrics.csv", "excess_loss/")
+    assert not logged(tmp_path / "metrics.csv", "irreducible_loss/")
+    assert not (tmp_path / "excess_loss.csv").exists()
 
 
 def test_the_picture_touches_no_global_state_of_matplotlib(tmp_path):

@@ -173,7 +173,7 @@ assert ours < 0.5 * lightning, (ours, lightning)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "{fit,validate,test,predict}" in done.stdout
+    assert "{fit,validate,test,predict,audit}" in done.stdout
 
 
 def test_the_command_line_knows_its_version(capsys):

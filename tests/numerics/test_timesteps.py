@@ -4,7 +4,14 @@ import numpy
 import pytest
 import torch
 
-from lightning_vr.timesteps import LogitNormal, LogNormal, LogUniform, Uniform, UniformSteps
+from lightning_vr.timesteps import (
+    LogitNormal,
+    LogNormal,
+    LogUniform,
+    Truncated,
+    Uniform,
+    UniformSteps,
+)
 
 DENSITIES = [
     Uniform(0.1, 0.7),
@@ -70,6 +77,66 @@ def test_uniform_steps_are_equally_likely():
     assert float(density(torch.tensor(1 - 2.0**-53, dtype=torch.float64))) == 6
 
 
+BINS = [(0.0, 1.0), (0.0, 0.125), (0.3, 0.55), (0.875, 1.0)]
+bins = pytest.mark.parametrize(("low", "high"), BINS)
+
+
+@continuous
+@bins
+def test_a_truncated_density_lies_between_its_quantiles(density, low, high):
+    part = Truncated(density, low, high)
+    u = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
+    torch.testing.assert_close(part(u), density(low + (high - low) * u))
+    torch.testing.assert_close(integral(part, part(u)), u.diff(), rtol=1e-7, atol=0)
+
+
+@continuous
+@bins
+def test_a_truncated_density_integrates_to_one_and_is_zero_elsewhere(density, low, high):
+    part = Truncated(density, low, high)
+    tail = torch.logspace(-12, -1, 100, dtype=torch.float64)
+    u = torch.cat([tail, torch.linspace(0.11, 0.89, 300, dtype=torch.float64), 1 - tail.flip(0)])
+    assert float(integral(part, part(u)).sum()) == pytest.approx(1, abs=1e-8)
+
+    outside = [q for q in (low - 0.01, high + 0.01) if 0 < q < 1]
+    off = density(torch.tensor(outside, dtype=torch.float64))
+    assert part.log_prob(off).tolist() == [-math.inf] * len(outside)
+    torch.testing.assert_close(
+        part.log_prob(part(u)), density.log_prob(part(u)) - math.log(high - low)
+    )
+
+
+@continuous
+def test_all_bins_together_are_the_whole(density):
+    """Times drawn in turn from equally likely bins are those of the density itself."""
+    u = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    parts = [Truncated(density, i / 8, (i + 1) / 8) for i in range(8)]
+    whole = density((torch.arange(800, dtype=torch.float64) + 0.5) / 800)
+    torch.testing.assert_close(torch.cat([part(u) for part in parts]), whole)
+
+    t = density(torch.linspace(0.0011, 0.9991, 333, dtype=torch.float64))
+    mixture = sum(part.log_prob(t).exp() / 8 for part in parts)
+    torch.testing.assert_close(mixture, density.log_prob(t).exp())
+
+
+@continuous
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_truncated_log_density_keeps_the_dtype(density, dtype):
+    t = Truncated(density, 0.25, 0.5)(torch.tensor([0.5], dtype=torch.float64)).to(dtype)
+    log_prob = Truncated(density, 0.25, 0.5).log_prob(t)
+    assert log_prob.dtype == dtype
+    assert log_prob.isfinite().all()
+
+
+def test_bins_of_steps_hold_their_own_steps_and_all_of_them_once():
+    density = UniformSteps(8)
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    for i in range(4):
+        t = Truncated(density, i / 4, (i + 1) / 4)(u)
+        assert t.unique().tolist() == [2 * i, 2 * i + 1]
+        assert float((t == 2 * i).double().mean()) == 0.5
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -79,6 +146,10 @@ def test_uniform_steps_are_equally_likely():
         (lambda: LogNormal(std=0.0), "`std` expected to be positive, but got 0.0"),
         (lambda: LogitNormal(std=math.nan), "`std` expected to be positive, but got nan"),
         (lambda: UniformSteps(0), "`steps` expected to be at least 1, but got 0"),
+        (lambda: Truncated(Uniform(), 0.5, 0.5), "0 <= low < high <= 1, but got 0.5 and 0.5"),
+        (lambda: Truncated(Uniform(), -0.1, 0.5), "0 <= low < high <= 1"),
+        (lambda: Truncated(Uniform(), 0.5, 1.1), "0 <= low < high <= 1"),
+        (lambda: Truncated(Uniform(), math.nan, 1.0), "0 <= low < high <= 1"),
     ],
 )
 def test_densities_that_mean_nothing_are_refused(build, message):

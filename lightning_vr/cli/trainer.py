@@ -1,4 +1,4 @@
-"""``predict``: samples of a trained module, as arrays and as a picture."""
+"""``predict`` and ``audit``: what Lightning's trainer does not do by itself."""
 
 import warnings
 from pathlib import Path
@@ -6,19 +6,59 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_vr.auditing.candidates import read_candidates
+from lightning_vr.auditing.report import table
+from lightning_vr.auditing.run import audit as run_audit
 from lightning_vr.callbacks.samples import is_picture, save_picture
 from lightning_vr.callbacks.sinks import run_folder
+from lightning_vr.checkpoints import load_training_weights, read_checkpoint
 from lightning_vr.distributed import all_gather_rows
 from lightning_vr.module import DiffusionModule
 
 
 class VRTrainer(Trainer):
-    """Lightning's trainer, but ``predict`` draws samples."""
+    """Lightning's trainer, but ``predict`` draws samples, and ``audit`` compares estimators."""
+
+    def audit(
+        self,
+        model: DiffusionModule,
+        datamodule: LightningDataModule,
+        candidates: str | Path | None = None,
+        budget: PositiveFloat = 120.0,
+        ckpt_path: str | Path | None = None,
+    ) -> None:
+        """Measure what each estimator would save per unit of compute, and advise.
+
+        Writes audit.json, audit.md and audit.png to the run's folder.
+
+        Args:
+            model: A module.
+            datamodule: Its training data.
+            candidates: A YAML file with a list of candidates, each with a name and the slots
+                (draws, target, control_variate) that it fills; what ships if not given.
+            budget: Seconds to spend.
+            ckpt_path: The checkpoint whose weights to audit: a file, or 'last' for that of the
+                newest run.
+        """
+        if ckpt_path is not None:
+            load_training_weights(model, read_checkpoint(ckpt_path))
+        given = None if candidates is None else read_candidates(candidates)
+        found = run_audit(model, datamodule, given, budget=budget, trainer=self)
+        folder = run_folder(self)
+        if not self.is_global_zero:
+            return
+        found.save(folder)
+        console = Console()
+        console.print(table(found))
+        console.print(found.advice, style="bold")
+        console.print(found.config, highlight=False)
+        print(f"The audit is in {folder}: audit.json, audit.md, audit.png")
 
     def predict(  # type: ignore[override]
         self,

@@ -1,0 +1,265 @@
+"""Check what an audit predicts against training: does the multiplier come true?
+
+Three workloads train with the plain target, with the candidate whose multiplier the audit says is
+largest, and with the plain target at twice the batch size, each over several seeds. Compared is the
+compute (steps, times the seconds of a step that the audit measures) to reach the held-out denoising
+loss that the plain target has at the end, averaged over seeds. The doubled batch, which halves the
+variance, shows what less variance is worth at all. Run it with
+
+    python examples/audit_against_training.py --workload digits_edm --seeds 5
+
+and look into ``runs/audit_against_training``.
+"""
+
+import argparse
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+from lightning_vr import DSM, EDM, MLP, STF, VE, DiffusionModule, audit
+from lightning_vr.callbacks.after_validation import averaged_weights
+from lightning_vr.data import Digits, EightGaussians
+from lightning_vr.estimators.dsm import Target
+from lightning_vr.rng import generator
+from lightning_vr.sampling import evaluating
+from lightning_vr.types import Clean
+
+WORKLOADS = {"digits_edm": 750, "digits_ve": 750, "eight_gaussians": 3000}
+"""Names and steps of training; the held-out loss is measured thirty times."""
+
+EVALUATIONS = 30
+
+
+def network(workload: str) -> torch.nn.Module:
+    if workload == "eight_gaussians":
+        return MLP(2, width=128)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=[32, 64],
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=["DownBlock2D"] * 2,
+        up_block_types=["UpBlock2D"] * 2,
+        num_class_embeds=11,
+    )
+
+
+def build(
+    workload: str, target: Target, batch_factor: int = 1
+) -> tuple[DiffusionModule, LightningDataModule]:
+    settings = {
+        "network": network(workload),
+        "schedule": VE() if workload == "digits_ve" else EDM(),
+        "target": target,
+        "sigma_data": 1.0 if workload == "eight_gaussians" else 0.75,
+    }
+    learning_rate = 1e-3 if workload == "eight_gaussians" else 2e-3
+    settings["optimizer"] = functools.partial(torch.optim.AdamW, lr=learning_rate)
+    if workload == "eight_gaussians":
+        data = EightGaussians(batch_size=32 * batch_factor, num_samples=8192, num_validation=4096)
+        return DiffusionModule(**settings), data
+    settings |= {"num_classes": 10, "label_dropout": 0.1}
+    return DiffusionModule(**settings), Digits(batch_size=128 * batch_factor)
+
+
+class HeldOutLoss(Callback):
+    """Plain denoising loss of held-out samples: times stratified, noise the same at every look."""
+
+    def __init__(self, every: int, repeats: int) -> None:
+        self.every, self.repeats = every, repeats
+        self.steps: list[int] = []
+        self.losses: dict[str, list[float]] = {"raw": [], "averaged": []}
+
+    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+        data = trainer.datamodule.val_dataloader().dataset
+        rows = [data[i] for i in range(len(data))] * self.repeats
+        batch = {name: torch.stack([torch.as_tensor(r[name]) for r in rows]) for name in rows[0]}
+        clean = module.clean(batch)
+        count, source = len(clean.x0), generator("held out")
+        u = (torch.randperm(count, generator=source) + torch.rand(count, generator=source)) / count
+        t = module.timesteps.icdf(u.double().clamp(1e-9, 1 - 1e-9)).float()
+        self.clean, self.times = clean, (t, torch.ones_like(t))
+
+    def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_: object) -> None:
+        if trainer.global_step % self.every:
+            return
+        self.steps.append(trainer.global_step)
+        self.losses["raw"].append(self.measure(module))
+        with averaged_weights(trainer, module):
+            self.losses["averaged"].append(self.measure(module))
+
+    @torch.no_grad()
+    def measure(self, module: DiffusionModule) -> float:
+        total = 0.0
+        with evaluating(module):
+            for start in range(0, len(self.clean.x0), 1024):
+                rows = slice(start, start + 1024)
+                clean: Clean = self.clean.rows(rows)
+                times = self.times[0][rows], self.times[1][rows]
+                noised, target = module.draw(
+                    clean, generator("held out", start), target=DSM(), times=times
+                )
+                total += float(module.regress(noised, target).per_draw.sum())
+        return total / len(self.clean.x0)
+
+
+def train(
+    workload: str, target: Target, seed: int, steps: int, batch_factor: int = 1
+) -> tuple[HeldOutLoss, DiffusionModule]:
+    seed_everything(seed, verbose=False)
+    module, data = build(workload, target, batch_factor)
+    held_out = HeldOutLoss(steps // EVALUATIONS, repeats=1 if workload == "eight_gaussians" else 4)
+    Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[EMAWeightAveraging(decay=0.98), held_out],
+    ).fit(module, datamodule=data)
+    return held_out, module
+
+
+def steps_to(loss: float, steps: np.ndarray, losses: np.ndarray) -> float:
+    """Return the first step at which a curve, made monotone, is down to ``loss``."""
+    best = np.minimum.accumulate(losses)
+    if best[-1] > loss:
+        return float("nan")
+    i = int(np.argmax(best <= loss))
+    if i == 0:
+        return float(steps[0])
+    share = (best[i - 1] - loss) / (best[i - 1] - best[i])
+    return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
+
+
+def saving(
+    base: np.ndarray, other: np.ndarray, steps: np.ndarray, source: np.random.Generator
+) -> tuple[float, float, float]:
+    """Return steps of ``base`` over steps of ``other`` to the loss ``base`` ends at, with 95 %."""
+
+    def ratio(b: np.ndarray, o: np.ndarray) -> float:
+        goal = b.mean(axis=0)[int(0.7 * len(steps)) :].mean()
+        return steps_to(goal, steps, b.mean(axis=0)) / steps_to(goal, steps, o.mean(axis=0))
+
+    drawn = []
+    for _ in range(1000):
+        rows = source.integers(len(base), size=len(base))
+        drawn.append(ratio(base[rows], other[rows]))
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return ratio(base, other), float(low), float(high)
+
+
+def predict(workload: str, budget: float, folder: Path) -> None:
+    """Audit in the middle of training with the plain target; keep the best candidate."""
+    _, halfway = train(workload, DSM(), seed=100, steps=WORKLOADS[workload] // 2)
+    _, data = build(workload, DSM())
+    found = audit(halfway, data, budget=budget)
+    found.save(folder / workload)
+    best = max(found.estimators[1:], key=lambda measured: measured.multiplier.estimate)
+    prediction = {
+        "candidate": best.name,
+        "references": best.config["target"]["init_args"]["references"],
+        "multiplier": list(best.multiplier),
+        "efficiency": list(best.efficiency),
+        "saving": found.saving(best),
+        "noise_ratio": found.noise_ratio,
+        "time_ratio": found.current.seconds / best.seconds,
+    }
+    (folder / f"{workload}_predicted.json").write_text(json.dumps(prediction, indent=2))
+
+
+def realise(workload: str, seeds: int, folder: Path) -> None:
+    """Train with the plain target, the candidate and the doubled batch; keep held-out losses."""
+    prediction = json.loads((folder / f"{workload}_predicted.json").read_text())
+    arms = {
+        "plain": (DSM, 1),
+        "candidate": (functools.partial(STF, prediction["references"]), 1),
+        "doubled batch": (DSM, 2),
+    }
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for name, (target, factor) in arms.items():
+        runs = [
+            train(workload, target(), seed, WORKLOADS[workload], factor)[0] for seed in range(seeds)
+        ]
+        found[name] = {key: [run.losses[key] for run in runs] for key in ("raw", "averaged")}
+        steps = runs[0].steps
+    curves = {"steps": steps, "losses": found}
+    (folder / f"{workload}_trained.json").write_text(json.dumps(curves))
+
+
+def report(folder: Path) -> None:
+    """Print a table and draw the curves of all workloads that have run."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in WORKLOADS if (folder / f"{name}_trained.json").exists()]
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    for i, name in enumerate(names):
+        prediction = json.loads((folder / f"{name}_predicted.json").read_text())
+        trained = json.loads((folder / f"{name}_trained.json").read_text())
+        axes = figure.add_subplot(1, len(names), i + 1)
+        for arm, curves in trained["losses"].items():
+            axes.plot(trained["steps"], np.mean(curves["averaged"], axis=0), label=arm)
+        axes.set_title(f"{name}, {prediction['candidate']}")
+        axes.set_xlabel("steps")
+        axes.set_ylabel("held-out denoising loss")
+        axes.legend()
+        compare(name, prediction, trained)
+    figure.savefig(folder / "audit_against_training.png", dpi=120)
+
+
+def compare(name: str, prediction: dict, trained: dict) -> None:
+    """Print what was predicted and what came of it, of averaged weights and of raw ones."""
+    print(
+        f"\n{name}: {prediction['candidate']}, noise ratio {prediction['noise_ratio']:.3g}, "
+        f"RE {interval(*prediction['efficiency'])}, ECM {interval(*prediction['multiplier'])}, "
+        f"by the noise-ratio model {prediction['saving']:.2f}"
+    )
+    steps, time = np.array(trained["steps"]), prediction["time_ratio"]
+    for key in ("averaged", "raw"):
+        losses = {arm: np.array(curves[key]) for arm, curves in trained["losses"].items()}
+        source = np.random.default_rng(0)
+        fewer = saving(losses["plain"], losses["candidate"], steps, source)
+        doubled = saving(losses["plain"], losses["doubled batch"], steps, source)
+        # what the doubled batch says a factor on the variance is worth, as a power of it
+        exponent = np.log2(doubled[0])
+        worth = prediction["efficiency"][0] ** exponent * time
+        print(
+            f"  {key}: realised {interval(*(time * each for each in fewer))} in compute, "
+            f"{interval(*fewer)} in steps; doubled batch {interval(*doubled)} in steps, by which "
+            f"the candidate is worth {worth:.2f} in compute"
+        )
+
+
+def interval(estimate: float, low: float, high: float) -> str:
+    return f"{estimate:.2f} ({low:.2f} to {high:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", choices=WORKLOADS, help="all if not given")
+    parser.add_argument("--only", choices=("audit", "training"), help="both if not given")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=120.0)
+    parser.add_argument("--folder", type=Path, default=Path("runs/audit_against_training"))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for workload in [options.workload] if options.workload else WORKLOADS:
+        if options.only != "training":
+            predict(workload, options.budget, options.folder)
+        if options.only != "audit":
+            realise(workload, options.seeds, options.folder)
+    report(options.folder)
+
+
+if __name__ == "__main__":
+    main()

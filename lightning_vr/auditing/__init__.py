@@ -1,0 +1,15 @@
+"""What each estimator would save here, measured before anything is trained with it.
+
+    python -m lightning_vr audit --config configs/digits_dsm.yaml
+    audit(module, datamodule).advice
+
+At one set of weights, and on the same batches, times and noise, the module's estimator and its
+rivals run side by side: variance of the batch gradient by its source, seconds of a training step,
+and the effective compute multiplier that follows, with a confidence interval.
+"""
+
+from lightning_vr.auditing.candidates import Candidate
+from lightning_vr.auditing.result import Audit
+from lightning_vr.auditing.run import audit
+
+__all__ = ["Audit", "Candidate", "audit"]

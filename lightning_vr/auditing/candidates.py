@@ -1,0 +1,129 @@
+"""Candidates: what could stand in a module's slots instead of what does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from lightning_vr.configuration import UndescribableError, describe
+from lightning_vr.estimators.draws import Draws
+from lightning_vr.estimators.dsm import DSM, Target
+from lightning_vr.estimators.loss import ControlVariate
+from lightning_vr.estimators.stf import STF
+from lightning_vr.module import DiffusionModule
+
+SLOTS = ("draws", "target", "control_variate")
+
+_REFERENCES = (256, 1024, 4096)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An estimator to measure; a slot that is not given is the module's own.
+
+    Attributes:
+        name: What tables call it.
+        draws: Times and noise.
+        target: What to regress on.
+        control_variate: A term of the loss whose gradient has mean zero.
+    """
+
+    name: str
+    draws: Draws | None = None
+    target: Target | None = None
+    control_variate: ControlVariate | None = None
+
+    def slots(self) -> dict[str, nn.Module]:
+        """Return the slots that it fills."""
+        filled = {name: getattr(self, name) for name in SLOTS}
+        return {name: module for name, module in filled.items() if module is not None}
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings of a module that trains with it.
+
+        Raises:
+            UndescribableError: If a slot holds what no configuration can rebuild.
+        """
+        return {name: describe(module) for name, module in self.slots().items()}
+
+    @contextmanager
+    def in_place(self, module: DiffusionModule) -> Iterator[None]:
+        """Put the candidate into the module's slots, for a while."""
+        own = {name: getattr(module, name) for name in self.slots()}
+        try:
+            for name, slot in self.slots().items():
+                setattr(module, name, slot.to(module.device))
+            yield
+        finally:
+            for name, slot in own.items():
+                setattr(module, name, slot)
+
+
+def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
+    """Return the estimators that ship, less the module's own.
+
+    Args:
+        module: The module to audit.
+        size: Number of samples in its training set.
+    """
+    own = _described(module.target)
+    rivals: dict[str, Target] = {"DSM": DSM(), 'STF("batch")': STF("batch")}
+    rivals |= {f"STF({n})": STF(n) for n in _REFERENCES if n < size}
+    rivals['STF("all")'] = STF("all")
+    return [
+        Candidate(name, target=target)
+        for name, target in rivals.items()
+        if _described(target) != own
+    ]
+
+
+def read_candidates(path: str | Path) -> list[Candidate]:
+    """Read candidates from a YAML file: a list of names, each with the slots that it fills.
+
+    Raises:
+        ValueError: If there is no such file, or it holds something else.
+        ArgumentError: If a setting is wrong.
+    """
+    if not Path(path).is_file():
+        raise ValueError(
+            f"Argument `candidates` expected to be a YAML file, but there is no file {path}."
+        )
+    listed = yaml.safe_load(Path(path).read_text())
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(
+            f"Argument `candidates` expected to be a file with a list, but {path} holds "
+            f"{type(listed).__name__}: write `- name: ...` and a slot, such as `target:`."
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--candidates", type=list[Candidate])
+    found = parser.instantiate(parser.parse_object({"candidates": listed})).candidates
+    assert isinstance(found, list)
+    return found
+
+
+def check_candidates(candidates: list[Candidate]) -> None:
+    """Refuse candidates that are none, or that share a name."""
+    names = [candidate.name for candidate in candidates]
+    if len({*names, "current"}) <= len(names):
+        raise ValueError(
+            f"Argument `candidates` expected to have different names, none of them 'current', "
+            f"but got {names}."
+        )
+    for candidate in candidates:
+        if not candidate.slots():
+            raise ValueError(
+                f"Candidate {candidate.name!r} fills no slot: give it `draws`, `target` or "
+                f"`control_variate`."
+            )
+
+
+def _described(target: Target) -> Any:
+    try:
+        return describe(target)
+    except UndescribableError:
+        return None

@@ -1,0 +1,132 @@
+"""How an audit is shown: a table, a page, a picture, and all numbers as JSON."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_vr.callbacks.gradient_variance_report import PARTS, draw_components
+from lightning_vr.callbacks.target_variance_report import level_names
+from lightning_vr.variance.bootstrap import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+    from lightning_vr.auditing.result import Audit, Measured
+
+_HEADERS = ("estimator", "variance", "data", "time", "noise", "ms", "RE", "ECM")
+
+
+def table(audit: "Audit") -> "Table":
+    """Return one row for each estimator."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(title="Audit", caption=_caption(audit), caption_justify="left", box=SIMPLE_HEAD)
+    shown.pad_edge, shown.collapse_padding = False, True
+    for header in _HEADERS:
+        justify: Any = "left" if header == "estimator" else "right"
+        shown.add_column(header, justify=justify, no_wrap=True)
+    for measured in audit.estimators:
+        shown.add_row(*_row(measured), style="bold" if measured is audit.recommended else None)
+    return shown
+
+
+def save(audit: "Audit", folder: Path) -> None:
+    """Write ``audit.json``, ``audit.md`` and ``audit.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "audit.json").write_text(json.dumps(audit.to_dict(), indent=2, allow_nan=False))
+    (folder / "audit.md").write_text(page(audit))
+    draw(audit, folder / "audit.png")
+
+
+def page(audit: "Audit") -> str:
+    """Return the audit as Markdown."""
+    rows = [_HEADERS, ["---"] * len(_HEADERS), *(_row(m) for m in audit.estimators)]
+    lines = ["# Audit", "", f"**{audit.advice}**", ""]
+    if audit.config:
+        lines += ["```yaml", audit.config.rstrip(), "```", ""]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", _caption(audit), "", "![audit](audit.png)", ""]
+    return "\n".join(lines)
+
+
+def draw(audit: "Audit", path: Path) -> None:
+    """Draw the parts of each estimator's variance, by noise level, and what each saves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    parts, levels, saving = figure.subplots(1, 3)
+    _draw_estimators(parts, audit)
+    names = level_names(audit.statistics.noise_levels)
+    draw_components(levels, audit.statistics.levels, names, audit.statistics.levels_error)
+    levels.set_title("current estimator, by noise level")
+    levels.set_xlabel("noise level  s = σ / α, in the middle of equally likely bins")
+    _draw_multipliers(saving, audit)
+    figure.savefig(path, dpi=120)
+
+
+def _row(measured: "Measured") -> list[str]:
+    total, error = float(measured.components.total[0]), float(measured.errors.total[0])
+    shares = [100 * float(getattr(measured.components, part)[0]) / total for part in PARTS]
+    variance = _short(total, 3) if math.isnan(error) else f"{_short(total, 3)} ± {_short(error, 1)}"
+    return [
+        measured.name,
+        variance,
+        *(f"{share:.0f}%" for share in shares),
+        f"{1e3 * measured.seconds:.1f}",
+        f"{measured.efficiency.estimate:.2f}",
+        _interval(measured.multiplier),
+    ]
+
+
+def _short(value: float, digits: int) -> str:
+    return np.format_float_positional(value, digits, unique=False, fractional=False, trim="-")
+
+
+def _interval(interval: Interval) -> str:
+    if interval.low == interval.high:
+        return f"{interval.estimate:.2f}"
+    return f"{interval.estimate:.2f} ({interval.low:.2f}, {interval.high:.2f})"
+
+
+def _caption(audit: "Audit") -> str:
+    noise = f"{audit.noise_ratio:.3g}" if math.isfinite(audit.noise_ratio) else "too large to tell"
+    skipped = "".join(f" {name} was left out: {why}." for name, why in audit.skipped.items())
+    return (
+        f"Variance: that of the gradient of a batch of {audit.batch}, times the batch size, ± one "
+        f"standard error. ms: a training step. RE: variance of the current estimator over that of "
+        f"this one. ECM: RE times the current step's time over this one's, with its 95 % interval. "
+        f"{audit.repetitions} repetitions in {audit.seconds:.0f} s. Noise over signal of the batch "
+        f"gradient: {noise}. Noise draws per sample at which variance times cost "
+        f"is least: {audit.resamples}.{skipped}"
+    )
+
+
+def _draw_estimators(axes: "Axes", audit: "Audit") -> None:
+    at, base = np.arange(len(audit.estimators)), np.zeros(len(audit.estimators))
+    for part, color in zip(reversed(PARTS), ("tab:red", "tab:orange", "tab:blue"), strict=True):
+        height = [max(0.0, float(getattr(m.components, part)[0])) for m in audit.estimators]
+        axes.bar(at, height, bottom=base, color=color, label=part)
+        base += np.array(height)
+    axes.set_xticks(at, [m.name for m in audit.estimators], rotation=45, ha="right")
+    axes.set_title("gradient variance × batch size, by source")
+    axes.legend()
+
+
+def _draw_multipliers(axes: "Axes", audit: "Audit") -> None:
+    rivals = audit.estimators[1:]
+    at = np.arange(len(rivals))
+    for i, measured in zip(at, rivals, strict=True):
+        multiplier = measured.multiplier
+        ends = [min(end, 10.0) for end in (multiplier.low, multiplier.high)]
+        axes.plot(ends, [i, i], color="tab:blue", linewidth=2)
+        axes.plot(min(multiplier.estimate, 10.0), i, "o", color="tab:blue")
+    axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
+    axes.set_yticks(at, [m.name for m in rivals])
+    axes.set_xlabel("effective compute multiplier over the current estimator, 95 %")
+    axes.set_title("what each would save")
+    axes.grid(axis="x", alpha=0.3)

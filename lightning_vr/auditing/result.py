@@ -1,0 +1,238 @@
+"""What an audit has found, and the advice that follows from it."""
+
+import inspect
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from lightning_vr.configuration import imported
+from lightning_vr.variance.accounting import CostModel, best_resamples, noise_ratio, steps_ratio
+from lightning_vr.variance.bootstrap import Interval
+from lightning_vr.variance.components import Components
+from lightning_vr.variance.statistics import GradientStatistics
+
+_LEAST_GAIN = 1.05
+"""Below this multiplier nobody should change a configuration, however sure it is."""
+
+_NO_BOTTLENECK = 0.3
+"""Noise ratio below which all noise removed saves less than a quarter of the steps."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One estimator, measured.
+
+    Attributes:
+        name: Its name; ``"current"`` for the module's own.
+        components: Of the variance of the batch gradient, times the batch size.
+        errors: Their standard errors.
+        seconds: Of one training step.
+        efficiency: Variance of the current estimator over its own, RE.
+        multiplier: Effective compute multiplier over the current estimator, ECM. Its interval holds
+            the uncertainty of both variance and time, as the product of their intervals.
+        config: Settings of the module that select it, or None where none can.
+    """
+
+    name: str
+    components: Components
+    errors: Components
+    seconds: float
+    efficiency: Interval
+    multiplier: Interval
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit has found.
+
+    Attributes:
+        estimators: The current one first.
+        statistics: Of the current estimator, by group of parameters and by noise level.
+        batch: Samples in a training batch, over all ranks.
+        cost: Model of the seconds of a step.
+        repetitions: Measurements of each estimator.
+        seconds: That the audit took.
+        skipped: Candidates that could not be measured, and why.
+    """
+
+    estimators: list[Measured]
+    statistics: GradientStatistics
+    batch: int
+    cost: CostModel
+    repetitions: int
+    seconds: float
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def current(self) -> Measured:
+        """The estimator that the module has."""
+        return self.estimators[0]
+
+    @property
+    def noise_ratio(self) -> float:
+        """``V / (B ‖E g‖²)``, noise over signal of the batch gradient: small is no bottleneck."""
+        parts = self.current.components
+        total, squared_mean = float(parts.total[0]), float(parts.squared_mean[0])
+        return noise_ratio(max(total, 0.0), squared_mean, self.batch)
+
+    @property
+    def recommended(self) -> Measured | None:
+        """The candidate with the largest ECM that is surely above 1, or None."""
+        paying = [
+            measured
+            for measured in self.estimators[1:]
+            if measured.multiplier.low > 1 and measured.multiplier.estimate >= _LEAST_GAIN
+        ]
+        return max(paying, key=lambda measured: measured.multiplier.estimate, default=None)
+
+    @property
+    def resamples(self) -> int:
+        """Noise draws of each sample, K, at which variance times cost would be least."""
+        parts = self.current.components
+        between, within = float(parts.data[0]), float((parts.timestep + parts.noise)[0])
+        return best_resamples(between, within, self.cost)
+
+    def saving(self, measured: Measured) -> float:
+        """Return by how much less compute it needs for the same loss, by the noise-ratio model.
+
+        ECM is that where noise is all that holds training back; here steps saved are those of
+        ``S = S_min (1 + noise ratio)``.
+        """
+        variance_ratio = 1 / measured.efficiency.estimate if measured.efficiency.estimate else 1.0
+        steps = steps_ratio(self.noise_ratio, variance_ratio)
+        return steps * self.current.seconds / measured.seconds
+
+    @property
+    def advice(self) -> str:
+        """One recommendation in plain words."""
+        best = self.recommended
+        if best is None:
+            return f"Variance reduction does not pay here. {self._why_not()}"
+        text = (
+            f"Train with {best.name}: it does the work of {best.multiplier.estimate:.2f} times the "
+            f"compute of the current estimator (95 % interval {best.multiplier.low:.2f} to "
+            f"{best.multiplier.high:.2f})."
+        )
+        if best.efficiency.low <= 1:
+            return (
+                f"Variance reduction does not pay here. {text} It saves time and no variance: its "
+                f"step takes {best.seconds / self.current.seconds:.2f} times as long."
+            )
+        if self.noise_ratio < _NO_BOTTLENECK:
+            text += (
+                f" But noise is not what holds this training back: the batch gradient has "
+                f"{self.noise_ratio:.2g} times as much noise as signal, and the model of "
+                f"McCandlish et al. expects {self.saving(best):.2f} times less compute for the "
+                f"same loss."
+            )
+        return text
+
+    @property
+    def config(self) -> str:
+        """The lines of a configuration that select the recommended estimator, or nothing."""
+        if self.recommended is None or self.recommended.config is None:
+            return ""
+        slots = {name: _pasteable(slot) for name, slot in self.recommended.config.items()}
+        settings = {"model": {"init_args": slots}}
+        return str(yaml.safe_dump(settings, sort_keys=False))
+
+    def _why_not(self) -> str:
+        rivals = self.estimators[1:]
+        unclear = [
+            measured.name
+            for measured in rivals
+            if measured.multiplier.low <= 1 and measured.multiplier.high > _LEAST_GAIN
+        ]
+        parts = self.current.components
+        total = float(parts.total[0])
+        reasons = []
+        if rivals:
+            best = max(rivals, key=lambda measured: measured.efficiency.estimate)
+            removed = 1 - 1 / best.efficiency.estimate if best.efficiency.estimate > 0 else 0.0
+            reasons.append(
+                f"Of the candidates {best.name} removes most of the gradient variance, "
+                f"{100 * max(removed, 0):.0f} %, and its step takes "
+                f"{best.seconds / self.current.seconds:.2f} times as long."
+            )
+        shares = {name: float(getattr(parts, name)[0]) / total for name in Components._fields[:3]}
+        if total > 0:
+            listed = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares.items())
+            reasons.append(f"The variance is {listed}.")
+        if unclear:
+            reasons.append(
+                f"That is not certain for {', '.join(unclear)}: measure for longer with a larger "
+                f"budget."
+            )
+        return " ".join(reasons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all there is, as JSON takes it; what is not finite is None."""
+        found: dict[str, Any] = _plain(
+            {
+                "advice": self.advice,
+                "recommended": None if self.recommended is None else self.recommended.name,
+                "config": self.config,
+                "noise_ratio": self.noise_ratio,
+                "batch": self.batch,
+                "repetitions": self.repetitions,
+                "seconds": self.seconds,
+                "resamples": self.resamples,
+                "cost": asdict(self.cost),
+                "skipped": self.skipped,
+                "estimators": [self._estimator(measured) for measured in self.estimators],
+                "noise_levels": self.statistics.noise_levels,
+                "levels": self.statistics.levels._asdict(),
+                "levels_error": self.statistics.levels_error._asdict(),
+                "groups": ["all", *self.statistics.groups],
+            }
+        )
+        return found
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``audit.json``, ``audit.md`` and ``audit.png`` to a folder, which is made."""
+        from lightning_vr.auditing import report
+
+        report.save(self, Path(folder))
+
+    def _estimator(self, measured: Measured) -> dict[str, Any]:
+        fields = {name: getattr(measured, name) for name in ("name", "seconds", "config")}
+        fields |= {
+            "components": measured.components._asdict(),
+            "errors": measured.errors._asdict(),
+            "efficiency": measured.efficiency._asdict(),
+            "multiplier": measured.multiplier._asdict(),
+        }
+        return fields | {"saving": self.saving(measured)}
+
+
+def _pasteable(described: Any) -> Any:
+    """Return a described object with its short name, without arguments at their defaults."""
+    if not isinstance(described, dict) or "class_path" not in described:
+        return described
+    kind: Any = imported(described["class_path"])
+    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+    arguments = {
+        name: _pasteable(value)
+        for name, value in described.get("init_args", {}).items()
+        if value != defaults.get(name)
+    }
+    is_ours = described["class_path"].startswith("lightning_vr.")
+    short = {"class_path": kind.__name__ if is_ours else described["class_path"]}
+    return short | ({"init_args": arguments} if arguments else {})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,313 @@
+"""GradientVariance: how noisy the gradient is, and where that comes from, while a trainer runs.
+
+What is measured, how, and from which sources: ``lightning_vr.variance.components``. Each
+measurement is unbiased and noisy; what is logged are means over the latest ones, older ones fade,
+and every ratio is one of means.
+"""
+
+import math
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_vr.callbacks import gradient_variance_report as report
+from lightning_vr.callbacks.gradient_probes import (
+    GradientProbe,
+    MicroBatchProbe,
+    NestedProbe,
+    trainable_names,
+)
+from lightning_vr.callbacks.half_batches import HalfBatchProbe
+from lightning_vr.callbacks.sinks import log_numbers, log_picture, run_folder
+from lightning_vr.module import DiffusionModule
+from lightning_vr.noisy_losses import DiffusionLoss, GivenLoss, LossFunction
+from lightning_vr.schedules import Schedule
+from lightning_vr.types import Clean
+from lightning_vr.variance.components import Components
+from lightning_vr.variance.gradients import NoisyLoss
+from lightning_vr.variance.statistics import GradientStatistics
+
+_MEMORY = 0.9
+"""What the weight of all earlier measurements is multiplied by at each new one."""
+
+_STEPWISE_MEMORY = 0.99
+"""The same where every optimizer step is a measurement."""
+
+_MOST_WAITING = 1000
+"""Steps whose measurements may stay on the device, where nobody logs them."""
+
+_COST_SHARE = 0.02
+"""Share of the training time that measuring may take by default."""
+
+
+class GradientVariance(Callback):
+    """Measures the variance of the gradient of one draw, and its parts.
+
+    Logs ``gradient_variance/total``, ``squared_mean`` (of the mean gradient), ``signal_to_noise``
+    and ``noise_scale`` (the number of draws at which the noise of the mean gradient is as large as
+    the gradient), and ``total/<group>`` for each group of parameters. A batch of B independent
+    draws has ``total / B``. Writes ``gradient_variance.csv`` and ``gradient_variance.png`` to the
+    run's folder, and a table to the terminal at the end of ``fit``.
+
+    Where times and noise can be drawn again it logs the components ``data``, ``timestep`` and
+    ``noise`` as well, for the whole and in bins of the noise level, as ``noise/s<noise level>``,
+    and ``share/s<noise level>``, the bin's part of ``E ‖g‖²``. That is so on a ``DiffusionModule``,
+    without arguments, and on any module with its loss::
+
+        Trainer(callbacks=[GradientVariance(loss=my_loss, schedule=VP())])
+
+    On any other module it takes no arguments and tells the totals: from the micro-batches of
+    gradient accumulation and the ranks of DDP at every step, free; without these from the training
+    step of a copy of the module on both halves of a batch.
+
+    Args:
+        every_n_steps: Measure at one in so many optimizer steps; so many that it costs about 2 % of
+            the training time if not given.
+        samples: Number of samples of a batch whose gradients are taken one by one, four draws each.
+        noise_levels: Number of bins of the noise level, equally likely in training.
+        loss: ``(module, x0, noise, t) -> loss of each sample (B,)`` of a module that is no
+            DiffusionModule.
+        schedule: The schedule that ``loss`` trains with, for the times of its draws.
+        clean: A function from a batch of such a module to clean samples ``(B, *)``.
+        sketch: Keep at most so many numbers of each parameter's gradient, for large networks.
+
+    Attributes:
+        statistics: What was measured, from the start of training on.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        samples: int = 16,
+        noise_levels: int = 8,
+        loss: LossFunction | None = None,
+        schedule: Schedule | None = None,
+        clean: Any = None,
+        sketch: int | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("samples", samples, 2),
+            ("noise_levels", noise_levels, 1),
+            ("sketch", sketch, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(
+                    f"Argument `{name}` expected to be at least {least}, but got {value}."
+                )
+        self.every_n_steps = every_n_steps
+        self.samples = samples
+        self.noise_levels = noise_levels
+        self.loss = loss
+        self.schedule = schedule
+        self.clean = clean
+        self.sketch = sketch
+        self.statistics: GradientStatistics | None = None
+        self._state: dict[str, Any] | None = None
+        self._groups: list[str] = []
+        self._measurements = 0
+        self._period = 0
+        self._every = 1
+        self._is_prepared = False
+        self._probe: GradientProbe | None = None
+        self._waiting: list[Components] = []
+
+    @property
+    def state_key(self) -> str:
+        """Tell two instances that measure differently apart."""
+        return self._generate_state_key(
+            every_n_steps=self.every_n_steps,
+            samples=self.samples,
+            noise_levels=self.noise_levels,
+            loss=getattr(self.loss, "__qualname__", None),
+            schedule=None if self.schedule is None else type(self.schedule).__name__,
+            clean=getattr(self.clean, "__qualname__", None),
+            sketch=self.sketch,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be measured."""
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy) and type(strategy) is not DDPStrategy:
+            raise MisconfigurationException(
+                f"GradientVariance needs whole gradients on each rank, which "
+                f"{type(strategy).__name__} does not keep: train with one device or DDP."
+            )
+        if self.loss is not None and self.schedule is None:
+            raise MisconfigurationException(
+                "GradientVariance needs the `schedule` that `loss` trains with: pass it, as in "
+                "GradientVariance(loss=..., schedule=VP())."
+            )
+        if not self._is_nested(pl_module) and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"GradientVariance cannot tell which gradient to measure on a "
+                f"{type(pl_module).__name__} with manual optimization: pass `loss`, a function "
+                f"(module, x0, noise, t) -> loss of each sample, and its `schedule`."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose how to measure."""
+        self._start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure, if it is time, at the weights that the step begins with."""
+        starts_step = batch_idx % trainer.accumulate_grad_batches == 0
+        if not self._is_prepared:
+            self._prepare(batch)
+        # a step of manual optimization may count as several: none may stand for its period
+        period = (trainer.global_step + self._every - self._every // 2) // self._every
+        is_due = starts_step and period not in (0, self._period)
+        assert self._probe is not None
+        if (is_due or batch_idx == 0) and self._probe.trainable != trainable_names(pl_module):
+            rank_zero_info("GradientVariance begins anew: other parameters are trained.")
+            self._probe.close()
+            self._start(trainer, pl_module)
+            self._prepare(batch)
+        self._probe.before_any_batch(batch)
+        if not is_due:
+            return
+        found = self._probe.before_batch(batch, batch_idx, self._measurements)
+        if found is None:
+            return
+        self._period = period
+        assert self.statistics is not None
+        self.statistics.add(found[0], _MEMORY)
+        for components in found[1:]:
+            level = self._measurements % self.noise_levels
+            self.statistics.add_level(level, components, _MEMORY)
+        self._measurements += 1
+        log_numbers(trainer, report.numbers(self.statistics))
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """See that the batch has a loss."""
+        if self._probe is not None:
+            self._probe.before_backward()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """Read what the micro-batches and ranks tell, and log it at the loggers' cadence."""
+        assert self._probe is not None
+        found = self._probe.before_optimizer_step()
+        if found is None:
+            return
+        self._waiting.append(found)
+        cadence = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if len(self._waiting) > _MOST_WAITING:
+            self._take_waiting()
+        if cadence and (trainer.global_step + 1) % cadence == 0:
+            self._take_waiting()
+            assert self.statistics is not None
+            log_numbers(trainer, report.numbers(self.statistics))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave no hook behind, and write what was measured."""
+        self._take_waiting()
+        if self._probe is not None:
+            self._probe.close()
+        self._probe = None
+        folder = run_folder(trainer)
+        if self.statistics is None or self.statistics.is_empty or not trainer.is_global_zero:
+            return
+        report.write_csv(self.statistics, folder / "gradient_variance.csv")
+        report.draw(self.statistics, folder / "gradient_variance.png")
+        log_picture(trainer, "gradient_variance", folder / "gradient_variance.png")
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no hook behind."""
+        if self._probe is not None:
+            self._probe.close()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table."""
+        if self.statistics is None or self.statistics.is_empty or not trainer.is_global_zero:
+            return
+        from rich.console import Console
+
+        Console().print(report.table(self.statistics))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moments so far."""
+        self._take_waiting()
+        state, groups = self._state, self._groups
+        if self.statistics is not None:
+            state, groups = self.statistics.state(), self.statistics.groups
+        return {
+            "statistics": state,
+            "groups": groups,
+            "measurements": self._measurements,
+            "period": self._period,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the moments of a checkpoint."""
+        self._state = state_dict["statistics"]
+        self._groups = state_dict["groups"]
+        self._measurements, self._period = state_dict["measurements"], state_dict["period"]
+
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        probe: GradientProbe
+        self._is_prepared, self._waiting = False, []
+        if self._is_nested(module):
+            probe = self._nested_probe(trainer, module)
+        elif trainer.accumulate_grad_batches * trainer.world_size > 1:
+            probe = MicroBatchProbe(trainer, module)
+        else:
+            probe = HalfBatchProbe(trainer, module)
+        self._probe = probe
+        state = self._state if probe.names == self._groups else None
+        self.statistics = GradientStatistics(probe.names, probe.noise_levels, state)
+        self._state = None
+
+    def _prepare(self, batch: Any) -> None:
+        assert self._probe is not None
+        self._probe.prepare(batch)
+        self._every = self.every_n_steps or math.ceil(self._probe.cost / _COST_SHARE) or 1
+        self._is_prepared = True
+
+    def _is_nested(self, module: LightningModule) -> bool:
+        return self.loss is not None or isinstance(module, DiffusionModule)
+
+    def _nested_probe(self, trainer: Trainer, module: LightningModule) -> NestedProbe:
+        precision = trainer.precision_plugin.forward_context
+        loss: NoisyLoss
+        if self.loss is not None:
+            assert self.schedule is not None
+            schedule, timesteps = self.schedule, self.schedule.default_timesteps()
+            loss, clean = GivenLoss(module, self.loss, timesteps, precision), self.clean
+        else:
+            assert isinstance(module, DiffusionModule)
+            schedule, timesteps = module.schedule, module.timesteps
+            loss, clean = DiffusionLoss(module, precision), module.clean
+        # a schedule of the user's own may lie on another device than the module
+        device = next(schedule.buffers(), torch.zeros(0)).device
+        middle = (torch.arange(self.noise_levels, device=device) + 0.5) / self.noise_levels
+        levels = schedule.noise_level(timesteps.icdf(middle))
+        return NestedProbe(
+            trainer,
+            module,
+            loss,
+            clean or Clean.from_batch,
+            samples=self.samples,
+            noise_levels=levels,
+            sketch=self.sketch,
+        )
+
+    def _take_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for components in waiting:
+            assert self.statistics is not None
+            self.statistics.add(components, _STEPWISE_MEMORY)

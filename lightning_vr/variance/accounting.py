@@ -1,0 +1,243 @@
+"""What variance costs, and what an estimator that has less of it saves.
+
+The variance of a gradient estimate is ``Var = E‖g - μ‖² = tr Cov(g)``. With R samples of data, each
+noised K times, and T seconds for both,
+
+    Var(R, K) = (V_B + V_W / K) / R            between samples, and within one of them
+    T(R, K)   = fixed + upstream R + denoise R K
+
+Apart from ``fixed`` their product does not depend on R: ``H(K) = (V_B + V_W/K) (upstream + K
+denoise)``. It is least at ``K*² = V_W upstream / (V_B denoise)``, among integers at the smallest K
+with K (K + 1) >= K*². A K that is wrong by the factor γ costs no more than (2 + γ + 1/γ) / 4 times
+the least: 12.5 % for γ = 2. This rule and the split are ours; the paper sweeps K.
+
+Two estimators are compared by
+
+    ECM = V_b T_b / (V_m T_m)      seconds of the baseline over those of the method at equal
+                                   variance, as the variance of a mean falls as 1 / seconds
+    RE  = V_b / V_m                the same at equal R and K, whatever the time
+
+Less variance is fewer steps only where noise holds the training back. A batch of B has the noise
+ratio ``ν = V / (B ‖μ‖²)``, and ``S = S_min (1 + ν)`` steps reach a given loss: ν = B_noise / B
+with B_noise = tr Cov(g) / ‖μ‖² of one sample. This is a model: gradient descent with a tuned
+learning rate on a loss that curves alike in all directions.
+
+Sources: Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv 2605.21489 (Var, ECM, RE and reuse
+of a sample); McCandlish, Kaplan, Amodei and the OpenAI Dota Team 2018, arXiv 1812.06162.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightning_vr.variance.bootstrap import ratio
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of one step: ``T(R, K) = fixed + upstream R + denoise R K``.
+
+    Attributes:
+        fixed: Seconds for each step, whatever its size.
+        upstream: Seconds for each sample: loading, augmenting, encoding.
+        denoise: Seconds for each noised sample: forward and backward through the network.
+        misfit: Largest relative residual of the measurements that it was fitted to. Where it is
+            not small, T is no such sum (a batch that fills the device better, say).
+    """
+
+    fixed: float
+    upstream: float
+    denoise: float
+    misfit: float = 0.0
+
+    @classmethod
+    def fit(
+        cls, samples: Sequence[int], resamples: Sequence[int], seconds: Sequence[float]
+    ) -> "CostModel":
+        """Fit coefficients of 0 or more by least squares of the relative residuals.
+
+        Args:
+            samples: R of each measurement.
+            resamples: K of each measurement.
+            seconds: T of each measurement.
+
+        Raises:
+            ValueError: If lengths differ, a number is not positive, or the measurements leave a
+                coefficient open.
+        """
+        # slow to import
+        from scipy.optimize import nnls
+
+        _check_measurements(samples, resamples, seconds)
+        r, k, t = (torch.tensor(v, dtype=torch.float64) for v in (samples, resamples, seconds))
+        rows = torch.stack([torch.ones_like(r), r, r * k], dim=1) / t[:, None]
+        scale = rows.norm(dim=0)
+        if int(torch.linalg.matrix_rank(rows / scale, rtol=1e-9)) < 3:
+            raise ValueError(
+                f"Arguments `samples` and `resamples` expected to be at least three measurements "
+                f"that tell the cost of a step, a sample and a resample apart, but got "
+                f"{list(zip(samples, resamples, strict=True))}: "
+                f"vary both, as in (1, 1), (1, 2), (1, 4), (2, 1), (2, 4)."
+            )
+
+        scaled, _ = nnls((rows / scale).numpy(), torch.ones_like(t).numpy())
+        coefficients = torch.from_numpy(scaled) / scale
+        misfit = float((rows @ coefficients - 1).abs().max())
+        fixed, upstream, denoise = coefficients.tolist()
+        return cls(fixed, upstream, denoise, misfit)
+
+    def seconds(self, samples: int, resamples: int) -> float:
+        """Return T(R, K)."""
+        return self.fixed + samples * (self.upstream + resamples * self.denoise)
+
+
+def best_resamples(between: float, within: float, cost: CostModel, *, largest: int = 64) -> int:
+    """Return the K in 1, ..., ``largest`` of least variance times cost, the smallest such K.
+
+    Estimates may be 0 or less, which counts as 0: then K = 1 if V_W or the upstream cost is, else
+    ``largest`` if V_B or the cost of denoising is. The fixed cost is left out, as it is shared by
+    any number of samples; if R cannot grow, add ``fixed / R`` to ``upstream``.
+
+    Args:
+        between: V_B, variance between samples.
+        within: V_W, variance within a sample for one draw of time and noise; unit of ``between``.
+        cost: Seconds of a sample and of a resample.
+        largest: Largest K allowed, at least 1.
+
+    Raises:
+        ValueError: If a number is not finite, or ``largest`` below 1.
+    """
+    _check_at_least_one("largest", largest)
+    numbers = (between, within, cost.upstream, cost.denoise)
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError(
+            f"Arguments `between`, `within` and `cost` expected to be finite, but got {between}, "
+            f"{within} and {cost}: leave out the measurements that are not."
+        )
+
+    if within <= 0 or cost.upstream <= 0:
+        return 1
+    if between <= 0 or cost.denoise <= 0:
+        return largest
+    squared_optimum = (within / between) * (cost.upstream / cost.denoise)
+    return next((k for k in range(1, largest) if k * (k + 1) >= squared_optimum), largest)
+
+
+def variance_times_cost(between: float, within: float, cost: CostModel, resamples: float) -> float:
+    """Return ``H(K) = (V_B + V_W / K) (upstream + K denoise)``, the fixed cost left out.
+
+    Raises:
+        ValueError: If ``resamples``, which is K, is not positive.
+    """
+    _check_positive("resamples", resamples)
+    return (between + within / resamples) * (cost.upstream + resamples * cost.denoise)
+
+
+def effective_compute_multiplier(
+    baseline_variance: float, baseline_seconds: float, variance: float, seconds: float
+) -> float:
+    """Return ECM, seconds of the baseline over those of the method at equal variance.
+
+    Infinite if the method alone has no variance, NaN if neither has any.
+
+    Args:
+        baseline_variance: Variance of one estimate of the baseline.
+        baseline_seconds: Seconds that this estimate takes.
+        variance: Variance of one estimate of the method.
+        seconds: Seconds that this estimate takes.
+
+    Raises:
+        ValueError: If a variance is negative, or a time not positive and finite.
+    """
+    _check_positive("baseline_seconds", baseline_seconds)
+    _check_positive("seconds", seconds)
+    return relative_efficiency(baseline_variance, variance) * (baseline_seconds / seconds)
+
+
+def relative_efficiency(baseline_variance: float, variance: float) -> float:
+    """Return RE, variance of the baseline over that of the method, at equal R and K.
+
+    Infinite if the method alone has no variance, NaN if neither has any.
+
+    Raises:
+        ValueError: If a variance is negative.
+    """
+    _check_not_negative("baseline_variance", baseline_variance)
+    _check_not_negative("variance", variance)
+    return _divide(baseline_variance, variance)
+
+
+def noise_ratio(variance: float, squared_mean: float, batch: int) -> float:
+    """Return ``ν = V / (B ‖μ‖²)``, the variance of a batch's mean over its squared signal.
+
+    Args:
+        variance: V, variance of one sample's gradient: V_B + V_W / K.
+        squared_mean: Estimate of ‖μ‖². Unbiased ones may be 0 or less: then no signal is resolved,
+            and ν is infinite (NaN if there is no variance either).
+        batch: B, number of independent samples of an optimizer step, over ranks and accumulation.
+
+    Raises:
+        ValueError: If ``variance`` is negative, or ``batch`` below 1.
+    """
+    _check_not_negative("variance", variance)
+    _check_at_least_one("batch", batch)
+    return _divide(variance, batch * squared_mean)
+
+
+def steps_ratio(noise_ratio: float, variance_ratio: float) -> float:
+    """Return how many times fewer optimizer steps reach the same loss: ``(1 + ν) / (1 + ν r)``.
+
+    From S = S_min (1 + ν). If ν >> 1 noise is the bottleneck, and steps fall as variance does,
+    by 1 / r. If ν << 1 it is not: steps are at S_min already and stay there however little variance
+    is left. The ratio is never above 1 + ν.
+
+    Args:
+        noise_ratio: ν of the baseline.
+        variance_ratio: r, variance of the method over that of the baseline at equal batch.
+
+    Raises:
+        ValueError: If an argument is negative.
+    """
+    _check_not_negative("noise_ratio", noise_ratio)
+    _check_not_negative("variance_ratio", variance_ratio)
+    signal = 1 / (1 + noise_ratio)
+    return _divide(1.0, signal + (1 - signal) * variance_ratio)
+
+
+def _divide(numerator: float, denominator: float) -> float:
+    pair = torch.tensor([numerator, denominator], dtype=torch.float64)
+    return float(ratio(pair[0], pair[1]))
+
+
+def _check_measurements(
+    samples: Sequence[int], resamples: Sequence[int], seconds: Sequence[float]
+) -> None:
+    lengths = len(samples), len(resamples), len(seconds)
+    if len({*lengths}) > 1:
+        raise ValueError(
+            f"Arguments `samples`, `resamples` and `seconds` expected to be equally long, "
+            f"but got lengths {lengths}: give all three of each measurement."
+        )
+    for r, k, t in zip(samples, resamples, seconds, strict=True):
+        if r < 1 or k < 1 or not 0 < t < math.inf:
+            raise ValueError(
+                f"Arguments `samples` and `resamples` expected to be at least 1 and `seconds` "
+                f"positive and finite, but got ({r}, {k}, {t}): leave this measurement out."
+            )
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"Argument `{name}` expected to be positive and finite, but got {value}.")
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"Argument `{name}` expected to be 0 or more, but got {value}.")
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"Argument `{name}` expected to be at least 1, but got {value}.")

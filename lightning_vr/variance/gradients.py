@@ -1,0 +1,317 @@
+"""Measuring the components of gradient variance, per sample or by differences of batches.
+
+Two methods fill the nested design of ``variance.components`` and agree in expectation:
+
+* **per sample**: the gradient of each draw by ``vmap(grad)``, in chunks. A unit is one sample, so
+  that a few dozen draws tell much; it needs a network that functorch can batch, and draws that do
+  not depend on each other.
+* **by differences**: ordinary backward passes of whole batches with common random numbers. A unit
+  is a batch. It takes any architecture and any estimator, what is shared within a batch included:
+  drawn references, strata, batch normalisation, compiled networks, checkpointing.
+
+Both differentiate aliases of the parameters: nothing is accumulated into ``.grad``, and no hook of
+the user, of DDP or of an optimizer fires. Buffers are copies. Memory is a few times the number of
+parameters; a random sketch lowers it further. It keeps all inner products unbiased, as
+``E⟨Sg, Sg'⟩ = ⟨g, g'⟩`` for random signs folded onto k numbers (Charikar, Chen and Farach-Colton
+2002), at a relative error of about ``sqrt(2 / k)``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_vr.rng import undisturbed
+from lightning_vr.types import Clean
+from lightning_vr.variance.components import DRAWS_PER_UNIT, Components, NestedSums
+
+Source = Callable[..., torch.Generator]
+"""Gives the generator of a key: ``source("noise", 0) -> torch.Generator``."""
+
+Rows = dict[str, Any]
+"""What a loss needs of each draw: tensors ``(n, *)``, or dictionaries of these."""
+
+_CHUNK_ELEMENTS = 1 << 26
+"""Per-sample gradients at a time, 256 MB in float32; more only if four draws need more."""
+
+
+class NoisyLoss(nn.Module, ABC):
+    """A loss whose times and noise can be drawn again, one by one, for the same data.
+
+    It holds the module that it differentiates as a child, and maps rows to their losses.
+    """
+
+    couples_rows: bool = False
+    """Whether the losses of a batch share randomness, so that single draws do not tell all."""
+
+    @abstractmethod
+    def times(
+        self, clean: Clean, source: torch.Generator, low: float, high: float
+    ) -> tuple[Tensor, Tensor]:
+        """Draw times between two quantiles of their density, and importance weights, (n,) each."""
+
+    @abstractmethod
+    def draw(self, clean: Clean, times: tuple[Tensor, Tensor], source: torch.Generator) -> Rows:
+        """Draw noise, and all else that is random, at given times; without gradient."""
+
+    @abstractmethod
+    def forward(self, rows: Rows) -> Tensor:
+        """Return the loss of each row ``(n,)``."""
+
+
+class GradientMeasurement:
+    """Measures the components of the gradient variance of a loss.
+
+    Args:
+        loss: The loss to differentiate.
+        source: Gives generators by key, different ones on each rank.
+        groups: For each trainable parameter, in order, the part of the gradient that it is in.
+        sketch: Keep at most so many numbers of each parameter's gradient, or None for all.
+
+    Attributes:
+        loss_scale: Factor on the loss that is taken off the gradient again: in float16 small
+            gradients are zero without one.
+    """
+
+    def __init__(
+        self,
+        loss: NoisyLoss,
+        source: Source,
+        groups: Sequence[int],
+        *,
+        sketch: int | None = None,
+    ) -> None:
+        self.loss = loss
+        self.source = source
+        self.groups = groups
+        self.sketch = sketch
+        self.loss_scale = 1.0
+
+    def per_sample(
+        self, clean: Clean, *key: int | str, low: float = 0.0, high: float = 1.0
+    ) -> Components:
+        """Return components per draw from per-sample gradients, each sample of ``clean`` a unit.
+
+        Args:
+            clean: n >= 2 samples; 4 n gradients are taken.
+            *key: Tells the draws of this measurement from others.
+            low: Quantile of the density of t above which times are drawn.
+            high: Quantile below which times are drawn.
+
+        Returns:
+            The whole gradient first, then each group: tensors ``(1 + groups,)``.
+        """
+        _check_units(len(clean.x0))
+        with undisturbed(), sdpa_kernel(SDPBackend.MATH):
+            rows = _interleaved(self._draws(clean, key, low, high))
+            parameters, fixed = _aliases(self.loss)
+            torch.manual_seed(self.source(*key, "global").initial_seed())
+
+            def one(parameters: dict[str, Tensor], row: Rows) -> Tensor:
+                losses: Tensor = functional_call(self.loss, (parameters, fixed), (row,))
+                return losses.sum().mul(self.loss_scale)
+
+            gradients = vmap(grad(one), in_dims=(None, 0), randomness="different")
+            sums = self._sums(key)
+            chunk = _chunk(sum(p.numel() for p in parameters.values()))
+            for start in range(0, DRAWS_PER_UNIT * len(clean.x0), chunk):
+                part = _mapped(rows, lambda x: x[start : start + chunk, None])  # noqa: B023
+                sums.add(self._unscaled(gradients(parameters, part).values()))
+            return sums.components()
+
+    def by_differences(
+        self, batches: Sequence[Clean], *key: int | str, low: float = 0.0, high: float = 1.0
+    ) -> Components:
+        """Return components per sample from gradients of batches, each batch a unit.
+
+        Args:
+            batches: Two or more batches of equal size, each of other samples.
+            *key: Tells the draws of this measurement from others.
+            low: Quantile of the density of t above which times are drawn.
+            high: Quantile below which times are drawn.
+
+        Returns:
+            The whole gradient first, then each group: tensors ``(1 + groups,)``. Of an estimator
+            with several draws of each sample it is the variance per sample, not per draw.
+        """
+        _check_units(len(batches))
+        sums = self._sums(key)
+        with undisturbed():
+            for unit, clean in enumerate(batches):
+                draws = self._draws(clean, (*key, unit), low, high)
+                passes = [self.gradient(rows, *key, unit, draw) for draw, rows in enumerate(draws)]
+                sums.add([torch.stack(each) for each in zip(*passes, strict=True)])
+        return sums.components().scaled(len(batches[0].x0))
+
+    def gradient(self, rows: Rows, *key: int | str) -> list[Tensor]:
+        """Return the gradient of the mean loss of rows, for each trainable parameter in order."""
+        parameters, fixed = _aliases(self.loss)
+        for parameter in parameters.values():
+            parameter.requires_grad_()
+        torch.manual_seed(self.source(*key, "global").initial_seed())
+        leaves = list(parameters.values())
+        state = {f"loss.{name}": x for name, x in (parameters | fixed).items()}
+        found = functional_call(_Backward(self.loss), state, (rows, leaves, self.loss_scale))
+        pairs = zip(found, leaves, strict=True)
+        return self._unscaled(torch.zeros_like(p) if g is None else g for g, p in pairs)
+
+    def obstacle(self, clean: Clean) -> str | None:
+        """Return why per-sample gradients are impossible or do not tell all, or None."""
+        if self.loss.couples_rows:
+            return "the draws of a batch depend on each other"
+        if len(self.loss.times(clean, self.source("obstacle"), 0.0, 1.0)[0]) != len(clean.x0):
+            return "there are several draws of each sample"
+        for name, module in self.loss.named_modules():
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                return f"{name.partition('.')[2]} normalises over the batch"
+        try:
+            self.per_sample(clean.rows(slice(0, 2)), "obstacle")
+        except Exception as error:  # compiled networks fail by assertions
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            return f"functorch says: {reason[0]}"
+        return None
+
+    @torch.no_grad()
+    def _draws(
+        self, clean: Clean, key: tuple[int | str, ...], low: float, high: float
+    ) -> list[Rows]:
+        """Return the four draws of each unit: two times, two noises for each."""
+        rows = []
+        for i in range(2):
+            times = self.loss.times(clean, self.source(*key, "times", i), low, high)
+            for j in range(2):
+                rows.append(self.loss.draw(clean, times, self.source(*key, "noise", i, j)))
+        return rows
+
+    def _unscaled(self, gradients: Iterable[Tensor]) -> list[Tensor]:
+        if self.loss_scale == 1:
+            return list(gradients)
+        return [gradient / self.loss_scale for gradient in gradients]
+
+    def _sums(self, key: tuple[int | str, ...]) -> "_GradientSums":
+        signs = None if self.sketch is None else self.source(*key, "sketch")
+        return _GradientSums(self.groups, self.sketch, signs)
+
+
+class _Backward(nn.Module):
+    """A loss and its gradient in one call: checkpoints run the network again on the way back."""
+
+    def __init__(self, loss: NoisyLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, rows: Rows, leaves: list[Tensor], scale: float) -> tuple[Tensor | None, ...]:
+        loss = self.loss(rows).mean() * scale
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+class _GradientSums:
+    """Inner products within units and the sum over them, from gradients as they come."""
+
+    def __init__(
+        self, groups: Sequence[int], sketch: int | None, source: torch.Generator | None
+    ) -> None:
+        self._groups = groups
+        self._sketch, self._source = sketch, source
+        self._signs: dict[int, Tensor] = {}
+        self._nested = NestedSums(max(groups) + 1)
+        self._sum: list[Tensor] = []
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Add units: for each parameter a tensor ``(4 · units, *)``, a unit's draws in a row."""
+        units = len(gradients[0]) // DRAWS_PER_UNIT
+        products = gradients[0].new_zeros(
+            max(self._groups) + 1, units, DRAWS_PER_UNIT, DRAWS_PER_UNIT, dtype=torch.float64
+        )
+        totals = []
+        for i, (group, gradient) in enumerate(zip(self._groups, gradients, strict=True)):
+            values = self._sketched(i, gradient.reshape(units, DRAWS_PER_UNIT, -1))
+            products[group] += values @ values.mT
+            # a product reads the gradients once, twice as fast as a sum over rows
+            means = values.new_full((len(gradient),), 1 / DRAWS_PER_UNIT)
+            totals.append(means @ values.flatten(0, 1))
+        self._nested.add(products)
+        pairs = zip(self._sum, totals, strict=True)
+        self._sum = [a + b for a, b in pairs] if self._sum else totals
+
+    def components(self) -> Components:
+        squared_sum = torch.zeros(max(self._groups) + 1, dtype=torch.float64)
+        for group, total in zip(self._groups, self._sum, strict=True):
+            squared_sum[group] += float(total @ total)
+        return self._nested.components(squared_sum)
+
+    def _sketched(self, i: int, values: Tensor) -> Tensor:
+        values = values if values.dtype == torch.float64 else values.float()
+        size, count = values.shape[-1], self._sketch
+        if count is None or size <= count:
+            return values
+        # an even number may divide the rows of a weight: each column would fold onto itself
+        count -= 1 - count % 2
+        padded = nn.functional.pad(values, (0, -size % count))
+        if i not in self._signs:
+            bits = torch.randint(2, padded.shape[-1:], generator=self._source, device=values.device)
+            self._signs[i] = (2 * bits - 1).to(torch.int8)
+        return (padded * self._signs[i]).reshape(*values.shape[:-1], -1, count).sum(dim=-2)
+
+
+def parameter_groups(module: nn.Module) -> tuple[list[str], list[int]]:
+    """Part the trainable parameters by the first name in which they differ.
+
+    Returns:
+        Names of the groups in the order of the network, and the group of each parameter.
+    """
+    paths = [name.split(".") for name, p in module.named_parameters() if p.requires_grad]
+    if not paths:
+        raise ValueError(
+            f"Argument `module` expected to have trainable parameters, but {type(module).__name__} "
+            f"has none: set `requires_grad` on some."
+        )
+    depth = 0
+    while len({tuple(path[: depth + 1]) for path in paths}) == 1 and len(paths[0]) > depth + 1:
+        depth += 1
+    names = [path[min(depth, len(path) - 1)] for path in paths]
+    order = list(dict.fromkeys(names))
+    return order, [order.index(name) for name in names]
+
+
+def _aliases(loss: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return trainable parameters as fresh leaves on the same memory, and copies of buffers."""
+    parameters = {n: p.detach() for n, p in loss.named_parameters() if p.requires_grad}
+    return parameters, {name: buffer.clone() for name, buffer in loss.named_buffers()}
+
+
+def _chunk(size: int) -> int:
+    """Return how many per-sample gradients of ``size`` numbers to hold, whole units."""
+    return DRAWS_PER_UNIT * max(1, _CHUNK_ELEMENTS // (DRAWS_PER_UNIT * size))
+
+
+def _interleaved(draws: Sequence[Rows]) -> Rows:
+    """Put the rows of one unit next to each other."""
+    first = draws[0]
+    return {
+        name: (
+            _interleaved([rows[name] for rows in draws])
+            if isinstance(first[name], dict)
+            else torch.stack([rows[name] for rows in draws], dim=1).flatten(0, 1)
+        )
+        for name in first
+    }
+
+
+def _mapped(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
+    return {
+        name: _mapped(x, function) if isinstance(x, dict) else function(x)
+        for name, x in rows.items()
+    }
+
+
+def _check_units(count: int) -> None:
+    if count < 2:
+        raise ValueError(
+            f"Components of variance need 2 samples or batches at the least, but got {count}."
+        )

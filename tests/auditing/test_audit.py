@@ -1,0 +1,185 @@
+"""An audit on small models: its numbers, what it leaves alone, and nothing where nothing is."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from lightning_vr import DSM, MLP, STF, Candidate, Clean, DiffusionModule, LogNormal, audit
+from lightning_vr.auditing import run
+from lightning_vr.data import EightGaussians
+from lightning_vr.data.dataset import InMemoryDataset
+from lightning_vr.noisy_losses import DiffusionLoss
+from lightning_vr.variance.gradients import GradientMeasurement, parameter_groups
+from lightning_vr.variance.moments import Moments
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*`max_epochs`")
+
+
+def module(target=None, **settings):
+    torch.manual_seed(0)
+    network = MLP(width=16, depth=1)
+    torch.nn.init.normal_(network.project_out.weight, std=0.1)
+    optimizer = functools.partial(torch.optim.Adam, lr=1e-2)
+    return DiffusionModule(network, target=target, optimizer=optimizer, **settings)
+
+
+def data(**settings):
+    return EightGaussians(
+        **({"batch_size": 32, "num_samples": 512, "num_validation": 32} | settings)
+    )
+
+
+class Points(LightningDataModule):
+    def __init__(self, points):
+        super().__init__()
+        self.points = InMemoryDataset(points, key="x0")
+
+    def train_dataloader(self):
+        return DataLoader(self.points, batch_size=32, shuffle=True)
+
+
+class Clock:
+    """Time that passes by a second at each look, so that budgets are counted in looks."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+@pytest.fixture
+def few_looks(monkeypatch):
+    """Let the budget be the number of looks at the clock."""
+    monkeypatch.setattr(run.time, "perf_counter", Clock())
+
+
+def test_stf_has_less_variance_than_the_plain_target_and_the_audit_sees_it():
+    found = audit(module(), data(), [Candidate("all", target=STF("all"))], budget=6, progress=False)
+    (rival,) = found.estimators[1:]
+    assert found.current.name == "current"
+    assert rival.efficiency.low > 1.2
+    assert rival.config["target"]["init_args"]["references"] == "all"
+    assert found.batch == 32
+    assert found.repetitions >= 4
+    assert found.statistics.levels.total.isfinite().all()
+    assert found.statistics.shares.sum() == pytest.approx(1)
+
+
+def test_an_equal_estimator_saves_nothing_exactly():
+    found = audit(module(), data(), [Candidate("same", target=DSM())], budget=1, progress=False)
+    same = found.estimators[1].efficiency
+    assert same.estimate == same.low == same.high == 1.0
+
+
+def test_components_are_those_of_independent_measurements():
+    model, points = module(), data()
+    found = audit(model, points, [Candidate("all", target=STF("all"))], budget=8, progress=False)
+
+    names, groups = parameter_groups(model)
+    measurement = GradientMeasurement(DiffusionLoss(model.train()), model.generator, groups)
+    points.setup("fit")
+    dataset = points.train_dataloader().dataset
+    x0 = torch.stack([dataset[i]["x0"] for i in range(len(dataset))])
+    alone = Moments(5, 1 + len(names))
+    for i in range(200):
+        rows = torch.randperm(len(x0))[:16]
+        alone.add(torch.stack(measurement.per_sample(Clean(x0[rows]), "alone", i)))
+    audited, error = torch.stack(found.current.components), torch.stack(found.current.errors)
+    z = (audited - alone.mean)[:, 0] / (error**2 + alone.error**2).sqrt()[:, 0]
+    assert z.abs().max() < 4
+
+
+def test_the_exact_target_on_well_separated_data_at_low_noise_leaves_nothing_to_save():
+    points = 20 * torch.randn(256, 2, generator=torch.Generator().manual_seed(0))
+    separated = Points(points)
+    low = LogNormal(mean=-6.0, std=0.1)
+    exact = module(STF("all"), timesteps=low, sigma_data=20.0)
+    found = audit(exact, separated, budget=8, progress=False)
+    assert {m.name for m in found.estimators} > {"DSM", 'STF("batch")'}
+    for rival in found.estimators[1:]:
+        assert rival.efficiency.estimate == pytest.approx(1, abs=1e-4)
+    assert "Variance reduction does not pay here" in found.advice
+
+
+def test_nothing_of_the_module_or_the_random_state_changes():
+    model, points = module(STF(16)), data()
+    before = copy.deepcopy(model.state_dict())
+    slots, seed, state = model.target, model.seed, torch.get_rng_state()
+    audit(model, points, budget=1, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.target is slots
+    assert model.seed is seed
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_training_after_an_audit_is_what_it_would_have_been():
+    def train(is_audited):
+        model = module(STF(16))
+        torch.manual_seed(1)
+        if is_audited:
+            audit(model, data(), budget=1, progress=False)
+        Trainer(
+            max_steps=3,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        ).fit(model, data())
+        return torch.nn.utils.parameters_to_vector(model.parameters())
+
+    assert torch.equal(train(is_audited=True), train(is_audited=False))
+
+
+def test_the_budget_decides_how_often_is_measured(few_looks):
+    rivals = [Candidate("all", target=STF("all"))]
+    short = audit(module(), data(), rivals, budget=60, progress=False)
+    long = audit(module(), data(), rivals, budget=240, progress=False)
+    assert short.repetitions >= 4
+    assert long.repetitions > 2 * short.repetitions
+    assert 240 <= long.seconds <= 260
+
+
+def test_a_budget_that_is_too_small_still_gives_four_repetitions(few_looks):
+    found = audit(module(), data(), [Candidate("all", target=STF("all"))], budget=2, progress=False)
+    assert found.repetitions == 4
+
+
+def test_candidates_that_have_no_references_are_left_out_and_named():
+    class Conditional(DiffusionModule):
+        def encode(self, batch):
+            return Clean(batch["x0"], cond={"class_labels": batch["index"] % 3})
+
+    torch.manual_seed(0)
+    model = Conditional(MLP(width=16, depth=1, num_class_embeds=3))
+    found = audit(model, data(), [Candidate("few", target=STF(8))], budget=1, progress=False)
+    assert [m.name for m in found.estimators] == ["current"]
+    assert "condition" in found.skipped["few"]
+    assert "does not pay" in found.advice
+
+
+def test_what_cannot_be_audited_is_refused():
+    with pytest.raises(ValueError, match="`budget` expected to be positive"):
+        audit(module(), data(), budget=0)
+    with pytest.raises(ValueError, match="two whole batches"):
+        audit(module(), data(batch_size=300), budget=1, progress=False)
+
+    class Foreign(LightningModule):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("never called")
+
+        def configure_optimizers(self):
+            return None
+
+    with pytest.raises(MisconfigurationException, match="GradientVariance"):
+        audit(Foreign(), data(), budget=1, progress=False)

@@ -1,0 +1,81 @@
+"""``audit`` on the command line: any configuration that ``fit`` takes."""
+
+import json
+
+import pytest
+import torch
+from commands import write
+
+from lightning_vr.cli import main, trainer
+
+BUDGET = "--budget=2"
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Candidates that are quick to measure."""
+    monkeypatch.setattr("lightning_vr.auditing.candidates._REFERENCES", (64,))
+
+
+def test_an_audit_writes_its_findings_and_prints_advice(run, capsys):
+    folder = run("audit", BUDGET)
+    found = json.loads((folder / "audit.json").read_text())
+    names = [estimator["name"] for estimator in found["estimators"]]
+    assert names == ["current", 'STF("batch")', "STF(64)", 'STF("all")']
+    assert (folder / "audit.md").read_text().startswith("# Audit")
+    assert (folder / "audit.png").stat().st_size > 10_000
+    printed = " ".join(capsys.readouterr().out.split())
+    assert found["advice"] in printed
+    assert "RE: variance of the current estimator" in printed
+    assert not (folder / "metrics.csv").exists()
+
+
+def test_candidates_come_from_a_file(run, folder):
+    target = {"class_path": "STF", "init_args": {"references": 8}}
+    path = folder / "candidates.yaml"
+    path.write_text(json.dumps([{"name": "eight", "target": target}]))
+    found = json.loads((run("audit", BUDGET, f"--candidates={path}") / "audit.json").read_text())
+    assert [estimator["name"] for estimator in found["estimators"]] == ["current", "eight"]
+    assert found["estimators"][1]["config"]["target"]["init_args"]["references"] == 8
+
+
+def test_a_checkpoint_gives_the_weights_that_training_would_go_on_from(run, folder, monkeypatch):
+    averaging = write(
+        folder / "ema.yaml",
+        trainer={
+            "callbacks": [
+                {"class_path": "EMAWeightAveraging"},
+                {"class_path": "ModelCheckpoint", "init_args": {"save_last": True}},
+            ]
+        },
+    )
+    path = run("fit", f"--config={averaging}") / "checkpoints/last.ckpt"
+    raw = torch.load(path, weights_only=True)["current_model_state"]
+    seen = {}
+
+    def spy(module, *args, **kwargs):
+        seen.update({name: value.clone() for name, value in module.state_dict().items()})
+        raise SystemExit(0)
+
+    monkeypatch.setattr(trainer, "run_audit", spy)
+    with pytest.raises(SystemExit):
+        main(["audit", "--ckpt_path", str(path), "--data", "EightGaussians"])
+    assert seen.keys() == raw.keys()
+    for name, value in raw.items():
+        assert torch.equal(seen[name], value), name
+
+
+def test_wrong_settings_of_an_audit_are_one_line(refused, folder):
+    assert "budget" in refused("audit", "--budget=0")
+    assert "there is no file" in refused("audit", "--candidates=none.yaml")
+    assert "there is no file" in refused("audit", "--ckpt_path=none.ckpt")
+    assert "`data` is missing" in refused("audit", data=[])
+    path = folder / "candidates.yaml"
+    path.write_text('[{"name": "a", "target": "Stff"}]')
+    assert "Stff" in refused("audit", f"--candidates={path}")
+
+
+def test_an_audit_is_listed_among_the_subcommands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "what each estimator would save" in " ".join(capsys.readouterr().out.split())
