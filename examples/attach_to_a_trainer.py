@@ -1,8 +1,9 @@
 """Attach the callbacks to a trainer that knows nothing of lightning_vr.
 
 A denoising diffusion model as people write it in Lightning, on real digits. ``TargetVariance``
-needs its schedule and how a batch becomes clean samples; ``SampleGrid`` and ``FrechetDistance``
-need a function that samples from it. Run it with
+needs its schedule and how a batch becomes clean samples; ``GradientVariance`` would tell totals
+without arguments, and tells where they come from given the loss of each sample; ``SampleGrid`` and
+``FrechetDistance`` need a function that samples from it. Run it with
 
     python examples/attach_to_a_trainer.py --max_epochs 20
 
@@ -16,7 +17,14 @@ from diffusers import UNet2DModel
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_vr import VP, FrechetDistance, SampleGrid, Sampler, TargetVariance
+from lightning_vr import (
+    VP,
+    FrechetDistance,
+    GradientVariance,
+    SampleGrid,
+    Sampler,
+    TargetVariance,
+)
 from lightning_vr.data import Digits
 from lightning_vr.metrics import DigitFeatures
 
@@ -53,6 +61,12 @@ class Denoiser(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=2e-3)
 
 
+def loss(module: Denoiser, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Return what the module trains on, for each sample."""
+    predicted = module(SCHEDULE.perturb(x0, noise, t), t)
+    return (predicted - noise).square().flatten(1).mean(dim=1)
+
+
 def sample(module: Denoiser, count: int) -> torch.Tensor:
     """Solve the probability-flow ODE of the module's own noise predictions."""
 
@@ -79,6 +93,7 @@ def main() -> None:
         logger=CSVLogger(options.folder, name="attach"),
         callbacks=[
             TargetVariance(schedule=SCHEDULE, clean=lambda batch: batch["image"]),
+            GradientVariance(every_n_steps=10, loss=loss, schedule=SCHEDULE),
             SampleGrid(samples=64, sample=sample),
             FrechetDistance(
                 DigitFeatures(),

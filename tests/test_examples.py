@@ -38,13 +38,30 @@ def test_a_checkpoint_of_digits_is_judged(tmp_path, monkeypatch, capsys):
     assert "of 50" in printed
 
 
+def test_an_audit_is_compared_with_training(tmp_path, monkeypatch, capsys):
+    example = runpy.run_path(str(EXAMPLES / "audit_against_training.py"))
+    settings = example["main"].__globals__
+    monkeypatch.setitem(settings, "EVALUATIONS", 4)
+    monkeypatch.setitem(settings, "WORKLOADS", {"eight_gaussians": 12})
+    arguments = ["--seeds", "2", "--budget", "1", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["audit_against_training.py", *arguments])
+    example["main"]()
+    printed = capsys.readouterr().out
+    assert "ECM" in printed
+    assert "realised" in printed
+    assert (tmp_path / "audit_against_training.png").stat().st_size > 10_000
+    assert (tmp_path / "eight_gaussians/audit.md").exists()
+
+
 def test_the_callbacks_attach_to_a_trainer_that_is_not_ours(tmp_path, monkeypatch):
     arguments = ["--max_epochs", "1", "--samples", "40", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["attach_to_a_trainer.py", *arguments])
     runpy.run_path(str(EXAMPLES / "attach_to_a_trainer.py"), run_name="__main__")
     folder = tmp_path / "attach" / "version_0"
-    for name in ("target_variance.png", "target_variance.csv", "samples/step_00000011.png"):
+    pictures = ("target_variance.png", "gradient_variance.png", "samples/step_00000011.png")
+    for name in (*pictures, "target_variance.csv", "gradient_variance.csv"):
         assert (folder / name).stat().st_size > 0
     header = (folder / "metrics.csv").read_text().splitlines()[0]
     assert "frechet_distance/digits_n40" in header
     assert "target_variance/dsm/s" in header
+    assert "gradient_variance/timestep" in header

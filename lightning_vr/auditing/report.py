@@ -95,14 +95,19 @@ def _interval(interval: Interval) -> str:
 
 def _caption(audit: "Audit") -> str:
     noise = f"{audit.noise_ratio:.3g}" if math.isfinite(audit.noise_ratio) else "too large to tell"
+    resamples, gain = audit.resamples
+    draws = "Components and cost say that one noise draw per sample is best."
+    if resamples > 1:
+        draws = (
+            f"By components and cost, {resamples} noise draws per sample have an ECM of {gain:.2f}."
+        )
     skipped = "".join(f" {name} was left out: {why}." for name, why in audit.skipped.items())
     return (
         f"Variance: that of the gradient of a batch of {audit.batch}, times the batch size, ± one "
         f"standard error. ms: a training step. RE: variance of the current estimator over that of "
         f"this one. ECM: RE times the current step's time over this one's, with its 95 % interval. "
         f"{audit.repetitions} repetitions in {audit.seconds:.0f} s. Noise over signal of the batch "
-        f"gradient: {noise}. Noise draws per sample at which variance times cost "
-        f"is least: {audit.resamples}.{skipped}"
+        f"gradient: {noise}. {draws}{skipped}"
     )
 
 

@@ -10,7 +10,13 @@ import yaml
 from torch import Tensor
 
 from lightning_vr.configuration import imported
-from lightning_vr.variance.accounting import CostModel, best_resamples, noise_ratio, steps_ratio
+from lightning_vr.variance.accounting import (
+    CostModel,
+    best_resamples,
+    noise_ratio,
+    steps_ratio,
+    variance_times_cost,
+)
 from lightning_vr.variance.bootstrap import Interval
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.statistics import GradientStatistics
@@ -91,11 +97,17 @@ class Audit:
         return max(paying, key=lambda measured: measured.multiplier.estimate, default=None)
 
     @property
-    def resamples(self) -> int:
-        """Noise draws of each sample, K, at which variance times cost would be least."""
+    def resamples(self) -> tuple[int, float]:
+        """Noise draws of each sample, K, at which variance times cost is least, and its ECM.
+
+        From components and the cost model, over one draw; ``fixed`` costs are left out.
+        """
         parts = self.current.components
-        between, within = float(parts.data[0]), float((parts.timestep + parts.noise)[0])
-        return best_resamples(between, within, self.cost)
+        between = max(0.0, float(parts.data[0]))
+        within = max(0.0, float((parts.timestep + parts.noise)[0]))
+        best = best_resamples(between, within, self.cost)
+        one, least = (variance_times_cost(between, within, self.cost, k) for k in (1, best))
+        return best, one / least if least > 0 else 1.0
 
     def saving(self, measured: Measured) -> float:
         """Return by how much less compute it needs for the same loss, by the noise-ratio model.

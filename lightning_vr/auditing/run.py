@@ -31,8 +31,12 @@ from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.rng import generator, undisturbed
 from lightning_vr.training_set import encoded_training_set, training_loader
 from lightning_vr.types import Clean
-from lightning_vr.variance.accounting import CostModel
-from lightning_vr.variance.bootstrap import Interval, bootstrap, median_interval, ratio
+from lightning_vr.variance.accounting import (
+    CostModel,
+    effective_compute_multiplier,
+    relative_efficiency,
+)
+from lightning_vr.variance.bootstrap import Interval
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradients import GradientMeasurement, parameter_groups
 from lightning_vr.variance.moments import Moments
@@ -269,10 +273,11 @@ class _Run:
             torch.stack([components.total[0] for components in found[name]])
             for name in (candidate.name, "current")
         )
-        faster = median_interval(seconds["current"] / seconds[candidate.name])
-        efficiency = Interval(1.0, 1.0, 1.0)
+        efficiency, multiplier = Interval(1.0, 1.0, 1.0), Interval(1.0, 1.0, 1.0)
         if candidate.name != "current":
-            efficiency = bootstrap(ratio, base, own)
+            times = seconds["current"], seconds[candidate.name]
+            efficiency = relative_efficiency(base, own)
+            multiplier = effective_compute_multiplier(efficiency, *times)
         moments = Moments(5, 1 + len(self.names))
         for components in found[candidate.name]:
             moments.add(torch.stack(components))
@@ -286,7 +291,7 @@ class _Run:
             Components(*moments.error),
             float(seconds[candidate.name].median()),
             efficiency,
-            Interval(*(a * b for a, b in zip(efficiency, faster, strict=True))),
+            multiplier,
             config,
         )
 

@@ -31,8 +31,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lightning_vr.variance.bootstrap import ratio
+from lightning_vr.variance.bootstrap import Interval, bootstrap, median_interval, ratio
 
 
 @dataclass(frozen=True)
@@ -135,38 +136,30 @@ def variance_times_cost(between: float, within: float, cost: CostModel, resample
     return (between + within / resamples) * (cost.upstream + resamples * cost.denoise)
 
 
-def effective_compute_multiplier(
-    baseline_variance: float, baseline_seconds: float, variance: float, seconds: float
-) -> float:
-    """Return ECM, seconds of the baseline over those of the method at equal variance.
-
-    Infinite if the method alone has no variance, NaN if neither has any.
+def relative_efficiency(baseline: Tensor, variance: Tensor) -> Interval:
+    """Return RE, variance of the baseline over that of the method, with its 95 % interval.
 
     Args:
-        baseline_variance: Variance of one estimate of the baseline.
-        baseline_seconds: Seconds that this estimate takes.
-        variance: Variance of one estimate of the method.
-        seconds: Seconds that this estimate takes.
-
-    Raises:
-        ValueError: If a variance is negative, or a time not positive and finite.
+        baseline: Unbiased estimates of the baseline's variance, one of each repetition ``(n,)``.
+        variance: The same of the method, at the same R and K, on the same draws.
     """
-    _check_positive("baseline_seconds", baseline_seconds)
-    _check_positive("seconds", seconds)
-    return relative_efficiency(baseline_variance, variance) * (baseline_seconds / seconds)
+    return bootstrap(ratio, baseline, variance)
 
 
-def relative_efficiency(baseline_variance: float, variance: float) -> float:
-    """Return RE, variance of the baseline over that of the method, at equal R and K.
+def effective_compute_multiplier(
+    efficiency: Interval, baseline_seconds: Tensor, seconds: Tensor
+) -> Interval:
+    """Return ECM, seconds of the baseline over those of the method at equal variance.
 
-    Infinite if the method alone has no variance, NaN if neither has any.
+    Its interval is the product of those of RE and of the ratio of times, which is wider than 95 %.
 
-    Raises:
-        ValueError: If a variance is negative.
+    Args:
+        efficiency: RE.
+        baseline_seconds: Seconds of steps of the baseline, in turn with the method's ``(m,)``.
+        seconds: Seconds of steps of the method ``(m,)``.
     """
-    _check_not_negative("baseline_variance", baseline_variance)
-    _check_not_negative("variance", variance)
-    return _divide(baseline_variance, variance)
+    faster = median_interval(baseline_seconds / seconds)
+    return Interval(*(a * b for a, b in zip(efficiency, faster, strict=True)))
 
 
 def noise_ratio(variance: float, squared_mean: float, batch: int) -> float:

@@ -92,9 +92,13 @@ def test_where_noise_is_no_bottleneck_the_advice_says_so():
 
 
 def test_more_noise_draws_per_sample_are_best_where_encoding_is_dear():
-    assert an_audit(upstream=1e-6).resamples == 1
-    # K*² = (9 / 1) (9e-4 / 1e-4) = 81
-    assert an_audit(upstream=9e-4).resamples == 9
+    assert an_audit(upstream=1e-6).resamples == (1, 1.0)
+    assert "one noise draw per sample is best" in page(an_audit(upstream=1e-6))
+    # K*² = (9 / 1) (9e-4 / 1e-4) = 81, and H(1) / H(9) = (1 + 9) (9 + 1) / ((1 + 1) (9 + 9))
+    best, gain = an_audit(upstream=9e-4).resamples
+    assert best == 9
+    assert gain == pytest.approx(100 / 36)
+    assert "9 noise draws per sample have an ECM of 2.78" in page(an_audit(upstream=9e-4))
 
 
 def test_the_lines_to_paste_select_the_estimator(tmp_path):
