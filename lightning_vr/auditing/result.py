@@ -126,15 +126,16 @@ class Audit:
         if best is None:
             return f"Variance reduction does not pay here. {self._why_not()}"
         text = (
-            f"Train with {best.name}: it does the work of {best.multiplier.estimate:.2f} times the "
-            f"compute of the current estimator (95 % interval {best.multiplier.low:.2f} to "
-            f"{best.multiplier.high:.2f})."
+            f"Train with {best.name}: its gradient has the variance that the current estimator "
+            f"would have at {best.multiplier.estimate:.2f} times the compute (95 % interval "
+            f"{best.multiplier.low:.2f} to {best.multiplier.high:.2f})."
         )
         if best.efficiency.low <= 1:
             return (
                 f"Variance reduction does not pay here. {text} It saves time and no variance: its "
                 f"step takes {best.seconds / self.current.seconds:.2f} times as long."
             )
+        text += f" What is left of it is {_shares(best.components)}."
         if self.noise_ratio < _NO_BOTTLENECK:
             text += (
                 f" But noise is not what holds this training back: the batch gradient has "
@@ -160,8 +161,6 @@ class Audit:
             for measured in rivals
             if measured.multiplier.low <= 1 and measured.multiplier.high > _LEAST_GAIN
         ]
-        parts = self.current.components
-        total = float(parts.total[0])
         reasons = []
         if rivals:
             best = max(rivals, key=lambda measured: measured.efficiency.estimate)
@@ -171,10 +170,7 @@ class Audit:
                 f"{100 * max(removed, 0):.0f} %, and its step takes "
                 f"{best.seconds / self.current.seconds:.2f} times as long."
             )
-        shares = {name: float(getattr(parts, name)[0]) / total for name in Components._fields[:3]}
-        if total > 0:
-            listed = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares.items())
-            reasons.append(f"The variance is {listed}.")
+        reasons.append(f"The variance is {_shares(self.current.components)}.")
         if unclear:
             reasons.append(
                 f"That is not certain for {', '.join(unclear)}: measure for longer with a larger "
@@ -220,6 +216,14 @@ class Audit:
             "multiplier": measured.multiplier._asdict(),
         }
         return fields | {"saving": self.saving(measured)}
+
+
+def _shares(parts: Components) -> str:
+    total = float(parts.total[0])
+    if not total > 0:
+        return "not told from zero"
+    shares = {name: 100 * float(getattr(parts, name)[0]) / total for name in parts._fields[:3]}
+    return ", ".join(f"{share:.0f} % {name}" for name, share in shares.items())
 
 
 def _pasteable(described: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -70,7 +71,7 @@ def audit(
         candidates: What to compare with; the estimators that ship if not given.
         budget: Seconds to spend; more only if the least number of repetitions needs it.
         trainer: Gives device, precision and ranks; a new one on this machine if not given. Its
-            callbacks are not run.
+            callbacks are not run, and it is of no further use.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -79,6 +80,34 @@ def audit(
         ValueError: If the budget is not positive, a candidate fills no slot or names repeat, or an
             epoch has fewer than two whole batches.
     """
+    _check(module, candidates, budget, trainer)
+    if trainer is None:
+        trainer = Trainer(
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    callback = _AuditCallback(candidates, budget, progress)
+    state: Any = {name: getattr(module, name) for name in ("seed", "estimate", "sample_shape")}
+    others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    savers = [other for other in others if isinstance(other, SaveConfigCallback)]
+    trainer.callbacks = [*savers, callback]  # type: ignore[attr-defined]
+    trainer.limit_val_batches = 0
+    trainer.fit_loop.max_epochs = 1
+    with undisturbed(), warnings.catch_warnings():
+        # nothing is validated
+        warnings.filterwarnings("ignore", "You defined a `validation_step` but")
+        trainer.fit(module, datamodule=datamodule)
+    for name, value in state.items():
+        setattr(module, name, value)
+    assert callback.result is not None
+    return callback.result
+
+
+def _check(
+    module: Any, candidates: list[Candidate] | None, budget: float, trainer: Trainer | None
+) -> None:
     if not budget > 0:
         raise ValueError(f"Argument `budget` expected to be positive, but got {budget}.")
     if not isinstance(module, DiffusionModule):
@@ -92,26 +121,6 @@ def audit(
             "use one device, or strategy='ddp' in a script of its own."
         )
     check_candidates(candidates or [])
-    if trainer is None:
-        trainer = Trainer(
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-    callback = _AuditCallback(candidates, budget, progress)
-    kept: Any = {name: getattr(module, name) for name in ("seed", "estimate", "sample_shape")}
-    trainer.callbacks = [callback]  # type: ignore[attr-defined]
-    trainer.limit_val_batches = 0
-    trainer.fit_loop.max_epochs = 1
-    with undisturbed(), warnings.catch_warnings():
-        # nothing is validated
-        warnings.filterwarnings("ignore", "You defined a `validation_step` but")
-        trainer.fit(module, datamodule=datamodule)
-    for name, value in kept.items():
-        setattr(module, name, value)
-    assert callback.result is not None
-    return callback.result
 
 
 class _AuditCallback(Callback):

@@ -26,6 +26,7 @@ from lightning_vr.rng import generator, undisturbed
 from lightning_vr.types import Clean
 from lightning_vr.variance.components import Components, two_batch_sizes
 from lightning_vr.variance.gradients import GradientMeasurement, NoisyLoss, parameter_groups
+from lightning_vr.variance.moments import widest_float
 
 _PER_SAMPLE_COST = 5.0
 """Cost of a per-sample gradient over that of one draw in a batch, as measured on a U-Net."""
@@ -195,7 +196,7 @@ class MicroBatchProbe(GradientProbe):
         accumulation = int(self.trainer.accumulate_grad_batches)
         squares = (accumulation / self.loss_scale) ** 2 * self._by_group(norms)
         is_even = set(sizes) == {sizes[0]} and len(sizes) == accumulation
-        told = torch.tensor([sizes[0], sizes[0] ** 2, is_even], device=squares.device).double()
+        told = torch.tensor([sizes[0], sizes[0] ** 2, is_even], device=squares.device).to(squares)
 
         everyone = all_reduce_sum(torch.cat([squares, told]))
         squares, (size, squared_size, even) = everyone[:-3], everyone[-3:]
@@ -223,11 +224,12 @@ class MicroBatchProbe(GradientProbe):
 
     def _by_group(self, norms: list[tuple[int, Tensor]]) -> Tensor:
         """Sum squared norms within groups, in float64, on the device: no step waits for it."""
-        sums = torch.zeros(len(self.names), dtype=torch.float64, device=self.module.device)
+        device = self.module.device
+        sums = torch.zeros(len(self.names), dtype=widest_float(device), device=device)
         if not norms:
             return sums
         index = torch.tensor([group for group, _ in norms], device=sums.device)
-        return sums.index_add(0, index, torch.stack([norm for _, norm in norms]).double() ** 2)
+        return sums.index_add(0, index, torch.stack([norm for _, norm in norms]).to(sums) ** 2)
 
 
 class _SameTensors(TorchFunctionMode):

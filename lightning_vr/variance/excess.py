@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lightning_vr.distributed import all_reduce_sum, rank
 from lightning_vr.variance.curves import Measured, TargetVarianceCurve
+from lightning_vr.variance.moments import widest_float
 
 _FLOOR = 1e-6
 """Share of the data's variance below which V counts as next to nothing: where the grid begins."""
@@ -83,7 +84,7 @@ class IrreducibleVariance:
 
     def to(self, device: torch.device) -> "IrreducibleVariance":
         """Move to the device of the draws."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = widest_float(device)
         self._values = self._values.to(device, dtype)
         self._slopes = self._slopes.to(device, dtype)
         self._log_levels = self._log_levels.to(device, dtype)
@@ -141,7 +142,7 @@ class ExcessLoss:
 
     def to(self, device: torch.device) -> "ExcessLoss":
         """Move to the device of the draws."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = widest_float(device)
         self._variance.to(device)
         self._edges = self._edges.to(device, dtype)
         self._recent = self._recent.to(device, dtype)

@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_vr.rng import undisturbed
 from lightning_vr.types import Clean
 from lightning_vr.variance.components import DRAWS_PER_UNIT, Components, NestedSums
+from lightning_vr.variance.moments import widest_float
 
 Source = Callable[..., torch.Generator]
 """Gives the generator of a key: ``source("noise", 0) -> torch.Generator``."""
@@ -225,9 +226,9 @@ class _GradientSums:
     def add(self, gradients: Sequence[Tensor]) -> None:
         """Add units: for each parameter a tensor ``(4 · units, *)``, a unit's draws in a row."""
         units = len(gradients[0]) // DRAWS_PER_UNIT
-        products = gradients[0].new_zeros(
-            max(self._groups) + 1, units, DRAWS_PER_UNIT, DRAWS_PER_UNIT, dtype=torch.float64
-        )
+        shape = (max(self._groups) + 1, units, DRAWS_PER_UNIT, DRAWS_PER_UNIT)
+        dtype = widest_float(gradients[0].device)
+        products = gradients[0].new_zeros(shape, dtype=dtype)
         totals = []
         for i, (group, gradient) in enumerate(zip(self._groups, gradients, strict=True)):
             values = self._sketched(i, gradient.reshape(units, DRAWS_PER_UNIT, -1))

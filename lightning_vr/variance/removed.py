@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.distributed import all_reduce_sum
+from lightning_vr.variance.moments import widest_float
 
 
 class RemovedVariance:
@@ -28,7 +29,7 @@ class RemovedVariance:
 
     def to(self, device: torch.device) -> "RemovedVariance":
         """Move to the device of the draws."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = widest_float(device)
         self._edges = self._edges.to(device, dtype)
         self._recent = self._recent.to(device, dtype)
         return self

@@ -27,6 +27,7 @@ def test_an_audit_writes_its_findings_and_prints_advice(run, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert found["advice"] in printed
     assert "RE: variance of the current estimator" in printed
+    assert (folder / "config.yaml").exists()
     assert not (folder / "metrics.csv").exists()
 
 
