@@ -201,7 +201,10 @@ def report(folder: Path) -> None:
     """Print a table and draw the curves of all workloads that have run."""
     from matplotlib.figure import Figure
 
-    names = [name for name in WORKLOADS if (folder / f"{name}_trained.json").exists()]
+    kinds = ("predicted", "trained")
+    names = [n for n in WORKLOADS if all((folder / f"{n}_{k}.json").exists() for k in kinds)]
+    if not names:
+        return
     figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
     for i, name in enumerate(names):
         prediction = json.loads((folder / f"{name}_predicted.json").read_text())

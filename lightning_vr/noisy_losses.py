@@ -16,7 +16,8 @@ from lightning_vr.estimators.draws import open_uniform
 from lightning_vr.module import DiffusionModule
 from lightning_vr.timesteps import Density, Truncated
 from lightning_vr.types import Clean, Noised, TargetEstimate
-from lightning_vr.variance.gradients import NoisyLoss, Rows
+from lightning_vr.variance.gradients import NoisyLoss
+from lightning_vr.variance.rows import Rows
 
 LossFunction = Callable[[LightningModule, Tensor, Tensor, Tensor], Tensor]
 """``(module, x0 (B, *), noise (B, *), t (B,)) -> loss of each sample (B,)``."""

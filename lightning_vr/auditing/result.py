@@ -135,7 +135,7 @@ class Audit:
                 f"Variance reduction does not pay here. {text} It saves time and no variance: its "
                 f"step takes {best.seconds / self.current.seconds:.2f} times as long."
             )
-        text += f" What is left of it is {_shares(best.components)}."
+        text += f" What is left of it is {_shares(best.components)}. Training saves that at most."
         if self.noise_ratio < _NO_BOTTLENECK:
             text += (
                 f" But noise is not what holds this training back: the batch gradient has "

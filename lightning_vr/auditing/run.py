@@ -242,19 +242,22 @@ class _Run:
         """Measure the current estimator in bins of the noise level."""
         until, number = self._progress() + _LEVEL_SHARE, 0
         pair = [self._encode(batch) for batch in next(self.batches)]
-        is_per_sample = self.measurement.obstacle(pair[0]) is None
+        is_enough = len(pair[0].x0) >= 2 * _LEVELS
+        is_per_sample = is_enough and self.measurement.obstacle(pair[0]) is None
         while self._agree(number < 2 * _LEVELS or self._progress() < until):
-            level, key = number % _LEVELS, ("level", number)
-            if level == 0 and number:
+            if number and number % _LEVELS == 0:
                 pair = [self._encode(batch) for batch in next(self.batches)]
-            edges = {"low": level / _LEVELS, "high": (level + 1) / _LEVELS}
+            key, level = ("level", number), number % _LEVELS
             if is_per_sample:
                 clean = pair[0].rows(slice(0, _LEVEL_SAMPLES))
-                components = self.measurement.per_sample(clean, *key, **edges)
+                parts = self.measurement.per_sample_by_level(clean, _LEVELS, *key)
+                levels, number = dict(enumerate(parts)), number + _LEVELS
             else:
-                components = self.measurement.by_differences(pair, *key, **edges)
-            found.add_level(level, self._over_ranks(components))
-            number += 1
+                edges = {"low": level / _LEVELS, "high": (level + 1) / _LEVELS}
+                levels = {level: self.measurement.by_differences(pair, *key, **edges)}
+                number += 1
+            for each, components in levels.items():
+                found.add_level(each, self._over_ranks(components))
 
     def _repeat(self) -> dict[str, list[Components]]:
         """Measure every candidate on the same draws until the budget is spent."""

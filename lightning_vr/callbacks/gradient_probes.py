@@ -10,7 +10,6 @@ The last two know nothing of the loss, and tell the total variance alone.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +29,10 @@ from lightning_vr.variance.moments import widest_float
 
 _PER_SAMPLE_COST = 5.0
 """Cost of a per-sample gradient over that of one draw in a batch, as measured on a U-Net."""
+
+
+Measured = tuple[Components, dict[int, Components]]
+"""Components of the whole gradient, by group, and of bins of the noise level."""
 
 
 class GradientProbe:
@@ -67,8 +70,8 @@ class GradientProbe:
     def before_any_batch(self, batch: Any) -> None:
         """See every batch before it is trained on."""
 
-    def before_batch(self, batch: Any, batch_idx: int, number: int) -> list[Components] | None:
-        """Measure on a batch that is due: the whole and maybe, in turn, one noise-level bin."""
+    def before_batch(self, batch: Any, batch_idx: int, number: int) -> Measured | None:
+        """Measure on a batch that is due."""
         return None
 
     def before_backward(self) -> None:
@@ -140,19 +143,28 @@ class NestedProbe(GradientProbe):
     def before_any_batch(self, batch: Any) -> None:
         self._pair = [None] if self.is_per_sample else [self._pair[-1], batch]
 
-    def before_batch(self, batch: Any, batch_idx: int, number: int) -> list[Components] | None:
+    def before_batch(self, batch: Any, batch_idx: int, number: int) -> Measured | None:
         data: Any = self._data(batch)
         if data is None:
             return None
         self.measurement.loss_scale = self.loss_scale
-        measure: Callable[..., Components] = self.measurement.per_sample
-        if not self.is_per_sample:
-            measure = self.measurement.by_differences
-        count = len(self.noise_levels)
-        low, high = number % count / count, (number % count + 1) / count
-        with _SameTensors() if self.is_per_sample else nullcontext():
-            found = [measure(data, "whole"), measure(data, "level", low=low, high=high)]
-        return [_over_ranks(components, self.module.device) for components in found]
+        count, level = len(self.noise_levels), number % len(self.noise_levels)
+        if self.is_per_sample:
+            with _SameTensors():
+                whole = self.measurement.per_sample(data, "whole")
+                levels = dict(enumerate(self._by_level(data, count)))
+        else:
+            whole = self.measurement.by_differences(data, "whole")
+            edges = {"low": level / count, "high": (level + 1) / count}
+            levels = {level: self.measurement.by_differences(data, "level", **edges)}
+        device = self.module.device
+        return _over_ranks(whole, device), {i: _over_ranks(x, device) for i, x in levels.items()}
+
+    def _by_level(self, clean: Clean, count: int) -> list[Components]:
+        """Measure all bins, if there are two samples for each."""
+        if len(clean.x0) < 2 * count:
+            return []
+        return self.measurement.per_sample_by_level(clean, count, "level")
 
     def _data(self, batch: Any) -> Clean | list[Clean] | None:
         """Return the samples to measure on, or two batches, or None if there are not enough."""

@@ -69,7 +69,8 @@ class GradientVariance(Callback):
         every_n_steps: Measure at one in so many optimizer steps; so many that it costs about 2 % of
             the training time if not given.
         samples: Number of samples of a batch whose gradients are taken one by one, four draws each.
-        noise_levels: Number of bins of the noise level, equally likely in training.
+        noise_levels: Number of bins of the noise level, equally likely in training. By differences
+            one of them is measured at a time, in turn; per sample each needs two of ``samples``.
         loss: ``(module, x0, noise, t) -> loss of each sample (B,)`` of a module that is no
             DiffusionModule.
         schedule: The schedule that ``loss`` trains with, for the times of its draws.
@@ -180,9 +181,9 @@ class GradientVariance(Callback):
             return
         self._period = period
         assert self.statistics is not None
-        self.statistics.add(found[0], _MEMORY)
-        for components in found[1:]:
-            level = self._measurements % self.noise_levels
+        whole, levels = found
+        self.statistics.add(whole, _MEMORY)
+        for level, components in levels.items():
             self.statistics.add_level(level, components, _MEMORY)
         self._measurements += 1
         log_numbers(trainer, report.numbers(self.statistics))

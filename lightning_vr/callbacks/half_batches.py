@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_vr.batches import batch_size, take_rows
-from lightning_vr.callbacks.gradient_probes import GradientProbe, with_total
+from lightning_vr.callbacks.gradient_probes import GradientProbe, Measured, with_total
 from lightning_vr.rng import undisturbed
-from lightning_vr.variance.components import Components, two_batch_sizes
+from lightning_vr.variance.components import two_batch_sizes
 
 
 class HalfBatchProbe(GradientProbe):
@@ -42,7 +42,7 @@ class HalfBatchProbe(GradientProbe):
                 f"({error}): pass `loss`, or train with `accumulate_grad_batches` of 2 or more."
             ) from error
 
-    def before_batch(self, batch: Any, batch_idx: int, number: int) -> list[Components] | None:
+    def before_batch(self, batch: Any, batch_idx: int, number: int) -> Measured | None:
         half = batch_size(batch) // 2
         if half == 0:
             return None
@@ -57,7 +57,7 @@ class HalfBatchProbe(GradientProbe):
         mean_square = 0.5 * (self._dot(first, first) + self._dot(second, second))
         product = self._dot(first, second)
         found = two_batch_sizes(mean_square, 0.5 * (mean_square + product), 2, half)
-        return [with_total(found)]
+        return with_total(found), {}
 
     def _copy(self) -> LightningModule:
         shared: dict[int, Any] = {id(self.trainer): self.trainer}

@@ -11,14 +11,11 @@ Two methods fill the nested design of ``variance.components`` and agree in expec
 
 Both differentiate aliases of the parameters: nothing is accumulated into ``.grad``, and no hook of
 the user, of DDP or of an optimizer fires. Buffers are copies. Memory is a few times the number of
-parameters; a random sketch lowers it further. It keeps all inner products unbiased, as
-``E⟨Sg, Sg'⟩ = ⟨g, g'⟩`` for random signs folded onto k numbers (Charikar, Chen and Farach-Colton
-2002), at a relative error of about ``sqrt(2 / k)``.
+parameters, less with a sketch (``variance.gradient_sums``).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +25,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_vr.rng import undisturbed
 from lightning_vr.types import Clean
-from lightning_vr.variance.components import DRAWS_PER_UNIT, Components, NestedSums
-from lightning_vr.variance.moments import widest_float
+from lightning_vr.variance.components import DRAWS_PER_UNIT, Components
+from lightning_vr.variance.gradient_sums import GradientSums
+from lightning_vr.variance.rows import Rows, concatenated, interleaved, mapped
 
 Source = Callable[..., torch.Generator]
 """Gives the generator of a key: ``source("noise", 0) -> torch.Generator``."""
 
-Rows = dict[str, Any]
-"""What a loss needs of each draw: tensors ``(n, *)``, or dictionaries of these."""
+_Part = tuple[Clean, tuple[int | str, ...], float, float]
+"""Samples, the key of their draws, and the quantiles of t between which these are."""
 
 _CHUNK_ELEMENTS = 1 << 26
 """Per-sample gradients at a time, 256 MB in float32; more only if four draws need more."""
@@ -107,9 +105,36 @@ class GradientMeasurement:
         Returns:
             The whole gradient first, then each group: tensors ``(1 + groups,)``.
         """
-        _check_units(len(clean.x0))
+        return self._per_sample([(clean, key, low, high)], key)[0]
+
+    def per_sample_by_level(self, clean: Clean, count: int, *key: int | str) -> list[Components]:
+        """Return what ``per_sample`` does for each of ``count`` equally likely bins of t.
+
+        Each bin has samples of its own, and all gradients are taken together, which is faster than
+        bin by bin.
+
+        Args:
+            clean: n samples, 2 or more for each bin.
+            count: Number of bins.
+            *key: Tells the draws of this measurement from others.
+        """
+        share = len(clean.x0) // count
+        parts: list[_Part] = [
+            (
+                clean.rows(slice(i * share, (i + 1) * share)),
+                (*key, i),
+                i / count,
+                (i + 1) / count,
+            )
+            for i in range(count)
+        ]
+        return self._per_sample(parts, key)
+
+    def _per_sample(self, parts: list["_Part"], key: tuple[int | str, ...]) -> list[Components]:
+        for clean, *_ in parts:
+            _check_units(len(clean.x0))
         with undisturbed(), sdpa_kernel(SDPBackend.MATH):
-            rows = _interleaved(self._draws(clean, key, low, high))
+            rows = concatenated([interleaved(self._draws(*part)) for part in parts])
             parameters, fixed = _aliases(self.loss)
             torch.manual_seed(self.source(*key, "global").initial_seed())
 
@@ -118,12 +143,16 @@ class GradientMeasurement:
                 return losses.sum().mul(self.loss_scale)
 
             gradients = vmap(grad(one), in_dims=(None, 0), randomness="different")
-            sums = self._sums(key)
+            sums = [self._sums(own) for _, own, *_ in parts]
+            share = DRAWS_PER_UNIT * len(parts[0][0].x0)
             chunk = _chunk(sum(p.numel() for p in parameters.values()))
-            for start in range(0, DRAWS_PER_UNIT * len(clean.x0), chunk):
-                part = _mapped(rows, lambda x: x[start : start + chunk, None])  # noqa: B023
-                sums.add(self._unscaled(gradients(parameters, part).values()))
-            return sums.components()
+            for start, stop in _slices(len(parts), share, chunk):
+                part = mapped(rows, lambda x: x[start:stop, None])  # noqa: B023
+                found = self._unscaled(gradients(parameters, part).values())
+                for first in range(0, stop - start, share):
+                    own = sums[(start + first) // share]
+                    own.add([gradient[first : first + share] for gradient in found])
+            return [each.components() for each in sums]
 
     def by_differences(
         self, batches: Sequence[Clean], *key: int | str, low: float = 0.0, high: float = 1.0
@@ -194,9 +223,9 @@ class GradientMeasurement:
             return list(gradients)
         return [gradient / self.loss_scale for gradient in gradients]
 
-    def _sums(self, key: tuple[int | str, ...]) -> "_GradientSums":
+    def _sums(self, key: tuple[int | str, ...]) -> "GradientSums":
         signs = None if self.sketch is None else self.source(*key, "sketch")
-        return _GradientSums(self.groups, self.sketch, signs)
+        return GradientSums(self.groups, self.sketch, signs)
 
 
 class _Backward(nn.Module):
@@ -209,55 +238,6 @@ class _Backward(nn.Module):
     def forward(self, rows: Rows, leaves: list[Tensor], scale: float) -> tuple[Tensor | None, ...]:
         loss = self.loss(rows).mean() * scale
         return torch.autograd.grad(loss, leaves, allow_unused=True)
-
-
-class _GradientSums:
-    """Inner products within units and the sum over them, from gradients as they come."""
-
-    def __init__(
-        self, groups: Sequence[int], sketch: int | None, source: torch.Generator | None
-    ) -> None:
-        self._groups = groups
-        self._sketch, self._source = sketch, source
-        self._signs: dict[int, Tensor] = {}
-        self._nested = NestedSums(max(groups) + 1)
-        self._sum: list[Tensor] = []
-
-    def add(self, gradients: Sequence[Tensor]) -> None:
-        """Add units: for each parameter a tensor ``(4 · units, *)``, a unit's draws in a row."""
-        units = len(gradients[0]) // DRAWS_PER_UNIT
-        shape = (max(self._groups) + 1, units, DRAWS_PER_UNIT, DRAWS_PER_UNIT)
-        dtype = widest_float(gradients[0].device)
-        products = gradients[0].new_zeros(shape, dtype=dtype)
-        totals = []
-        for i, (group, gradient) in enumerate(zip(self._groups, gradients, strict=True)):
-            values = self._sketched(i, gradient.reshape(units, DRAWS_PER_UNIT, -1))
-            products[group] += values @ values.mT
-            # a product reads the gradients once, twice as fast as a sum over rows
-            means = values.new_full((len(gradient),), 1 / DRAWS_PER_UNIT)
-            totals.append(means @ values.flatten(0, 1))
-        self._nested.add(products)
-        pairs = zip(self._sum, totals, strict=True)
-        self._sum = [a + b for a, b in pairs] if self._sum else totals
-
-    def components(self) -> Components:
-        squared_sum = torch.zeros(max(self._groups) + 1, dtype=torch.float64)
-        for group, total in zip(self._groups, self._sum, strict=True):
-            squared_sum[group] += float(total @ total)
-        return self._nested.components(squared_sum)
-
-    def _sketched(self, i: int, values: Tensor) -> Tensor:
-        values = values if values.dtype == torch.float64 else values.float()
-        size, count = values.shape[-1], self._sketch
-        if count is None or size <= count:
-            return values
-        # an even number may divide the rows of a weight: each column would fold onto itself
-        count -= 1 - count % 2
-        padded = nn.functional.pad(values, (0, -size % count))
-        if i not in self._signs:
-            bits = torch.randint(2, padded.shape[-1:], generator=self._source, device=values.device)
-            self._signs[i] = (2 * bits - 1).to(torch.int8)
-        return (padded * self._signs[i]).reshape(*values.shape[:-1], -1, count).sum(dim=-2)
 
 
 def parameter_groups(module: nn.Module) -> tuple[list[str], list[int]]:
@@ -291,24 +271,13 @@ def _chunk(size: int) -> int:
     return DRAWS_PER_UNIT * max(1, _CHUNK_ELEMENTS // (DRAWS_PER_UNIT * size))
 
 
-def _interleaved(draws: Sequence[Rows]) -> Rows:
-    """Put the rows of one unit next to each other."""
-    first = draws[0]
-    return {
-        name: (
-            _interleaved([rows[name] for rows in draws])
-            if isinstance(first[name], dict)
-            else torch.stack([rows[name] for rows in draws], dim=1).flatten(0, 1)
-        )
-        for name in first
-    }
-
-
-def _mapped(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
-    return {
-        name: _mapped(x, function) if isinstance(x, dict) else function(x)
-        for name, x in rows.items()
-    }
+def _slices(parts: int, share: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Yield where chunks of rows begin and end: whole parts, or pieces of one of them."""
+    step = chunk // share * share or chunk
+    ends = share * parts if chunk >= share else share
+    for begin in range(0, share * parts, ends):
+        for start in range(begin, begin + ends, step):
+            yield start, min(start + step, begin + ends)
 
 
 def _check_units(count: int) -> None:

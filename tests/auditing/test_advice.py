@@ -54,6 +54,7 @@ def test_the_candidate_with_the_largest_sure_multiplier_is_recommended():
     assert "1.80 times" in audit.advice
     assert "1.75 to 1.85" in audit.advice
     assert "left of it is 10 % data, 20 % timestep, 70 % noise" in audit.advice
+    assert audit.advice.endswith("Training saves that at most.")
 
 
 def test_less_variance_at_more_than_its_worth_does_not_pay():

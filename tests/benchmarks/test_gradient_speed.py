@@ -14,8 +14,8 @@ from lightning_vr import Clean, DiffusionModule
 from lightning_vr.data.digits import digits
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.rng import generator
-from lightning_vr.variance import gradients
 from lightning_vr.variance.gradients import GradientMeasurement, parameter_groups
+from lightning_vr.variance.rows import interleaved, mapped
 
 # both libraries hook layers whose inputs need no gradient
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -93,7 +93,7 @@ class Problem:
         """Noised samples, and targets, of the 64 draws of the latest measurement."""
         if self.measurement.rows is None:
             self.ours()
-        return gradients._interleaved(self.measurement.rows)
+        return interleaved(self.measurement.rows)
 
     def expected(self):
         """Moments by a plain loop."""
@@ -104,7 +104,7 @@ def loop(loss, rows, parameters):
     """``Σ ‖g‖²`` and ``Σ g`` from one backward pass for each row."""
     square, total = torch.zeros((), dtype=torch.float64), [torch.zeros_like(p) for p in parameters]
     for i in range(SAMPLES * DRAWS):
-        row = gradients._mapped(rows, lambda x, i=i: x[i : i + 1])
+        row = mapped(rows, lambda x, i=i: x[i : i + 1])
         found = torch.autograd.grad(loss(row).sum(), parameters)
         square += sum(g.square().sum().double() for g in found)
         for sum_, g in zip(total, found, strict=True):

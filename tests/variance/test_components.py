@@ -189,7 +189,7 @@ class PlugInSums(NestedSums):
 
 @pytest.mark.parametrize("method", ["per_sample", "by_differences"])
 def test_the_square_of_the_mean_over_draws_would_be_told_from_the_closed_form(method, monkeypatch):
-    monkeypatch.setattr("lightning_vr.variance.gradients.NestedSums", PlugInSums)
+    monkeypatch.setattr("lightning_vr.variance.gradient_sums.NestedSums", PlugInSums)
     loss = Model()
     moments = repeated(lambda repeat: measure(method, repeat, loss))
     scores = z_scores(moments, closed_form(0.0, 1.0))

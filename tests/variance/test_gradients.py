@@ -23,7 +23,8 @@ from lightning_vr.timesteps import Uniform
 from lightning_vr.types import Clean
 from lightning_vr.variance import gradients
 from lightning_vr.variance.components import Components
-from lightning_vr.variance.gradients import GradientMeasurement, _GradientSums, parameter_groups
+from lightning_vr.variance.gradient_sums import GradientSums
+from lightning_vr.variance.gradients import GradientMeasurement, parameter_groups
 from lightning_vr.variance.moments import Moments
 
 LIMIT = 4.0
@@ -181,6 +182,26 @@ def test_by_differences_are_components_of_the_gradients_of_batches(case):
             assert float(getattr(found, name)[column]) == pytest.approx(
                 value, rel=1e-5, abs=1e-5 * size
             ), name
+
+
+@pytest.mark.parametrize("rows", [4, 8, 12, 16, 28, 1000])
+def test_bins_measured_together_are_those_measured_one_by_one(monkeypatch, rows):
+    """Three bins of three samples: chunks of so many rows are pieces of a bin or hold several."""
+    module = DiffusionModule(mlp(), VP(), "v", num_classes=CLASSES)
+    clean, size = data(10), sum(p.numel() for p in module.parameters())
+    monkeypatch.setattr(gradients, "_CHUNK_ELEMENTS", rows * size)
+    together = measurement(module).per_sample_by_level(clean, 3, "bins")
+    assert len(together) == 3
+    for i, found in enumerate(together):
+        part = clean.rows(slice(3 * i, 3 * i + 3))
+        alone = measurement(module).per_sample(part, "bins", i, low=i / 3, high=(i + 1) / 3)
+        torch.testing.assert_close(torch.stack(found), torch.stack(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_every_bin_needs_two_samples():
+    module = DiffusionModule(mlp(), VP(), "v", num_classes=CLASSES)
+    with pytest.raises(ValueError, match="need 2 samples"):
+        measurement(module).per_sample_by_level(data(5), 3, "bins")
 
 
 def test_chunks_of_one_unit_change_nothing(monkeypatch):
@@ -513,7 +534,7 @@ def test_one_sample_or_batch_is_refused(method):
 
 
 def sketched(values, sketch, seed):
-    sums = _GradientSums([0], sketch, generator("signs", seed))
+    sums = GradientSums([0], sketch, generator("signs", seed))
     return sums._sketched(0, values)
 
 
@@ -564,7 +585,7 @@ def test_all_units_of_a_measurement_share_the_signs_of_a_sketch(source):
     """Otherwise products of different units would be lost."""
     vectors = torch.randn(2, 4, 50, generator=source)
     at_once = sketched(vectors, 8, 0)
-    sums = _GradientSums([0], 8, generator("signs", 0))
+    sums = GradientSums([0], 8, generator("signs", 0))
     one_by_one = [sums._sketched(0, vectors[i : i + 1]) for i in range(2)]
     torch.testing.assert_close(torch.cat(one_by_one), at_once)
 
@@ -574,13 +595,13 @@ def test_a_sketch_of_k_keeps_at_most_k_numbers_of_each_parameter():
     measured = measurement(module, sketch=10)
     kept = []
 
-    class Spied(_GradientSums):
+    class Spied(GradientSums):
         def components(self):
             kept.extend(len(total) for total in self._sum)
             return super().components()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradients, "_GradientSums", Spied)
+        patch.setattr(gradients, "GradientSums", Spied)
         measured.per_sample(clean)
     assert kept == [p.numel() if p.numel() <= 10 else 9 for p in module.parameters()]
     assert max(p.numel() for p in module.parameters()) > 10

@@ -1,0 +1,43 @@
+"""Rows of draws: what a loss needs of each, as nested dictionaries of tensors."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rows = dict[str, Any]
+"""What a loss needs of each draw: tensors ``(n, *)``, or dictionaries of these."""
+
+
+def interleaved(draws: Sequence[Rows]) -> Rows:
+    """Put the rows of one unit next to each other."""
+    first = draws[0]
+    return {
+        name: (
+            interleaved([rows[name] for rows in draws])
+            if isinstance(first[name], dict)
+            else torch.stack([rows[name] for rows in draws], dim=1).flatten(0, 1)
+        )
+        for name in first
+    }
+
+
+def concatenated(parts: Sequence[Rows]) -> Rows:
+    """Put the rows of several parts one after the other."""
+    return {
+        name: (
+            concatenated([rows[name] for rows in parts])
+            if isinstance(first, dict)
+            else torch.cat([rows[name] for rows in parts])
+        )
+        for name, first in parts[0].items()
+    }
+
+
+def mapped(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
+    """Return rows with every tensor replaced by its function."""
+    return {
+        name: mapped(x, function) if isinstance(x, dict) else function(x)
+        for name, x in rows.items()
+    }
