@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_vr.configuration import UndescribableError, describe
@@ -20,6 +21,8 @@ from lightning_vr.module import DiffusionModule
 SLOTS = ("draws", "target", "control_variate")
 
 _REFERENCES = (256, 1024, 4096)
+
+_LARGEST_BANK = 100_000
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,23 @@ class Candidate:
 def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
     """Return the estimators that ship, less the module's own.
 
+    A bank of a large training set takes long to encode: name candidates with one in a list of your
+    own.
+
     Args:
         module: The module to audit.
         size: Number of samples in its training set.
     """
     own = _described(module.target)
     rivals: dict[str, Target] = {"DSM": DSM(), 'STF("batch")': STF("batch")}
-    rivals |= {f"STF({n})": STF(n) for n in _REFERENCES if n < size}
-    rivals['STF("all")'] = STF("all")
+    if size <= _LARGEST_BANK:
+        rivals |= {f"STF({n})": STF(n) for n in _REFERENCES if n < size}
+        rivals['STF("all")'] = STF("all")
+    else:
+        rank_zero_info(
+            f"The audit leaves out targets with a bank of all {size} training samples: name them "
+            f"in `candidates`."
+        )
     return [
         Candidate(name, target=target)
         for name, target in rivals.items()

@@ -49,7 +49,7 @@ _LEVEL_SHARE = 0.2
 """Share of the budget for the bins of the noise level."""
 
 _TIMING_SHARE = 0.2
-_LEAST_REPETITIONS = 4
+_LEAST_REPETITIONS = 3
 
 
 def audit(
@@ -167,6 +167,7 @@ class _Run:
         self.names, groups = parameter_groups(module)
         self.measurement = GradientMeasurement(loss, self._source, groups)
         self.batches = batch_pairs(trainer, self.loader)
+        self.batch = 0
 
     def measure(self) -> Audit:
         with self.bar:
@@ -183,7 +184,7 @@ class _Run:
         return Audit(
             estimators,
             statistics,
-            batch=int(self.loader.batch_size or 0) * world_size(),
+            batch=self.batch * world_size(),
             cost=cost,
             repetitions=len(found["current"]) * world_size(),
             seconds=time.perf_counter() - self.start,
@@ -228,6 +229,7 @@ class _Run:
     def _time(self) -> tuple[dict[str, Tensor], CostModel]:
         batch, _ = next(self.batches)
         clean = self._encode(batch)
+        self.batch = len(clean.x0)
         timer = StepTimer(self.trainer, self.module, self.measurement)
         found, cost = timer.measure(
             self.candidates,
@@ -244,7 +246,7 @@ class _Run:
         pair = [self._encode(batch) for batch in next(self.batches)]
         is_enough = len(pair[0].x0) >= 2 * _LEVELS
         is_per_sample = is_enough and self.measurement.obstacle(pair[0]) is None
-        while self._agree(number < 2 * _LEVELS or self._progress() < until):
+        while self._agree(number == 0 or self._progress() < until):
             if number and number % _LEVELS == 0:
                 pair = [self._encode(batch) for batch in next(self.batches)]
             key, level = ("level", number), number % _LEVELS

@@ -10,6 +10,7 @@ The last two know nothing of the loss, and tell the total variance alone.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -148,23 +149,22 @@ class NestedProbe(GradientProbe):
         if data is None:
             return None
         self.measurement.loss_scale = self.loss_scale
-        count, level = len(self.noise_levels), number % len(self.noise_levels)
-        if self.is_per_sample:
-            with _SameTensors():
-                whole = self.measurement.per_sample(data, "whole")
-                levels = dict(enumerate(self._by_level(data, count)))
-        else:
-            whole = self.measurement.by_differences(data, "whole")
-            edges = {"low": level / count, "high": (level + 1) / count}
-            levels = {level: self.measurement.by_differences(data, "level", **edges)}
+        with _SameTensors() if self.is_per_sample else nullcontext():
+            whole, levels = self._measure(data, number)
         device = self.module.device
         return _over_ranks(whole, device), {i: _over_ranks(x, device) for i, x in levels.items()}
 
-    def _by_level(self, clean: Clean, count: int) -> list[Components]:
-        """Measure all bins, if there are two samples for each."""
-        if len(clean.x0) < 2 * count:
-            return []
-        return self.measurement.per_sample_by_level(clean, count, "level")
+    def _measure(self, data: Any, number: int) -> Measured:
+        """Measure the whole, and all bins at once or, where that takes more samples, in turn."""
+        count, level = len(self.noise_levels), number % len(self.noise_levels)
+        measure: Callable[..., Components] = self.measurement.by_differences
+        if self.is_per_sample:
+            measure = self.measurement.per_sample
+            if len(data.x0) >= 2 * count:
+                parts = self.measurement.per_sample_by_level(data, count, "level")
+                return measure(data, "whole"), dict(enumerate(parts))
+        edges = {"low": level / count, "high": (level + 1) / count}
+        return measure(data, "whole"), {level: measure(data, "level", **edges)}
 
     def _data(self, batch: Any) -> Clean | list[Clean] | None:
         """Return the samples to measure on, or two batches, or None if there are not enough."""

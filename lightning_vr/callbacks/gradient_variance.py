@@ -69,8 +69,9 @@ class GradientVariance(Callback):
         every_n_steps: Measure at one in so many optimizer steps; so many that it costs about 2 % of
             the training time if not given.
         samples: Number of samples of a batch whose gradients are taken one by one, four draws each.
-        noise_levels: Number of bins of the noise level, equally likely in training. By differences
-            one of them is measured at a time, in turn; per sample each needs two of ``samples``.
+        noise_levels: Number of bins of the noise level, equally likely in training. They are
+            measured all at once from per-sample gradients, two of ``samples`` for each, else in
+            turn.
         loss: ``(module, x0, noise, t) -> loss of each sample (B,)`` of a module that is no
             DiffusionModule.
         schedule: The schedule that ``loss`` trains with, for the times of its draws.

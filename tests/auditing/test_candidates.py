@@ -27,6 +27,12 @@ def test_no_candidate_has_more_references_than_there_are_samples():
     assert names(DSM(), size=200) == ['STF("batch")', 'STF("all")']
 
 
+def test_a_large_training_set_is_not_encoded_unasked(caplog):
+    with caplog.at_level("INFO"):
+        assert names(DSM(), size=1_000_000) == ['STF("batch")']
+    assert "all 1000000 training samples" in caplog.text
+
+
 def test_a_file_names_candidates_and_their_slots(tmp_path):
     path = tmp_path / "candidates.yaml"
     path.write_text(

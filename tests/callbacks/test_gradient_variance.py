@@ -471,6 +471,15 @@ def test_by_default_at_most_three_rows_are_measured_on_for_a_hundred_trained_on(
     assert callback.state_dict()["measurements"] >= 1
 
 
+def test_enough_samples_tell_all_noise_levels_at_each_measurement(tmp_path):
+    callback = GradientVariance(every_n_steps=1, samples=4, noise_levels=2)
+    trainer(tmp_path / "many", callback, max_steps=1).fit(diffusion(), gaussians())
+    assert callback.statistics.levels.total.isfinite().all()
+    few = GradientVariance(every_n_steps=1, samples=3, noise_levels=2)
+    trainer(tmp_path / "few", few, max_steps=1).fit(diffusion(), gaussians())
+    assert few.statistics.levels.total.isfinite().tolist() == [True, False]
+
+
 def test_a_run_leaves_a_file_a_picture_and_a_table(tmp_path, capsys):
     callback = each()
     trainer(tmp_path, callback, max_epochs=2).fit(diffusion(), gaussians())

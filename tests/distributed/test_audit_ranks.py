@@ -33,7 +33,7 @@ def test_two_ranks_measure_together_and_one_of_them_writes(tmp_path):
     found = json.loads(path.read_text())
     assert found["batch"] == 64
     assert found["repetitions"] % 2 == 0
-    assert found["repetitions"] >= 8
+    assert found["repetitions"] >= 6
     # references of both ranks lower the variance
     assert found["estimators"][1]["efficiency"]["estimate"] > 1
     assert done.stdout.count("The audit is in") == 1
