@@ -75,17 +75,8 @@ class StepTimer:
 
         # the first round warms up
         median = {name: statistics.median(found[1:]) for name, found in times.items()}
-        encoding, fixed = median["encode"] / whole, median["optimizer"]
-        model = CostModel(fixed, encoding, median[whole] / whole)
-        if whole >= 4:
-            # a pass takes as long however its rows are made up of samples and resamples of them
-            shapes = [(rows // k, k) for rows in parts for k in (1, 2) if rows % k == 0]
-            model = CostModel.fit(
-                [samples for samples, _ in shapes],
-                [resamples for _, resamples in shapes],
-                [median[r * k] + encoding * r + fixed for r, k in shapes],
-            )
-        added = encoding * whole + fixed
+        model = _cost_model(median, parts)
+        added = median["encode"] + median["optimizer"]
         rounds = {
             candidate.name: torch.tensor(times[candidate.name][1:]) for candidate in candidates
         }
@@ -114,3 +105,18 @@ class StepTimer:
     def _synchronize(self) -> None:
         if self.module.device.type == "cuda":
             torch.cuda.synchronize(self.module.device)
+
+
+def _cost_model(median: dict[Hashable, float], parts: list[int]) -> CostModel:
+    """Fit a model to the seconds of passes over so many rows, of encoding and of the optimizer."""
+    whole, fixed = parts[-1], median["optimizer"]
+    encoding = median["encode"] / whole
+    if whole < 4:
+        return CostModel(fixed, encoding, median[whole] / whole)
+    # a pass takes as long however its rows are made up of samples and resamples of them
+    shapes = [(rows // k, k) for rows in parts for k in (1, 2) if rows % k == 0]
+    return CostModel.fit(
+        [samples for samples, _ in shapes],
+        [resamples for _, resamples in shapes],
+        [median[r * k] + encoding * r + fixed for r, k in shapes],
+    )
