@@ -259,7 +259,7 @@ class _Run:
                 levels = {level: self.measurement.by_differences(pair, *key, **edges)}
                 number += 1
             for each, components in levels.items():
-                found.add_level(each, self._over_ranks(components))
+                found.add_level(each, components.over_ranks(self.module.device))
 
     def _repeat(self) -> dict[str, list[Components]]:
         """Measure every candidate on the same draws until the budget is spent."""
@@ -271,14 +271,9 @@ class _Run:
             for candidate in self.candidates:
                 with candidate.in_place(self.module):
                     components = self.measurement.by_differences(pair, "repeat", number)
-                found[candidate.name].append(self._over_ranks(components))
+                found[candidate.name].append(components.over_ranks(self.module.device))
             number, longest = number + 1, max(longest, self._progress() - start)
         return found
-
-    def _over_ranks(self, components: Components) -> Components:
-        """Average over ranks; the variance of their mean gradient is 1/W of each one's."""
-        total = all_reduce_sum(torch.stack(components).to(self.module.device)) / world_size()
-        return Components(*total.cpu())
 
     def _compare(
         self, candidate: Candidate, found: dict[str, list[Components]], seconds: dict[str, Tensor]

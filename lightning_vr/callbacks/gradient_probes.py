@@ -152,7 +152,7 @@ class NestedProbe(GradientProbe):
         with _SameTensors() if self.is_per_sample else nullcontext():
             whole, levels = self._measure(data, number)
         device = self.module.device
-        return _over_ranks(whole, device), {i: _over_ranks(x, device) for i, x in levels.items()}
+        return whole.over_ranks(device), {i: x.over_ranks(device) for i, x in levels.items()}
 
     def _measure(self, data: Any, number: int) -> Measured:
         """Measure the whole, and all bins at once or, where that takes more samples, in turn."""
@@ -269,9 +269,3 @@ def trainable_names(module: nn.Module) -> list[str]:
 def with_total(groups: Components) -> Components:
     """Put the sum over all groups first."""
     return Components(*(torch.cat([x.sum(dim=0, keepdim=True), x]) for x in groups))
-
-
-def _over_ranks(components: Components, device: torch.device) -> Components:
-    """Average over the ranks, each of which has measured on data of its own."""
-    total = all_reduce_sum(torch.stack(components).to(device)) / world_size()
-    return Components(*total.cpu())

@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_vr.distributed import all_reduce_sum, world_size
+
 DRAWS_PER_UNIT = 4
 """Draws of a unit in the order (t, z), (t, z'), (t', z''), (t', z''')."""
 
@@ -63,6 +65,11 @@ class Components(NamedTuple):
     def noise_scale(self) -> Tensor:
         """``V / ‖E g‖²``, in draws; NaN where the squared mean is not told from zero."""
         return torch.where(self.squared_mean > 0, self.total / self.squared_mean, torch.nan)
+
+    def over_ranks(self, device: torch.device) -> "Components":
+        """Return the mean over ranks that measured on data of their own; all must call it."""
+        total = all_reduce_sum(torch.stack(self).to(device)) / world_size()
+        return Components(*total.cpu())
 
     def scaled(self, batch: int) -> "Components":
         """Return the components per draw from those of the mean of ``batch`` draws."""
