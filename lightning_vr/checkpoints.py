@@ -161,9 +161,12 @@ def check_complete(checkpoint: dict[str, Any], path: Any, given: Container[str])
 
 
 def check_weights(module: nn.Module, checkpoint: dict[str, Any], path: Any) -> None:
-    """Refuse a checkpoint whose weights have other names or shapes than the module's."""
-    saved = {name: _shape(value) for name, value in checkpoint["state_dict"].items()}
-    built = {name: _shape(value) for name, value in module.state_dict().items()}
+    """Refuse a checkpoint whose weights have other names or shapes than the module's.
+
+    What estimators have learned is none of them: they may be others than the checkpoint's.
+    """
+    saved = _shapes(checkpoint["state_dict"])
+    built = _shapes(module.state_dict())
     for name in [*saved, *built]:
         if saved.get(name) != built.get(name):
             raise ValueError(
@@ -171,6 +174,11 @@ def check_weights(module: nn.Module, checkpoint: dict[str, Any], path: Any) -> N
                 f"{saved.get(name, '(none)')} there and {built.get(name, '(none)')} as configured. "
                 f"Configure the network as it was."
             )
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    slots = ("draws.", "target.", "control_variate.")
+    return {name: _shape(value) for name, value in state.items() if not name.startswith(slots)}
 
 
 def _shape(value: Any) -> Any:

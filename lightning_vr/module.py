@@ -26,17 +26,21 @@ from lightning_vr.bank import (
     fill_target,
 )
 from lightning_vr.checkpoints import STATE, describe_arguments, load_module
-from lightning_vr.distributed import broadcast, rank
-from lightning_vr.estimators.draws import IID, Draws
+from lightning_vr.distributed import broadcast, rank, world_size
+from lightning_vr.estimators.chunks import mean_in_chunks
+from lightning_vr.estimators.draws import IID, WHOLE, Draws, Share, Times
 from lightning_vr.estimators.dsm import DSM, Target
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
 from lightning_vr.networks import call_network
+from lightning_vr.objective import Objective
+from lightning_vr.precision import loss_scale
 from lightning_vr.predictions import PredictionType, check_prediction
 from lightning_vr.rng import generator
 from lightning_vr.sampling import Sampler, evaluating
 from lightning_vr.schedules import EDM, Schedule
 from lightning_vr.timesteps import Density
 from lightning_vr.types import UNLABELLED, Clean, LossEstimate, Noised, TargetEstimate
+from lightning_vr.variance.rows import Rows, tensors
 from lightning_vr.weightings import UnitWeighting, Weighting, check_positive
 
 
@@ -161,10 +165,16 @@ class DiffusionModule(LightningModule):
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         weight = torch.ones_like(t)
         noised = Noised(xt, xt, torch.zeros_like(xt), t, alpha, sigma, weight, group, cond)
-        return denoise(self.predict, noised, self.schedule, self.prediction, self.sigma_data)
+        return denoise(self.predict, noised, self.objective)
 
     def loss(
-        self, batch: Any, source: torch.Generator, *, target: Target | None = None
+        self,
+        batch: Any,
+        source: torch.Generator,
+        *,
+        draws: Draws | None = None,
+        target: Target | None = None,
+        share: Share = WHOLE,
     ) -> LossEstimate:
         """Return the loss of a batch, an unbiased estimate whatever the slots hold.
 
@@ -173,48 +183,62 @@ class DiffusionModule(LightningModule):
         Args:
             batch: What ``encode`` takes.
             source: Generator of all randomness, on the batch's device.
+            draws: Used in place of the module's own; validation draws as ``IID()`` does.
             target: Used in place of the module's own; validation regresses on ``DSM()``.
+            share: The part of an optimizer step that the batch is.
         """
         clean = self.clean(batch)
         if self.training not in self._checked_modes:
             check_clean(clean, self.num_classes)
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
-        return self.regress(*self.draw(clean, source, target=target))
+        draws = draws or self.draws
+        times = draws.times(clean, self.objective, source, share)
+        return self.regress(*self.draw(clean, source, times, draws=draws, target=target))
 
     def draw(
         self,
         clean: Clean,
         source: torch.Generator,
+        times: Times,
         *,
+        draws: Draws | None = None,
         target: Target | None = None,
-        times: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Noised, TargetEstimate]:
-        """Noise clean samples and estimate what to regress on.
+        """Noise clean samples at given times and estimate what to regress on.
 
         Args:
             clean: B clean samples.
             source: Generator of all randomness, on their device.
+            times: What ``draws.times`` has drawn for them.
+            draws: Used in place of the module's own.
             target: Used in place of the module's own.
-            times: Times and weights that ``draws.times`` has drawn, or None to draw them here.
         """
-        times = times or self.draws.times(clean, self.schedule, self.timesteps, source)
-        noised = self.draws.noise(clean, self.schedule, *times, source)
+        noised = (draws or self.draws).noise(clean, self.schedule, times, source)
         if self.training and self.label_dropout > 0 and noised.group is not None:
             noised = replace(noised, group=self._drop_labels(noised.group, source))
         return noised, (target or self.target)(noised, clean, source)
 
     def regress(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
-        """Return the loss of the network on draws and their targets."""
-        return diffusion_loss(
-            self.predict,
-            noised,
-            target,
-            schedule=self.schedule,
-            weighting=self.weighting,
-            kind=self.prediction,
-            sigma_data=self.sigma_data,
-            control_variate=self.control_variate,
+        """Return the loss of the network on draws and their targets, chunk by chunk if need be."""
+        chunk = self.draws.chunk_size
+        if chunk is None or chunk >= len(noised.t):
+            return self._estimate(noised, target)
+        rows = {"noised": tensors(noised), "target": tensors(target)}
+        scale = 1.0 if self._trainer is None else loss_scale(self._trainer)
+        loss, per_draw = mean_in_chunks(self, self.losses, rows, chunk, scale=scale)
+        return LossEstimate(loss, per_draw, noised, target)
+
+    def losses(self, rows: Rows) -> Tensor:
+        """Return the loss of each row of ``"noised"`` and ``"target"``, ``(n,)``."""
+        noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
+        return self._estimate(noised, target).per_draw
+
+    @property
+    def objective(self) -> Objective:
+        """The loss as an expectation, whatever estimates it."""
+        return Objective(
+            self.schedule, self.timesteps, self.weighting, self.prediction, self.sigma_data
         )
 
     def generator(self, *key: int | str) -> torch.Generator:
@@ -278,14 +302,28 @@ class DiffusionModule(LightningModule):
         """Return the loss of one micro-step and keep its estimate for callbacks."""
         # a run that resumes in mid-epoch counts its batches anew
         micro_step = batch_idx % self.trainer.accumulate_grad_batches
-        estimate = self.loss(batch, self.generator("train", self.global_step, micro_step))
+        parts = self.trainer.accumulate_grad_batches
+        share = Share(
+            rank() * parts + micro_step,
+            world_size() * parts,
+            generator(self.run_seed, "strata", self.global_step, device=self.device),
+        )
+        source = self.generator("train", self.global_step, micro_step)
+        estimate = self.loss(batch, source, share=share)
         self.estimate = replace(
             estimate, loss=estimate.loss.detach(), per_draw=estimate.per_draw.detach()
         )
+        with torch.no_grad():
+            self.draws.observe(self.estimate, self.objective)
         self.log(
             "train/loss", estimate.loss.detach(), prog_bar=True, batch_size=len(estimate.per_draw)
         )
         return estimate.loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the draws learn from what all ranks have seen."""
+        super().optimizer_step(*args, **kwargs)
+        self.draws.advance()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the plain denoising loss with noise that is the same in every epoch."""
@@ -352,12 +390,22 @@ class DiffusionModule(LightningModule):
         """
         return load_module(cls, checkpoint_path, map_location, strict, kwargs)
 
+    def _estimate(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
+        return diffusion_loss(
+            self.predict,
+            noised,
+            target,
+            objective=self.objective,
+            control_variate=self.control_variate,
+        )
+
     def _drop_labels(self, group: Tensor, source: torch.Generator) -> Tensor:
         u = torch.rand(len(group), generator=source, device=group.device)
         return torch.where(u < self.label_dropout, UNLABELLED, group)
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
-        estimate = self.loss(batch, self.generator("evaluate", batch_idx), target=DSM())
+        source = self.generator("evaluate", batch_idx)
+        estimate = self.loss(batch, source, draws=IID(), target=DSM())
         self.log(
             f"{stage}/loss",
             estimate.loss,

@@ -5,19 +5,18 @@ They are what ``variance.gradients`` needs to know of a model. Precision is that
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_vr.estimators.draws import open_uniform
+from lightning_vr.estimators.draws import Times, open_uniform
 from lightning_vr.module import DiffusionModule
 from lightning_vr.timesteps import Density, Truncated
-from lightning_vr.types import Clean, Noised, TargetEstimate
+from lightning_vr.types import Clean
 from lightning_vr.variance.gradients import NoisyLoss
-from lightning_vr.variance.rows import Rows
+from lightning_vr.variance.rows import Rows, tensors
 
 LossFunction = Callable[[LightningModule, Tensor, Tensor, Tensor], Tensor]
 """``(module, x0 (B, *), noise (B, *), t (B,)) -> loss of each sample (B,)``."""
@@ -44,23 +43,23 @@ class DiffusionLoss(NoisyLoss):
         """Whether a slot shares randomness within a batch."""
         return self.module.draws.couples_rows or self.module.target.couples_rows
 
-    def times(
-        self, clean: Clean, source: torch.Generator, low: float, high: float
-    ) -> tuple[Tensor, Tensor]:
-        timesteps = self.module.timesteps
-        if (low, high) != (0, 1):
-            timesteps = Truncated(timesteps, low, high)
-        return self.module.draws.times(clean, self.module.schedule, timesteps, source)
+    @property
+    def chunk_size(self) -> int | None:  # type: ignore[override]
+        """Draws that training passes through the network at a time."""
+        return self.module.draws.chunk_size
 
-    def draw(self, clean: Clean, times: tuple[Tensor, Tensor], source: torch.Generator) -> Rows:
+    def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
+        objective = self.module.objective.between(low, high)
+        return self.module.draws.times(clean, objective, source)
+
+    def draw(self, clean: Clean, times: Times, source: torch.Generator) -> Rows:
         with self.precision():
             noised, target = self.module.draw(clean, source, times=times)
-        return {"noised": _tensors(noised), "target": _tensors(target)}
+        return {"noised": tensors(noised), "target": tensors(target)}
 
     def forward(self, rows: Rows) -> Tensor:
         with self.precision():
-            noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
-            return self.module.regress(noised, target).per_draw
+            return self.module.losses(rows)
 
 
 class GivenLoss(NoisyLoss):
@@ -86,17 +85,15 @@ class GivenLoss(NoisyLoss):
         self.timesteps = timesteps
         self.precision = precision
 
-    def times(
-        self, clean: Clean, source: torch.Generator, low: float, high: float
-    ) -> tuple[Tensor, Tensor]:
+    def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
         u = open_uniform(len(clean.x0), source)
         t = Truncated(self.timesteps, low, high)(u).to(torch.float32)
-        return t, torch.ones_like(t)
+        return Times(t, torch.ones_like(t))
 
-    def draw(self, clean: Clean, times: tuple[Tensor, Tensor], source: torch.Generator) -> Rows:
+    def draw(self, clean: Clean, times: Times, source: torch.Generator) -> Rows:
         x0 = clean.x0
         noise = torch.randn(x0.shape, generator=source, device=x0.device, dtype=x0.dtype)
-        return {"x0": x0, "noise": noise, "t": times[0]}
+        return {"x0": x0, "noise": noise, "t": times.t}
 
     def forward(self, rows: Rows) -> Tensor:
         with self.precision():
@@ -108,9 +105,3 @@ class GivenLoss(NoisyLoss):
                 f"average over all dimensions but the first."
             )
         return losses
-
-
-def _tensors(bundle: Any) -> Rows:
-    """Return what a bundle holds, as vmap takes it."""
-    values = {field.name: getattr(bundle, field.name) for field in fields(bundle)}
-    return {name: value for name, value in values.items() if value is not None}

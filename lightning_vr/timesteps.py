@@ -17,9 +17,16 @@ from torch import Tensor, nn
 class Density(nn.Module, ABC):
     """A density p(t) on an interval, given by its inverse CDF."""
 
+    steps: int | None = None
+    """Number of equally likely discrete timesteps ``0 .. steps - 1``, or None."""
+
     @abstractmethod
     def icdf(self, u: Tensor) -> Tensor:
         """Map uniform ``u`` in (0, 1) to times, element by element."""
+
+    @abstractmethod
+    def cdf(self, t: Tensor) -> Tensor:
+        """Return the quantile of times, element by element; of a timestep, that of its middle."""
 
     @abstractmethod
     def log_prob(self, t: Tensor) -> Tensor:
@@ -46,6 +53,9 @@ class Uniform(Density):
     def icdf(self, u: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * u
 
+    def cdf(self, t: Tensor) -> Tensor:
+        return ((t - self.low) / (self.high - self.low)).clamp(0, 1)
+
     def log_prob(self, t: Tensor) -> Tensor:
         inside = (t >= self.low) & (t <= self.high)
         density = torch.full_like(t, -math.log(self.high - self.low))
@@ -70,6 +80,9 @@ class LogUniform(Density):
     def icdf(self, u: Tensor) -> Tensor:
         return self.low * (self.high / self.low) ** u
 
+    def cdf(self, t: Tensor) -> Tensor:
+        return (torch.log(t / self.low) / math.log(self.high / self.low)).clamp(0, 1)
+
     def log_prob(self, t: Tensor) -> Tensor:
         inside = (t >= self.low) & (t <= self.high)
         density = -torch.log(t) - math.log(math.log(self.high / self.low))
@@ -92,6 +105,9 @@ class LogNormal(Density):
     def icdf(self, u: Tensor) -> Tensor:
         return torch.exp(self.mean + self.std * torch.special.ndtri(u))
 
+    def cdf(self, t: Tensor) -> Tensor:
+        return _normal_cdf((torch.log(t) - self.mean) / self.std)
+
     def log_prob(self, t: Tensor) -> Tensor:
         density = _log_normal(torch.log(t), self.mean, self.std) - torch.log(t)
         return torch.where(t > 0, density, -math.inf)
@@ -113,6 +129,9 @@ class LogitNormal(Density):
     def icdf(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
+    def cdf(self, t: Tensor) -> Tensor:
+        return _normal_cdf((torch.logit(t) - self.mean) / self.std)
+
     def log_prob(self, t: Tensor) -> Tensor:
         density = _log_normal(torch.logit(t), self.mean, self.std)
         density = density - torch.log(t) - torch.log1p(-t)
@@ -130,10 +149,13 @@ class UniformSteps(Density):
         super().__init__()
         if steps < 1:
             raise ValueError(f"Argument `steps` expected to be at least 1, but got {steps}.")
-        self.steps = steps
+        self.steps: int = steps
 
     def icdf(self, u: Tensor) -> Tensor:
         return torch.floor(u * self.steps).clamp(max=self.steps - 1)
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return ((torch.floor(t) + 0.5) / self.steps).clamp(0, 1)
 
     def log_prob(self, t: Tensor) -> Tensor:
         inside = (t >= 0) & (t < self.steps) & (t == torch.floor(t))
@@ -167,11 +189,18 @@ class Truncated(Density):
         largest = 1 - torch.finfo(inner.dtype).eps / 2
         return self.density.icdf(torch.where(u < 1, inner.clamp(max=largest), inner))
 
+    def cdf(self, t: Tensor) -> Tensor:
+        return ((self.density.cdf(t) - self.low) / (self.high - self.low)).clamp(0, 1)
+
     def log_prob(self, t: Tensor) -> Tensor:
         edges = t.new_tensor([self.low, self.high], dtype=torch.float64)
         start, end = self.density.icdf(edges).to(t)
         density = self.density.log_prob(t) - math.log(self.high - self.low)
         return torch.where((t >= start) & (t <= end), density, -math.inf)
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(-x / math.sqrt(2))
 
 
 def _log_normal(x: Tensor, mean: float, std: float) -> Tensor:

@@ -7,6 +7,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 UNLABELLED = -1
@@ -37,6 +38,13 @@ class Clean:
         cond = None if self.cond is None else {k: v[index] for k, v in self.cond.items()}
         own = None if self.index is None else self.index[index]
         return Clean(self.x0[index], group, cond, own)
+
+    def repeated(self, count: int) -> "Clean":
+        """Return ``count`` copies of each sample next to each other."""
+        if count == 1:
+            return self
+        index = torch.arange(len(self.x0), device=self.x0.device)
+        return self.rows(index.repeat_interleave(count))
 
     @classmethod
     def from_batch(cls, batch: Any) -> "Clean":
@@ -80,6 +88,8 @@ class Noised:
             None.
         cond: Further condition of the network, or None.
         index: Positions in the training set ``(B,)``, or None.
+        loss_weight: Product of importance weight and the weight ``λ b²`` on the squared error of
+            the network's output ``(B,)``, or None where that is not known as one number.
     """
 
     xt: Tensor
@@ -92,6 +102,7 @@ class Noised:
     group: Tensor | None = None
     cond: dict[str, Any] | None = None
     index: Tensor | None = None
+    loss_weight: Tensor | None = None
 
     @property
     def noise_level(self) -> Tensor:

@@ -16,6 +16,7 @@ from lightning_vr.estimators.loss import ControlVariate, diffusion_loss
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
 from lightning_vr.networks import MLP
+from lightning_vr.objective import Objective
 from lightning_vr.rng import generator
 from lightning_vr.sampling import Sampler, evaluating
 from lightning_vr.schedules import EDM, VP
@@ -237,14 +238,13 @@ class TestLoss:
 
         source = generator(5)
         clean = Clean(batch["x0"], batch["label"], index=batch["index"])
-        noised = module.draws(clean, VP(), module.timesteps, source)
+        objective = Objective(VP(), module.timesteps, EDMWeighting(), "v")
+        noised = module.draws(clean, objective, source)
         expected = diffusion_loss(
             lambda x, draws: module.network(x, 1000 * draws.t, class_labels=batch["label"]),
             noised,
             STF("batch")(noised, clean, source),
-            schedule=VP(),
-            weighting=EDMWeighting(),
-            kind="v",
+            objective=objective,
         )
         torch.testing.assert_close(found.per_draw, expected.per_draw)
 
@@ -689,8 +689,7 @@ def test_edm_defaults_are_those_of_the_paper():
         module.predict,
         noised,
         DSM()(noised, x0, generator(0)),
-        schedule=module.schedule,
-        weighting=module.weighting,
+        objective=module.objective,
     )
     torch.testing.assert_close(found.per_draw, published, rtol=1e-3, atol=1e-5)
 

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_vr.batches import batch_size, take_rows
 from lightning_vr.distributed import all_reduce_sum, rank, world_size
+from lightning_vr.precision import loss_scale
 from lightning_vr.rng import generator, undisturbed
 from lightning_vr.types import Clean
 from lightning_vr.variance.components import Components, two_batch_sizes
@@ -61,9 +62,8 @@ class GradientProbe:
 
     @property
     def loss_scale(self) -> float:
-        """What the trainer multiplies losses by, so that gradients in float16 do not vanish."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return float(scaler.get_scale()) if scaler else 1.0
+        """Factor on losses in float16."""
+        return loss_scale(self.trainer)
 
     def prepare(self, batch: Any) -> None:
         """Look at the first batch: choose a method, refuse what cannot be measured."""

@@ -5,69 +5,128 @@ whole of its noise is what the other estimators remove parts of.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_vr.estimators.slot import Slot
+from lightning_vr.objective import Objective
 from lightning_vr.schedules import Schedule, expand
-from lightning_vr.timesteps import Density
-from lightning_vr.types import Clean, Noised
+from lightning_vr.types import Clean, LossEstimate, Noised
 
 
-class Draws(nn.Module, ABC):
+class Times(NamedTuple):
+    """Times of draws, each ``(K·B,)``; those of one sample stand next to each other.
+
+    Attributes:
+        t: Times.
+        weight: Importance weights p/q.
+        loss_weight: Products of importance weight and the loss weight ``λ b²``, where they are
+            known as one number, or None.
+    """
+
+    t: Tensor
+    weight: Tensor
+    loss_weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of an optimizer step that one batch is: steps span ranks and accumulation.
+
+    Attributes:
+        number: Which part, ``0 .. count - 1``.
+        count: Number of parts, of equally many samples each.
+        shared: Generator in the same state for all parts; None if there is one part only.
+    """
+
+    number: int = 0
+    count: int = 1
+    shared: torch.Generator | None = None
+
+
+WHOLE = Share()
+
+
+class Draws(Slot, ABC):
     """Decides at which times and with which noise the clean samples are noised.
 
     Times and noise are drawn one after the other, so that a measurement can keep the times and
     draw the noise again.
     """
 
-    couples_rows: bool = False
-    """Whether the draws of one batch depend on each other beyond those of one sample."""
+    chunk_size: int | None = None
+    """Draws that pass through the network at a time, or None for all of a batch."""
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether the draws of different samples depend on each other."""
+        return False
+
+    @property
+    def draws_per_sample(self) -> int:
+        """K, the number of draws of each sample."""
+        return 1
 
     @abstractmethod
     def times(
-        self, clean: Clean, schedule: Schedule, timesteps: Density, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Draw a time for each draw, and its importance weight p/q.
+        self,
+        clean: Clean,
+        objective: Objective,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+    ) -> Times:
+        """Draw K times for each sample.
 
         Args:
             clean: B clean samples.
-            schedule: Scales of sample and noise.
-            timesteps: The density p(t) that the loss is an expectation over.
-            generator: Source of all randomness.
-
-        Returns:
-            Times and weights, ``(K·B,)`` each, those of one sample next to each other: row i
-            belongs to sample i // K.
+            objective: What the loss is an expectation of.
+            generator: Source of all randomness that parts of a step do not share.
+            share: The part of an optimizer step that the samples are.
         """
 
     def forward(
-        self, clean: Clean, schedule: Schedule, timesteps: Density, generator: torch.Generator
-    ) -> Noised:
-        """Noise ``clean`` at times drawn for it; arguments as for ``times``."""
-        t, weight = self.times(clean, schedule, timesteps, generator)
-        return self.noise(clean, schedule, t, weight, generator)
-
-    def noise(
         self,
         clean: Clean,
-        schedule: Schedule,
-        t: Tensor,
-        weight: Tensor,
+        objective: Objective,
         generator: torch.Generator,
+        share: Share = WHOLE,
+    ) -> Noised:
+        """Noise ``clean`` at times drawn for it; arguments as for ``times``."""
+        times = self.times(clean, objective, generator, share)
+        return self.noise(clean, objective.schedule, times, generator)
+
+    def noise(
+        self, clean: Clean, schedule: Schedule, times: Times, generator: torch.Generator
     ) -> Noised:
         """Noise ``clean`` at given times: K·B draws."""
-        return noise_samples(clean, schedule, t, weight, generator)
+        noised = noise_samples(clean, schedule, times.t, times.weight, generator)
+        return replace(noised, loss_weight=times.loss_weight)
+
+    def check(self, objective: Objective) -> None:
+        """Refuse draws that would not estimate the objective."""
+
+    def observe(self, estimate: LossEstimate, objective: Objective) -> None:
+        """Learn from the losses of a micro-step."""
+
+    def advance(self) -> None:
+        """Take in what the ranks have observed; all must call it, after the optimizer's step."""
 
 
 class IID(Draws):
     """One independent time and noise for each sample; importance weights are 1."""
 
     def times(
-        self, clean: Clean, schedule: Schedule, timesteps: Density, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        t = timesteps(open_uniform(len(clean.x0), generator)).to(torch.float32)
-        return t, torch.ones_like(t)
+        self,
+        clean: Clean,
+        objective: Objective,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+    ) -> Times:
+        t = objective.timesteps(open_uniform(len(clean.x0), generator)).to(torch.float32)
+        return Times(t, torch.ones_like(t))
 
 
 def open_uniform(count: int, generator: torch.Generator) -> Tensor:
@@ -79,7 +138,8 @@ def open_uniform(count: int, generator: torch.Generator) -> Tensor:
 def noise_samples(
     clean: Clean, schedule: Schedule, t: Tensor, weight: Tensor, generator: torch.Generator
 ) -> Noised:
-    """Noise each clean sample at its time ``t (B,)``, in float32 or better."""
+    """Noise each clean sample at its K times ``t (K·B,)``, in float32 or better."""
+    clean = clean.repeated(len(t) // len(clean.x0))
     x0 = clean.x0 if clean.x0.dtype == torch.float64 else clean.x0.float()
     noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)

@@ -7,12 +7,13 @@ of the target is the posterior variance ``tr Cov[x0 | x_t]``, V_DSM in x0 space.
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_vr.estimators.slot import Slot
 from lightning_vr.types import Clean, Noised, TargetEstimate
 
 
-class Target(nn.Module, ABC):
+class Target(Slot, ABC):
     """Estimates E[x0 | x_t], what the network regresses on."""
 
     bank_size: int | None = 0

@@ -16,6 +16,7 @@ parameters, less with a sketch (``variance.gradient_sums``).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,13 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_vr.estimators.chunks import Chunks
+from lightning_vr.estimators.draws import Times
 from lightning_vr.rng import undisturbed
 from lightning_vr.types import Clean
 from lightning_vr.variance.components import DRAWS_PER_UNIT, Components
 from lightning_vr.variance.gradient_sums import GradientSums
-from lightning_vr.variance.rows import Rows, concatenated, interleaved, mapped
+from lightning_vr.variance.rows import Rows, concatenated, interleaved, mapped, row_count
 
 Source = Callable[..., torch.Generator]
 """Gives the generator of a key: ``source("noise", 0) -> torch.Generator``."""
@@ -48,14 +51,15 @@ class NoisyLoss(nn.Module, ABC):
     couples_rows: bool = False
     """Whether the losses of a batch share randomness, so that single draws do not tell all."""
 
-    @abstractmethod
-    def times(
-        self, clean: Clean, source: torch.Generator, low: float, high: float
-    ) -> tuple[Tensor, Tensor]:
-        """Draw times between two quantiles of their density, and importance weights, (n,) each."""
+    chunk_size: int | None = None
+    """Rows that pass through the network at a time, or None for all of a batch."""
 
     @abstractmethod
-    def draw(self, clean: Clean, times: tuple[Tensor, Tensor], source: torch.Generator) -> Rows:
+    def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
+        """Draw times between two quantiles of their density."""
+
+    @abstractmethod
+    def draw(self, clean: Clean, times: Times, source: torch.Generator) -> Rows:
         """Draw noise, and all else that is random, at given times; without gradient."""
 
     @abstractmethod
@@ -181,20 +185,20 @@ class GradientMeasurement:
     def gradient(self, rows: Rows, *key: int | str) -> list[Tensor]:
         """Return the gradient of the mean loss of rows, for each trainable parameter in order."""
         parameters, fixed = _aliases(self.loss)
-        for parameter in parameters.values():
-            parameter.requires_grad_()
+        inputs = [parameter.requires_grad_() for parameter in parameters.values()]
         torch.manual_seed(self.source(*key, "global").initial_seed())
-        leaves = list(parameters.values())
-        state = {f"loss.{name}": x for name, x in (parameters | fixed).items()}
-        found = functional_call(_Backward(self.loss), state, (rows, leaves, self.loss_scale))
-        pairs = zip(found, leaves, strict=True)
-        return self._unscaled(torch.zeros_like(p) if g is None else g for g, p in pairs)
+        state = {f"module.{name}": x for name, x in (parameters | fixed).items()}
+        chunk = self.loss.chunk_size or row_count(rows)
+        arguments: Any = (self.loss, rows, inputs, chunk, self.loss_scale)
+        _, found = functional_call(Chunks(self.loss), state, arguments)
+        pairs = zip(found, inputs, strict=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
 
     def obstacle(self, clean: Clean) -> str | None:
         """Return why per-sample gradients are impossible or do not tell all, or None."""
         if self.loss.couples_rows:
             return "the draws of a batch depend on each other"
-        if len(self.loss.times(clean, self.source("obstacle"), 0.0, 1.0)[0]) != len(clean.x0):
+        if len(self.loss.times(clean, self.source("obstacle"), 0.0, 1.0).t) != len(clean.x0):
             return "there are several draws of each sample"
         for name, module in self.loss.named_modules():
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
@@ -226,18 +230,6 @@ class GradientMeasurement:
     def _sums(self, key: tuple[int | str, ...]) -> "GradientSums":
         signs = None if self.sketch is None else self.source(*key, "sketch")
         return GradientSums(self.groups, self.sketch, signs)
-
-
-class _Backward(nn.Module):
-    """A loss and its gradient in one call: checkpoints run the network again on the way back."""
-
-    def __init__(self, loss: NoisyLoss) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, rows: Rows, leaves: list[Tensor], scale: float) -> tuple[Tensor | None, ...]:
-        loss = self.loss(rows).mean() * scale
-        return torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
 def parameter_groups(module: nn.Module) -> tuple[list[str], list[int]]:

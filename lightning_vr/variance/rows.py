@@ -1,6 +1,7 @@
 """Rows of draws: what a loss needs of each, as nested dictionaries of tensors."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -41,3 +42,23 @@ def mapped(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
         name: mapped(x, function) if isinstance(x, dict) else function(x)
         for name, x in rows.items()
     }
+
+
+def tensors(bundle: Any) -> Rows:
+    """Return what a dataclass holds as rows; what is None is left out."""
+    values = {field.name: getattr(bundle, field.name) for field in fields(bundle)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def leaves(rows: Rows) -> list[Tensor]:
+    """Return all tensors of rows in order."""
+    return [
+        tensor
+        for value in rows.values()
+        for tensor in (leaves(value) if isinstance(value, dict) else [value])
+    ]
+
+
+def row_count(rows: Rows) -> int:
+    """Return the number of rows."""
+    return len(leaves(rows)[0])

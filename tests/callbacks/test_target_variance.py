@@ -21,6 +21,7 @@ from lightning_vr import EDM, IID, MLP, STF, VP, Clean, DiffusionModule, LogUnif
 from lightning_vr.callbacks import target_variance
 from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.data import EightGaussians
+from lightning_vr.estimators.draws import WHOLE, Times
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.predictions import prediction
 from lightning_vr.weightings import MinSNRWeighting
@@ -402,9 +403,9 @@ def test_a_run_leaves_the_excess_loss_as_numbers_a_file_and_a_picture(tmp_path, 
 class Weighted(IID):
     """Draws whose importance weights are 1, 2 and 3."""
 
-    def times(self, clean, schedule, timesteps, generator):
-        t, _ = super().times(clean, schedule, timesteps, generator)
-        return t, torch.randint(1, 4, t.shape, generator=generator).to(t)
+    def times(self, clean, objective, generator, share=WHOLE):
+        t = super().times(clean, objective, generator, share).t
+        return Times(t, torch.randint(1, 4, t.shape, generator=generator).to(t))
 
 
 class Exact(DiffusionModule):

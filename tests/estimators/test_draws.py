@@ -4,14 +4,17 @@ import pytest
 import torch
 
 from lightning_vr.estimators.draws import IID, open_uniform
+from lightning_vr.objective import Objective
 from lightning_vr.rng import generator
 from lightning_vr.schedules import EDM, VP
 from lightning_vr.timesteps import LogNormal, Uniform
 from lightning_vr.types import Clean
+from lightning_vr.weightings import UnitWeighting
 
 
 def draw(clean, seed=0, schedule=None, timesteps=None):
-    return IID()(clean, schedule or VP(), timesteps or Uniform(0.1, 0.9), generator(seed))
+    objective = Objective(schedule or VP(), timesteps or Uniform(0.1, 0.9), UnitWeighting())
+    return IID()(clean, objective, generator(seed))
 
 
 def test_draws_are_a_function_of_the_generator():

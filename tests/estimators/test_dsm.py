@@ -2,10 +2,12 @@ import torch
 
 from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.dsm import DSM
+from lightning_vr.objective import Objective
 from lightning_vr.rng import generator
 from lightning_vr.schedules import EDM
 from lightning_vr.timesteps import LogUniform
 from lightning_vr.types import Clean
+from lightning_vr.weightings import UnitWeighting
 
 
 def signs_with_noise(count=40_000):
@@ -13,7 +15,7 @@ def signs_with_noise(count=40_000):
     source = generator("two points")
     x0 = torch.randint(2, (count, 1), generator=source).double() * 2 - 1
     clean = Clean(x0)
-    noised = IID()(clean, EDM(), LogUniform(0.3, 3.0), source)
+    noised = IID()(clean, Objective(EDM(), LogUniform(0.3, 3.0), UnitWeighting()), source)
     mean = torch.tanh(noised.xt / noised.sigma[:, None].double() ** 2)
     return noised, mean, DSM()(noised, clean, source)
 

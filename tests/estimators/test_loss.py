@@ -4,6 +4,7 @@ from torch import nn
 
 from lightning_vr.estimators.draws import noise_samples
 from lightning_vr.estimators.loss import ControlVariate, diffusion_loss
+from lightning_vr.objective import Objective
 from lightning_vr.predictions import prediction
 from lightning_vr.rng import generator
 from lightning_vr.schedules import VE, VP
@@ -22,14 +23,13 @@ def problem(count=6, shape=(3,), dtype=torch.float32, schedule=None):
     return noised, TargetEstimate(target, torch.ones_like(t), torch.zeros_like(t))
 
 
-def estimate(network, noised, target, schedule=None, weighting=None, **options):
+def estimate(
+    network, noised, target, schedule=None, weighting=None, control_variate=None, **options
+):
+    schedule, weighting = schedule or VP(), weighting or EDMWeighting()
+    objective = Objective(schedule, schedule.default_timesteps(), weighting, **options)
     return diffusion_loss(
-        network,
-        noised,
-        target,
-        schedule=schedule or VP(),
-        weighting=weighting or EDMWeighting(),
-        **options,
+        network, noised, target, objective=objective, control_variate=control_variate
     )
 
 
@@ -38,7 +38,7 @@ def test_the_gradient_is_that_of_the_weighted_squared_error_in_x0_space(kind):
     schedule, weighting = VP(), EDMWeighting()
     linear = nn.Linear(3, 3, dtype=torch.float64)
     parameters = list(linear.parameters())
-    loss = estimate(lambda x, _: linear(x), noised, target, kind=kind).loss
+    loss = estimate(lambda x, _: linear(x), noised, target, prediction=kind).loss
 
     coefficients = prediction(kind, schedule, noised.t)
     output = linear(coefficients.input_scale[:, None] * noised.xt)
@@ -71,7 +71,7 @@ def test_the_network_is_called_once_with_scaled_samples_and_the_draws():
         calls.append((x, given))
         return x
 
-    estimate(network, noised, target, kind="edm", sigma_data=0.3)
+    estimate(network, noised, target, prediction="edm", sigma_data=0.3)
     [(x, given)] = calls
     norm = (noised.sigma**2 + (0.3 * noised.alpha) ** 2).sqrt()
     torch.testing.assert_close(x, noised.xt / norm[:, None])
@@ -102,7 +102,7 @@ def test_at_low_noise_the_loss_of_a_near_perfect_network_keeps_its_digits(kind, 
     off = 1.01 * wanted
     weighting = UnitWeighting(kind)
 
-    found = estimate(lambda *_: off.float(), noised, target, schedule, weighting, kind=kind)
+    found = estimate(lambda *_: off.float(), noised, target, schedule, weighting, prediction=kind)
     exact = (off - wanted).square().mean(1)
     torch.testing.assert_close(found.per_draw.double(), exact, rtol=2e-3, atol=0)
 

@@ -9,9 +9,11 @@ from lightning_vr.estimators.draws import noise_samples
 from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.estimators.stf import STF
+from lightning_vr.objective import Objective
 from lightning_vr.posterior import posterior_mean
 from lightning_vr.rng import generator
 from lightning_vr.schedules import EDM
+from lightning_vr.timesteps import LogUniform
 from lightning_vr.types import UNLABELLED, Clean
 from lightning_vr.weightings import UnitWeighting
 
@@ -311,9 +313,7 @@ def gradients(target, parameters, network, source_key, sigma, repeats, batch=16)
             network,
             noised,
             target(noised, clean, source),
-            schedule=EDM(),
-            weighting=UnitWeighting("x0"),
-            kind="x0",
+            objective=Objective(EDM(), LogUniform(0.1, 1.0), UnitWeighting("x0"), "x0"),
         )
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(found.loss, parameters)]))
     return torch.stack(rows)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightning_vr.estimators.loss import denoise, diffusion_loss
+from lightning_vr.objective import Objective
 from lightning_vr.predictions import PredictionType, prediction
 from lightning_vr.schedules import VP, expand
 from lightning_vr.types import Noised, TargetEstimate
@@ -55,9 +56,8 @@ def test_one_weight_is_one_loss_whatever_the_network_predicts(weighting, schedul
     noised, target = draws(schedule)
     x0_hat = torch.tanh(noised.xt)
     network = network_that_denoises_to(x0_hat, kind, schedule)
-    estimate = diffusion_loss(
-        network, noised, target, schedule=schedule, weighting=weighting, kind=kind
-    )
+    objective = Objective(schedule, schedule.default_timesteps(), weighting, kind)
+    estimate = diffusion_loss(network, noised, target, objective=objective)
     plain = noised.weight * weighting(schedule, noised.t) * (x0_hat - target.x0).square().mean(1)
     torch.testing.assert_close(estimate.per_draw, plain, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(estimate.loss, plain.mean(), rtol=1e-6, atol=0)
@@ -67,7 +67,8 @@ def test_denoise_is_the_affine_map_of_the_raw_network(schedule, kind):
     noised, _ = draws(schedule)
     x0_hat = torch.tanh(noised.xt)
     network = network_that_denoises_to(x0_hat, kind, schedule)
-    torch.testing.assert_close(denoise(network, noised, schedule, kind), x0_hat)
+    objective = Objective(schedule, schedule.default_timesteps(), EDMWeighting(), kind)
+    torch.testing.assert_close(denoise(network, noised, objective), x0_hat)
 
 
 def test_unit_weight_is_the_mean_squared_error_of_the_raw_output(schedule, kind):
@@ -77,9 +78,7 @@ def test_unit_weight_is_the_mean_squared_error_of_the_raw_output(schedule, kind)
         lambda x, _: torch.sin(x),
         noised,
         target,
-        schedule=schedule,
-        weighting=UnitWeighting(kind),
-        kind=kind,
+        objective=Objective(schedule, schedule.default_timesteps(), UnitWeighting(kind), kind),
     )
     coefficients = prediction(kind, schedule, noised.t)
     output = torch.sin(expand(coefficients.input_scale, noised.xt) * noised.xt)

@@ -9,6 +9,7 @@ from lightning_vr.estimators.draws import noise_samples
 from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.estimators.stf import STF
+from lightning_vr.objective import Objective
 from lightning_vr.posterior import posterior_mean
 from lightning_vr.predictions import prediction
 from lightning_vr.schedules import EDM, VP, RectifiedFlow
@@ -82,9 +83,8 @@ def losses_of(denoiser, cloud, target, schedule, kind, weighting, seed=0):
         weight = torch.randint(1, 4, (BATCH,), generator=source).double()
         noised = noise_samples(clean, schedule, t, weight, source)
         estimate = target(noised, clean, source)
-        yield diffusion_loss(
-            network, noised, estimate, schedule=schedule, weighting=weighting, kind=kind
-        )
+        objective = Objective(schedule, schedule.default_timesteps(), weighting, kind)
+        yield diffusion_loss(network, noised, estimate, objective=objective)
 
 
 SETTINGS = [

@@ -1,0 +1,220 @@
+"""CARV: the compute-aware, amortized hierarchical sampler of times and noise.
+
+An expensive ``encode`` runs once for each of R samples, and each sample is noised K times:
+
+    ĝ = 1/R Σ_r 1/K Σ_k w(t_rk) g(x_r, t_rk, noise_rk),      w = p/q,
+    Var ĝ = (V_B + V_W / K) / R,
+
+V_B between samples and V_W within one (Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv
+2605.21489, equations 5, 13, 14, 15 and 17). Three things lower V_W, none of which costs anything:
+
+* times from a proposal q (``proposals.py``);
+* jittered strata, ``u = (k + ξ)/K`` with independent ξ: one draw in each of K equally likely parts
+  of q, for every sample, for the whole optimizer step, or for both at once (a Latin hypercube);
+* antithetic pairs of noise, ``±ε`` at one time, which cancel what is odd in ε (Owen 2013, "Monte
+  Carlo theory, methods and examples", section 8.2).
+
+Each draw has the density q when the strata are averaged over, all draws count alike, and weights
+are plain: the estimate is unbiased for all combinations.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_vr.estimators.draws import WHOLE, Draws, Share, Times, open_uniform
+from lightning_vr.objective import Objective
+from lightning_vr.proposals import Proposal
+from lightning_vr.schedules import Schedule, expand
+from lightning_vr.types import Clean, LossEstimate, Noised
+
+Scope = Literal["auto", "none", "sample", "global", "nested"]
+
+
+class CARV(Draws):
+    """K resamples of each sample, stratified, importance-sampled and in antithetic pairs.
+
+    Args:
+        resamples: K, the number of draws of each sample. ``"auto"`` measures while training, by a
+            short pilot, where variance times cost is least, and takes 1 where ``encode`` is cheap.
+        proposal: Density to draw times from; that of the loss if not given.
+        scope: What the strata of times span. ``"none"``: independent times. ``"sample"``: the K
+            draws of each sample. ``"global"``: all draws of an optimizer step, over ranks and
+            accumulated batches. ``"nested"``: both at once. ``"auto"`` is ``"nested"``, which is
+            ``"global"`` for one draw of each sample.
+        antithetic: Whether draws come in pairs with one time and opposite noise, K/2 times for each
+            sample. Two numbers: only at noise levels sigma/alpha between them.
+        chunk_size: Draws that pass through the network at a time, forward and backward, so that
+            memory does not grow with K; all of a batch if not given, but as many as samples with
+            ``resamples="auto"``.
+        max_resamples: Largest K of ``"auto"``.
+        pilot_every_n_steps: Optimizer steps from one pilot of ``"auto"`` to the next.
+    """
+
+    def __init__(
+        self,
+        resamples: int | Literal["auto"] = "auto",
+        proposal: Proposal | None = None,
+        scope: Scope = "auto",
+        antithetic: bool | tuple[float, float] = False,
+        chunk_size: int | None = None,
+        max_resamples: int = 16,
+        pilot_every_n_steps: int = 1000,
+    ) -> None:
+        super().__init__()
+        _check_arguments(resamples, scope, antithetic, max_resamples)
+        _check_at_least_one("chunk_size", 1 if chunk_size is None else chunk_size)
+        _check_at_least_one("pilot_every_n_steps", pilot_every_n_steps)
+        self.resamples = resamples
+        self.proposal = proposal
+        self.scope: Scope = scope
+        self.antithetic = antithetic
+        self.chunk_size = chunk_size
+        self.max_resamples = max_resamples
+        self.pilot_every_n_steps = pilot_every_n_steps
+        self.chosen = self.least_resamples
+        self.pilot: dict[str, float] | None = None
+
+    @property
+    def least_resamples(self) -> int:
+        """Smallest number of draws of a sample that there can be."""
+        return 2 if self.antithetic else 1
+
+    @property
+    def draws_per_sample(self) -> int:
+        return self.chosen if self.resamples == "auto" else self.resamples
+
+    @property
+    def couples_rows(self) -> bool:
+        return self.scope in ("auto", "global", "nested")
+
+    def times(
+        self,
+        clean: Clean,
+        objective: Objective,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+    ) -> Times:
+        copies = self.least_resamples
+        count = self.draws_per_sample // copies
+        u = open_uniform(len(clean.x0) * count, generator).reshape(-1, count)
+        u = stratify(u, self.scope, share, generator).flatten().repeat_interleave(copies)
+        if self.proposal is None:
+            t = objective.timesteps(u).to(torch.float32)
+            return Times(t, torch.ones_like(t))
+        h = self.proposal(objective, u.device)
+        v = h.icdf(u)
+        t, weight = objective.timesteps(v), 1 / h(v)
+        product = objective.weight(t) * weight
+        return Times(*(x.to(torch.float32) for x in (t, weight, product)))
+
+    def noise(
+        self, clean: Clean, schedule: Schedule, times: Times, generator: torch.Generator
+    ) -> Noised:
+        noised = super().noise(clean, schedule, times, generator)
+        if self.antithetic is False:
+            return noised
+        first, second = noised.noise[::2], noised.noise[1::2]
+        if self.antithetic is not True:
+            low, high = self.antithetic
+            level = noised.noise_level[::2]
+            second = torch.where(expand((level >= low) & (level <= high), first), -first, second)
+        else:
+            second = -first
+        noise = torch.stack([first, second], dim=1).flatten(0, 1)
+        xt = schedule.perturb(noised.x0, noise, noised.t)
+        return replace(noised, noise=noise, xt=xt)
+
+    def check(self, objective: Objective) -> None:
+        if self.proposal is not None:
+            self.proposal.check(objective)
+
+    def observe(self, estimate: LossEstimate, objective: Objective) -> None:
+        if self.proposal is not None:
+            noised = estimate.noised
+            v, weight = objective.timesteps.cdf(noised.t.double()), objective.weight(noised.t)
+            self.proposal.observe(v, weight, estimate.per_draw / noised.weight)
+
+    def advance(self) -> None:
+        if self.proposal is not None:
+            self.proposal.advance()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what the pilots have found, for the checkpoint."""
+        return {"chosen": self.chosen, "pilot": self.pilot}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what the pilots of a checkpoint have found."""
+        self.chosen, self.pilot = state["chosen"], state["pilot"]
+
+
+def stratify(u: Tensor, scope: Scope, share: Share, generator: torch.Generator) -> Tensor:
+    """Move independent uniform numbers into strata.
+
+    Args:
+        u: Uniform numbers ``(B, K)``.
+        scope: What the strata span.
+        share: The part of an optimizer step that the B samples are.
+        generator: Of the order of strata, if there is one part only.
+
+    Returns:
+        Uniform numbers ``(B, K)``, as many in each stratum as there are draws per stratum: one.
+    """
+    samples, count = u.shape
+    strata = torch.arange(count, dtype=u.dtype, device=u.device)
+    if scope == "none":
+        return u
+    if scope == "sample":
+        found = (strata + u) / count
+    else:
+        shared, total = share.shared or generator, samples * share.count
+        own = slice(samples * share.number, samples * (share.number + 1))
+        shape = (total * count, 1) if scope == "global" else (total, count)
+        # of each column a permutation: which stratum is whose must not follow the order of data
+        order = torch.rand(shape, generator=shared, device=u.device).argsort(dim=0)
+        if scope == "global":
+            found = (order.reshape(total, count)[own] + u) / (total * count)
+        else:
+            found = (strata + (order[own] + u) / total) / count
+    return found.clamp(max=1 - 2.0**-53)
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"Argument `{name}` expected to be at least 1, but got {value}.")
+
+
+def _check_arguments(
+    resamples: int | str, scope: str, antithetic: bool | tuple[float, float], largest: int
+) -> None:
+    is_number = isinstance(resamples, int) and not isinstance(resamples, bool) and resamples >= 1
+    if resamples != "auto" and not is_number:
+        raise ValueError(
+            f"Argument `resamples` expected to be 'auto' or a number of 1 or more, "
+            f"but got {resamples!r}."
+        )
+    if scope not in get_args(Scope):
+        raise ValueError(
+            f"Argument `scope` expected to be one of {', '.join(get_args(Scope))}, "
+            f"but got {scope!r}."
+        )
+    least = 2 if antithetic else 1
+    if largest < least:
+        raise ValueError(
+            f"Argument `max_resamples` expected to be at least {least}, but got {largest}."
+        )
+    if antithetic and is_number and int(resamples) % 2:
+        raise ValueError(
+            f"Argument `resamples` expected to be even with antithetic pairs, but got {resamples}: "
+            f"use {int(resamples) + 1}, or antithetic=False."
+        )
+    if not isinstance(antithetic, bool):
+        low, high = antithetic
+        if not 0 <= low < high or math.isnan(high):
+            raise ValueError(
+                f"Argument `antithetic` expected to be a truth value or two noise levels "
+                f"(low, high) with 0 <= low < high, but got {antithetic}."
+            )

@@ -1,0 +1,118 @@
+"""The gradient of a mean over many rows, chunk by chunk, in the memory of one chunk.
+
+Forward and backward passes alternate, so that activations of one chunk exist at a time, whatever
+the number of rows. The parameters' gradients, and those of what the rows were made of, are there
+before anybody calls ``backward``; the loss that is returned hands them on once it does. So
+whatever works on an ordinary loss works on this one: accumulation, DDP, clipping, loss scaling, and
+one pass back through an upstream network on the averaged cotangent.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from lightning_vr.variance.rows import Rows, leaves, mapped, row_count
+
+
+class Chunks(nn.Module):
+    """Losses of rows and the gradient of their mean, chunk by chunk.
+
+    It is a module, so that ``functional_call`` stands in for its parameters while it runs both
+    ways: checkpoints run the network again on the way back.
+
+    Args:
+        module: The module that the losses depend on.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self,
+        function: Callable[[Rows], Tensor],
+        rows: Rows,
+        inputs: list[Tensor],
+        chunk: int,
+        scale: float,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return losses ``(n,)`` and gradients of their mean.
+
+        Args:
+            function: From rows to their losses ``(n,)``, by the module.
+            rows: n rows.
+            inputs: What to differentiate by.
+            chunk: Rows at a time.
+            scale: Factor on the loss while it is differentiated.
+        """
+        count = row_count(rows)
+        losses: list[Tensor] = []
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        for start in range(0, count, chunk):
+            found = function(mapped(rows, lambda x: x[start : start + chunk]))  # noqa: B023
+            losses.append(found.detach())
+            scaled = found.sum() * (scale / count)
+            parts = torch.autograd.grad(scaled, inputs, allow_unused=True)
+            gradients = [_sum(a, b) for a, b in zip(gradients, parts, strict=True)]
+        return torch.cat(losses), [None if g is None else g / scale for g in gradients]
+
+
+def mean_in_chunks(
+    module: nn.Module,
+    function: Callable[[Rows], Tensor],
+    rows: Rows,
+    chunk: int,
+    *,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return the mean loss of rows, which can be differentiated once, and the loss of each.
+
+    Args:
+        module: The module whose trainable parameters the loss depends on.
+        function: From rows to their losses ``(n,)``, by ``module``.
+        rows: n rows; tensors among them that require a gradient get one.
+        chunk: Rows at a time.
+        scale: Factor on the loss while it is differentiated: float16 needs one.
+    """
+    if not torch.is_grad_enabled():
+        parts = range(0, row_count(rows), chunk)
+        losses = [function(mapped(rows, lambda x: x[i : i + chunk])) for i in parts]  # noqa: B023
+        per_draw = torch.cat(losses)
+        return per_draw.mean(), per_draw
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    aliases = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    sources = [x for x in leaves(rows) if x.requires_grad]
+    rows = mapped(rows, lambda x: x.detach().requires_grad_(x.requires_grad))
+    inputs = [*aliases.values(), *(x for x in leaves(rows) if x.requires_grad)]
+    state = {f"module.{name}": alias for name, alias in aliases.items()}
+    arguments: Any = (function, rows, inputs, chunk, scale)
+    per_draw, gradients = functional_call(Chunks(module), state, arguments)
+    loss: Tensor = _WithGradient.apply(  # type: ignore[no-untyped-call]
+        per_draw.mean(), gradients, *parameters.values(), *sources
+    )
+    return loss, per_draw
+
+
+class _WithGradient(torch.autograd.Function):
+    """A number whose gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        return None, None, *(None if g is None else g * cotangent for g in gradients)
+
+
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if total is None or part is None:
+        return part if total is None else total
+    return total.add_(part)

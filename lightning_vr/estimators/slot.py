@@ -1,0 +1,28 @@
+"""A slot's state in a checkpoint, which may have been written with another estimator in it."""
+
+from typing import Any
+
+from torch import nn
+
+
+class Slot(nn.Module):
+    """What stands in a slot of a DiffusionModule: draws, a target or a control variate.
+
+    What it learns while training is in the checkpoint. A checkpoint of another estimator leaves it
+    as it is: to change estimators in the middle of training is no mismatch of weights.
+    """
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        own = self.state_dict(prefix=prefix)
+        saved = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        if _shapes(saved) != _shapes(own):
+            for name in saved:
+                del state_dict[name]
+            state_dict.update(own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", type(value)) for name, value in state.items()}
