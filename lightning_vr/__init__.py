@@ -7,12 +7,16 @@ from lightning_vr.callbacks.samples import SampleGrid
 from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.cli import VRCLI
 from lightning_vr.diffusers_schedule import DiffusersSchedule
+from lightning_vr.estimators.carv import CARV
+from lightning_vr.estimators.distillation import distillation_loss
 from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
 from lightning_vr.networks import MLP
+from lightning_vr.objective import Objective
 from lightning_vr.posterior import posterior_mean
+from lightning_vr.proposals import LearnedProposal, TableProposal, WeightProposal
 from lightning_vr.references import References
 from lightning_vr.sampling import Sampler
 from lightning_vr.schedules import EDM, VE, VP, Cosine, RectifiedFlow
@@ -26,6 +30,7 @@ from lightning_vr.weightings import (
 )
 
 __all__ = [
+    "CARV",
     "DSM",
     "EDM",
     "IID",
@@ -43,6 +48,7 @@ __all__ = [
     "EDMWeighting",
     "FrechetDistance",
     "GradientVariance",
+    "LearnedProposal",
     "LogNormal",
     "LogNormalWeighting",
     "LogUniform",
@@ -50,14 +56,18 @@ __all__ = [
     "LossEstimate",
     "MinSNRWeighting",
     "Noised",
+    "Objective",
     "RectifiedFlow",
     "References",
     "SampleGrid",
     "Sampler",
+    "TableProposal",
     "TargetEstimate",
     "TargetVariance",
     "Uniform",
     "UnitWeighting",
+    "WeightProposal",
     "audit",
+    "distillation_loss",
     "posterior_mean",
 ]

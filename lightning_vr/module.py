@@ -18,14 +18,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_vr.bank import (
+from lightning_vr.bank import fill_target
+from lightning_vr.checkpoints import STATE, describe_arguments, load_module
+from lightning_vr.checks import (
     check_clean,
+    check_draws,
     check_group,
     check_labels,
     check_network,
-    fill_target,
+    check_ranks,
 )
-from lightning_vr.checkpoints import STATE, describe_arguments, load_module
 from lightning_vr.distributed import broadcast, rank, world_size
 from lightning_vr.estimators.chunks import mean_in_chunks
 from lightning_vr.estimators.draws import IID, WHOLE, Draws, Share, Times
@@ -35,6 +37,7 @@ from lightning_vr.networks import call_network
 from lightning_vr.objective import Objective
 from lightning_vr.precision import loss_scale
 from lightning_vr.predictions import PredictionType, check_prediction
+from lightning_vr.resampling import ResamplesPilot, resamples_pilot
 from lightning_vr.rng import generator
 from lightning_vr.sampling import Sampler, evaluating
 from lightning_vr.schedules import EDM, Schedule
@@ -110,6 +113,9 @@ class DiffusionModule(LightningModule):
         self.optimizer = _Shared(optimizer)
         self.lr_scheduler = None if lr_scheduler is None else _Shared(lr_scheduler)
 
+        check_draws(self.draws, self.objective, network)
+
+        self._pilot: ResamplesPilot | None = None
         self.estimate: LossEstimate | None = None
         self.sample_shape: tuple[int, ...] | None = None
         self.seed: int | None = None
@@ -221,8 +227,8 @@ class DiffusionModule(LightningModule):
 
     def regress(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
         """Return the loss of the network on draws and their targets, chunk by chunk if need be."""
-        chunk = self.draws.chunk_size
-        if chunk is None or chunk >= len(noised.t):
+        chunk = self.draws.chunk(len(noised.t))
+        if chunk >= len(noised.t):
             return self._estimate(noised, target)
         rows = {"noised": tensors(noised), "target": tensors(target)}
         scale = 1.0 if self._trainer is None else loss_scale(self._trainer)
@@ -302,6 +308,8 @@ class DiffusionModule(LightningModule):
         """Return the loss of one micro-step and keep its estimate for callbacks."""
         # a run that resumes in mid-epoch counts its batches anew
         micro_step = batch_idx % self.trainer.accumulate_grad_batches
+        if self._pilot is not None and micro_step == 0:
+            self._pilot.before_step(batch)
         parts = self.trainer.accumulate_grad_batches
         share = Share(
             rank() * parts + micro_step,
@@ -349,9 +357,11 @@ class DiffusionModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Fix the seed of the run and fill the target's bank."""
+        """Fix the seed of the run, fill the target's bank, prepare the draws."""
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
+        check_ranks(self.draws, self.device)
+        self._pilot = resamples_pilot(self)
         if self.target.bank_size != 0:
             fill_target(self)
 

@@ -5,14 +5,13 @@ They are what ``variance.gradients`` needs to know of a model. Precision is that
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_vr.estimators.draws import Times, open_uniform
-from lightning_vr.module import DiffusionModule
 from lightning_vr.timesteps import Density, Truncated
 from lightning_vr.types import Clean
 from lightning_vr.variance.gradients import NoisyLoss
@@ -20,6 +19,9 @@ from lightning_vr.variance.rows import Rows, tensors
 
 LossFunction = Callable[[LightningModule, Tensor, Tensor, Tensor], Tensor]
 """``(module, x0 (B, *), noise (B, *), t (B,)) -> loss of each sample (B,)``."""
+
+if TYPE_CHECKING:
+    from lightning_vr.module import DiffusionModule
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context that the trainer runs forward passes in."""
@@ -33,7 +35,7 @@ class DiffusionLoss(NoisyLoss):
         precision: The trainer's precision.
     """
 
-    def __init__(self, module: DiffusionModule, precision: Precision = nullcontext) -> None:
+    def __init__(self, module: "DiffusionModule", precision: Precision = nullcontext) -> None:
         super().__init__()
         self.module = module
         self.precision = precision
@@ -43,10 +45,8 @@ class DiffusionLoss(NoisyLoss):
         """Whether a slot shares randomness within a batch."""
         return self.module.draws.couples_rows or self.module.target.couples_rows
 
-    @property
-    def chunk_size(self) -> int | None:  # type: ignore[override]
-        """Draws that training passes through the network at a time."""
-        return self.module.draws.chunk_size
+    def chunk(self, rows: int) -> int:
+        return self.module.draws.chunk(rows)
 
     def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
         objective = self.module.objective.between(low, high)

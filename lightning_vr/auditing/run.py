@@ -24,7 +24,7 @@ from lightning_vr.auditing.candidates import Candidate, check_candidates, defaul
 from lightning_vr.auditing.pairs import batch_pairs
 from lightning_vr.auditing.result import Audit, Measured
 from lightning_vr.auditing.timing import StepTimer
-from lightning_vr.bank import check_clean
+from lightning_vr.checks import check_clean
 from lightning_vr.configuration import UndescribableError
 from lightning_vr.distributed import all_reduce_sum, broadcast, rank, world_size
 from lightning_vr.module import DiffusionModule

@@ -91,6 +91,10 @@ class CARV(Draws):
     def couples_rows(self) -> bool:
         return self.scope in ("auto", "global", "nested")
 
+    def chunk(self, draws: int) -> int:
+        samples = draws // self.draws_per_sample if self.resamples == "auto" else draws
+        return max(1, self.chunk_size or samples)
+
     def times(
         self,
         clean: Clean,

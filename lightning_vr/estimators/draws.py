@@ -57,9 +57,6 @@ class Draws(Slot, ABC):
     draw the noise again.
     """
 
-    chunk_size: int | None = None
-    """Draws that pass through the network at a time, or None for all of a batch."""
-
     @property
     def couples_rows(self) -> bool:
         """Whether the draws of different samples depend on each other."""
@@ -69,6 +66,10 @@ class Draws(Slot, ABC):
     def draws_per_sample(self) -> int:
         """K, the number of draws of each sample."""
         return 1
+
+    def chunk(self, draws: int) -> int:
+        """Return how many of a batch's draws pass through the network at a time."""
+        return draws
 
     @abstractmethod
     def times(

@@ -51,8 +51,9 @@ class NoisyLoss(nn.Module, ABC):
     couples_rows: bool = False
     """Whether the losses of a batch share randomness, so that single draws do not tell all."""
 
-    chunk_size: int | None = None
-    """Rows that pass through the network at a time, or None for all of a batch."""
+    def chunk(self, rows: int) -> int:
+        """Return how many rows pass through the network at a time."""
+        return rows
 
     @abstractmethod
     def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
@@ -188,7 +189,7 @@ class GradientMeasurement:
         inputs = [parameter.requires_grad_() for parameter in parameters.values()]
         torch.manual_seed(self.source(*key, "global").initial_seed())
         state = {f"module.{name}": x for name, x in (parameters | fixed).items()}
-        chunk = self.loss.chunk_size or row_count(rows)
+        chunk = self.loss.chunk(row_count(rows))
         arguments: Any = (self.loss, rows, inputs, chunk, self.loss_scale)
         _, found = functional_call(Chunks(self.loss), state, arguments)
         pairs = zip(found, inputs, strict=True)

@@ -1,0 +1,133 @@
+"""What a DiffusionModule refuses when it is built or when training starts."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_vr.distributed import all_gather_rows
+from lightning_vr.estimators.draws import Draws
+from lightning_vr.objective import Objective
+from lightning_vr.references import check_samples
+from lightning_vr.types import Clean
+
+
+def check_clean(clean: Clean, num_classes: int | None, positions: Tensor | None = None) -> None:
+    """Refuse samples, labels or indices that training would go wrong with.
+
+    Args:
+        clean: Encoded samples.
+        num_classes: Number of classes of the module, or None.
+        positions: Where the samples stand in the training set ``(B,)``, if that is known.
+
+    Raises:
+        ValueError: Naming the first sample that is not as it must be.
+    """
+    check_samples("x0", clean.x0)
+    finite = torch.isfinite(clean.x0.flatten(1)).all(dim=1).cpu()
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        known = clean.index if positions is None else positions
+        name = f"row {row} of the batch" if known is None else f"sample {int(known[row])}"
+        raise ValueError(
+            f"The clean samples expected to be finite, but {name} is not: "
+            f"remove it from the data or mend `encode`."
+        )
+    if clean.group is not None:
+        check_group(clean.group, num_classes)
+    if positions is None or clean.index is None:
+        return
+    if not torch.equal(clean.index.cpu(), positions):
+        raise ValueError(
+            f"Sample indices expected to be positions in the training set, but sample "
+            f"{int(positions[0])} has index {int(clean.index[0])}: let the data set's item i "
+            f"carry the index i."
+        )
+
+
+def check_group(group: Tensor, num_classes: int | None) -> None:
+    """Refuse labels that are no int64 classes in ``[0, num_classes)``."""
+    if num_classes is None:
+        raise ValueError(
+            "Argument `group` needs a class-conditional module: set `num_classes`, or leave it out."
+        )
+    if group.ndim != 1 or group.is_floating_point():
+        raise ValueError(
+            f"Class labels expected to be integers of shape (B,), but got {group.dtype} of shape "
+            f"{tuple(group.shape)}."
+        )
+    if len(group) and not 0 <= int(group.min()) <= int(group.max()) < num_classes:
+        worst = int(group.min()) if int(group.min()) < 0 else int(group.max())
+        raise ValueError(
+            f"Class labels expected to be in [0, {num_classes}), as `num_classes` says, "
+            f"but got {worst}: set `num_classes` to {worst + 1} or mend the labels."
+        )
+
+
+def check_labels(num_classes: int | None, label_dropout: float) -> None:
+    """Refuse a number of classes or a label dropout that means nothing."""
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(
+            f"Argument `num_classes` expected to be at least 1, but got {num_classes}."
+        )
+    if not 0 <= label_dropout <= 1:
+        raise ValueError(
+            f"Argument `label_dropout` expected to be between 0 and 1, but got {label_dropout}."
+        )
+    if label_dropout > 0 and num_classes is None:
+        raise ValueError(
+            f"Argument `label_dropout` of {label_dropout} needs labels to drop: set `num_classes`."
+        )
+
+
+def check_network(network: nn.Module, num_classes: int | None) -> None:
+    """Refuse a network that divides its output by the time, or lacks a class embedding."""
+    config = getattr(network, "config", None)
+    settings = config if isinstance(config, Mapping) else vars(network)
+    embeddings = settings.get("num_class_embeds")
+    if num_classes is not None and embeddings is not None and embeddings <= num_classes:
+        raise ValueError(
+            f"Argument `network`: {type(network).__name__} has num_class_embeds={embeddings}, but "
+            f"{num_classes} classes and the dropped label need {num_classes + 1}."
+        )
+    if settings.get("time_embedding_type") == "fourier":
+        raise ValueError(
+            f"Argument `network`: {type(network).__name__} with time_embedding_type='fourier' "
+            f"divides its output by the time and takes its logarithm: use 'positional'."
+        )
+
+
+def check_draws(draws: Draws, objective: Objective, network: nn.Module) -> None:
+    """Refuse draws that do not estimate the objective, or not with this network.
+
+    Raises:
+        ValueError: If a proposal misses part of the loss, or several draws of each sample meet
+            what changes or couples single draws.
+    """
+    draws.check(objective)
+    if draws.draws_per_sample == 1 and getattr(draws, "resamples", 1) != "auto":
+        return
+    for name, module in network.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ValueError(
+                f"Argument `resamples` expected to be 1 with batch normalisation, which couples "
+                f"the draws of a sample, but the network's `{name}` is a {type(module).__name__}: "
+                f"use group normalisation, or one draw of each sample."
+            )
+    if any(hasattr(parameter, "grad_sample") for parameter in network.parameters()):
+        raise ValueError(
+            f"Argument `resamples` expected to be 1 where gradients are clipped draw by draw, as "
+            f"{type(network).__name__} is prepared for: the mean of clipped draws depends on how "
+            f"many there are. Clip the gradient of the whole step, or use one draw of each sample."
+        )
+
+
+def check_ranks(draws: Draws, device: torch.device) -> None:
+    """Refuse ranks that draw differently often; all must call it."""
+    counts = all_gather_rows(torch.tensor([draws.draws_per_sample], device=device)).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"Argument `resamples` expected to be the same on all ranks, but got {counts}: their "
+            f"gradients are averaged as if it were; configure all ranks alike."
+        )

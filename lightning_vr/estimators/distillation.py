@@ -1,0 +1,89 @@
+"""Expectations with a frozen teacher: score distillation, without a DiffusionModule.
+
+An upstream (a renderer, a generator, an encoder) makes x; a frozen diffusion model says for a
+noised copy of it in which direction x should go. With R outputs x_r and K draws of each,
+
+    ĝ = 1/R Σ_r J_rᵀ [ 1/K Σ_k w(t_rk) p/q(t_rk) f(x_r, t_rk, noise_rk) ],      J = dx/dθ,
+
+so that the upstream is run, and differentiated, once for each x_r on the averaged cotangent
+(Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv 2605.21489, equation 13). The teacher runs
+without gradient and in chunks: its memory does not depend on K.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_vr.estimators.draws import WHOLE, Draws, Share
+from lightning_vr.objective import Objective
+from lightning_vr.schedules import expand
+from lightning_vr.types import Clean, Noised
+from lightning_vr.variance.rows import mapped, tensors
+
+
+def distillation_loss(
+    clean: Clean,
+    residual: Callable[[Noised], Tensor],
+    draws: Draws,
+    objective: Objective,
+    source: torch.Generator,
+    *,
+    share: Share = WHOLE,
+    clip: float | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """Return a scalar whose gradient is the unbiased estimate; its value means nothing.
+
+    Example::
+
+        objective = Objective(VP(), Uniform(0.02, 0.98), weighting, prediction="x0")
+        render = Clean(renderer(cameras))
+        residual = lambda noised: teacher(noised.xt, noised.t, prompt) - noised.noise
+        distillation_loss(render, residual, CARV(8, WeightProposal()), objective, source).backward()
+
+    Args:
+        clean: R outputs of the upstream, with its graph.
+        residual: From draws to the direction of each ``(n, *)``, without any weight: noise
+            prediction less noise, or the difference of two scores. It is called without gradient.
+        draws: K draws of each output; ``CARV(8)`` with strata is the paper's choice.
+        objective: Schedule, density of t and weight w(t), as ``weighting`` with
+            ``prediction="x0"``.
+        source: Generator of all randomness, on the device of ``clean``.
+        share: The part of an optimizer step that the outputs are.
+        clip: Largest norm of the direction of one draw, weighted, for K = 1.
+        normalize: Whether to give the direction of each draw unit mean magnitude, for K = 1.
+
+    Raises:
+        ValueError: If draws are to be clipped or normalised one by one with K > 1.
+    """
+    for name, value in (("clip", clip), ("normalize", normalize)):
+        if value and draws.draws_per_sample > 1:
+            raise ValueError(
+                f"Argument `{name}` expected to be off with {draws.draws_per_sample} draws of each "
+                f"sample, but got {value}: the mean of draws that are changed one by one is not "
+                f"what it is for one draw, and what is learned would depend on K. Clip or "
+                f"normalise the gradient that the optimizer gets, or use one draw."
+            )
+    with torch.no_grad():
+        noised = draws(clean, objective, source, share)
+        weight = noised.loss_weight
+        if weight is None:
+            weight = noised.weight * objective.weight(noised.t)
+        chunk = draws.chunk(len(noised.t))
+        rows = tensors(noised)
+        parts = [
+            residual(Noised(**mapped(rows, lambda x: x[i : i + chunk])))  # noqa: B023
+            for i in range(0, len(weight), chunk)
+        ]
+        direction = torch.cat(parts).to(noised.x0.dtype)
+        if normalize:
+            magnitude = direction.flatten(1).abs().mean(dim=1)
+            direction = direction / expand(magnitude, direction)
+        cotangent = expand(weight, direction) * direction
+        if clip is not None:
+            norm = cotangent.flatten(1).norm(dim=1)
+            cotangent = cotangent * expand((clip / norm).clamp(max=1), cotangent)
+        count = len(clean.x0)
+        mean = cotangent.reshape(count, -1, *cotangent.shape[1:]).mean(dim=1)
+    return (clean.x0 * mean).sum() / count

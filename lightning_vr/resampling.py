@@ -1,0 +1,219 @@
+"""How many resamples of each sample pay: the pilot of ``CARV(resamples="auto")``.
+
+With V_B between samples and V_W within one, and seconds ``upstream`` to encode a sample and
+``denoise`` to train on one draw of it, variance times cost is least at ``K² = V_W upstream / (V_B
+denoise)`` (``variance.accounting``). No K gains more than ``1 + upstream / denoise``, so that the
+pilot ends after a few timed passes where ``encode`` is cheap. Elsewhere a nested design at the
+present weights tells V_B and V_W, with the very draws that training takes, strata and all. K
+depends on earlier draws alone, so that the estimate stays unbiased.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_vr.distributed import all_reduce_sum, broadcast, world_size
+from lightning_vr.estimators.carv import CARV
+from lightning_vr.noisy_losses import DiffusionLoss
+from lightning_vr.precision import loss_scale
+from lightning_vr.rng import undisturbed
+from lightning_vr.types import Clean
+from lightning_vr.variance.accounting import CostModel, best_resamples, variance_times_cost
+from lightning_vr.variance.gradients import GradientMeasurement
+
+if TYPE_CHECKING:
+    from lightning_vr.module import DiffusionModule
+
+_LEAST_GAIN = 1.05
+"""Predicted gain below which K stays as it is."""
+
+_PILOT_RESAMPLES = 4
+_PILOT_UNITS = 8
+_PILOT_SAMPLES = 32
+
+_MEMORY = 0.5
+"""Weight of all earlier pilots against a new one."""
+
+
+class ResamplesPilot:
+    """Chooses K while a module trains.
+
+    Args:
+        module: A module that is training with ``CARV(resamples="auto")``.
+        draws: Its draws.
+    """
+
+    def __init__(self, module: "DiffusionModule", draws: CARV) -> None:
+        self.module = module
+        self.draws = draws
+        self._samples: list[Clean] = []
+
+    def before_step(self, batch: Any) -> None:
+        """Choose anew if it is time; all ranks must call it before each optimizer step."""
+        step, pilot = self.module.global_step, self.draws.pilot
+        if pilot is not None and step - pilot["step"] < self.draws.pilot_every_n_steps:
+            return
+        with undisturbed():
+            clean = self._encode(batch)
+            upstream, denoise = self._mean_over_ranks(*self._seconds(batch, clean))
+            cost = CostModel(fixed=0.0, upstream=upstream, denoise=denoise)
+            # no K gains more than this factor
+            if 1 + upstream / denoise <= _LEAST_GAIN:
+                self._take(step, self.draws.least_resamples, cost)
+                return
+            self._samples.append(clean)
+            count = sum(len(each.x0) for each in self._samples)
+            if not self._agree(count >= 2 * _PILOT_UNITS):
+                return
+            between, within = self._mean_over_ranks(*self._components())
+        self._samples = []
+        if pilot is not None and "between" in pilot:
+            between = _MEMORY * pilot["between"] + (1 - _MEMORY) * between
+            within = _MEMORY * pilot["within"] + (1 - _MEMORY) * within
+        self._take(step, self._best(between, within, cost), cost, between, within)
+
+    def _best(self, between: float, within: float, cost: CostModel) -> int:
+        """Return K of least variance times cost, unless the present one is nearly as good."""
+        group = self.draws.least_resamples
+        pairs = CostModel(fixed=0.0, upstream=cost.upstream, denoise=group * cost.denoise)
+        largest = self.draws.max_resamples // group
+        best = group * best_resamples(between, within / group, pairs, largest=largest)
+        products = [
+            variance_times_cost(max(between, 0.0), max(within, 0.0), cost, k)
+            for k in (self.draws.chosen, best)
+        ]
+        return best if products[0] > _LEAST_GAIN * products[1] else self.draws.chosen
+
+    def _take(
+        self,
+        step: int,
+        resamples: int,
+        cost: CostModel,
+        between: float | None = None,
+        within: float | None = None,
+    ) -> None:
+        """Take rank 0's K, keep what was found, and say why."""
+        device = self.module.device
+        before, self.draws.chosen = (
+            self.draws.chosen,
+            int(broadcast(torch.tensor(resamples, device=device))),
+        )
+        self.draws.pilot = {"step": step}
+        ratio = cost.upstream / cost.denoise
+        reason = f"`encode` takes {ratio:.3g} times as long as a draw of the denoiser"
+        if between is None or within is None:
+            reason += ", so that no number of resamples could gain 5 %"
+        else:
+            self.draws.pilot |= {"between": between, "within": within}
+            one, found = (
+                variance_times_cost(max(between, 0.0), max(within, 0.0), cost, k)
+                for k in (1, self.draws.chosen)
+            )
+            gain = one / found if found > 0 else 1.0
+            reason += (
+                f", and the variance within a sample is {within / max(between, 1e-30):.3g} times "
+                f"that between samples; predicted ECM over one draw {gain:.2f}"
+            )
+        rank_zero_info(
+            f"CARV takes {self.draws.chosen} draws of each sample from step {step} on "
+            f"({before} before): {reason}."
+        )
+
+    def _seconds(self, batch: Any, clean: Clean) -> tuple[float, float]:
+        """Return seconds to encode a sample, and to train on one draw of it."""
+        count, device = len(clean.x0), self.module.device
+        measurement = self._measurement()
+        objective, source = self.module.objective, self._source("timing")
+        times = self.draws.times(clean, objective, source)
+        rows = measurement.loss.draw(clean, times, source)
+        encode = _seconds(lambda: self._upstream(batch), device)
+        denoise = _seconds(lambda: measurement.gradient(rows, "timing"), device)
+        return encode / count, denoise / len(times.t)
+
+    def _components(self) -> tuple[float, float]:
+        """Return V_B and V_W, both of one sample's gradient."""
+        clean = _concatenated(self._samples)
+        count = min(len(clean.x0), _PILOT_SAMPLES)
+        size = count // _PILOT_UNITS
+        units = [clean.rows(slice(i * size, (i + 1) * size)) for i in range(_PILOT_UNITS)]
+        chosen = self.draws.chosen
+        self.draws.chosen = max(chosen, min(_PILOT_RESAMPLES, self.draws.max_resamples))
+        try:
+            found = self._measurement().by_differences(units, "pilot")
+            within = float((found.timestep + found.noise)[0]) * self.draws.chosen
+        finally:
+            self.draws.chosen = chosen
+        return float(found.data[0]), within
+
+    def _measurement(self) -> GradientMeasurement:
+        trainer = self.module.trainer
+        loss = DiffusionLoss(self.module, trainer.precision_plugin.forward_context)
+        groups = [0 for p in self.module.parameters() if p.requires_grad]
+        measurement = GradientMeasurement(loss, self._source, groups)
+        measurement.loss_scale = loss_scale(trainer)
+        return measurement
+
+    def _source(self, *key: int | str) -> torch.Generator:
+        return self.module.generator("resamples", self.module.global_step, *key)
+
+    @torch.no_grad()
+    def _encode(self, batch: Any) -> Clean:
+        return self.module.clean(batch)
+
+    def _upstream(self, batch: Any) -> None:
+        """Run the upstream as training does, back too if it is trained."""
+        clean = self.module.clean(batch)
+        made = [clean.x0, *(clean.cond or {}).values()]
+        outputs = [x for x in made if isinstance(x, Tensor) and x.requires_grad]
+        if outputs:
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
+            cotangents = [torch.ones_like(x) for x in outputs]
+            torch.autograd.grad(outputs, parameters, cotangents, allow_unused=True)
+
+    def _mean_over_ranks(self, *values: float) -> list[float]:
+        device = self.module.device
+        total = all_reduce_sum(torch.tensor(values, dtype=torch.float32, device=device))
+        found: list[float] = (total / world_size()).tolist()
+        return found
+
+    def _agree(self, decision: bool) -> bool:
+        return bool(broadcast(torch.tensor(decision, device=self.module.device)))
+
+
+def resamples_pilot(module: "DiffusionModule") -> ResamplesPilot | None:
+    """Return a pilot for a module whose draws leave K open, else None."""
+    draws = module.draws
+    if isinstance(draws, CARV) and draws.resamples == "auto":
+        return ResamplesPilot(module, draws)
+    return None
+
+
+def _seconds(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+    """Return the median seconds of a call, after one to warm up."""
+    found = []
+    for _ in range(repeats + 1):
+        start = _now(device)
+        function()
+        found.append(_now(device) - start)
+    return statistics.median(found[1:])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _concatenated(parts: list[Clean]) -> Clean:
+    def joined(values: list[Any]) -> Any:
+        return None if values[0] is None else torch.cat(values)
+
+    names = (parts[0].cond or {}).keys()
+    cond = {name: torch.cat([(part.cond or {})[name] for part in parts]) for name in names}
+    x0, group, index = (joined([getattr(p, n) for p in parts]) for n in ("x0", "group", "index"))
+    return Clean(x0, group, cond or None, index)
