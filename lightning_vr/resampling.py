@@ -51,7 +51,7 @@ class ResamplesPilot:
     def __init__(self, module: "DiffusionModule", draws: CARV) -> None:
         self.module = module
         self.draws = draws
-        self._samples: list[Clean] = []
+        self._batches: list[Any] = []
 
     def before_step(self, batch: Any) -> None:
         """Choose anew if it is time; all ranks must call it before each optimizer step."""
@@ -59,19 +59,18 @@ class ResamplesPilot:
         if pilot is not None and step - pilot["step"] < self.draws.pilot_every_n_steps:
             return
         with undisturbed():
-            clean = self._encode(batch)
+            clean = self.module.clean(batch)
             upstream, denoise = self._mean_over_ranks(*self._seconds(batch, clean))
             cost = CostModel(fixed=0.0, upstream=upstream, denoise=denoise)
             # no K gains more than this factor
             if 1 + upstream / denoise <= _LEAST_GAIN:
                 self._take(step, self.draws.least_resamples, cost)
                 return
-            self._samples.append(clean)
-            count = sum(len(each.x0) for each in self._samples)
-            if not self._agree(count >= 2 * _PILOT_UNITS):
+            self._batches.append(batch)
+            if not self._agree(len(self._batches) * len(clean.x0) >= _PILOT_UNITS):
                 return
             between, within = self._mean_over_ranks(*self._components())
-        self._samples = []
+        self._batches = []
         if pilot is not None and "between" in pilot:
             between = _MEMORY * pilot["between"] + (1 - _MEMORY) * between
             within = _MEMORY * pilot["within"] + (1 - _MEMORY) * within
@@ -120,8 +119,8 @@ class ResamplesPilot:
                 f"that between samples; predicted ECM over one draw {gain:.2f}"
             )
         rank_zero_info(
-            f"CARV takes {self.draws.chosen} draws of each sample from step {step} on "
-            f"({before} before): {reason}."
+            f"CARV: {self.draws.chosen} draws of each sample from step {step} on, {before} before: "
+            f"{reason}."
         )
 
     def _seconds(self, batch: Any, clean: Clean) -> tuple[float, float]:
@@ -137,7 +136,7 @@ class ResamplesPilot:
 
     def _components(self) -> tuple[float, float]:
         """Return V_B and V_W, both of one sample's gradient."""
-        clean = _concatenated(self._samples)
+        clean = _concatenated([self.module.clean(batch) for batch in self._batches])
         count = min(len(clean.x0), _PILOT_SAMPLES)
         size = count // _PILOT_UNITS
         units = [clean.rows(slice(i * size, (i + 1) * size)) for i in range(_PILOT_UNITS)]
@@ -160,10 +159,6 @@ class ResamplesPilot:
 
     def _source(self, *key: int | str) -> torch.Generator:
         return self.module.generator("resamples", self.module.global_step, *key)
-
-    @torch.no_grad()
-    def _encode(self, batch: Any) -> Clean:
-        return self.module.clean(batch)
 
     def _upstream(self, batch: Any) -> None:
         """Run the upstream as training does, back too if it is trained."""

@@ -176,7 +176,6 @@ class NestedProbe(GradientProbe):
         size = min(len(clean.x0) for clean in pair)
         return [clean.rows(slice(0, size)) for clean in pair]
 
-    @torch.no_grad()
     def _encode(self, batch: Any, count: int) -> Clean:
         with undisturbed(), self.trainer.precision_plugin.forward_context():
             return Clean.from_batch(self.clean(take_rows(batch, 0, count)))

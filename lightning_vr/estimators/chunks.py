@@ -86,15 +86,45 @@ def mean_in_chunks(
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     aliases = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     sources = [x for x in leaves(rows) if x.requires_grad]
-    rows = mapped(rows, lambda x: x.detach().requires_grad_(x.requires_grad))
-    inputs = [*aliases.values(), *(x for x in leaves(rows) if x.requires_grad)]
-    state = {f"module.{name}": alias for name, alias in aliases.items()}
-    arguments: Any = (function, rows, inputs, chunk, scale)
-    per_draw, gradients = functional_call(Chunks(module), state, arguments)
+    per_draw, gradients = gradients_in_chunks(
+        module, function, rows, chunk, aliases=aliases, scale=scale
+    )
     loss: Tensor = _WithGradient.apply(  # type: ignore[no-untyped-call]
         per_draw.mean(), gradients, *parameters.values(), *sources
     )
     return loss, per_draw
+
+
+def gradients_in_chunks(
+    module: nn.Module,
+    function: Callable[[Rows], Tensor],
+    rows: Rows,
+    chunk: int,
+    *,
+    aliases: dict[str, Tensor],
+    buffers: dict[str, Tensor] | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the losses of rows, and the gradients of their mean; no ``.grad`` and no hook is met.
+
+    Args:
+        module: The module that the losses depend on.
+        function: From rows to their losses ``(n,)``, by ``module``.
+        rows: n rows.
+        chunk: Rows at a time.
+        aliases: What stands in for the module's trainable parameters, by name.
+        buffers: What stands in for its buffers, if anything does.
+        scale: Factor on the loss while it is differentiated.
+
+    Returns:
+        Losses ``(n,)``, and gradients by the aliases and by those of the rows that require one.
+    """
+    rows = mapped(rows, lambda x: x.detach().requires_grad_(x.requires_grad))
+    inputs = [*aliases.values(), *(x for x in leaves(rows) if x.requires_grad)]
+    state = {f"module.{name}": x for name, x in (aliases | (buffers or {})).items()}
+    arguments: Any = (function, rows, inputs, chunk, scale)
+    found: tuple[Tensor, list[Tensor | None]] = functional_call(Chunks(module), state, arguments)
+    return found
 
 
 class _WithGradient(torch.autograd.Function):

@@ -16,7 +16,6 @@ parameters, less with a sketch (``variance.gradient_sums``).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +23,21 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_vr.estimators.chunks import Chunks
+from lightning_vr.estimators.chunks import gradients_in_chunks
 from lightning_vr.estimators.draws import Times
 from lightning_vr.rng import undisturbed
 from lightning_vr.types import Clean
 from lightning_vr.variance.components import DRAWS_PER_UNIT, Components
 from lightning_vr.variance.gradient_sums import GradientSums
-from lightning_vr.variance.rows import Rows, concatenated, interleaved, mapped, row_count
+from lightning_vr.variance.rows import (
+    Rows,
+    concatenated,
+    interleaved,
+    leaves,
+    mapped,
+    row_count,
+    tensors,
+)
 
 Source = Callable[..., torch.Generator]
 """Gives the generator of a key: ``source("noise", 0) -> torch.Generator``."""
@@ -184,19 +191,34 @@ class GradientMeasurement:
         return sums.components().scaled(len(batches[0].x0))
 
     def gradient(self, rows: Rows, *key: int | str) -> list[Tensor]:
-        """Return the gradient of the mean loss of rows, for each trainable parameter in order."""
+        """Return the gradient of the mean loss of rows, for each trainable parameter in order.
+
+        Rows that an upstream in training has made hand their gradient on to its parameters.
+        """
         parameters, fixed = _aliases(self.loss)
-        inputs = [parameter.requires_grad_() for parameter in parameters.values()]
+        for parameter in parameters.values():
+            parameter.requires_grad_()
         torch.manual_seed(self.source(*key, "global").initial_seed())
-        state = {f"module.{name}": x for name, x in (parameters | fixed).items()}
-        chunk = self.loss.chunk(row_count(rows))
-        arguments: Any = (self.loss, rows, inputs, chunk, self.loss_scale)
-        _, found = functional_call(Chunks(self.loss), state, arguments)
-        pairs = zip(found, inputs, strict=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+        _, found = gradients_in_chunks(
+            self.loss,
+            self.loss,
+            rows,
+            self.loss.chunk(row_count(rows)),
+            aliases=parameters,
+            buffers=fixed,
+            scale=self.loss_scale,
+        )
+        count = len(parameters)
+        upstream = self._upstream(rows, found[count:])
+        totals = zip(found[:count], upstream, parameters.values(), strict=True)
+        return [
+            sum((g for g in (a, b) if g is not None), torch.zeros_like(p)) for a, b, p in totals
+        ]
 
     def obstacle(self, clean: Clean) -> str | None:
         """Return why per-sample gradients are impossible or do not tell all, or None."""
+        if is_trained(clean):
+            return "`encode` is trained"
         if self.loss.couples_rows:
             return "the draws of a batch depend on each other"
         if len(self.loss.times(clean, self.source("obstacle"), 0.0, 1.0).t) != len(clean.x0):
@@ -211,16 +233,26 @@ class GradientMeasurement:
             return f"functorch says: {reason[0]}"
         return None
 
-    @torch.no_grad()
+    def _upstream(self, rows: Rows, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Return gradients of the parameters that have made the rows."""
+        parameters = [p for p in self.loss.parameters() if p.requires_grad]
+        sources = [x for x in leaves(rows) if x.requires_grad]
+        pairs = [(x, g) for x, g in zip(sources, cotangents, strict=True) if g is not None]
+        if not pairs:
+            return [None] * len(parameters)
+        outputs, given = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, parameters, given, retain_graph=True, allow_unused=True)
+
     def _draws(
         self, clean: Clean, key: tuple[int | str, ...], low: float, high: float
     ) -> list[Rows]:
         """Return the four draws of each unit: two times, two noises for each."""
         rows = []
-        for i in range(2):
-            times = self.loss.times(clean, self.source(*key, "times", i), low, high)
-            for j in range(2):
-                rows.append(self.loss.draw(clean, times, self.source(*key, "noise", i, j)))
+        with torch.set_grad_enabled(is_trained(clean)):
+            for i in range(2):
+                times = self.loss.times(clean, self.source(*key, "times", i), low, high)
+                for j in range(2):
+                    rows.append(self.loss.draw(clean, times, self.source(*key, "noise", i, j)))
         return rows
 
     def _unscaled(self, gradients: Iterable[Tensor]) -> list[Tensor]:
@@ -271,6 +303,11 @@ def _slices(parts: int, share: int, chunk: int) -> Iterator[tuple[int, int]]:
     for begin in range(0, share * parts, ends):
         for start in range(begin, begin + ends, step):
             yield start, min(start + step, begin + ends)
+
+
+def is_trained(clean: Clean) -> bool:
+    """Return whether the upstream that made samples is trained with the network."""
+    return any(x.requires_grad for x in leaves(tensors(clean)) if isinstance(x, Tensor))
 
 
 def _check_units(count: int) -> None:
