@@ -119,7 +119,7 @@ class ResamplesPilot:
                 f"that between samples; predicted ECM over one draw {gain:.2f}"
             )
         rank_zero_info(
-            f"CARV: {self.draws.chosen} draws of each sample from step {step} on, {before} before: "
+            f"CARV: K = {self.draws.chosen} draws of each sample from step {step} on ({before} before): "
             f"{reason}."
         )
 

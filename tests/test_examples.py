@@ -1,5 +1,6 @@
 """The examples run as a reader would run them."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -65,3 +66,24 @@ def test_the_callbacks_attach_to_a_trainer_that_is_not_ours(tmp_path, monkeypatc
     assert "frechet_distance/digits_n40" in header
     assert "target_variance/dsm/s" in header
     assert "gradient_variance/timestep" in header
+
+
+def test_latents_are_resampled_where_encoding_is_expensive(tmp_path, monkeypatch, capsys):
+    arguments = ["--quick", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["latent_resampling.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "latent_resampling.py"), run_name="__main__")
+    assert "encoding costs" in capsys.readouterr().out
+    assert (tmp_path / "latent_resampling.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "results.json").read_text())["summary"]
+    for row in found["rows"]:
+        assert row["variance"][1] <= row["variance"][0] <= row["variance"][2]
+        assert 0.2 < row["product"] / row["predicted_product"] < 5
+    variances = [row["variance"][0] for row in found["rows"] if row["kind"] == "independent"]
+    assert variances == sorted(variances, reverse=True)
+    assert all(1 <= k <= 16 for each in found["auto"].values() for k in each["resamples"])
+
+
+def test_strata_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "show_strata.py"), run_name="__main__")
+    assert (tmp_path / "runs" / "strata.png").stat().st_size > 10_000

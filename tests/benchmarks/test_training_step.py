@@ -1,19 +1,22 @@
-"""A training step on the digits with all of them as references, against plain score matching."""
+"""Training steps on the digits: what estimators cost over the plain one."""
 
 import torch
 from diffusers import UNet2DModel
+from lightning.pytorch import Trainer
 
 from lightning_vr.data.digits import digits
+from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
-from lightning_vr.rng import generator
+from lightning_vr.proposals import LearnedProposal
+from lightning_vr.resampling import resamples_pilot
 
 BATCH_SIZE = 128
 
 
-def training_step(target):
-    """A function that trains for one step."""
+def training_step(target=None, draws=None):
+    """A function that trains for one step, as the trainer does."""
     torch.manual_seed(0)
     network = UNet2DModel(
         sample_size=8,
@@ -26,18 +29,21 @@ def training_step(target):
         up_block_types=("UpBlock2D", "UpBlock2D"),
         num_class_embeds=11,
     )
-    module = DiffusionModule(network, num_classes=10, label_dropout=0.1, target=target)
+    module = DiffusionModule(network, num_classes=10, label_dropout=0.1, target=target, draws=draws)
     images, labels = digits()
     module.target.fill(images, labels, indexed=True)
     optimizer = module.configure_optimizers()
     index = torch.arange(BATCH_SIZE)
     batch = {"image": images[index], "label": labels[index], "index": index}
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.log = lambda *_, **__: None
+    module._pilot = resamples_pilot(module)
 
     def step():
-        loss = module.loss(batch, generator("benchmark")).loss
+        loss = module.training_step(batch, 0)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        module.optimizer_step(0, 0, optimizer)
 
     return step
 
@@ -50,3 +56,23 @@ def test_a_training_step_with_all_references_against_one_of_dsm(compare):
         label="a training step with references='all' and one of DSM",
     )
     print(f"{ours / other:.3f} times as long")
+
+
+def test_a_training_step_of_carv_with_a_free_upstream_against_one_of_iid(compare):
+    ours, other = compare(
+        training_step(draws=CARV("auto")),
+        training_step(),
+        rounds=100,
+        label="a training step with resamples='auto' and one of IID",
+    )
+    print(f"{ours / other:.4f} times as long")
+
+
+def test_a_training_step_of_carv_with_a_learned_proposal_against_one_of_iid(compare):
+    ours, other = compare(
+        training_step(draws=CARV(1, LearnedProposal())),
+        training_step(),
+        rounds=100,
+        label="a training step with a learned proposal and one of IID",
+    )
+    print(f"{ours / other:.4f} times as long")
