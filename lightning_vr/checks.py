@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_vr.distributed import all_gather_rows
 from lightning_vr.estimators.draws import Draws
+from lightning_vr.estimators.dsm import Target
 from lightning_vr.objective import Objective
 from lightning_vr.references import check_samples
 from lightning_vr.types import Clean
@@ -43,6 +44,16 @@ def check_clean(clean: Clean, num_classes: int | None, positions: Tensor | None 
             f"Sample indices expected to be positions in the training set, but sample "
             f"{int(positions[0])} has index {int(clean.index[0])}: let the data set's item i "
             f"carry the index i."
+        )
+
+
+def check_upstream(clean: Clean, target: Target) -> None:
+    """Refuse a target whose references an upstream in training would move away from."""
+    if clean.x0.requires_grad and (target.bank_size != 0 or target.couples_rows):
+        raise ValueError(
+            f"Argument `target`: {type(target).__name__} takes its references as they are, but "
+            f"`encode` is trained and moves them: use DSM(), or detach x0 in `encode` and train "
+            f"what makes `cond`."
         )
 
 

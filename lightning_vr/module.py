@@ -27,6 +27,7 @@ from lightning_vr.checks import (
     check_labels,
     check_network,
     check_ranks,
+    check_upstream,
 )
 from lightning_vr.distributed import broadcast, rank, world_size
 from lightning_vr.estimators.chunks import mean_in_chunks
@@ -196,6 +197,7 @@ class DiffusionModule(LightningModule):
         clean = self.clean(batch)
         if self.training not in self._checked_modes:
             check_clean(clean, self.num_classes)
+            check_upstream(clean, self.target)
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
         draws = draws or self.draws

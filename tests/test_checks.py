@@ -4,9 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_vr import CARV, MLP, DiffusionModule, LearnedProposal, TableProposal
+from lightning_vr import (
+    CARV,
+    DSM,
+    MLP,
+    STF,
+    Clean,
+    DiffusionModule,
+    LearnedProposal,
+    TableProposal,
+)
 from lightning_vr.checks import check_ranks
 from lightning_vr.estimators.draws import IID
+from lightning_vr.rng import generator
 
 
 class Normalised(nn.Module):
@@ -43,6 +53,21 @@ def test_a_proposal_that_misses_part_of_the_loss_is_refused():
     with pytest.raises(ValueError, match="TableProposal is zero at times from"):
         DiffusionModule(MLP(2, width=8), draws=CARV(2, TableProposal([1, 0, 1])))
     DiffusionModule(MLP(2, width=8), draws=CARV(2, LearnedProposal()))
+
+
+class Trunk(DiffusionModule):
+    def __init__(self, target):
+        super().__init__(MLP(2, width=8), target=target)
+        self.trunk = nn.Linear(2, 2)
+
+    def encode(self, batch):
+        return Clean(self.trunk(batch))
+
+
+def test_references_that_a_trained_upstream_moves_are_refused():
+    with pytest.raises(ValueError, match="`target`: STF takes its references as they are"):
+        Trunk(STF("batch")).loss(torch.ones(4, 2), generator(0))
+    Trunk(DSM()).loss(torch.ones(4, 2), generator(0)).loss.backward()
 
 
 def test_ranks_that_draw_differently_often_are_refused(monkeypatch):
