@@ -44,7 +44,8 @@ class CARV(Draws):
         scope: What the strata of times span. ``"none"``: independent times. ``"sample"``: the K
             draws of each sample. ``"global"``: all draws of an optimizer step, over ranks and
             accumulated batches. ``"nested"``: both at once. ``"auto"`` is ``"nested"``, which is
-            ``"global"`` for one draw of each sample.
+            ``"global"`` for one draw of each sample. Where batches of a step differ in size, draws
+            stay unbiased and strata are covered less evenly.
         antithetic: Whether draws come in pairs with one time and opposite noise, K/2 times for each
             sample. Two numbers: only at noise levels sigma/alpha between them.
         chunk_size: Draws that pass through the network at a time, forward and backward, so that
@@ -151,8 +152,9 @@ class CARV(Draws):
         return {"chosen": self.chosen, "pilot": self.pilot}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what the pilots of a checkpoint have found."""
-        self.chosen, self.pilot = state["chosen"], state["pilot"]
+        """Take what the pilots of a checkpoint have found, within the bounds that hold now."""
+        least, chosen = self.least_resamples, min(state["chosen"], self.max_resamples)
+        self.chosen, self.pilot = max(least, chosen // least * least), state["pilot"]
 
 
 def stratify(u: Tensor, scope: Scope, share: Share, generator: torch.Generator) -> Tensor:
