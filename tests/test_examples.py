@@ -87,3 +87,12 @@ def test_strata_are_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / "show_strata.py"), run_name="__main__")
     assert (tmp_path / "runs" / "strata.png").stat().st_size > 10_000
+
+
+def test_learned_proposals_are_compared_with_the_best(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["learned_proposals.py", "--steps", "2", "--batches", "1"])
+    runpy.run_path(str(EXAMPLES / "learned_proposals.py"), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line for line in printed if line.startswith(("EDM", "VE", "VP", "rectified"))]
+    assert len(rows) == 4
+    assert all(0 < float(row.split()[-3]) <= 1.001 for row in rows)
