@@ -229,7 +229,7 @@ class DiffusionModule(LightningModule):
 
     def regress(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
         """Return the loss of the network on draws and their targets, chunk by chunk if need be."""
-        chunk = self.draws.chunk(len(noised.t))
+        chunk = self.draws.chunk(len(noised.t), noised.t.device)
         if chunk >= len(noised.t):
             return self._estimate(noised, target)
         rows = {"noised": tensors(noised), "target": tensors(target)}

@@ -45,8 +45,8 @@ class DiffusionLoss(NoisyLoss):
         """Whether a slot shares randomness within a batch."""
         return self.module.draws.couples_rows or self.module.target.couples_rows
 
-    def chunk(self, rows: int) -> int:
-        return self.module.draws.chunk(rows)
+    def chunk(self, rows: int, device: torch.device) -> int:
+        return self.module.draws.chunk(rows, device)
 
     def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
         objective = self.module.objective.between(low, high)

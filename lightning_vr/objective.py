@@ -26,6 +26,7 @@ class Objective:
         weighting: Loss weight λ(t) in x0 space.
         prediction: What the network predicts.
         sigma_data: Standard deviation of the data, for ``prediction="edm"``.
+        whole: The objective that this one is a part of, or None.
     """
 
     schedule: Schedule
@@ -33,6 +34,7 @@ class Objective:
     weighting: Weighting
     prediction: PredictionType = "edm"
     sigma_data: float = 0.5
+    whole: "Objective | None" = None
 
     def coefficients(self, t: Tensor) -> Prediction:
         """Return the map from the network's output to x0_hat at times ``t (B,)``."""
@@ -47,4 +49,4 @@ class Objective:
         """Return the mean of the loss between two quantiles of p(t)."""
         if (low, high) == (0, 1):
             return self
-        return replace(self, timesteps=Truncated(self.timesteps, low, high))
+        return replace(self, timesteps=Truncated(self.timesteps, low, high), whole=self)

@@ -19,7 +19,6 @@ estimate is unbiased to rounding however coarse the table is.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -99,9 +98,11 @@ class Proposal(nn.Module, ABC):
 
     def forward(self, objective: Objective, device: torch.device) -> QuantileDensity:
         """Return ``density``, also for a part of the times."""
-        if isinstance(objective.timesteps, Truncated):
+        if objective.whole is not None:
+            # not for times that are truncated to begin with: bins and quantiles are of these
             part = objective.timesteps
-            whole: QuantileDensity = self(replace(objective, timesteps=part.density), device)
+            assert isinstance(part, Truncated)
+            whole: QuantileDensity = self(objective.whole, device)
             return whole.between(part.low, part.high)
         return self.density(objective, device)
 
@@ -112,9 +113,12 @@ class Proposal(nn.Module, ABC):
             ValueError: With the times at which it is.
         """
         h = self(objective, torch.device("cpu"))
-        middle = 0.5 * (h.edges[1:] + h.edges[:-1])
-        t = objective.timesteps.icdf(middle)
-        missed = (h(middle) <= 0) & (objective.weight(t) > 0)
+        # within a cell too: of a coarse table the loss may be in a part of one
+        parts = max(1, _TABLE_SIZE // len(h.left))
+        share = (torch.arange(parts, dtype=h.edges.dtype) + 0.5) / parts
+        v = torch.lerp(h.edges[:-1, None], h.edges[1:, None], share).flatten()
+        t = objective.timesteps.icdf(v)
+        missed = (h(v) <= 0) & (objective.weight(t) > 0)
         if bool(missed.any()):
             first, last = (float(x) for x in t[missed][[0, -1]])
             raise ValueError(
@@ -244,6 +248,15 @@ class LearnedProposal(Proposal):
         is_known = (seen >= _LEAST_SEEN).all() & (size.sum() > 0)
         shape = torch.where(is_known, size / size.mean().clamp(min=_TINY), torch.ones_like(size))
         return _histogram((1 - self.floor) * shape + self.floor)
+
+    def check(self, objective: Objective) -> None:
+        steps = objective.timesteps.steps
+        if steps is not None and steps < self.bins:
+            raise ValueError(
+                f"Argument `bins` expected to be at most {steps}, the number of timesteps, but got "
+                f"{self.bins}: a bin that no timestep falls into is never seen."
+            )
+        super().check(objective)
 
     def observe(self, v: Tensor, weight: Tensor, loss: Tensor) -> None:
         moment = weight * loss if self.moment == "gradient" else loss**2

@@ -10,7 +10,8 @@ depends on earlier draws alone, so that the estimate stays unbiased.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,15 +61,16 @@ class ResamplesPilot:
             return
         with undisturbed():
             clean = self.module.clean(batch)
-            upstream, denoise = self._mean_over_ranks(*self._seconds(batch, clean))
-            cost = CostModel(fixed=0.0, upstream=upstream, denoise=denoise)
+            cost = _cost(self._mean_over_ranks(*self._seconds(batch, clean)))
             # no K gains more than this factor
-            if 1 + upstream / denoise <= _LEAST_GAIN:
+            if 1 + cost.upstream / cost.denoise <= _LEAST_GAIN:
                 self._take(step, self.draws.least_resamples, cost)
                 return
             self._batches.append(batch)
             if not self._agree(len(self._batches) * len(clean.x0) >= _PILOT_UNITS):
                 return
+            denoise = self._marginal_seconds(clean) or cost.denoise
+            cost = _cost(self._mean_over_ranks(cost.upstream, denoise))
             between, within = self._mean_over_ranks(*self._components())
         self._batches = []
         if pilot is not None and "between" in pilot:
@@ -79,7 +81,7 @@ class ResamplesPilot:
     def _best(self, between: float, within: float, cost: CostModel) -> int:
         """Return K of least variance times cost, unless the present one is nearly as good."""
         group = self.draws.least_resamples
-        pairs = CostModel(fixed=0.0, upstream=cost.upstream, denoise=group * cost.denoise)
+        pairs = _cost((cost.upstream, group * cost.denoise))
         largest = self.draws.max_resamples // group
         best = group * best_resamples(between, within / group, pairs, largest=largest)
         products = [
@@ -119,35 +121,58 @@ class ResamplesPilot:
                 f"that between samples; predicted ECM over one draw {gain:.2f}"
             )
         rank_zero_info(
-            f"CARV: K = {self.draws.chosen} draws of each sample from step {step} on ({before} before): "
-            f"{reason}."
+            f"CARV: K = {self.draws.chosen} draws of each sample from step {step} on "
+            f"({before} before): {reason}."
         )
 
     def _seconds(self, batch: Any, clean: Clean) -> tuple[float, float]:
-        """Return seconds to encode a sample, and to train on one draw of it."""
-        count, device = len(clean.x0), self.module.device
+        """Return seconds to encode a sample, and to train on one draw of it as things are."""
+        encode = _seconds(lambda: self._upstream(batch), self.module.device)
+        draws = len(clean.x0) * self.draws.chosen
+        return encode / len(clean.x0), self._pass_seconds(clean) / draws
+
+    def _marginal_seconds(self, clean: Clean) -> float:
+        """Return seconds that one draw more of a sample takes; 0 if that cannot be told."""
+        few, many = self.draws.least_resamples, self._pilot_resamples
+        if few == many:
+            return 0.0
+        seconds = []
+        for resamples in (few, many):
+            with self._taking(resamples):
+                seconds.append(self._pass_seconds(clean))
+        return max(0.0, seconds[1] - seconds[0]) / ((many - few) * len(clean.x0))
+
+    def _pass_seconds(self, clean: Clean) -> float:
+        """Return seconds to train on the draws of a batch, once it is encoded."""
         measurement = self._measurement()
-        objective, source = self.module.objective, self._source("timing")
-        times = self.draws.times(clean, objective, source)
+        source = self._source("timing")
+        times = self.draws.times(clean, self.module.objective, source)
         rows = measurement.loss.draw(clean, times, source)
-        encode = _seconds(lambda: self._upstream(batch), device)
-        denoise = _seconds(lambda: measurement.gradient(rows, "timing"), device)
-        return encode / count, denoise / len(times.t)
+        return _seconds(lambda: measurement.gradient(rows, "timing"), self.module.device)
 
     def _components(self) -> tuple[float, float]:
         """Return V_B and V_W, both of one sample's gradient."""
         clean = _concatenated([self.module.clean(batch) for batch in self._batches])
-        count = min(len(clean.x0), _PILOT_SAMPLES)
-        size = count // _PILOT_UNITS
+        size = min(len(clean.x0), _PILOT_SAMPLES) // _PILOT_UNITS
         units = [clean.rows(slice(i * size, (i + 1) * size)) for i in range(_PILOT_UNITS)]
-        chosen = self.draws.chosen
-        self.draws.chosen = max(chosen, min(_PILOT_RESAMPLES, self.draws.max_resamples))
-        try:
+        with self._taking(self._pilot_resamples):
             found = self._measurement().by_differences(units, "pilot")
-            within = float((found.timestep + found.noise)[0]) * self.draws.chosen
+        within = float((found.timestep + found.noise)[0]) * self._pilot_resamples
+        return float(found.data[0]), within
+
+    @property
+    def _pilot_resamples(self) -> int:
+        least, largest = self.draws.least_resamples, self.draws.max_resamples
+        return max(self.draws.chosen, min(_PILOT_RESAMPLES, largest // least * least))
+
+    @contextmanager
+    def _taking(self, resamples: int) -> Iterator[None]:
+        """Take so many draws of each sample, for a while."""
+        chosen, self.draws.chosen = self.draws.chosen, resamples
+        try:
+            yield
         finally:
             self.draws.chosen = chosen
-        return float(found.data[0]), within
 
     def _measurement(self) -> GradientMeasurement:
         trainer = self.module.trainer
@@ -186,6 +211,11 @@ def resamples_pilot(module: "DiffusionModule") -> ResamplesPilot | None:
     if isinstance(draws, CARV) and draws.resamples == "auto":
         return ResamplesPilot(module, draws)
     return None
+
+
+def _cost(seconds: Sequence[float]) -> CostModel:
+    upstream, denoise = seconds
+    return CostModel(fixed=0.0, upstream=upstream, denoise=denoise)
 
 
 def _seconds(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:

@@ -49,8 +49,8 @@ class CARV(Draws):
         antithetic: Whether draws come in pairs with one time and opposite noise, K/2 times for each
             sample. Two numbers: only at noise levels sigma/alpha between them.
         chunk_size: Draws that pass through the network at a time, forward and backward, so that
-            memory does not grow with K; all of a batch if not given, but as many as samples with
-            ``resamples="auto"``.
+            memory does not grow with K; all of a batch if not given, but with
+            ``resamples="auto"`` on an accelerator as many as samples.
         max_resamples: Largest K of ``"auto"``.
         pilot_every_n_steps: Optimizer steps from one pilot of ``"auto"`` to the next.
     """
@@ -92,9 +92,10 @@ class CARV(Draws):
     def couples_rows(self) -> bool:
         return self.scope in ("auto", "global", "nested")
 
-    def chunk(self, draws: int) -> int:
-        samples = draws // self.draws_per_sample if self.resamples == "auto" else draws
-        return max(1, self.chunk_size or samples)
+    def chunk(self, draws: int, device: torch.device) -> int:
+        if self.chunk_size is None and self.resamples == "auto" and device.type != "cpu":
+            return max(1, draws // self.draws_per_sample)
+        return self.chunk_size or draws
 
     def times(
         self,

@@ -143,6 +143,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if total is None or part is None:
-        return part if total is None else total
-    return total.add_(part)
+    if part is None:
+        return total
+    # the gradients of a sum's terms may be one tensor
+    return part.clone() if total is None else total.add_(part)

@@ -70,7 +70,7 @@ def distillation_loss(
         weight = noised.loss_weight
         if weight is None:
             weight = noised.weight * objective.weight(noised.t)
-        chunk = draws.chunk(len(noised.t))
+        chunk = draws.chunk(len(noised.t), noised.t.device)
         rows = tensors(noised)
         parts = [
             residual(Noised(**mapped(rows, lambda x: x[i : i + chunk])))  # noqa: B023

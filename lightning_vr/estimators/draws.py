@@ -67,8 +67,8 @@ class Draws(Slot, ABC):
         """K, the number of draws of each sample."""
         return 1
 
-    def chunk(self, draws: int) -> int:
-        """Return how many of a batch's draws pass through the network at a time."""
+    def chunk(self, draws: int, device: torch.device) -> int:
+        """Return how many of a batch's draws pass through the network at a time on a device."""
         return draws
 
     @abstractmethod

@@ -58,8 +58,8 @@ class NoisyLoss(nn.Module, ABC):
     couples_rows: bool = False
     """Whether the losses of a batch share randomness, so that single draws do not tell all."""
 
-    def chunk(self, rows: int) -> int:
-        """Return how many rows pass through the network at a time."""
+    def chunk(self, rows: int, device: torch.device) -> int:
+        """Return how many rows pass through the network at a time on a device."""
         return rows
 
     @abstractmethod
@@ -203,7 +203,7 @@ class GradientMeasurement:
             self.loss,
             self.loss,
             rows,
-            self.loss.chunk(row_count(rows)),
+            self.loss.chunk(row_count(rows), leaves(rows)[0].device),
             aliases=parameters,
             buffers=fixed,
             scale=self.loss_scale,
