@@ -66,7 +66,8 @@ class QuantileDensity:
         rest = (u - self._cumulative[cell]) / self._masses[cell]
         left, right = self.left[cell], self.right[cell]
         root = (left**2 + (right**2 - left**2) * rest).clamp(min=0).sqrt()
-        share = (rest * (left + right) / (left + root)).clamp(_INSIDE, 1 - _INSIDE)
+        share = rest * (left + right) / (left + root).clamp(min=_TINY)
+        share = share.clamp(_INSIDE, 1 - _INSIDE)
         return torch.lerp(self.edges[cell], self.edges[cell + 1], share)
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -86,6 +87,9 @@ class QuantileDensity:
             torch.lerp(self.left[cell], self.right[cell], (x - start) / width)
             for x in (edges[:-1], edges[1:])
         )
+        # a part that is never drawn has no loss; any draws of it estimate that
+        is_empty = (left + right).sum() <= 0
+        left, right = (torch.where(is_empty, 1.0, x) for x in (left, right))
         return QuantileDensity((edges - low) / (high - low), left, right)
 
 

@@ -9,7 +9,6 @@ depends on earlier draws alone, so that the estimate stays unbiased.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from lightning_vr.estimators.carv import CARV
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.precision import loss_scale
 from lightning_vr.rng import undisturbed
+from lightning_vr.timing import timed
 from lightning_vr.types import Clean
 from lightning_vr.variance.accounting import CostModel, best_resamples, variance_times_cost
 from lightning_vr.variance.gradients import GradientMeasurement
@@ -220,18 +220,7 @@ def _cost(seconds: Sequence[float]) -> CostModel:
 
 def _seconds(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
     """Return the median seconds of a call, after one to warm up."""
-    found = []
-    for _ in range(repeats + 1):
-        start = _now(device)
-        function()
-        found.append(_now(device) - start)
-    return statistics.median(found[1:])
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return statistics.median([timed(function, device)[1] for _ in range(repeats + 1)][1:])
 
 
 def _concatenated(parts: list[Clean]) -> Clean:

@@ -8,21 +8,15 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_vr.configuration import UndescribableError, describe
 from lightning_vr.estimators.draws import Draws
-from lightning_vr.estimators.dsm import DSM, Target
+from lightning_vr.estimators.dsm import Target
 from lightning_vr.estimators.loss import ControlVariate
-from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
 
 SLOTS = ("draws", "target", "control_variate")
-
-_REFERENCES = (256, 1024, 4096)
-
-_LARGEST_BANK = 100_000
 
 
 @dataclass(frozen=True)
@@ -67,33 +61,6 @@ class Candidate:
                 setattr(module, name, slot)
 
 
-def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
-    """Return the estimators that ship, less the module's own.
-
-    A bank of a large training set takes long to encode: name candidates with one in a list of your
-    own.
-
-    Args:
-        module: The module to audit.
-        size: Number of samples in its training set.
-    """
-    own = _described(module.target)
-    rivals: dict[str, Target] = {"DSM": DSM(), 'STF("batch")': STF("batch")}
-    if size <= _LARGEST_BANK:
-        rivals |= {f"STF({n})": STF(n) for n in _REFERENCES if n < size}
-        rivals['STF("all")'] = STF("all")
-    else:
-        rank_zero_info(
-            f"The audit leaves out targets with a bank of all {size} training samples: name them "
-            f"in `candidates`."
-        )
-    return [
-        Candidate(name, target=target)
-        for name, target in rivals.items()
-        if _described(target) != own
-    ]
-
-
 def read_candidates(path: str | Path) -> list[Candidate]:
     """Read candidates from a YAML file: a list of names, each with the slots that it fills.
 
@@ -134,8 +101,9 @@ def check_candidates(candidates: list[Candidate]) -> None:
             )
 
 
-def _described(target: Target) -> Any:
+def settings(slot: nn.Module) -> Any:
+    """Return the configuration that rebuilds what is in a slot, or None if none can."""
     try:
-        return describe(target)
+        return describe(slot)
     except UndescribableError:
         return None

@@ -29,7 +29,8 @@ def table(audit: "Audit") -> "Table":
     shown.pad_edge, shown.collapse_padding = False, True
     for header in _HEADERS:
         justify: Any = "left" if header == "estimator" else "right"
-        shown.add_column(header, justify=justify, no_wrap=True)
+        # long names wrap, numbers do not
+        shown.add_column(header, justify=justify, no_wrap=header != "estimator")
     for measured in audit.estimators:
         shown.add_row(*_row(measured), style="bold" if measured is audit.recommended else None)
     return shown
@@ -95,20 +96,27 @@ def _interval(interval: Interval) -> str:
 
 def _caption(audit: "Audit") -> str:
     noise = f"{audit.noise_ratio:.3g}" if math.isfinite(audit.noise_ratio) else "too large to tell"
-    resamples, gain = audit.resamples
-    draws = "Components and cost say that one noise draw per sample is best."
-    if resamples > 1:
-        draws = (
-            f"By components and cost, {resamples} noise draws per sample have an ECM of {gain:.2f}."
-        )
     skipped = "".join(f" {name} was left out: {why}." for name, why in audit.skipped.items())
     return (
         f"Variance: that of the gradient of a batch of {audit.batch}, times the batch size, ± one "
         f"standard error. ms: a training step. RE: variance of the current estimator over that of "
         f"this one. ECM: RE times the current step's time over this one's, with its 95 % interval. "
         f"{audit.repetitions} repetitions in {audit.seconds:.0f} s. Noise over signal of the batch "
-        f"gradient: {noise}. {draws}{skipped}"
+        f"gradient: {noise}. {_resamples(audit)}{skipped}"
     )
+
+
+def _resamples(audit: "Audit") -> str:
+    best, gain = audit.resamples
+    present = audit.current.draws_per_sample
+    if best == present == 1:
+        return "Components and cost say that one noise draw per sample is best."
+    if best == present:
+        return f"Components and cost say that {best} noise draws per sample are best, as now."
+    draws = "one noise draw per sample has"
+    if best > 1:
+        draws = f"{best} noise draws per sample have"
+    return f"By components and cost, {draws} an ECM of {gain:.2f} over the present {present}."
 
 
 def _draw_estimators(axes: "Axes", audit: "Audit") -> None:

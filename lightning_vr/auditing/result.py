@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ _LEAST_GAIN = 1.05
 _NO_BOTTLENECK = 0.3
 """Noise ratio below which all noise removed saves less than a quarter of the steps."""
 
+_PLAIN_FIELDS = ("name", "seconds", "config", "draws_per_sample")
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -40,7 +42,9 @@ class Measured:
         efficiency: Variance of the current estimator over its own, RE.
         multiplier: Effective compute multiplier over the current estimator, ECM. Its interval holds
             the uncertainty of both variance and time, as the product of their intervals.
-        config: Settings of the module that select it, or None where none can.
+        config: Settings of the module that select it, or None where none can; of the current
+            estimator the settings of its slots, as far as there are any.
+        draws_per_sample: K, the draws of each sample that it takes.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Measured:
     efficiency: Interval
     multiplier: Interval
     config: dict[str, Any] | None = None
+    draws_per_sample: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,11 @@ class Audit:
         statistics: Of the current estimator, by group of parameters and by noise level.
         batch: Samples in a training batch, over all ranks.
         cost: Model of the seconds of a step.
-        repetitions: Measurements of each estimator.
+        repetitions: Measurements of each estimator; fewer of one that surely loses.
         seconds: That the audit took.
         skipped: Candidates that could not be measured, and why.
+        least_draws: Draws of a sample that come together in the current estimator: 2 in antithetic
+            pairs.
     """
 
     estimators: list[Measured]
@@ -73,6 +80,7 @@ class Audit:
     repetitions: int
     seconds: float
     skipped: dict[str, str] = field(default_factory=dict)
+    least_draws: int = 1
 
     @property
     def current(self) -> Measured:
@@ -100,14 +108,19 @@ class Audit:
     def resamples(self) -> tuple[int, float]:
         """Noise draws of each sample, K, at which variance times cost is least, and its ECM.
 
-        From components and the cost model, over one draw; ``fixed`` costs are left out.
+        From components and the cost model, over the K that the current estimator takes; ``fixed``
+        costs are left out. A prediction: at K draws timestep and noise are 1/K of those of one,
+        as if draws did not depend on each other. Strata make them smaller at the K that was
+        measured, and would at another by another factor.
         """
-        parts = self.current.components
+        parts, group = self.current.components, self.least_draws
+        now = self.current.draws_per_sample // group
         between = max(0.0, float(parts.data[0]))
-        within = max(0.0, float((parts.timestep + parts.noise)[0]))
-        best = best_resamples(between, within, self.cost)
-        one, least = (variance_times_cost(between, within, self.cost, k) for k in (1, best))
-        return best, one / least if least > 0 else 1.0
+        within = max(0.0, now * float((parts.timestep + parts.noise)[0]))
+        cost = replace(self.cost, denoise=group * self.cost.denoise)
+        best = best_resamples(between, within, cost)
+        present, least = (variance_times_cost(between, within, cost, k) for k in (now, best))
+        return group * best, present / least if least > 0 else 1.0
 
     def saving(self, measured: Measured) -> float:
         """Return by how much less compute it needs for the same loss, by the noise-ratio model.
@@ -136,12 +149,19 @@ class Audit:
                 f"step takes {best.seconds / self.current.seconds:.2f} times as long."
             )
         text += f" What is left of it is {_shares(best.components)}. Training saves that at most."
+        factor = best.draws_per_sample / self.current.draws_per_sample
+        if best.efficiency.estimate < factor and self.resamples[0] <= self.current.draws_per_sample:
+            text += (
+                f" But encoding is cheap, and a batch of {factor:.3g} times as many samples would "
+                f"have less variance still, with as many draws."
+            )
         if self.noise_ratio < _NO_BOTTLENECK:
+            saving = self.saving(best)
+            expected = f"{saving:.2f} times less" if saving >= 1 else f"{1 / saving:.2f} times more"
             text += (
                 f" But noise is not what holds this training back: the batch gradient has "
                 f"{self.noise_ratio:.2g} times as much noise as signal, and the model of "
-                f"McCandlish et al. expects {self.saving(best):.2f} times less compute for the "
-                f"same loss."
+                f"McCandlish et al. expects {expected} compute for the same loss."
             )
         return text
 
@@ -150,7 +170,9 @@ class Audit:
         """The lines of a configuration that select the recommended estimator, or nothing."""
         if self.recommended is None or self.recommended.config is None:
             return ""
-        slots = {name: _pasteable(slot) for name, slot in self.recommended.config.items()}
+        own = self.current.config or {}
+        chosen = self.recommended.config
+        slots = {name: _pasteable(slot, own.get(name)) for name, slot in chosen.items()}
         settings = {"model": {"init_args": slots}}
         return str(yaml.safe_dump(settings, sort_keys=False))
 
@@ -208,7 +230,7 @@ class Audit:
         report.save(self, Path(folder))
 
     def _estimator(self, measured: Measured) -> dict[str, Any]:
-        fields = {name: getattr(measured, name) for name in ("name", "seconds", "config")}
+        fields = {name: getattr(measured, name) for name in _PLAIN_FIELDS}
         fields |= {
             "components": measured.components._asdict(),
             "errors": measured.errors._asdict(),
@@ -226,16 +248,22 @@ def _shares(parts: Components) -> str:
     return ", ".join(f"{share:.0f} % {name}" for name, share in shares.items())
 
 
-def _pasteable(described: Any) -> Any:
-    """Return a described object with its short name, without arguments at their defaults."""
+def _pasteable(described: Any, present: Any = None) -> Any:
+    """Return a described object with its short name, without arguments at their defaults.
+
+    Configurations merge: an argument that an object of the same class has at present stays unless
+    it is named.
+    """
     if not isinstance(described, dict) or "class_path" not in described:
         return described
     kind: Any = imported(described["class_path"])
+    is_same = isinstance(present, dict) and present.get("class_path") == described["class_path"]
+    before = present.get("init_args", {}) if is_same else {}
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
     arguments = {
-        name: _pasteable(value)
+        name: _pasteable(value, before.get(name))
         for name, value in described.get("init_args", {}).items()
-        if value != defaults.get(name)
+        if value != defaults.get(name) or value != before.get(name, value)
     }
     is_ours = described["class_path"].startswith("lightning_vr.")
     short = {"class_path": kind.__name__ if is_ours else described["class_path"]}

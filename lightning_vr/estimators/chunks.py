@@ -138,7 +138,11 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.gradients
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "The loss of draws in chunks can be differentiated once: its gradient is not kept."
+            )
         return None, None, *(None if g is None else g * cotangent for g in gradients)
 
 

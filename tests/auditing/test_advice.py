@@ -1,6 +1,7 @@
 """What an audit advises, given what it measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from lightning_vr.auditing.report import page, table
 from lightning_vr.auditing.result import Measured
 from lightning_vr.cli.command import VRCLI
 from lightning_vr.configuration import describe
+from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.stf import STF
+from lightning_vr.proposals import LearnedProposal, TableProposal
 from lightning_vr.variance.accounting import CostModel
 from lightning_vr.variance.bootstrap import Interval
 from lightning_vr.variance.components import Components
@@ -37,14 +40,15 @@ def current(squared_mean=0.1):
     return Measured("current", parts, components(0.1, 0.1, 0.1), 0.01, one, one)
 
 
-def an_audit(*rivals, squared_mean=0.1, upstream=1e-5):
+def an_audit(*rivals, squared_mean=0.1, upstream=1e-5, own=None, draws_per_sample=1, **settings):
     statistics = GradientStatistics(["all"], torch.tensor([0.1, 1.0]))
     statistics.add(Components(*(x.repeat(2) for x in components())))
     for level in range(2):
         statistics.add_level(level, components())
     cost = CostModel(1e-3, upstream, 1e-4)
-    estimators = [current(squared_mean), *rivals]
-    return Audit(estimators, statistics, 10, cost, repetitions=50, seconds=12.0)
+    present = replace(current(squared_mean), config=own, draws_per_sample=draws_per_sample)
+    estimators = [present, *rivals]
+    return Audit(estimators, statistics, 10, cost, repetitions=50, seconds=12.0, **settings)
 
 
 def test_the_candidate_with_the_largest_sure_multiplier_is_recommended():
@@ -90,7 +94,11 @@ def test_where_noise_is_no_bottleneck_the_advice_says_so():
     assert audit.noise_ratio == pytest.approx(0.1)
     assert "noise is not what holds this training back" in audit.advice
     assert audit.saving(audit.recommended) == pytest.approx(1.1 / 1.05)
+    assert "1.05 times less compute" in audit.advice
     assert "not what holds" not in an_audit(measured("a", 2.0)).advice
+    # half the variance in 1.5 times as long: (1.5 * 1.05) / 1.1
+    dear = an_audit(measured("dear", 2.0, seconds=0.015), squared_mean=10.0)
+    assert "1.43 times more compute" in dear.advice
 
 
 def test_more_noise_draws_per_sample_are_best_where_encoding_is_dear():
@@ -103,6 +111,57 @@ def test_more_noise_draws_per_sample_are_best_where_encoding_is_dear():
     assert "9 noise draws per sample have an ECM of 2.78" in page(an_audit(upstream=9e-4))
 
 
+def test_the_best_number_of_draws_does_not_depend_on_how_many_there_are_now():
+    # the components are those of the mean of 4 draws: V_W is 4 * 9, K*² = 36 / 1 * 9e-4 / 1e-4
+    best, gain = an_audit(upstream=9e-4, draws_per_sample=4).resamples
+    assert best == 18
+    # H(4) = (1 + 9) (9 + 4), H(18) = (1 + 2) (9 + 18), in units of 1e-4
+    assert gain == pytest.approx(130 / 81)
+    assert "18 noise draws per sample have an ECM of 1.60 over the present 4" in page(
+        an_audit(upstream=9e-4, draws_per_sample=4)
+    )
+    # K*² = 36 * 1e-5 / 1e-4 < 6, and > 2: 2 is best, and H(4) / H(2) = (10 * 4.1) / (19 * 2.1)
+    best, gain = an_audit(upstream=1e-5, draws_per_sample=4).resamples
+    assert best == 2
+    assert gain == pytest.approx(41 / 39.9)
+
+
+def test_a_larger_batch_is_said_to_do_what_cheap_resamples_do():
+    twice = replace(measured("2 resamples", 1.5), draws_per_sample=2)
+    advice = an_audit(twice, upstream=1e-6).advice
+    assert "Train with 2 resamples" in advice
+    assert "a batch of 2 times as many samples would have less variance still" in advice
+    assert "as many samples" not in an_audit(twice, upstream=9e-4).advice
+    pairs = replace(measured("pairs", 2.5), draws_per_sample=2)
+    assert "as many samples" not in an_audit(pairs, upstream=1e-6).advice
+
+
+def test_antithetic_draws_are_counted_in_pairs():
+    # V_W of a pair is 9, a pair costs 2e-4: K*² = 9 * 9 / 2, and 6 * 7 is the first above
+    found = an_audit(upstream=9e-4, draws_per_sample=2, least_draws=2)
+    best, gain = found.resamples
+    assert best == 2 * 6
+    # H(1) = (1 + 9) (9 + 2), H(6) = (1 + 9 / 6) (9 + 12)
+    assert gain == pytest.approx(110 / 52.5)
+    best, gain = an_audit(upstream=1e-6, draws_per_sample=2, least_draws=2).resamples
+    assert (best, gain) == (2, 1.0)
+    assert "2 noise draws per sample are best, as now" in page(
+        an_audit(upstream=1e-6, draws_per_sample=2, least_draws=2)
+    )
+
+
+def parsed(tmp_path, *documents):
+    """The module of configurations that are given one after the other."""
+    flags = []
+    for i, text in enumerate(documents):
+        (tmp_path / f"{i}.yaml").write_text(text)
+        flags += ["--config", str(tmp_path / f"{i}.yaml")]
+    return VRCLI(args=flags, run=False).model
+
+
+BASE = "model:\n  class_path: DiffusionModule\n  init_args:\n    network: MLP\n"
+
+
 def test_the_lines_to_paste_select_the_estimator(tmp_path):
     config = {"target": describe(STF(64))}
     audit = an_audit(measured("STF(64)", 2.0, config=config))
@@ -110,12 +169,32 @@ def test_the_lines_to_paste_select_the_estimator(tmp_path):
         "model:\n  init_args:\n    target:\n      class_path: STF\n"
         "      init_args:\n        references: 64\n"
     )
-    settings = yaml.safe_load(audit.config)
-    settings["model"] |= {"class_path": "DiffusionModule"}
-    settings["model"]["init_args"]["network"] = {"class_path": "MLP"}
-    (tmp_path / "pasted.yaml").write_text(yaml.safe_dump(settings))
-    cli = VRCLI(args=["--config", str(tmp_path / "pasted.yaml")], run=False)
-    assert cli.model.target.references == 64
+    assert parsed(tmp_path, BASE, audit.config).target.references == 64
+
+
+def test_the_lines_to_paste_name_draws_and_their_proposal(tmp_path):
+    config = {"draws": describe(CARV(1, LearnedProposal()))}
+    audit = an_audit(measured("strata", 2.0, config=config))
+    assert audit.config == (
+        "model:\n  init_args:\n    draws:\n      class_path: CARV\n      init_args:\n"
+        "        resamples: 1\n        proposal:\n          class_path: LearnedProposal\n"
+    )
+    assert describe(parsed(tmp_path, BASE, audit.config).draws) == config["draws"]
+
+
+@pytest.mark.parametrize(
+    ("present", "better"),
+    [
+        (CARV(4, TableProposal([1.0, 2.0]), chunk_size=8), CARV(1)),
+        (CARV(4, LearnedProposal(bins=8), scope="none"), CARV(1, LearnedProposal())),
+        (CARV(2, antithetic=True), CARV(4)),
+    ],
+)
+def test_pasted_lines_leave_nothing_of_present_draws_behind(tmp_path, present, better):
+    own, config = {"draws": describe(present)}, {"draws": describe(better)}
+    before = yaml.safe_dump({"model": {"init_args": own}})
+    audit = an_audit(measured("better", 2.0, config=config), own=own)
+    assert describe(parsed(tmp_path, BASE, before, audit.config).draws) == config["draws"]
 
 
 def test_all_that_was_found_is_written(tmp_path):

@@ -4,32 +4,80 @@ import pytest
 from jsonargparse import ArgumentError
 
 from lightning_vr.auditing import Candidate
-from lightning_vr.auditing.candidates import check_candidates, default_candidates, read_candidates
+from lightning_vr.auditing.candidates import check_candidates, read_candidates
+from lightning_vr.auditing.defaults import default_candidates
+from lightning_vr.estimators.carv import CARV
+from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
 from lightning_vr.networks import MLP
+from lightning_vr.proposals import WeightProposal
+from lightning_vr.schedules import VP
+from lightning_vr.weightings import EDMWeighting, MinSNRWeighting
+
+TARGETS = ['STF("batch")', "STF(256)", "STF(1024)", 'STF("all")']
+DRAWS = ["strata", "strata, q learned", "pairs", "2 resamples", "4 resamples"]
+BOTH = ["STF(1024), strata, q learned", "STF(1024), pairs", "STF(1024), 4 resamples"]
 
 
-def names(target, size=2000):
-    return [c.name for c in default_candidates(DiffusionModule(MLP(), target=target), size)]
+def candidates(size=2000, **settings):
+    return {c.name: c for c in default_candidates(DiffusionModule(MLP(), **settings), size)}
+
+
+def names(size=2000, **settings):
+    return list(candidates(size, **settings))
 
 
 def test_the_estimators_that_ship_are_compared_less_the_current_one():
-    others = ['STF("batch")', "STF(256)", "STF(1024)", 'STF("all")']
-    assert names(DSM()) == others
-    assert names(STF(256)) == ["DSM", *(name for name in others if name != "STF(256)")]
-    assert names(STF("all")) == ["DSM", *others[:-1]]
-    assert "STF(256)" in names(STF(256, min_noise_level=0.5))
+    assert names() == [*TARGETS, *DRAWS, *BOTH]
+    assert "STF(256)" in names(target=STF(256, min_noise_level=0.5))
+
+
+def test_draws_are_compared_with_the_stf_that_the_module_has():
+    others = [name for name in TARGETS if name != "STF(256)"]
+    assert names(target=STF(256)) == ["DSM", *others, *DRAWS]
+    found = candidates(target=STF(256))
+    assert all(set(found[name].slots()) == {"draws"} for name in DRAWS)
+
+
+def test_independent_draws_are_compared_where_the_module_has_others():
+    found = candidates(draws=CARV(2))
+    others = [name for name in DRAWS if name != "2 resamples"]
+    assert list(found) == [*TARGETS, "IID", *others, *BOTH]
+    assert set(found["STF(256)"].slots()) == {"target"}
+    assert isinstance(found["IID"].draws, IID)
+    assert "2 resamples" in names(draws=CARV(2, WeightProposal()))
+
+
+def test_the_weight_is_a_proposal_only_where_it_depends_on_t():
+    assert "strata, q = weight" not in names(schedule=VP(), prediction="epsilon")
+    assert "strata, q = weight" not in names(weighting=EDMWeighting())
+    found = candidates(weighting=MinSNRWeighting())
+    assert isinstance(found["strata, q = weight"].draws.proposal, WeightProposal)
+
+
+def test_what_is_learned_with_one_target_is_not_used_with_another():
+    found = candidates()
+    alone, combined = found["strata, q learned"], found[BOTH[0]]
+    assert alone.draws.proposal is not combined.draws.proposal
+    # references are encoded and kept once
+    assert all(found[name].target is found["STF(1024)"].target for name in BOTH)
 
 
 def test_no_candidate_has_more_references_than_there_are_samples():
-    assert names(DSM(), size=200) == ['STF("batch")', 'STF("all")']
+    found = names(size=200)
+    assert [name for name in found if "STF" in name][:2] == ['STF("batch")', 'STF("all")']
+    assert 'STF("all"), pairs' in found
 
 
 def test_a_large_training_set_is_not_encoded_unasked(caplog):
     with caplog.at_level("INFO"):
-        assert names(DSM(), size=1_000_000) == ['STF("batch")']
+        found = names(size=1_000_000)
+    assert [name for name in found if "STF" in name][:2] == [
+        'STF("batch")',
+        'STF("batch"), strata, q learned',
+    ]
     assert "all 1000000 training samples" in caplog.text
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from commands import write
 
 from lightning_vr.cli import main, trainer
@@ -13,15 +14,19 @@ BUDGET = "--budget=2"
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    """Candidates that are quick to measure."""
-    monkeypatch.setattr("lightning_vr.auditing.candidates._REFERENCES", (64,))
+    """Few references, as there are few samples."""
+    monkeypatch.setattr("lightning_vr.auditing.defaults._REFERENCES", (64,))
 
 
 def test_an_audit_writes_its_findings_and_prints_advice(run, capsys):
     folder = run("audit", BUDGET)
     found = json.loads((folder / "audit.json").read_text())
     names = [estimator["name"] for estimator in found["estimators"]]
-    assert names == ["current", 'STF("batch")', "STF(64)", 'STF("all")']
+    targets = ['STF("batch")', "STF(64)", 'STF("all")']
+    draws = ["strata", "strata, q learned", "pairs", "2 resamples", "4 resamples"]
+    both = [f"STF(64), {name}" for name in ("strata, q learned", "pairs", "4 resamples")]
+    assert names == ["current", *targets, *draws, *both]
+    assert not found["skipped"]
     assert (folder / "audit.md").read_text().startswith("# Audit")
     assert (folder / "audit.png").stat().st_size > 10_000
     printed = " ".join(capsys.readouterr().out.split())
@@ -38,6 +43,30 @@ def test_candidates_come_from_a_file(run, folder):
     found = json.loads((run("audit", BUDGET, f"--candidates={path}") / "audit.json").read_text())
     assert [estimator["name"] for estimator in found["estimators"]] == ["current", "eight"]
     assert found["estimators"][1]["config"]["target"]["init_args"]["references"] == 8
+
+
+def test_the_lines_to_paste_train_with_draws_that_learn(run, folder):
+    draws = {"class_path": "CARV", "init_args": {"resamples": 2, "proposal": "LearnedProposal"}}
+    path = folder / "candidates.yaml"
+    path.write_text(json.dumps([{"name": "learned", "draws": draws}]))
+    # present draws whose weights are 0.5 or 50: anything is better
+    poor = {"class_path": "TableProposal", "init_args": {"probabilities": [0.99, 0.01]}}
+    arguments = {"resamples": 1, "proposal": poor, "scope": "none"}
+    own = {"class_path": "CARV", "init_args": arguments}
+    base = write(folder / "base.yaml", model={"init_args": {"draws": own}})
+    audited = run("audit", "--budget=4", f"--candidates={path}", f"--config={base}")
+    found = json.loads((audited / "audit.json").read_text())
+    assert found["recommended"] == "learned"
+
+    pasted = folder / "pasted.yaml"
+    pasted.write_text(found["config"])
+    trained = run("fit", f"--config={base}", f"--config={pasted}")
+    weights = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    # two steps of 256 samples, two draws of each
+    table = weights["draws.proposal.table"]
+    assert table[2].sum() == 2 * 256 * 2
+    settings = yaml.safe_load((trained / "config.yaml").read_text())["model"]["init_args"]["draws"]
+    assert settings["init_args"]["scope"] == "auto"
 
 
 def test_a_checkpoint_gives_the_weights_that_training_would_go_on_from(run, folder, monkeypatch):

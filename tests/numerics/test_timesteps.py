@@ -107,6 +107,32 @@ def test_a_truncated_density_integrates_to_one_and_is_zero_elsewhere(density, lo
 
 
 @continuous
+@bins
+def test_the_cdf_inverts_the_icdf(density, low, high):
+    u = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
+    for part in (density, Truncated(density, low, high)):
+        torch.testing.assert_close(part.cdf(part(u)), u, rtol=1e-9, atol=1e-11)
+
+
+@continuous
+@bins
+def test_the_cdf_is_zero_below_the_support_and_one_above(density, low, high):
+    part = Truncated(density, low, high)
+    outside = torch.tensor([0.5 * low, 0.5 + 0.5 * high], dtype=torch.float64)
+    below, above = part.cdf(density(outside)).tolist()
+    assert below == 0 or low == 0
+    assert above == 1 or high == 1
+
+
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_the_cdf_of_a_step_is_the_middle_of_its_cell(steps):
+    density, t = UniformSteps(steps), torch.arange(steps, dtype=torch.float64)
+    edges = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    torch.testing.assert_close(density.cdf(t), 0.5 * (edges[1:] + edges[:-1]))
+    assert torch.equal(density(density.cdf(t)), t)
+
+
+@continuous
 def test_all_bins_together_are_the_whole(density):
     """Times drawn in turn from equally likely bins are those of the density itself."""
     u = (torch.arange(100, dtype=torch.float64) + 0.5) / 100

@@ -1,0 +1,179 @@
+"""Candidates made ready to be measured as they would be in the midst of training.
+
+Targets get their references, encoded once. Proposals see batches until they have learned: one that
+has seen nothing is the base density. ``resamples="auto"`` gets the K that its own pilot chooses
+here, as it would in training.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch.func import functional_call
+
+from lightning_vr.auditing.candidates import Candidate
+from lightning_vr.checks import check_clean, check_draws
+from lightning_vr.estimators.carv import CARV
+from lightning_vr.estimators.chunks import mean_in_chunks
+from lightning_vr.estimators.draws import Draws
+from lightning_vr.module import DiffusionModule
+from lightning_vr.noisy_losses import DiffusionLoss
+from lightning_vr.proposals import LearnedProposal
+from lightning_vr.resampling import resamples_pilot
+from lightning_vr.training_set import encoded_training_set
+from lightning_vr.types import Clean, LossEstimate, Noised, TargetEstimate
+from lightning_vr.variance.gradients import Source
+from lightning_vr.variance.rows import leaves, row_count
+
+_LEAST_SEEN = 16
+"""Draws that each bin of a learned proposal must have had, twice what makes it leave p."""
+
+_LEAST_BATCHES = 8
+_MOST_BATCHES = 100
+"""Batches after which a proposal with the default memory of 100 steps changes little."""
+
+_PATIENCE = 512
+"""Batches after which bins that are still not seen never will be."""
+
+
+def with_own_draws(candidates: list[Candidate]) -> list[Candidate]:
+    """Return candidates whose draws may learn, and leave those of the caller as they are."""
+    return [replace(c, draws=copy.deepcopy(c.draws)) for c in candidates]
+
+
+def fill_targets(
+    trainer: Trainer, module: DiffusionModule, candidates: list[Candidate]
+) -> dict[str, str]:
+    """Give targets their references, encoded once.
+
+    Returns:
+        Names of candidates that cannot have any, and why.
+    """
+
+    def encode(positions: torch.Tensor, batch: Any) -> Clean:
+        clean = module.clean(batch)
+        check_clean(clean, module.num_classes, positions)
+        return clean
+
+    skipped, filled = {}, set()
+    needs = [c for c in candidates if c.target is not None and c.target.bank_size != 0]
+    data: Clean | None = None
+    if needs:
+        data = encoded_training_set(trainer, encode, "Encoding references")
+    for candidate in needs:
+        assert candidate.target is not None
+        if data is None:
+            skipped[candidate.name] = "samples have a condition beyond class labels"
+        elif data.index is None and getattr(candidate.target, "references", None) == "all":
+            skipped[candidate.name] = "batches carry no sample indices"
+        elif candidate.target not in filled:
+            candidate.target.fill(data.x0, data.group, indexed=data.index is not None)
+            filled.add(candidate.target)
+    return skipped
+
+
+def refused_draws(module: DiffusionModule, candidates: list[Candidate]) -> dict[str, str]:
+    """Return names of candidates whose draws do not fit the module, and why."""
+    refused = {}
+    for candidate in candidates:
+        if candidate.draws is None:
+            continue
+        try:
+            check_draws(candidate.draws, module.objective, module.network)
+        except ValueError as error:
+            refused[candidate.name] = str(error).rstrip(".")
+    return refused
+
+
+def learn(
+    loss: DiffusionLoss,
+    candidates: list[Candidate],
+    batches: Iterator[Clean],
+    source: Source,
+    goes_on: Callable[[], bool],
+) -> dict[str, str]:
+    """Let draws learn from forward passes, as they would while training; on all ranks together.
+
+    The module's own draws learn only if their proposal has not seen enough to be one yet.
+
+    Args:
+        loss: The module's loss.
+        candidates: Those of the audit; one without draws stands for the module's own.
+        batches: Encoded batches without end.
+        source: Gives generators by key.
+        goes_on: Asked before each further batch once all proposals have seen enough.
+
+    Returns:
+        Names of candidates whose proposal could not see enough, and why.
+    """
+    module = loss.module
+    own = [c for c in candidates if c.draws is None][:1] if not _has_learned(module.draws) else []
+    learners = own + [c for c in candidates if c.draws is not None and _learns(c.draws)]
+    number = 0
+    while learners:
+        cold = [c for c in learners if not _has_learned(c.draws or module.draws)]
+        is_done = number >= _LEAST_BATCHES and not (cold or goes_on())
+        if is_done or number >= (_PATIENCE if cold else _MOST_BATCHES):
+            reason = f"its proposal saw too little in {number} batches"
+            return {c.name: reason for c in cold if c.draws is not None}
+        clean = next(batches)
+        for candidate in learners:
+            with candidate.in_place(module):
+                _observe(loss, clean, source, number)
+        number += 1
+    return {}
+
+
+def choose_resamples(
+    trainer: Trainer, module: DiffusionModule, candidates: list[Candidate], batches: Iterator[Any]
+) -> None:
+    """Let the pilots of ``resamples="auto"`` choose K where none has yet; all ranks must call it.
+
+    Args:
+        trainer: A trainer that is about to train.
+        module: Its module.
+        candidates: Those of the audit, the current estimator first.
+        batches: Batches without end.
+    """
+    for candidate in candidates:
+        with candidate.in_place(module):
+            pilot = resamples_pilot(module)
+            while pilot is not None and pilot.draws.pilot is None:
+                with trainer.precision_plugin.forward_context():
+                    pilot.before_step(next(batches))
+
+
+def least_draws(draws: Draws) -> int:
+    """Return how many draws of a sample come together: 2 in antithetic pairs."""
+    return draws.least_resamples if isinstance(draws, CARV) else 1
+
+
+def _learns(draws: Draws) -> bool:
+    return any(True for _ in draws.buffers())
+
+
+def _has_learned(draws: Draws) -> bool:
+    tables = [p.table for p in draws.modules() if isinstance(p, LearnedProposal)]
+    return all(float(table[2].min()) >= _LEAST_SEEN for table in tables)
+
+
+@torch.no_grad()
+def _observe(loss: DiffusionLoss, clean: Clean, source: Source, number: int) -> None:
+    """Show a batch to the draws that are in the module's slot."""
+    draws, objective = loss.module.draws, loss.module.objective
+    times = loss.times(clean, source("learn", number, "times"), 0.0, 1.0)
+    rows = loss.draw(clean, times, source("learn", number, "noise"))
+    # statistics of batch normalisation must stay what they are
+    buffers = {name: buffer.clone() for name, buffer in loss.named_buffers()}
+    mean, per_draw = mean_in_chunks(
+        loss,
+        lambda part: functional_call(loss, buffers, (part,)),
+        rows,
+        loss.chunk(row_count(rows), leaves(rows)[0].device),
+    )
+    noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
+    draws.observe(LossEstimate(mean, per_draw, noised, target), objective)
+    draws.advance()
