@@ -19,7 +19,9 @@ import json
 import math
 import statistics
 import time
-from functools import partial
+import warnings
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,9 @@ def train_autoencoder(options: argparse.Namespace, data: Digits, folder: Path) -
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
-            print(f"autoencoder, step {step}: squared error {float(error):.4f}", flush=True)
+            print(
+                f"autoencoder, step {step}: squared error {float(error.detach()):.4f}", flush=True
+            )
 
     with torch.no_grad():
         images = enlarged(next(iter(data.train_dataloader()))["image"], options.image_size, 1)
@@ -151,6 +155,8 @@ def build(options: argparse.Namespace, draws: CARV, weights: Path | None = None)
 
 
 def fit(module: LatentDiffusion, data: Digits, steps: int) -> None:
+    # the autoencoder's, on purpose
+    warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")
     Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -184,6 +190,7 @@ def estimator(kind: str, resamples: int | str, weights: Path) -> CARV:
 
 def encoded_batches(module: LatentDiffusion, data: Digits, count: int) -> list[Clean]:
     """Encode batches, those of an epoch disjoint as those of an endless data set would be."""
+    torch.manual_seed(1)  # the same ones when a run goes on
     found: list[Clean] = []
     while len(found) < count:
         found += [module.clean(batch) for batch in data.train_dataloader()]
@@ -255,22 +262,14 @@ class Results(dict):
 def measure(options: argparse.Namespace, data: Digits, weights: Path, results: Results) -> None:
     """Measure what is not known yet: the pilot, the K of auto, variances and seconds for each K."""
     module = build(options, CARV(1), weights)
-    every = encoded_batches(module, data, 2 * options.batches)
-    batches, pilot_batches = every[: options.batches], every[options.batches :]
+
+    @cache
+    def batches() -> list[Clean]:
+        return encoded_batches(module, data, 2 * options.batches)
 
     if "pilot" not in results:
         module.draws = estimator("independent", PILOT, weights)
-        results.keep("pilot", components(module, pilot_batches, "pilot"))
-    if "pilot_seconds" not in results:
-        # the largest steps of the sweep are left to be predicted
-        r = options.samples
-        shapes = [(r // 4, 1), (r // 4, 4), (r // 2, 2), (r, 1), (r, 4)]
-        steps = {
-            f"{samples} {k}": (samples, estimator("independent", k, weights))
-            for samples, k in shapes
-        }
-        results.keep("pilot_seconds", StepTimer(module, data).measure(steps, options.rounds))
-
+        results.keep("pilot", components(module, batches()[options.batches :], "pilot"))
     arms = {f"{kind} {k}": estimator(kind, k, weights) for kind in KINDS for k in options.resamples}
     for kind in KINDS:
         chosen = results.get(f"auto {kind}") or []
@@ -285,12 +284,22 @@ def measure(options: argparse.Namespace, data: Digits, weights: Path, results: R
     for name, draws in arms.items():
         if f"variance {name}" not in results and not name.endswith("auto"):
             module.draws = draws
-            results.keep(f"variance {name}", components(module, batches, "sweep"))
+            results.keep(
+                f"variance {name}", components(module, batches()[: options.batches], "sweep")
+            )
             total = statistics.fmean(each[3] for each in results[f"variance {name}"])
             print(f"{name}: variance {total:.4g}", flush=True)
-    if set(results.get("seconds", {})) != set(arms):
-        steps = {name: (options.samples, draws) for name, draws in arms.items()}
+    steps = {name: (options.samples, draws) for name, draws in arms.items()}
+    # the pilot's steps in the same rounds; the largest of the sweep are left to be predicted
+    for samples, k in pilot_shapes(options.samples):
+        steps[f"pilot {samples} {k}"] = (samples, estimator("independent", k, weights))
+    if set(results.get("seconds", {})) != set(steps):
         results.keep("seconds", StepTimer(module, data).measure(steps, options.rounds))
+
+
+def pilot_shapes(samples: int) -> list[tuple[int, int]]:
+    """Return R and K of the steps that the model of their seconds is fitted to."""
+    return [(samples // 4, 1), (samples // 4, 4), (samples // 2, 2), (samples, 1), (samples, 4)]
 
 
 def automatic(
@@ -310,95 +319,107 @@ def summarise(options: argparse.Namespace, results: Results) -> dict[str, Any]:
     pilot = torch.tensor(results["pilot"], dtype=torch.float64)
     between = bootstrap(lambda mean: mean, pilot[:, 0])
     within = bootstrap(lambda mean: PILOT * mean, pilot[:, 1] + pilot[:, 2])
-    samples = options.samples
-    cost = cost_model(results["pilot_seconds"], samples)
+    cost = cost_model(results["seconds"], options.samples)
+    shared = cost.upstream + cost.fixed / options.samples
+    squared_optimum = max(0.0, within.estimate / between.estimate) / cost.denoise
 
-    def predicted(k: float) -> float:
-        return (between.estimate + within.estimate / k) * cost.seconds(samples, k) / samples
-
-    baseline = "independent 1"
     rows = []
+    automatic = {}
     for kind in KINDS:
         chosen = [each["resamples"] for each in results[f"auto {kind}"]]
         middle = statistics.median_low(chosen)
-        for k in sorted({*options.resamples, middle}):
-            name = f"{kind} {k}"
-            total = torch.tensor(results[f"variance {name}"], dtype=torch.float64)[:, 3]
-            variance = bootstrap(lambda mean: mean, total)
-            base = torch.tensor(results[f"variance {baseline}"], dtype=torch.float64)[:, 3]
-            efficiency = relative_efficiency(base, total)
-            own, theirs = (
-                torch.tensor(results["seconds"][each]).sum(dim=1) for each in (name, baseline)
-            )
-            gain = effective_compute_multiplier(efficiency, theirs, own)
-            split = torch.tensor(results["seconds"][name]).median(dim=0).values
-            row = {
-                "kind": kind,
-                "resamples": k,
-                "variance": variance,
-                "predicted_variance": between.estimate + within.estimate / k,
-                "seconds": float(own.median()),
-                "encode_seconds": float(split[0]),
-                "predicted_seconds": cost.seconds(samples, k),
-                "product": variance.estimate * float(own.median()) / samples,
-                "predicted_product": predicted(k),
-                "multiplier": gain,
-                "predicted_multiplier": predicted(1) / predicted(k),
-                "auto": k == middle,
-            }
-            rows.append(row)
-    automatic = {}
-    for kind in KINDS:
-        own = [row for row in rows if row["kind"] == kind]
-        least = min(row["product"] for row in own)
-        at_auto = next(row for row in own if row["auto"])
-        chunked = median_step(results["seconds"][f"{kind} auto"])
-        automatic[kind] = {
-            "resamples": [each["resamples"] for each in results[f"auto {kind}"]],
-            "over_least": at_auto["product"] / least,
-            "over_least_in_chunks": at_auto["product"] / at_auto["seconds"] * chunked / least,
-            "chunked_seconds": chunked,
-        }
-    upstream = statistics.median(s[0] for s in results["seconds"][baseline]) / samples
-    ratio = cost.upstream / cost.denoise
+        found = [
+            compare(results, kind, k, options.samples, between.estimate, within.estimate, cost)
+            for k in sorted({*options.resamples, middle})
+        ]
+        for row in found:
+            row["auto"] = row["resamples"] == middle
+        rows += found
+        automatic[kind] = {"resamples": chosen} | judge(results, kind, found, cost)
     return {
-        "cost": {
-            "fixed": cost.fixed,
-            "upstream": cost.upstream,
-            "denoise": cost.denoise,
-            "misfit": cost.misfit,
-            "ratio": ratio,
-            "encode_alone": upstream,
-        },
+        "cost": asdict(cost) | {"ratio": cost.upstream / cost.denoise},
         "between": between,
         "within": within,
-        "optimum": math.sqrt(max(0.0, within.estimate / between.estimate * ratio)),
-        "optimum_with_fixed": math.sqrt(
-            max(0.0, within.estimate / between.estimate)
-            * ((cost.upstream + cost.fixed / samples) / cost.denoise)
-        ),
+        "optimum": math.sqrt(squared_optimum * cost.upstream),
+        "optimum_with_fixed": math.sqrt(squared_optimum * shared),
         "rows": rows,
         "auto": automatic,
     }
 
 
-def cost_model(found: dict[str, list[list[float]]], samples: int) -> CostModel:
-    """Fit the seconds of steps, each sample encoded as fast as in a batch of ``samples``."""
-    shapes = [tuple(map(int, name.split())) for name in found]
-    encoding = {
-        shape: statistics.median(parts[0] for parts in each)
-        for shape, each in zip(shapes, found.values(), strict=True)
+def compare(
+    results: Results,
+    kind: str,
+    resamples: int,
+    samples: int,
+    between: float,
+    within: float,
+    cost: CostModel,
+) -> dict[str, Any]:
+    """Return what was measured at one K, and what the pilot predicts."""
+
+    def predicted(k: int) -> float:
+        return (between + within / k) * cost.seconds(samples, k) / samples
+
+    total, base = (
+        torch.tensor(results[f"variance {name}"], dtype=torch.float64)[:, 3]
+        for name in (f"{kind} {resamples}", "independent 1")
+    )
+    seconds, theirs = (
+        torch.tensor(results["seconds"][name]) for name in (f"{kind} {resamples}", "independent 1")
+    )
+    variance = bootstrap(lambda mean: mean, total)
+    step = float(seconds.sum(dim=1).median())
+    return {
+        "kind": kind,
+        "resamples": resamples,
+        "variance": variance,
+        "predicted_variance": between + within / resamples,
+        "seconds": step,
+        "encode_seconds": float(seconds[:, 0].median()),
+        "predicted_seconds": cost.seconds(samples, resamples),
+        "product": variance.estimate * step / samples,
+        "predicted_product": predicted(resamples),
+        "multiplier": effective_compute_multiplier(
+            relative_efficiency(base, total), theirs.sum(dim=1), seconds.sum(dim=1)
+        ),
+        "predicted_multiplier": predicted(1) / predicted(resamples),
     }
-    rest = [statistics.median(parts[1] for parts in each) for each in found.values()]
-    seconds = [
-        encoding[samples, 1] * shape[0] / samples + other
-        for shape, other in zip(shapes, rest, strict=True)
-    ]
-    return CostModel.fit(*zip(*shapes, strict=True), seconds)
 
 
-def median_step(found: list[list[float]]) -> float:
-    return statistics.median(sum(parts) for parts in found)
+def judge(
+    results: Results, kind: str, rows: list[dict[str, Any]], cost: CostModel
+) -> dict[str, float]:
+    """Return variance times seconds of the K of auto over the least of all K.
+
+    In one pass through the network, in the chunks that auto takes by default, and without the
+    seconds that a step takes whatever its size: those are shared by more samples just as well.
+    """
+    chosen = next(row for row in rows if row["auto"])
+    found = torch.tensor(results["seconds"][f"{kind} auto"]).sum(dim=1)
+    theirs = torch.tensor(results["seconds"][f"{kind} {chosen['resamples']}"]).sum(dim=1)
+    slower = float((found / theirs).median())
+    least = min(1 / row["multiplier"].estimate for row in rows)
+    over_least = 1 / chosen["multiplier"].estimate / least
+    beyond = {
+        row["resamples"]: row["variance"].estimate * (row["predicted_seconds"] - cost.fixed)
+        for row in rows
+    }
+    return {
+        "over_least": over_least,
+        "over_least_in_chunks": over_least * slower,
+        "over_least_without_fixed": beyond[chosen["resamples"]] / min(beyond.values()),
+        "chunked_over_whole": slower,
+    }
+
+
+def cost_model(found: dict[str, list[list[float]]], samples: int) -> CostModel:
+    """Fit the seconds of steps after encoding, and add those of encoding in a whole batch."""
+    shapes = pilot_shapes(samples)
+    steps = [torch.tensor(found[f"pilot {r} {k}"]).median(dim=0).values for r, k in shapes]
+    rest = CostModel.fit(*zip(*shapes, strict=True), [float(seconds) for _, seconds in steps])
+    encoding = float(steps[shapes.index((samples, 1))][0])
+    return replace(rest, upstream=rest.upstream + encoding / samples)
 
 
 def report(summary: dict[str, Any], samples: int) -> str:
@@ -407,8 +428,7 @@ def report(summary: dict[str, Any], samples: int) -> str:
     lines = [
         f"a step of R = {samples} samples takes {1e3 * cost['fixed']:.3g} ms, and for each sample "
         f"{1e3 * cost['upstream']:.3g} ms + K {1e3 * cost['denoise']:.3g} ms "
-        f"(misfit {100 * cost['misfit']:.0f} %): encoding costs {cost['ratio']:.2g} draws "
-        f"(timed alone {1e3 * cost['encode_alone']:.3g} ms)",
+        f"(misfit {100 * cost['misfit']:.0f} %): encoding costs {cost['ratio']:.2g} draws",
         f"V_B = {interval(summary['between'])}, V_W = {interval(summary['within'])}; "
         f"K* = {summary['optimum']:.2g}, with the fixed time shared by R samples "
         f"{summary['optimum_with_fixed']:.2g}",
@@ -428,14 +448,26 @@ def report(summary: dict[str, Any], samples: int) -> str:
             f"{'  <- auto' if row['auto'] else ''}"
         )
     lines.append("")
+    for what in ("variance", "seconds", "product", "multiplier"):
+        ratios = [
+            first(row[f"predicted_{what}"]) / first(row[what])
+            for row in summary["rows"]
+            if row["kind"] == "independent"
+        ]
+        lines.append(f"predicted over realised {what}: {min(ratios):.2f} to {max(ratios):.2f}")
     for kind, found in summary["auto"].items():
         lines.append(
-            f"auto, {KINDS[kind]}: K = {', '.join(map(str, found['resamples']))} over seeds; the "
-            f"middle one has {found['over_least']:.2f} times the least variance x seconds, "
-            f"{found['over_least_in_chunks']:.2f} times in its default chunks "
-            f"({1e3 * found['chunked_seconds']:.1f} ms)"
+            f"auto, {KINDS[kind]}: K = {', '.join(map(str, found['resamples']))} over seeds; "
+            f"variance x seconds of the middle one over the least: {found['over_least']:.2f}, "
+            f"without the fixed time {found['over_least_without_fixed']:.2f}, in default chunks "
+            f"(a step takes {found['chunked_over_whole']:.2f} times as long) "
+            f"{found['over_least_in_chunks']:.2f}"
         )
     return "\n".join(lines)
+
+
+def first(value: Any) -> float:
+    return value if isinstance(value, float) else value[0]
 
 
 def interval(found: Interval) -> str:
@@ -507,7 +539,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae_steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=800, help="of training the denoiser")
     parser.add_argument("--batches", type=int, default=96, help="for each variance")
-    parser.add_argument("--rounds", type=int, default=25, help="of timing")
+    parser.add_argument("--rounds", type=int, default=40, help="of timing")
     parser.add_argument("--seeds", type=int, default=5, help="for the K of auto")
     parser.add_argument("--folder", type=Path, default=Path("runs/latent_resampling"))
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")

@@ -202,7 +202,8 @@ class DiffusionModule(LightningModule):
             self._checked_modes.add(self.training)
         draws = draws or self.draws
         times = draws.times(clean, self.objective, source, share)
-        return self.regress(*self.draw(clean, source, times, draws=draws, target=target))
+        found = self.draw(clean, source, times, draws=draws, target=target)
+        return self.regress(*found, draws=draws)
 
     def draw(
         self,
@@ -227,9 +228,11 @@ class DiffusionModule(LightningModule):
             noised = replace(noised, group=self._drop_labels(noised.group, source))
         return noised, (target or self.target)(noised, clean, source)
 
-    def regress(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
-        """Return the loss of the network on draws and their targets, chunk by chunk if need be."""
-        chunk = self.draws.chunk(len(noised.t), noised.t.device)
+    def regress(
+        self, noised: Noised, target: TargetEstimate, *, draws: Draws | None = None
+    ) -> LossEstimate:
+        """Return the loss of the network, in the chunks that ``draws``, or its own, ask for."""
+        chunk = (draws or self.draws).chunk(len(noised.t), noised.t.device)
         if chunk >= len(noised.t):
             return self._estimate(noised, target)
         rows = {"noised": tensors(noised), "target": tensors(target)}
