@@ -4,12 +4,13 @@ With V_B between samples and V_W within one, and seconds ``upstream`` to encode 
 ``denoise`` to train on one draw of it, variance times cost is least at ``K² = V_W upstream / (V_B
 denoise)`` (``variance.accounting``). No K gains more than ``1 + upstream / denoise``, so that the
 pilot ends after a few timed passes where ``encode`` is cheap. Elsewhere a nested design at the
-present weights tells V_B and V_W, with the very draws that training takes, strata and all. K
-depends on earlier draws alone, so that the estimate stays unbiased.
+present weights tells V_B and V_W, with the very draws that training takes, strata and all; and what
+a pass takes whatever its size counts as upstream, since the number of samples is given. K depends
+on earlier draws alone, so that the estimate stays unbiased.
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -61,94 +62,83 @@ class ResamplesPilot:
             return
         with undisturbed():
             clean = self.module.clean(batch)
-            cost = _cost(self._mean_over_ranks(*self._seconds(batch, clean)))
-            # no K gains more than this factor
-            if 1 + cost.upstream / cost.denoise <= _LEAST_GAIN:
-                self._take(step, self.draws.least_resamples, cost)
+            encode, denoise = self._mean_over_ranks(*self._seconds(batch, clean))
+            # no K gains more than this factor, but where a larger batch would gain it too
+            if 1 + encode / denoise <= _LEAST_GAIN:
+                reason = "so that no number of resamples could gain 5 %"
+                self._take(step, self.draws.least_resamples, encode / denoise, reason)
                 return
             self._batches.append(batch)
             if not self._agree(len(self._batches) * len(clean.x0) >= _PILOT_UNITS):
                 return
-            denoise = self._marginal_seconds(clean) or cost.denoise
-            cost = _cost(self._mean_over_ranks(cost.upstream, denoise))
+            fixed, marginal = self._mean_over_ranks(*self._pass_seconds(clean))
+            cost = CostModel(0.0, encode + fixed / len(clean.x0), marginal or denoise)
             between, within = self._mean_over_ranks(*self._components())
         self._batches = []
         if pilot is not None and "between" in pilot:
             between = _MEMORY * pilot["between"] + (1 - _MEMORY) * between
             within = _MEMORY * pilot["within"] + (1 - _MEMORY) * within
-        self._take(step, self._best(between, within, cost), cost, between, within)
+        best = self._best(between, within, cost)
+        reason = (
+            f"and the variance within a sample is {within / max(between, 1e-30):.3g} times that "
+            f"between samples; predicted ECM over one draw "
+            f"{_gain(between, within, cost, best, over=1):.2f}"
+        )
+        self._take(step, best, encode / cost.denoise, reason)
+        assert self.draws.pilot is not None
+        self.draws.pilot |= {"between": between, "within": within}
 
     def _best(self, between: float, within: float, cost: CostModel) -> int:
         """Return K of least variance times cost, unless the present one is nearly as good."""
         group = self.draws.least_resamples
-        pairs = _cost((cost.upstream, group * cost.denoise))
+        pairs = CostModel(0.0, cost.upstream, group * cost.denoise)
         largest = self.draws.max_resamples // group
         best = group * best_resamples(between, within / group, pairs, largest=largest)
-        products = [
-            variance_times_cost(max(between, 0.0), max(within, 0.0), cost, k)
-            for k in (self.draws.chosen, best)
-        ]
-        return best if products[0] > _LEAST_GAIN * products[1] else self.draws.chosen
+        gain = _gain(between, within, cost, best, over=self.draws.chosen)
+        return best if gain > _LEAST_GAIN else self.draws.chosen
 
-    def _take(
-        self,
-        step: int,
-        resamples: int,
-        cost: CostModel,
-        between: float | None = None,
-        within: float | None = None,
-    ) -> None:
-        """Take rank 0's K, keep what was found, and say why."""
-        device = self.module.device
-        before, self.draws.chosen = (
-            self.draws.chosen,
-            int(broadcast(torch.tensor(resamples, device=device))),
-        )
+    def _take(self, step: int, resamples: int, ratio: float, reason: str) -> None:
+        """Take rank 0's K, and say why."""
+        decision = broadcast(torch.tensor(resamples, device=self.module.device))
+        before, self.draws.chosen = self.draws.chosen, int(decision)
         self.draws.pilot = {"step": step}
-        ratio = cost.upstream / cost.denoise
-        reason = f"`encode` takes {ratio:.3g} times as long as a draw of the denoiser"
-        if between is None or within is None:
-            reason += ", so that no number of resamples could gain 5 %"
-        else:
-            self.draws.pilot |= {"between": between, "within": within}
-            one, found = (
-                variance_times_cost(max(between, 0.0), max(within, 0.0), cost, k)
-                for k in (1, self.draws.chosen)
-            )
-            gain = one / found if found > 0 else 1.0
-            reason += (
-                f", and the variance within a sample is {within / max(between, 1e-30):.3g} times "
-                f"that between samples; predicted ECM over one draw {gain:.2f}"
-            )
         rank_zero_info(
             f"CARV: K = {self.draws.chosen} draws of each sample from step {step} on "
-            f"({before} before): {reason}."
+            f"({before} before): `encode` takes {ratio:.3g} times as long as a draw of the "
+            f"denoiser, {reason}."
         )
 
     def _seconds(self, batch: Any, clean: Clean) -> tuple[float, float]:
         """Return seconds to encode a sample, and to train on one draw of it as things are."""
-        encode = _seconds(lambda: self._upstream(batch), self.module.device)
-        draws = len(clean.x0) * self.draws.chosen
-        return encode / len(clean.x0), self._pass_seconds(clean) / draws
+        count = len(clean.x0)
+        encode, denoise = self._medians(lambda: self._upstream(batch), self._pass(clean))
+        return encode / count, denoise / (count * self.draws.chosen)
 
-    def _marginal_seconds(self, clean: Clean) -> float:
-        """Return seconds that one draw more of a sample takes; 0 if that cannot be told."""
+    def _pass_seconds(self, clean: Clean) -> tuple[float, float]:
+        """Return seconds of a pass whatever its size, and of one draw more."""
         few, many = self.draws.least_resamples, self._pilot_resamples
         if few == many:
-            return 0.0
-        seconds = []
-        for resamples in (few, many):
-            with self._taking(resamples):
-                seconds.append(self._pass_seconds(clean))
-        return max(0.0, seconds[1] - seconds[0]) / ((many - few) * len(clean.x0))
+            return 0.0, 0.0
+        with self._taking(few):
+            smaller = self._pass(clean)
+        with self._taking(many):
+            larger = self._pass(clean)
+        seconds = self._medians(smaller, larger)
+        denoise = max(0.0, seconds[1] - seconds[0]) / ((many - few) * len(clean.x0))
+        return max(0.0, seconds[0] - few * len(clean.x0) * denoise), denoise
 
-    def _pass_seconds(self, clean: Clean) -> float:
-        """Return seconds to train on the draws of a batch, once it is encoded."""
+    def _pass(self, clean: Clean) -> Callable[[], Any]:
+        """Return a function that trains on the draws of a batch, short of the optimizer."""
         measurement = self._measurement()
         source = self._source("timing")
         times = self.draws.times(clean, self.module.objective, source)
         rows = measurement.loss.draw(clean, times, source)
-        return _seconds(lambda: measurement.gradient(rows, "timing"), self.module.device)
+        return lambda: measurement.gradient(rows, "timing")
+
+    def _medians(self, *functions: Callable[[], Any], rounds: int = 3) -> list[float]:
+        """Return the median seconds of calls in turn, after one of each to warm up."""
+        found = [[timed(f, self.module.device)[1] for f in functions] for _ in range(rounds + 1)]
+        return [statistics.median(times) for times in zip(*found[1:], strict=True)]
 
     def _components(self) -> tuple[float, float]:
         """Return V_B and V_W, both of one sample's gradient."""
@@ -213,14 +203,12 @@ def resamples_pilot(module: "DiffusionModule") -> ResamplesPilot | None:
     return None
 
 
-def _cost(seconds: Sequence[float]) -> CostModel:
-    upstream, denoise = seconds
-    return CostModel(fixed=0.0, upstream=upstream, denoise=denoise)
-
-
-def _seconds(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """Return the median seconds of a call, after one to warm up."""
-    return statistics.median([timed(function, device)[1] for _ in range(repeats + 1)][1:])
+def _gain(between: float, within: float, cost: CostModel, resamples: int, over: int) -> float:
+    """Return the ECM of K draws over another number."""
+    own, other = (
+        variance_times_cost(max(between, 0.0), max(within, 0.0), cost, k) for k in (resamples, over)
+    )
+    return other / own if own > 0 else 1.0
 
 
 def _concatenated(parts: list[Clean]) -> Clean:

@@ -61,7 +61,7 @@ def costing(monkeypatch):
 
     def cost(upstream, denoise=1.0, components=None):
         monkeypatch.setattr(ResamplesPilot, "_seconds", lambda *_: (upstream, denoise))
-        monkeypatch.setattr(ResamplesPilot, "_marginal_seconds", lambda *_: denoise)
+        monkeypatch.setattr(ResamplesPilot, "_pass_seconds", lambda *_: (0.0, denoise))
         if components is not None:
             monkeypatch.setattr(ResamplesPilot, "_components", lambda _: components)
 

@@ -26,7 +26,7 @@ class Saved(DiffusionModule):
 
 def test_ranks_average_what_they_find_and_take_the_same_k(tmp_path, monkeypatch):
     monkeypatch.setattr(ResamplesPilot, "_seconds", lambda *_: (4.0 + 10 * rank(), 1.0))
-    monkeypatch.setattr(ResamplesPilot, "_marginal_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(ResamplesPilot, "_pass_seconds", lambda *_: (0.0, 1.0))
     monkeypatch.setattr(ResamplesPilot, "_components", lambda _: (1.0 + 2 * rank(), 32.0))
     model = Saved(MLP(2, width=8, depth=1), draws=CARV())
     model.folder = tmp_path
