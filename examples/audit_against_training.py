@@ -1,6 +1,6 @@
-"""Check what an audit predicts against training: does the multiplier come true?
+"""Check what an audit of targets predicts against training: does the multiplier come true?
 
-Three workloads train with the plain target, with the candidate whose multiplier the audit says is
+Three workloads train with the plain target, with the STF whose multiplier the audit says is
 largest, and with the plain target at twice the batch size, each over several seeds. Compared is the
 compute (steps, times the seconds of a step that the audit measures) to reach the held-out denoising
 loss that the plain target has at the end, averaged over seeds. The doubled batch, which halves the
@@ -22,9 +22,10 @@ from diffusers import UNet2DModel
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from lightning_vr import DSM, EDM, MLP, STF, VE, DiffusionModule, audit
+from lightning_vr import DSM, EDM, MLP, STF, VE, Candidate, DiffusionModule, audit
 from lightning_vr.callbacks.after_validation import averaged_weights
 from lightning_vr.data import Digits, EightGaussians
+from lightning_vr.estimators.draws import Times
 from lightning_vr.estimators.dsm import Target
 from lightning_vr.rng import generator
 from lightning_vr.sampling import evaluating
@@ -86,7 +87,7 @@ class HeldOutLoss(Callback):
         count, source = len(clean.x0), generator("held out")
         u = (torch.randperm(count, generator=source) + torch.rand(count, generator=source)) / count
         t = module.timesteps.icdf(u.double().clamp(1e-9, 1 - 1e-9)).float()
-        self.clean, self.times = clean, (t, torch.ones_like(t))
+        self.clean, self.t = clean, t
 
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_: object) -> None:
         if trainer.global_step % self.every:
@@ -103,11 +104,9 @@ class HeldOutLoss(Callback):
             for start in range(0, len(self.clean.x0), 1024):
                 rows = slice(start, start + 1024)
                 clean: Clean = self.clean.rows(rows)
-                times = self.times[0][rows], self.times[1][rows]
-                noised, target = module.draw(
-                    clean, generator("held out", start), target=DSM(), times=times
-                )
-                total += float(module.regress(noised, target).per_draw.sum())
+                times = Times(self.t[rows], torch.ones_like(self.t[rows]))
+                found = module.draw(clean, generator("held out", start), times, target=DSM())
+                total += float(module.regress(*found).per_draw.sum())
         return total / len(self.clean.x0)
 
 
@@ -163,7 +162,9 @@ def predict(workload: str, budget: float, folder: Path) -> None:
     """Audit in the middle of training with the plain target; keep the best candidate."""
     _, halfway = train(workload, DSM(), seed=100, steps=WORKLOADS[workload] // 2)
     _, data = build(workload, DSM())
-    found = audit(halfway, data, budget=budget)
+    targets = [STF("batch"), STF(256), STF(1024), STF("all")]
+    rivals = [Candidate(f"STF({t.references!r})", target=t) for t in targets]
+    found = audit(halfway, data, rivals, budget=budget)
     found.save(folder / workload)
     best = max(found.estimators[1:], key=lambda measured: measured.multiplier.estimate)
     prediction = {

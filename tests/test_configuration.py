@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_vr
 from lightning_vr import (
+    CARV,
     DSM,
     EDM,
     IID,
@@ -20,6 +21,7 @@ from lightning_vr import (
     Cosine,
     DiffusersSchedule,
     EDMWeighting,
+    LearnedProposal,
     LogitNormal,
     LogNormal,
     LogNormalWeighting,
@@ -27,8 +29,10 @@ from lightning_vr import (
     MinSNRWeighting,
     RectifiedFlow,
     Sampler,
+    TableProposal,
     Uniform,
     UnitWeighting,
+    WeightProposal,
 )
 from lightning_vr.configuration import UndescribableError, describe, import_path, rebuild
 
@@ -93,6 +97,9 @@ def _objects():
         *(EDM(0.01, 40.0), VE(), VP(), Cosine(), RectifiedFlow()),
         *(Uniform(0.1, 0.9), LogUniform(0.1, 2.0), LogNormal(), LogitNormal()),
         *(IID(), DSM(), STF(5), STF("all", min_noise_level="auto")),
+        *(CARV(4, antithetic=True), CARV("auto", WeightProposal(), antithetic=(0.1, 2.0))),
+        *(WeightProposal(), TableProposal([1.0, 2.0]), LearnedProposal("loss", bins=8)),
+        CARV(1, LearnedProposal(floor=0.2), scope="sample", chunk_size=3),
         *(UnitWeighting("v", 0.5), EDMWeighting(), MinSNRWeighting(3.0), LogNormalWeighting()),
         *(Sampler(steps=4), MLP(width=8), MLP(width=8, num_class_embeds=3)),
         *(Numeric(), Nested(Nested(MLP(width=8))), Plain(Plain(1.5), [Plain(None)])),
@@ -104,7 +111,7 @@ def _objects():
 
 def state(value):
     if isinstance(value, nn.Module):
-        return {name: tuple(x.shape) for name, x in value.state_dict().items()}
+        return {name: getattr(x, "shape", x) for name, x in value.state_dict().items()}
     return None
 
 
