@@ -278,11 +278,9 @@ def measure(options: argparse.Namespace, data: Digits, weights: Path, results: R
             results.keep(f"auto {kind}", chosen)
         middle = statistics.median_low(each["resamples"] for each in chosen)
         arms.setdefault(f"{kind} {middle}", estimator(kind, middle, weights))
-        arms[f"{kind} auto"] = estimator(kind, "auto", weights)
-        arms[f"{kind} auto"].chosen = middle
 
     for name, draws in arms.items():
-        if f"variance {name}" not in results and not name.endswith("auto"):
+        if f"variance {name}" not in results:
             module.draws = draws
             results.keep(
                 f"variance {name}", components(module, batches()[: options.batches], "sweep")
@@ -335,7 +333,9 @@ def summarise(options: argparse.Namespace, results: Results) -> dict[str, Any]:
         for row in found:
             row["auto"] = row["resamples"] == middle
         rows += found
-        automatic[kind] = {"resamples": chosen} | judge(results, kind, found, cost)
+        products = [1 / row["multiplier"].estimate for row in found]
+        own = next(p for p, row in zip(products, found, strict=True) if row["auto"])
+        automatic[kind] = {"resamples": chosen, "over_least": own / min(products)}
     return {
         "cost": asdict(cost) | {"ratio": cost.upstream / cost.denoise},
         "between": between,
@@ -387,32 +387,6 @@ def compare(
     }
 
 
-def judge(
-    results: Results, kind: str, rows: list[dict[str, Any]], cost: CostModel
-) -> dict[str, float]:
-    """Return variance times seconds of the K of auto over the least of all K.
-
-    In one pass through the network, in the chunks that auto takes by default, and without the
-    seconds that a step takes whatever its size: those are shared by more samples just as well.
-    """
-    chosen = next(row for row in rows if row["auto"])
-    found = torch.tensor(results["seconds"][f"{kind} auto"]).sum(dim=1)
-    theirs = torch.tensor(results["seconds"][f"{kind} {chosen['resamples']}"]).sum(dim=1)
-    slower = float((found / theirs).median())
-    least = min(1 / row["multiplier"].estimate for row in rows)
-    over_least = 1 / chosen["multiplier"].estimate / least
-    beyond = {
-        row["resamples"]: row["variance"].estimate * (row["predicted_seconds"] - cost.fixed)
-        for row in rows
-    }
-    return {
-        "over_least": over_least,
-        "over_least_in_chunks": over_least * slower,
-        "over_least_without_fixed": beyond[chosen["resamples"]] / min(beyond.values()),
-        "chunked_over_whole": slower,
-    }
-
-
 def cost_model(found: dict[str, list[list[float]]], samples: int) -> CostModel:
     """Fit the seconds of steps after encoding, and add those of encoding in a whole batch."""
     shapes = pilot_shapes(samples)
@@ -458,10 +432,7 @@ def report(summary: dict[str, Any], samples: int) -> str:
     for kind, found in summary["auto"].items():
         lines.append(
             f"auto, {KINDS[kind]}: K = {', '.join(map(str, found['resamples']))} over seeds; "
-            f"variance x seconds of the middle one over the least: {found['over_least']:.2f}, "
-            f"without the fixed time {found['over_least_without_fixed']:.2f}, in default chunks "
-            f"(a step takes {found['chunked_over_whole']:.2f} times as long) "
-            f"{found['over_least_in_chunks']:.2f}"
+            f"variance x seconds of the middle one over the least: {found['over_least']:.2f}"
         )
     return "\n".join(lines)
 
@@ -523,7 +494,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     right.set_title("where the time of a step goes")
     right.set_ylabel("milliseconds")
     right.legend(fontsize=8)
-    left.set_xticks([row["resamples"] for row in line], [str(row["resamples"]) for row in line])
+    powers = [k for k in (row["resamples"] for row in line) if k & (k - 1) == 0]
+    left.set_xticks(powers, [str(k) for k in powers])
     left.minorticks_off()
     for axes in (left, right):
         axes.set_xlabel("K, draws of each latent")
