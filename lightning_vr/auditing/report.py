@@ -140,6 +140,6 @@ def _draw_multipliers(axes: "Axes", audit: "Audit") -> None:
         axes.plot(min(multiplier.estimate, 10.0), i, "o", color="tab:blue")
     axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
     axes.set_yticks(at, [m.name for m in rivals])
-    axes.set_xlabel("effective compute multiplier over the current estimator, 95 %")
+    axes.set_xlabel("effective compute multiplier, 95 % interval")
     axes.set_title("what each would save")
     axes.grid(axis="x", alpha=0.3)
