@@ -1,4 +1,4 @@
-"""CARV: the compute-aware, amortized hierarchical sampler of times and noise.
+"""CARV: hierarchical draws of times and noise that amortize an expensive upstream.
 
 An expensive ``encode`` runs once for each of R samples, and each sample is noised K times:
 
@@ -6,13 +6,13 @@ An expensive ``encode`` runs once for each of R samples, and each sample is nois
     Var ĝ = (V_B + V_W / K) / R,
 
 V_B between samples and V_W within one (Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv
-2605.21489, equations 5, 13, 14, 15 and 17). Three things lower V_W, none of which costs anything:
+2605.21489, equations 5, 13, 14, 15 and 17). Three things lower V_W at no cost of time:
 
 * times from a proposal q (``proposals.py``);
 * jittered strata, ``u = (k + ξ)/K`` with independent ξ: one draw in each of K equally likely parts
   of q, for every sample, for the whole optimizer step, or for both at once (a Latin hypercube);
 * antithetic pairs of noise, ``±ε`` at one time, which cancel what is odd in ε (Owen 2013, "Monte
-  Carlo theory, methods and examples", section 8.2).
+  Carlo theory, methods and examples", section 8.2), for half as many times.
 
 Each draw has the density q when the strata are averaged over, all draws count alike, and weights
 are plain: the estimate is unbiased for all combinations.
