@@ -149,9 +149,9 @@ class WeightProposal(Proposal):
 
     The product of loss weight and p/q, computed as one number, is then the same for all draws, so
     that none explodes: exactly for discrete timesteps, else to the resolution of the table. It
-    costs nothing and has nothing to learn. Where the weight on the network's own error does not depend
-    on t, as by default, it is the base density. Bettencourt et al. 2026 find 94 to 97 % of what the
-    best q would save, in score distillation.
+    costs nothing and has nothing to learn. Where the weight on the network's own error does not
+    depend on t, as by default, it is the base density. Bettencourt et al. 2026 find 94 to 97 % of
+    what the best q would save, in score distillation.
     """
 
     def __init__(self) -> None:
