@@ -53,6 +53,10 @@ class CARV(Draws):
             ``resamples="auto"`` on an accelerator as many as samples.
         max_resamples: Largest K of ``"auto"``.
         pilot_every_n_steps: Optimizer steps from one pilot of ``"auto"`` to the next.
+
+    Attributes:
+        chosen: K that ``"auto"`` has chosen.
+        pilot: Step and findings of its latest pilot, or None before the first.
     """
 
     def __init__(
