@@ -96,13 +96,17 @@ class Audit:
 
     @property
     def recommended(self) -> Measured | None:
-        """The candidate with the largest ECM that is surely above 1, or None."""
+        """The candidate that saves most of those whose ECM is surely above 1, or None.
+
+        By the noise-ratio model, ``saving``: a longer step pays only as far as noise is what holds
+        training back, whatever the ECM.
+        """
         paying = [
             measured
             for measured in self.estimators[1:]
             if measured.multiplier.low > 1 and measured.multiplier.estimate >= _LEAST_GAIN
         ]
-        return max(paying, key=lambda measured: measured.multiplier.estimate, default=None)
+        return max(paying, key=self.saving, default=None)
 
     @property
     def resamples(self) -> tuple[int, float]:
@@ -155,8 +159,8 @@ class Audit:
                 f" But encoding is cheap, and a batch of {factor:.3g} times as many samples would "
                 f"have less variance still, with as many draws."
             )
-        if self.noise_ratio < _NO_BOTTLENECK:
-            saving = self.saving(best)
+        saving = self.saving(best)
+        if self.noise_ratio < _NO_BOTTLENECK or saving < 1:
             expected = f"{saving:.2f} times less" if saving >= 1 else f"{1 / saving:.2f} times more"
             text += (
                 f" But noise is not what holds this training back: the batch gradient has "

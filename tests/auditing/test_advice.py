@@ -101,6 +101,17 @@ def test_where_noise_is_no_bottleneck_the_advice_says_so():
     assert "1.43 times more compute" in dear.advice
 
 
+def test_a_longer_step_is_recommended_only_where_noise_is_what_holds_training_back():
+    rivals = measured("longer", 4.0, seconds=0.017), measured("as long", 1.9)
+    # ECM 2.35 and 1.9; with noise ratio 1/3: (4/3) / (1 + 1/12) / 1.7 = 0.72, and 1.13
+    audit = an_audit(*rivals, squared_mean=3.0)
+    assert audit.recommended.name == "as long"
+    assert audit.saving(audit.estimators[1]) == pytest.approx(16 / 13 / 1.7)
+    assert an_audit(*rivals, squared_mean=0.01).recommended.name == "longer"
+    alone = an_audit(rivals[0], squared_mean=3.0)
+    assert "1.38 times more compute" in alone.advice
+
+
 def test_more_noise_draws_per_sample_are_best_where_encoding_is_dear():
     assert an_audit(upstream=1e-6).resamples == (1, 1.0)
     assert "one noise draw per sample is best" in page(an_audit(upstream=1e-6))
