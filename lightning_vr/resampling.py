@@ -27,6 +27,7 @@ from lightning_vr.timing import timed
 from lightning_vr.types import Clean
 from lightning_vr.variance.accounting import CostModel, best_resamples, variance_times_cost
 from lightning_vr.variance.gradients import GradientMeasurement
+from lightning_vr.variance.rows import concatenated, tensors
 
 if TYPE_CHECKING:
     from lightning_vr.module import DiffusionModule
@@ -142,7 +143,8 @@ class ResamplesPilot:
 
     def _components(self) -> tuple[float, float]:
         """Return V_B and V_W, both of one sample's gradient."""
-        clean = _concatenated([self.module.clean(batch) for batch in self._batches])
+        parts = [tensors(self.module.clean(batch)) for batch in self._batches]
+        clean = Clean(**concatenated(parts))
         size = min(len(clean.x0), _PILOT_SAMPLES) // _PILOT_UNITS
         units = [clean.rows(slice(i * size, (i + 1) * size)) for i in range(_PILOT_UNITS)]
         with self._taking(self._pilot_resamples):
@@ -209,13 +211,3 @@ def _gain(between: float, within: float, cost: CostModel, resamples: int, over: 
         variance_times_cost(max(between, 0.0), max(within, 0.0), cost, k) for k in (resamples, over)
     )
     return other / own if own > 0 else 1.0
-
-
-def _concatenated(parts: list[Clean]) -> Clean:
-    def joined(values: list[Any]) -> Any:
-        return None if values[0] is None else torch.cat(values)
-
-    names = (parts[0].cond or {}).keys()
-    cond = {name: torch.cat([(part.cond or {})[name] for part in parts]) for name in names}
-    x0, group, index = (joined([getattr(p, n) for p in parts]) for n in ("x0", "group", "index"))
-    return Clean(x0, group, cond or None, index)

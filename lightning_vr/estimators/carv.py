@@ -127,13 +127,9 @@ class CARV(Draws):
         noised = super().noise(clean, schedule, times, generator)
         if self.antithetic is False:
             return noised
-        first, second = noised.noise[::2], noised.noise[1::2]
-        if self.antithetic is not True:
-            low, high = self.antithetic
-            level = noised.noise_level[::2]
-            second = torch.where(expand((level >= low) & (level <= high), first), -first, second)
-        else:
-            second = -first
+        low, high = (0.0, math.inf) if self.antithetic is True else self.antithetic
+        first, second, level = noised.noise[::2], noised.noise[1::2], noised.noise_level[::2]
+        second = torch.where(expand((level >= low) & (level <= high), first), -first, second)
         noise = torch.stack([first, second], dim=1).flatten(0, 1)
         xt = schedule.perturb(noised.x0, noise, noised.t)
         return replace(noised, noise=noise, xt=xt)

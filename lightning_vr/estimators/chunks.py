@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from lightning_vr.variance.rows import Rows, leaves, mapped, row_count
+from lightning_vr.variance.rows import Rows, in_chunks, leaves, mapped, row_count
 
 
 class Chunks(nn.Module):
@@ -52,8 +52,8 @@ class Chunks(nn.Module):
         count = row_count(rows)
         losses: list[Tensor] = []
         gradients: list[Tensor | None] = [None] * len(inputs)
-        for start in range(0, count, chunk):
-            found = function(mapped(rows, lambda x: x[start : start + chunk]))  # noqa: B023
+        for part in in_chunks(rows, chunk):
+            found = function(part)
             losses.append(found.detach())
             scaled = found.sum() * (scale / count)
             parts = torch.autograd.grad(scaled, inputs, allow_unused=True)
@@ -79,9 +79,7 @@ def mean_in_chunks(
         scale: Factor on the loss while it is differentiated: float16 needs one.
     """
     if not torch.is_grad_enabled():
-        parts = range(0, row_count(rows), chunk)
-        losses = [function(mapped(rows, lambda x: x[i : i + chunk])) for i in parts]  # noqa: B023
-        per_draw = torch.cat(losses)
+        per_draw = torch.cat([function(part) for part in in_chunks(rows, chunk)])
         return per_draw.mean(), per_draw
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     aliases = {name: p.detach().requires_grad_() for name, p in parameters.items()}

@@ -19,7 +19,7 @@ from lightning_vr.estimators.draws import WHOLE, Draws, Share
 from lightning_vr.objective import Objective
 from lightning_vr.schedules import expand
 from lightning_vr.types import Clean, Noised
-from lightning_vr.variance.rows import mapped, tensors
+from lightning_vr.variance.rows import in_chunks, tensors
 
 
 def distillation_loss(
@@ -71,11 +71,7 @@ def distillation_loss(
         if weight is None:
             weight = noised.weight * objective.weight(noised.t)
         chunk = draws.chunk(len(noised.t), noised.t.device)
-        rows = tensors(noised)
-        parts = [
-            residual(Noised(**mapped(rows, lambda x: x[i : i + chunk])))  # noqa: B023
-            for i in range(0, len(weight), chunk)
-        ]
+        parts = [residual(Noised(**part)) for part in in_chunks(tensors(noised), chunk)]
         direction = torch.cat(parts).to(noised.x0.dtype)
         if normalize:
             magnitude = direction.flatten(1).abs().mean(dim=1)

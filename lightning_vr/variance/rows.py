@@ -1,6 +1,6 @@
 """Rows of draws: what a loss needs of each, as nested dictionaries of tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -42,6 +42,13 @@ def mapped(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
         name: mapped(x, function) if isinstance(x, dict) else function(x)
         for name, x in rows.items()
     }
+
+
+def in_chunks(rows: Rows, chunk: int) -> Iterator[Rows]:
+    """Yield ``chunk`` rows at a time."""
+    for start in range(0, row_count(rows), chunk):
+        part = slice(start, start + chunk)
+        yield mapped(rows, lambda x, part=part: x[part])  # type: ignore[misc]
 
 
 def tensors(bundle: Any) -> Rows:
