@@ -12,6 +12,7 @@ from lightning_vr.estimators.distillation import distillation_loss
 from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.stf import STF
+from lightning_vr.estimators.taylor import TaylorCV
 from lightning_vr.module import DiffusionModule
 from lightning_vr.networks import MLP
 from lightning_vr.objective import Objective
@@ -64,6 +65,7 @@ __all__ = [
     "TableProposal",
     "TargetEstimate",
     "TargetVariance",
+    "TaylorCV",
     "Uniform",
     "UnitWeighting",
     "WeightProposal",

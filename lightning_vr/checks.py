@@ -1,17 +1,23 @@
 """What a DiffusionModule refuses when it is built or when training starts."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_vr.distributed import all_gather_rows
-from lightning_vr.estimators.draws import Draws
+from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.dsm import Target
+from lightning_vr.estimators.loss import ControlVariate
+from lightning_vr.estimators.taylor import TaylorCV
 from lightning_vr.objective import Objective
 from lightning_vr.references import check_samples
 from lightning_vr.types import Clean
+
+if TYPE_CHECKING:
+    from lightning_vr.module import DiffusionModule
 
 
 def check_clean(clean: Clean, num_classes: int | None, positions: Tensor | None = None) -> None:
@@ -119,19 +125,56 @@ def check_draws(draws: Draws, objective: Objective, network: nn.Module) -> None:
     draws.check(objective)
     if draws.draws_per_sample == 1 and getattr(draws, "resamples", 1) != "auto":
         return
-    for name, module in network.named_modules():
-        if isinstance(module, _BatchNorm):
-            raise ValueError(
-                f"Argument `resamples` expected to be 1 with batch normalisation, which couples "
-                f"the draws of a sample, but the network's `{name}` is a {type(module).__name__}: "
-                f"use group normalisation, or one draw of each sample."
-            )
+    found = _batch_normalisation(network)
+    if found:
+        raise ValueError(
+            f"Argument `resamples` expected to be 1 with batch normalisation, which couples "
+            f"the draws of a sample, but the network's {found}: "
+            f"use group normalisation, or one draw of each sample."
+        )
     if any(hasattr(parameter, "grad_sample") for parameter in network.parameters()):
         raise ValueError(
             f"Argument `resamples` expected to be 1 where gradients are clipped draw by draw, as "
             f"{type(network).__name__} is prepared for: the mean of clipped draws depends on how "
             f"many there are. Clip the gradient of the whole step, or use one draw of each sample."
         )
+
+
+def check_control_variate(control: ControlVariate | None, network: nn.Module) -> None:
+    """Refuse a control variate whose points would share a batch's statistics with the draws."""
+    found = _batch_normalisation(network)
+    if isinstance(control, TaylorCV) and found:
+        raise ValueError(
+            f"Argument `control_variate` expected to be None with batch normalisation, which would "
+            f"take clean samples for draws, but the network's {found}: use group normalisation."
+        )
+
+
+def check_derivatives(module: "DiffusionModule", clean: Clean) -> None:
+    """Refuse a control variate that needs derivatives which the network does not have.
+
+    Args:
+        module: A module that is training.
+        clean: Encoded samples, two at the least.
+    """
+    control, source = module.control_variate, module.generator("derivatives")
+    if not isinstance(control, TaylorCV) or control.order == 0:
+        return
+    noised = control.draw(IID()(clean.rows(slice(0, 2)), module.objective, source), source)
+    parameters = [p for p in module.network.parameters() if p.requires_grad]
+    try:
+        with module.trainer.precision_plugin.forward_context():
+            terms = control.terms(module.predict, noised, module.objective)
+        torch.autograd.grad(terms.sum(), parameters, allow_unused=True)
+    except Exception as error:  # compiled networks fail by assertions
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"Argument `control_variate` of order {control.order} needs forward-mode derivatives "
+            f"that can be differentiated again, but {type(module.network).__name__} has none "
+            f"({reason[0].rstrip('.')}): use order=0, which needs none, or leave out what lacks "
+            f"them, such as custom autograd functions without `jvp`, fused attention other than "
+            f"torch's own, and torch.compile."
+        ) from error
 
 
 def check_ranks(draws: Draws, device: torch.device) -> None:
@@ -142,3 +185,9 @@ def check_ranks(draws: Draws, device: torch.device) -> None:
             f"Argument `resamples` expected to be the same on all ranks, but got {counts}: their "
             f"gradients are averaged as if it were; configure all ranks alike."
         )
+
+
+def _batch_normalisation(network: nn.Module) -> str:
+    """Return what normalises over the batch, by name and class, or nothing."""
+    found = ((n, m) for n, m in network.named_modules() if isinstance(m, _BatchNorm))
+    return next((f"`{name}` is a {type(module).__name__}" for name, module in found), "")

@@ -22,6 +22,7 @@ from lightning_vr.bank import fill_target
 from lightning_vr.checkpoints import STATE, describe_arguments, load_module
 from lightning_vr.checks import (
     check_clean,
+    check_control_variate,
     check_draws,
     check_group,
     check_labels,
@@ -34,6 +35,7 @@ from lightning_vr.estimators.chunks import mean_in_chunks
 from lightning_vr.estimators.draws import IID, WHOLE, Draws, Share, Times
 from lightning_vr.estimators.dsm import DSM, Target
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
+from lightning_vr.fitting import ControlPilot, control_pilot
 from lightning_vr.networks import call_network
 from lightning_vr.objective import Objective
 from lightning_vr.precision import loss_scale
@@ -115,8 +117,9 @@ class DiffusionModule(LightningModule):
         self.lr_scheduler = None if lr_scheduler is None else _Shared(lr_scheduler)
 
         check_draws(self.draws, self.objective, network)
+        check_control_variate(control_variate, network)
 
-        self._pilot: ResamplesPilot | None = None
+        self._pilots: list[ResamplesPilot | ControlPilot] = []
         self.estimate: LossEstimate | None = None
         self.sample_shape: tuple[int, ...] | None = None
         self.seed: int | None = None
@@ -226,7 +229,10 @@ class DiffusionModule(LightningModule):
         noised = (draws or self.draws).noise(clean, self.schedule, times, source)
         if self.training and self.label_dropout > 0 and noised.group is not None:
             noised = replace(noised, group=self._drop_labels(noised.group, source))
-        return noised, (target or self.target)(noised, clean, source)
+        found = (target or self.target)(noised, clean, source)
+        if self.control_variate is not None:
+            noised = self.control_variate.draw(noised, source)
+        return noised, found
 
     def regress(
         self, noised: Noised, target: TargetEstimate, *, draws: Draws | None = None
@@ -237,13 +243,13 @@ class DiffusionModule(LightningModule):
             return self._estimate(noised, target)
         rows = {"noised": tensors(noised), "target": tensors(target)}
         scale = 1.0 if self._trainer is None else loss_scale(self._trainer)
-        loss, per_draw = mean_in_chunks(self, self.losses, rows, chunk, scale=scale)
-        return LossEstimate(loss, per_draw, noised, target)
+        loss, summands = mean_in_chunks(self, self._summands, rows, chunk, scale=scale)
+        per_draw, control = summands.unbind(dim=1)
+        return LossEstimate(loss, per_draw, noised, target, control)
 
     def losses(self, rows: Rows) -> Tensor:
         """Return the loss of each row of ``"noised"`` and ``"target"``, ``(n,)``."""
-        noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
-        return self._estimate(noised, target).per_draw
+        return self._summands(rows).sum(dim=1)
 
     @property
     def objective(self) -> Objective:
@@ -313,8 +319,9 @@ class DiffusionModule(LightningModule):
         """Return the loss of one micro-step and keep its estimate for callbacks."""
         # a run that resumes in mid-epoch counts its batches anew
         micro_step = batch_idx % self.trainer.accumulate_grad_batches
-        if self._pilot is not None and micro_step == 0:
-            self._pilot.before_step(batch)
+        if micro_step == 0:
+            for pilot in self._pilots:
+                pilot.before_step(batch)
         parts = self.trainer.accumulate_grad_batches
         share = Share(
             rank() * parts + micro_step,
@@ -323,8 +330,12 @@ class DiffusionModule(LightningModule):
         )
         source = self.generator("train", self.global_step, micro_step)
         estimate = self.loss(batch, source, share=share)
+        control = None if estimate.control is None else estimate.control.detach()
         self.estimate = replace(
-            estimate, loss=estimate.loss.detach(), per_draw=estimate.per_draw.detach()
+            estimate,
+            loss=estimate.loss.detach(),
+            per_draw=estimate.per_draw.detach(),
+            control=control,
         )
         with torch.no_grad():
             self.draws.observe(self.estimate, self.objective)
@@ -366,7 +377,8 @@ class DiffusionModule(LightningModule):
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         check_ranks(self.draws, self.device)
-        self._pilot = resamples_pilot(self)
+        found = resamples_pilot(self), control_pilot(self)
+        self._pilots = [pilot for pilot in found if pilot is not None]
         if self.target.bank_size != 0:
             fill_target(self)
 
@@ -413,6 +425,13 @@ class DiffusionModule(LightningModule):
             objective=self.objective,
             control_variate=self.control_variate,
         )
+
+    def _summands(self, rows: Rows) -> Tensor:
+        """Return the squared error of each row and the term of the control variate, ``(n, 2)``."""
+        noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
+        found = self._estimate(noised, target)
+        control = torch.zeros_like(found.per_draw) if found.control is None else found.control
+        return torch.stack([found.per_draw, control], dim=1)
 
     def _drop_labels(self, group: Tensor, source: torch.Generator) -> Tensor:
         u = torch.rand(len(group), generator=source, device=group.device)

@@ -90,6 +90,8 @@ class Noised:
         index: Positions in the training set ``(B,)``, or None.
         loss_weight: Product of importance weight and the weight ``λ b²`` on the squared error of
             the network's output ``(B,)``, or None where that is not known as one number.
+        probes: Random directions ``(B, m, *)`` that a control variate measures traces along, or
+            None.
     """
 
     xt: Tensor
@@ -103,6 +105,7 @@ class Noised:
     cond: dict[str, Any] | None = None
     index: Tensor | None = None
     loss_weight: Tensor | None = None
+    probes: Tensor | None = None
 
     @property
     def noise_level(self) -> Tensor:
@@ -131,13 +134,15 @@ class LossEstimate:
     """An unbiased estimate of the diffusion loss.
 
     Attributes:
-        loss: Scalar to differentiate, the mean of ``per_draw``.
-        per_draw: Weighted loss of each draw ``(B,)``.
+        loss: Scalar to differentiate: the mean of ``per_draw`` and of ``control``.
+        per_draw: Weighted squared error of each draw ``(B,)``.
         noised: The draws.
         target: What the network regressed on.
+        control: The term of a control variate for each draw ``(B,)``, or None.
     """
 
     loss: Tensor
     per_draw: Tensor
     noised: Noised
     target: TargetEstimate
+    control: Tensor | None = None

@@ -38,6 +38,8 @@ LAYERS = [
         "precision",
         "resampling",
         "training_set",
+        "sinks",
+        "fitting",
         "bank",
         "checks",
     ],

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_vr.estimators.draws import noise_samples
 from lightning_vr.estimators.dsm import DSM
-from lightning_vr.estimators.loss import ControlVariate, diffusion_loss
+from lightning_vr.estimators.loss import ControlVariate, diffusion_loss, network_output
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
 from lightning_vr.networks import MLP
@@ -259,8 +259,8 @@ class TestLoss:
 
     def test_a_control_variate_of_the_user_joins_the_loss(self):
         class Shift(ControlVariate):
-            def forward(self, network, noised, target):
-                return 3.0 + 0 * network(noised.xt, noised).flatten(1).sum(1)
+            def forward(self, network, noised, target, objective):
+                return network_output(network, noised, objective), torch.full_like(noised.t, 3.0)
 
         plain, shifted = DiffusionModule(network()), DiffusionModule(network())
         shifted.control_variate = Shift()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -27,18 +27,19 @@ class Candidate:
         name: What tables call it.
         draws: Times and noise.
         target: What to regress on.
-        control_variate: A term of the loss whose gradient has mean zero.
+        control_variate: A term of the loss whose gradient has mean zero; ``"none"`` leaves out
+            that of the module.
     """
 
     name: str
     draws: Draws | None = None
     target: Target | None = None
-    control_variate: ControlVariate | None = None
+    control_variate: ControlVariate | Literal["none"] | None = None
 
-    def slots(self) -> dict[str, nn.Module]:
-        """Return the slots that it fills."""
+    def slots(self) -> dict[str, nn.Module | None]:
+        """Return the slots that it fills, and what with; None where it leaves out the module's."""
         filled = {name: getattr(self, name) for name in SLOTS}
-        return {name: module for name, module in filled.items() if module is not None}
+        return {name: None if x == "none" else x for name, x in filled.items() if x is not None}
 
     def config(self) -> dict[str, Any]:
         """Return the settings of a module that trains with it.
@@ -46,7 +47,7 @@ class Candidate:
         Raises:
             UndescribableError: If a slot holds what no configuration can rebuild.
         """
-        return {name: describe(module) for name, module in self.slots().items()}
+        return {name: x and describe(x) for name, x in self.slots().items()}
 
     @contextmanager
     def in_place(self, module: DiffusionModule) -> Iterator[None]:
@@ -54,7 +55,7 @@ class Candidate:
         own = {name: getattr(module, name) for name in self.slots()}
         try:
             for name, slot in self.slots().items():
-                setattr(module, name, slot.to(module.device))
+                setattr(module, name, slot and slot.to(module.device))
             yield
         finally:
             for name, slot in own.items():
@@ -101,7 +102,7 @@ def check_candidates(candidates: list[Candidate]) -> None:
             )
 
 
-def settings(slot: nn.Module) -> Any:
+def settings(slot: nn.Module | None) -> Any:
     """Return the configuration that rebuilds what is in a slot, or None if none can."""
     try:
         return describe(slot)

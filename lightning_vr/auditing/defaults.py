@@ -8,6 +8,7 @@ from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.dsm import DSM, Target
 from lightning_vr.estimators.stf import STF
+from lightning_vr.estimators.taylor import TaylorCV
 from lightning_vr.module import DiffusionModule
 from lightning_vr.proposals import LearnedProposal, WeightProposal
 
@@ -41,6 +42,7 @@ def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
     own_target, own_draws = settings(module.target), settings(module.draws)
     found = [Candidate(n, target=x) for n, x in targets.items() if settings(x) != own_target]
     found += [Candidate(n, draws=x) for n, x in draws.items() if settings(x) != own_draws]
+    found += _control_variates(module)
     if isinstance(module.target, STF):
         return found
     drawn = [name for name in targets if name not in ("DSM", 'STF("batch")', 'STF("all")')]
@@ -63,6 +65,19 @@ def _targets(size: int) -> dict[str, Target]:
             f"in `candidates`."
         )
     return found
+
+
+def _control_variates(module: DiffusionModule) -> list[Candidate]:
+    """Return that of order 0, which any network can have, for all draws and where it pays."""
+    found = [
+        Candidate("Taylor 0, all draws", control_variate=TaylorCV(gate="open")),
+        Candidate("Taylor 0", control_variate=TaylorCV()),
+    ]
+    own = module.control_variate
+    if own is None:
+        return found
+    others = [c for c in found if c.config()["control_variate"] != settings(own)]
+    return [Candidate("no control variate", control_variate="none"), *others]
 
 
 def _draws(module: DiffusionModule) -> dict[str, Draws]:

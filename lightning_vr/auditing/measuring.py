@@ -28,10 +28,11 @@ from lightning_vr.auditing.pairs import batch_pairs
 from lightning_vr.auditing.preparation import (
     choose_resamples,
     fill_targets,
+    fit_control_variates,
     learn,
     least_draws,
-    refused_draws,
-    with_own_draws,
+    refused,
+    with_own_state,
 )
 from lightning_vr.auditing.result import Audit, Measured
 from lightning_vr.auditing.timing import StepTimer, TimedMeasurement
@@ -86,9 +87,9 @@ class Measuring:
         self.loader = training_loader(trainer)
         size = len(self.loader.dataset)  # type: ignore[arg-type]
         rivals = default_candidates(module, size) if candidates is None else candidates
-        self.candidates = [Candidate(_OWN), *with_own_draws(rivals)]
+        self.candidates = [Candidate(_OWN), *with_own_state(rivals)]
         self.skipped: dict[str, str] = {}
-        self._leave_out(refused_draws(module, self.candidates[1:]))
+        self._leave_out(refused(module, self.candidates[1:]))
         self._leave_out(fill_targets(trainer, module, self.candidates))
         self.loss = DiffusionLoss(module, trainer.precision_plugin.forward_context)
         self.names, groups = parameter_groups(module)
@@ -131,7 +132,7 @@ class Measuring:
         self.candidates = [c for c in self.candidates if c.name not in reasons]
 
     def _prepare(self) -> None:
-        """Let draws learn and choose K, on batches of their own."""
+        """Let draws learn and choose K, and fit control variates, on batches of their own."""
         start = self._progress()
         reasons = learn(
             self.loss,
@@ -141,7 +142,11 @@ class Measuring:
             goes_on=lambda: self._agree(self._progress() < start + _LEARNING_SHARE),
         )
         self._leave_out(reasons)
-        choose_resamples(self.trainer, self.module, self.candidates, self._single_batches())
+        batches = self._single_batches()
+        choose_resamples(self.trainer, self.module, self.candidates, batches)
+        self._leave_out(
+            fit_control_variates(self.module, self.candidates, batches, self._encode, self._source)
+        )
 
     def _single_batches(self) -> Iterator[Any]:
         while True:

@@ -2,12 +2,13 @@
 
 Targets get their references, encoded once. Proposals see batches until they have learned: one that
 has seen nothing is the base density. ``resamples="auto"`` gets the K that its own pilot chooses
-here, as it would in training.
+here, as it would in training. Control variates are fitted by pilots on batches of their own.
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,17 @@ from lightning.pytorch import Trainer
 from torch.func import functional_call
 
 from lightning_vr.auditing.candidates import Candidate
-from lightning_vr.checks import check_clean, check_draws
+from lightning_vr.checks import (
+    check_clean,
+    check_control_variate,
+    check_derivatives,
+    check_draws,
+)
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.chunks import mean_in_chunks
 from lightning_vr.estimators.draws import Draws
+from lightning_vr.estimators.taylor import TaylorCV
+from lightning_vr.fitting import ControlMeasurement, describe_gate
 from lightning_vr.module import DiffusionModule
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.proposals import LearnedProposal
@@ -31,6 +39,9 @@ from lightning_vr.variance.rows import leaves, row_count
 _LEAST_SEEN = 16
 """Draws that each bin of a learned proposal must have had, twice what makes it leave p."""
 
+_PILOTS = 6
+"""Pilots that fit a control variate: those of training have a memory of about as many."""
+
 _LEAST_BATCHES = 8
 _MOST_BATCHES = 100
 """Batches after which a proposal with the default memory of 100 steps changes little."""
@@ -39,9 +50,16 @@ _PATIENCE = 512
 """Batches after which bins that are still not seen never will be."""
 
 
-def with_own_draws(candidates: list[Candidate]) -> list[Candidate]:
-    """Return candidates whose draws may learn, and leave those of the caller as they are."""
-    return [replace(c, draws=copy.deepcopy(c.draws)) for c in candidates]
+def with_own_state(candidates: list[Candidate]) -> list[Candidate]:
+    """Return candidates that may learn, and leave those of the caller as they are."""
+    return [
+        replace(
+            c,
+            draws=copy.deepcopy(c.draws),
+            control_variate=copy.deepcopy(c.control_variate),
+        )
+        for c in candidates
+    ]
 
 
 def fill_targets(
@@ -75,14 +93,14 @@ def fill_targets(
     return skipped
 
 
-def refused_draws(module: DiffusionModule, candidates: list[Candidate]) -> dict[str, str]:
-    """Return names of candidates whose draws do not fit the module, and why."""
+def refused(module: DiffusionModule, candidates: list[Candidate]) -> dict[str, str]:
+    """Return names of candidates that do not fit the module, and why."""
     refused = {}
     for candidate in candidates:
-        if candidate.draws is None:
-            continue
         try:
-            check_draws(candidate.draws, module.objective, module.network)
+            with candidate.in_place(module):
+                check_draws(module.draws, module.objective, module.network)
+                check_control_variate(module.control_variate, module.network)
         except ValueError as error:
             refused[candidate.name] = str(error).rstrip(".")
     return refused
@@ -144,6 +162,58 @@ def choose_resamples(
             while pilot is not None and pilot.draws.pilot is None:
                 with trainer.precision_plugin.forward_context():
                     pilot.before_step(next(batches))
+
+
+def fit_control_variates(
+    module: DiffusionModule,
+    candidates: list[Candidate],
+    batches: Iterator[Any],
+    encode: Callable[[Any], Clean],
+    source: Source,
+) -> dict[str, str]:
+    """Fit control variates that training has not fitted; all ranks must call it.
+
+    Args:
+        module: The module.
+        candidates: Those of the audit; one without a control variate has the module's own.
+        batches: Batches without end.
+        encode: Turns a batch into samples.
+        source: Gives generators by key.
+
+    Returns:
+        Names of candidates that cannot run, or whose gate stays closed, and why.
+    """
+    reasons = {}
+    for candidate in candidates:
+        with candidate.in_place(module):
+            control = module.control_variate
+            if not isinstance(control, TaylorCV):
+                continue
+            try:
+                check_derivatives(module, encode(next(batches)))
+            except ValueError as error:
+                reasons[candidate.name] = str(error).rstrip(".")
+                continue
+            if not control.is_fixed and not (control.pilot and control.pilot["count"]):
+                _fit(ControlMeasurement(module, control), batches, encode, source)
+            if candidate.control_variate is not None and control.is_closed:
+                reasons[candidate.name] = describe_gate(module, control).rstrip(".")
+    return reasons
+
+
+def _fit(
+    measurement: ControlMeasurement,
+    batches: Iterator[Any],
+    encode: Callable[[Any], Clean],
+    source: Source,
+) -> None:
+    control, batch = measurement.control, next(batches)
+    if control.gate == "auto":
+        times = partial(source, "control variate", "timing")
+        control.fit.cost, _ = measurement.cost(encode(batch), lambda: encode(batch), times)
+    for number in range(_PILOTS):
+        found = measurement.find(encode(next(batches)), partial(source, "control variate", number))
+        control.fit.add(found)
 
 
 def least_draws(draws: Draws) -> int:

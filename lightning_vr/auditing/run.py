@@ -102,8 +102,9 @@ class _AuditCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DiffusionModule)
-        # draws learn, and the module's own must not
-        with Candidate("own", draws=copy.deepcopy(pl_module.draws)).in_place(pl_module):
+        # slots learn, and the module's own must not
+        draws, control_variate = copy.deepcopy((pl_module.draws, pl_module.control_variate))
+        with Candidate("own", draws=draws, control_variate=control_variate).in_place(pl_module):
             run = Measuring(trainer, pl_module, self.candidates, self.budget, self.progress)
             self.result = run.measure()
         trainer.fit_loop.epoch_loop.max_steps = trainer.global_step

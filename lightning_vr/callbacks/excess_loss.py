@@ -13,10 +13,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_vr.callbacks import excess_loss_report as report
-from lightning_vr.callbacks.sinks import log_picture, run_folder
 from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
+from lightning_vr.sinks import log_picture, run_folder
 from lightning_vr.training_set import training_loader
 from lightning_vr.types import LossEstimate
 from lightning_vr.variance.curves import TargetVarianceCurve
@@ -90,8 +90,6 @@ def _obstacle(
     trainer: Trainer, module: DiffusionModule, curve: TargetVarianceCurve, own: int | None
 ) -> str:
     dataset: Any = training_loader(trainer).dataset
-    if module.control_variate is not None:
-        return "the control variate adds a term to it that is no squared error"
     if curve.size < len(dataset):
         return (
             f"the curve of {curve.size} samples is not that of all {len(dataset)}, "

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
-from lightning_vr.callbacks.sinks import log_numbers
 from lightning_vr.distributed import rank, world_size
 from lightning_vr.metrics import Features, FrechetMetric, IdentityFeatures, RandomConvFeatures
 from lightning_vr.module import DiffusionModule
+from lightning_vr.sinks import log_numbers
 from lightning_vr.training_set import training_batches
 
 _BLOCK = 250

@@ -23,10 +23,10 @@ from lightning_vr.callbacks.gradient_probes import (
     trainable_names,
 )
 from lightning_vr.callbacks.half_batches import HalfBatchProbe
-from lightning_vr.callbacks.sinks import log_numbers, log_picture, run_folder
 from lightning_vr.module import DiffusionModule
 from lightning_vr.noisy_losses import DiffusionLoss, GivenLoss, LossFunction
 from lightning_vr.schedules import Schedule
+from lightning_vr.sinks import log_numbers, log_picture, run_folder
 from lightning_vr.types import Clean
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradients import NoisyLoss

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_vr.callbacks.target_variance_report import level_names
+from lightning_vr.sinks import level_names
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.statistics import GradientStatistics
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
-from lightning_vr.callbacks.sinks import log_picture, run_folder
 from lightning_vr.module import DiffusionModule
 from lightning_vr.rng import undisturbed
+from lightning_vr.sinks import log_picture, run_folder
 
 _SMALLEST_TILE = 40
 

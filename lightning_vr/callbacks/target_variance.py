@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lightning_vr.callbacks import excess_loss
 from lightning_vr.callbacks import target_variance_report as report
-from lightning_vr.callbacks.sinks import log_numbers, log_picture, run_folder
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
 from lightning_vr.references import References
 from lightning_vr.schedules import Schedule
+from lightning_vr.sinks import log_numbers, log_picture, run_folder
 from lightning_vr.training_set import encoded_training_set, training_loader
 from lightning_vr.types import Clean, LossEstimate
 from lightning_vr.variance.curves import TargetVarianceCurve

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_vr.sinks import level_names
 from lightning_vr.variance.curves import Measured, TargetVarianceCurve
 
 if TYPE_CHECKING:
@@ -17,21 +18,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _TABLE_ROWS = 9
-
-
-def level_names(levels: Tensor) -> list[str]:
-    """Return noise levels in decimals, with as few digits as tell them apart.
-
-    Some loggers refuse the plus sign of an exponent in a name.
-    """
-    for digits in range(2, 18):
-        names = [
-            np.format_float_positional(level, digits, unique=False, fractional=False, trim="-")
-            for level in levels.tolist()
-        ]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def numbers(

@@ -43,7 +43,8 @@ class Chunks(nn.Module):
         """Return losses ``(n,)`` and gradients of their mean.
 
         Args:
-            function: From rows to their losses ``(n,)``, by the module.
+            function: From rows to their losses ``(n,)``, or to summands of these ``(n, k)``, by
+                the module.
             rows: n rows.
             inputs: What to differentiate by.
             chunk: Rows at a time.
@@ -71,16 +72,18 @@ def mean_in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss of rows, which can be differentiated once, and the loss of each.
 
+    Where the function returns summands ``(n, k)`` of losses, they are returned.
+
     Args:
         module: The module whose trainable parameters the loss depends on.
-        function: From rows to their losses ``(n,)``, by ``module``.
+        function: From rows to their losses ``(n,)`` or summands ``(n, k)``, by ``module``.
         rows: n rows; tensors among them that require a gradient get one.
         chunk: Rows at a time.
         scale: Factor on the loss while it is differentiated: float16 needs one.
     """
     if not torch.is_grad_enabled():
         per_draw = torch.cat([function(part) for part in in_chunks(rows, chunk)])
-        return per_draw.mean(), per_draw
+        return per_draw.sum() / len(per_draw), per_draw
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     aliases = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     sources = [x for x in leaves(rows) if x.requires_grad]
@@ -88,7 +91,7 @@ def mean_in_chunks(
         module, function, rows, chunk, aliases=aliases, scale=scale
     )
     loss: Tensor = _WithGradient.apply(  # type: ignore[no-untyped-call]
-        per_draw.mean(), gradients, *parameters.values(), *sources
+        per_draw.sum() / len(per_draw), gradients, *parameters.values(), *sources
     )
     return loss, per_draw
 

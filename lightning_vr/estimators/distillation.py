@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.estimators.draws import WHOLE, Draws, Share
+from lightning_vr.estimators.loss import loss_weight
 from lightning_vr.objective import Objective
 from lightning_vr.schedules import expand
 from lightning_vr.types import Clean, Noised
@@ -67,9 +68,7 @@ def distillation_loss(
             )
     with torch.no_grad():
         noised = draws(clean, objective, source, share)
-        weight = noised.loss_weight
-        if weight is None:
-            weight = noised.weight * objective.weight(noised.t)
+        weight = loss_weight(noised, objective)
         chunk = draws.chunk(len(noised.t), noised.t.device)
         parts = [residual(Noised(**part)) for part in in_chunks(tensors(noised), chunk)]
         direction = torch.cat(parts).to(noised.x0.dtype)

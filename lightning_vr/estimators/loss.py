@@ -1,6 +1,6 @@
 """The diffusion loss: draws, target and control variate composed.
 
-    loss = mean( weight · λ(t) · ‖x0_hat - target‖² / d ) + control variate
+    loss = mean( weight · λ(t) · ‖x0_hat - target‖² / d + control variate )
 
 per dimension d, so that its size does not depend on the resolution. The residual is formed in the
 network's own space, where the squared error carries ``λ b²`` (``predictions.py``), in float32 or
@@ -10,6 +10,7 @@ better: at low noise x0_hat and the target agree to more digits than float32 has
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lightning_vr.estimators.slot import Slot
@@ -22,11 +23,32 @@ Network = Callable[[Tensor, Noised], Tensor]
 
 
 class ControlVariate(Slot, ABC):
-    """A term of the loss whose gradient has mean zero."""
+    """A term of the loss whose gradient has mean zero.
+
+    It runs the network itself, so that the draws and whatever else it asks the network for can
+    share one batch.
+    """
 
     @abstractmethod
-    def forward(self, network: Network, noised: Noised, target: TargetEstimate) -> Tensor:
-        """Return the term of each draw ``(B,)``; it is added to ``per_draw``."""
+    def forward(
+        self, network: Network, noised: Noised, target: TargetEstimate, objective: Objective
+    ) -> tuple[Tensor, Tensor]:
+        """Return the network's output at the draws, and the term of each draw.
+
+        Args:
+            network: The raw network; ``network_output`` calls it at draws.
+            noised: The draws ``(B, *)``.
+            target: What the loss regresses on.
+            objective: The loss that is estimated.
+
+        Returns:
+            Output ``(B, *)`` as ``network_output`` returns it, and terms ``(B,)``, whose mean is
+            added to the loss.
+        """
+
+    def draw(self, noised: Noised, generator: torch.Generator) -> Noised:
+        """Draw what is random in the term, at draws that are made; without gradient."""
+        return noised
 
 
 def diffusion_loss(
@@ -39,26 +61,39 @@ def diffusion_loss(
     """Return the weighted loss of each draw and its mean.
 
     Args:
-        network: The raw network, called once with ``x_t`` scaled as its prediction asks.
+        network: The raw network, called with ``x_t`` scaled as its prediction asks.
         noised: The draws ``(B, *)``.
         target: What to regress on.
         objective: The loss that is estimated.
-        control_variate: A term with a zero-mean gradient, or None.
+        control_variate: A term with a zero-mean gradient, or None. Without gradients there is
+            nothing to control, and it is left out.
     """
+    control = None
+    if control_variate is None or not torch.is_grad_enabled():
+        output = network_output(network, noised, objective)
+    else:
+        output, control = control_variate(network, noised, target, objective)
     coefficients = objective.coefficients(noised.t)
-    output = network(expand(coefficients.input_scale, noised.xt) * noised.xt, noised)
-    residual = output.to(noised.x0.dtype) - coefficients.output(noised.x0, noised.noise, target.x0)
-    weight = noised.loss_weight
-    if weight is None:
-        weight = noised.weight * objective.weight(noised.t)
-    per_draw = weight * residual.flatten(1).square().mean(dim=1)
-    if control_variate is not None:
-        per_draw = per_draw + control_variate(network, noised, target)
-    return LossEstimate(per_draw.mean(), per_draw, noised, target)
+    residual = output - coefficients.output(noised.x0, noised.noise, target.x0)
+    per_draw = loss_weight(noised, objective) * residual.flatten(1).square().mean(dim=1)
+    loss = per_draw.mean() if control is None else (per_draw + control).mean()
+    return LossEstimate(loss, per_draw, noised, target, control)
+
+
+def network_output(network: Network, noised: Noised, objective: Objective) -> Tensor:
+    """Return the raw network's output ``(B, *)``, in float32 or better."""
+    scale = objective.coefficients(noised.t).input_scale
+    return network(expand(scale, noised.xt) * noised.xt, noised).to(noised.xt.dtype)
+
+
+def loss_weight(noised: Noised, objective: Objective) -> Tensor:
+    """Return the weight of each draw on the squared error of the network's output ``(B,)``."""
+    if noised.loss_weight is not None:
+        return noised.loss_weight
+    return noised.weight * objective.weight(noised.t)
 
 
 def denoise(network: Network, noised: Noised, objective: Objective) -> Tensor:
     """Return x0_hat ``(B, *)``, in float32 or better."""
-    coefficients = objective.coefficients(noised.t)
-    output = network(expand(coefficients.input_scale, noised.xt) * noised.xt, noised)
-    return coefficients.x0_hat(noised.xt, output.to(noised.xt.dtype))
+    output = network_output(network, noised, objective)
+    return objective.coefficients(noised.t).x0_hat(noised.xt, output)

@@ -22,7 +22,6 @@ from lightning_vr.callbacks import target_variance
 from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.data import EightGaussians
 from lightning_vr.estimators.draws import WHOLE, Times
-from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.predictions import prediction
 from lightning_vr.weightings import MinSNRWeighting
 
@@ -483,19 +482,13 @@ def test_a_resumed_run_goes_on_with_the_excess_loss_of_the_first(tmp_path):
     assert (after[0] >= 0.8 * before[0] - 1e-9).all()
 
 
-class Nothing(ControlVariate):
-    def forward(self, network, noised, target):
-        return torch.zeros_like(noised.t)
-
-
 @pytest.mark.parametrize(
     ("arguments", "settings", "words"),
     [
         ({"max_data": 40}, {}, "the curve of 40 samples is not that of all 128"),
-        ({}, {"control_variate": Nothing()}, "the control variate adds a term"),
         ({"clean": lambda batch: batch["x0"]}, {}, ""),
     ],
-    ids=["part-of-the-data", "control-variate", "clean"],
+    ids=["part-of-the-data", "clean"],
 )
 def test_where_it_cannot_be_told_there_is_no_excess_loss_and_the_log_says_why(
     tmp_path, caplog, arguments, settings, words

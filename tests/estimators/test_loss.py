@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lightning_vr.estimators.draws import noise_samples
-from lightning_vr.estimators.loss import ControlVariate, diffusion_loss
+from lightning_vr.estimators.loss import ControlVariate, diffusion_loss, network_output
 from lightning_vr.objective import Objective
 from lightning_vr.predictions import prediction
 from lightning_vr.rng import generator
@@ -110,19 +110,32 @@ def test_at_low_noise_the_loss_of_a_near_perfect_network_keeps_its_digits(kind, 
 class Doubled(ControlVariate):
     """Sees what the loss sees, and adds a term for each draw."""
 
-    def forward(self, network, noised, target):
-        return network(noised.xt, noised).sum(1) + target.ess
+    def forward(self, network, noised, target, objective):
+        output = network_output(network, noised, objective)
+        return output, output.sum(1) + target.ess
 
 
 def test_a_control_variate_is_added_to_each_draw():
     noised, target = problem()
     linear = nn.Linear(3, 3)
+    seen = []
 
     def network(x, _):
-        return linear(x)
+        seen.append(linear(x))
+        return seen[-1]
 
     plain = estimate(network, noised, target)
-    with_term = estimate(network, noised, target, control_variate=Doubled())
-    term = network(noised.xt, noised).sum(1) + 1
-    torch.testing.assert_close(with_term.per_draw, plain.per_draw + term)
-    torch.testing.assert_close(with_term.loss, (plain.per_draw + term).mean())
+    found = estimate(network, noised, target, control_variate=Doubled())
+    assert len(seen) == 2
+    torch.testing.assert_close(found.per_draw, plain.per_draw)
+    torch.testing.assert_close(found.control, seen[0].sum(1) + 1)
+    torch.testing.assert_close(found.loss, (plain.per_draw + seen[0].sum(1) + 1).mean())
+
+
+def test_without_gradients_there_is_nothing_to_control():
+    noised, target = problem()
+    linear = nn.Linear(3, 3)
+    with torch.no_grad():
+        found = estimate(lambda x, _: linear(x), noised, target, control_variate=Doubled())
+    assert found.control is None
+    torch.testing.assert_close(found.loss, found.per_draw.mean())

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from PIL import Image
+from torch import Tensor
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -37,3 +38,18 @@ def log_picture(trainer: Trainer, name: str, path: Path) -> None:
             with Image.open(path) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
             experiment.add_image(name, pixels, trainer.global_step, dataformats="HWC")
+
+
+def level_names(levels: Tensor) -> list[str]:
+    """Return noise levels in decimals, with as few digits as tell them apart.
+
+    Some loggers refuse the plus sign of an exponent in a name.
+    """
+    for digits in range(2, 18):
+        names = [
+            np.format_float_positional(level, digits, unique=False, fractional=False, trim="-")
+            for level in levels.tolist()
+        ]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -1,0 +1,187 @@
+"""Coefficients and gate of a control variate, from gradients that earlier pilots have measured.
+
+With g the gradient of the loss of an optimizer step and c that of a term whose mean is zero, both
+of the draws in one bin of the noise level alone,
+
+    β = E⟨g, c⟩ / E‖c‖²,        Var(g - β c) = Var g - 2 β E⟨g, c⟩ + β² E‖c‖²
+
+(Jeha, Grathwohl, Andersen, Ek and Frellsen 2024, arXiv 2408.12270). The coefficient of least
+variance of the loss is another one, and unrelated. As E c = 0 both means are inner products of
+gradients of batches: no gradient of a single draw is needed. Bins, odd and even parts, and groups
+of parameters have coefficients of their own. Those of both parts are fitted together: the product
+of the parts has mean zero, but at low noise the odd part is so much larger that what it happens to
+have in common with the even one would be all that one sees. Sums fade from pilot to pilot. A
+coefficient never depends on the noise that it scales, so that the gradient stays unbiased.
+
+Whether a bin is open is decided by what a step costs and what it brings. The noise-ratio model
+(McCandlish et al. 2018, arXiv 1812.06162) has training take ``1 + V / ‖E g‖²`` times as many steps
+as without noise, V being the variance of a step's gradient; so the bins are those that make
+
+    E‖g‖² · seconds of a step,        E‖g‖² = ‖E g‖² + V,
+
+least. What a bin takes off is measured with the coefficients of the pilots before, as training had
+them: a coefficient that is judged by the gradients that it was fitted to looks better than it is.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_MEMORY = 0.7
+"""Weight of all earlier pilots at each new one."""
+
+_ROUNDING = 1e-8
+"""Share of ``‖g‖²`` below which ``‖c‖²`` is rounding: antithetic pairs cancel the odd part."""
+
+_RIDGE = 1e-6
+"""On the diagonal of the products of the parts, which are scaled to have 1 there."""
+
+_LEAST_SAVING = 1.05
+"""Predicted saving below which all bins stay closed."""
+
+
+class Findings(NamedTuple):
+    """What one pilot finds in b bins, for n groups of parameters and k parts; float64.
+
+    Attributes:
+        products: ``⟨g, c_k⟩`` of each bin's part of a step's gradient ``(b, n, k)``.
+        squares: ``⟨c_k, c_l⟩`` ``(b, n, k, k)``.
+        loss_squares: ``‖g‖²`` ``(b,)``.
+        second_moment: ``E‖g‖²`` of the whole gradient of a step ``()``.
+        share: Share of draws in each bin ``(b,)``.
+        value_products: Sums of ``L (C - E C)`` over the draws in each bin, L being the loss less
+            its mean in the bin ``(b,)``.
+        value_squares: Sums of ``(C - E C)²`` ``(b,)``.
+    """
+
+    products: Tensor
+    squares: Tensor
+    loss_squares: Tensor
+    second_moment: Tensor
+    share: Tensor
+    value_products: Tensor
+    value_squares: Tensor
+
+
+class Cost(NamedTuple):
+    """Seconds that a control variate adds, over those of a step without it.
+
+    Attributes:
+        fixed: If it runs at all.
+        marginal: For each share of draws that it runs for.
+    """
+
+    fixed: float
+    marginal: float
+
+
+class ControlFit:
+    """Coefficients and open bins; all on the CPU, in float64, and the same on all ranks.
+
+    Args:
+        bins: Number of bins.
+        on_values: Whether the coefficient is that of the loss value, one for all parts.
+        coefficient: Fixed, in place of a fitted one.
+
+    Attributes:
+        coefficients: β ``(bins, groups, parts)``, the last two 1 where one holds for all; 1 until a
+            pilot has measured, which is right for a network that has learned nothing.
+        is_open: Which bins pay ``(bins,)``; none until a pilot has measured.
+        saving: Predicted factor on training time of the open bins.
+        cost: What the control variate costs, or None.
+    """
+
+    def __init__(self, bins: int, *, on_values: bool, coefficient: float | None) -> None:
+        self.on_values, self.fixed = on_values, coefficient
+        start = 1.0 if coefficient is None else coefficient
+        self.coefficients = torch.full((bins, 1, 1), start, dtype=torch.float64)
+        self.is_open = torch.zeros(bins, dtype=torch.bool)
+        self.saving = 1.0
+        self.cost: Cost | None = None
+        self._sums: Findings | None = None
+        self._weight = 0.0
+        self._reduction = torch.zeros(bins, dtype=torch.float64)
+
+    def add(self, found: Findings) -> None:
+        """Take in what a pilot has found, the same on all ranks: judge, then fit."""
+        beta = self.coefficients
+        beta = beta.expand_as(found.products)
+        square = torch.einsum("bnk,bnkl,bnl->b", beta, found.squares, beta)
+        reduction = 2 * (beta * found.products).sum(dim=(1, 2)) - square
+        self._reduction = _MEMORY * self._reduction + reduction
+        self._weight = _MEMORY * self._weight + 1
+        if self._sums is not None:
+            pairs = zip(self._sums, found, strict=True)
+            found = Findings(*(_MEMORY * old + new for old, new in pairs))
+        self._sums = found
+        if self.fixed is None:
+            self.coefficients = self._on_values() if self.on_values else self._on_gradients()
+        if self.cost is not None:
+            self._choose(self.cost)
+
+    @property
+    def reductions(self) -> Tensor:
+        """Share of ``E‖g‖²`` of a step that each bin takes off if it is open ``(bins,)``."""
+        if self._sums is None:
+            return torch.zeros_like(self._reduction)
+        return self._reduction / self._sums.second_moment
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of draws in each bin ``(bins,)``."""
+        if self._sums is None:
+            return torch.full_like(self._reduction, 1 / len(self._reduction))
+        return self._sums.share / self._weight
+
+    def state(self) -> dict[str, Any]:
+        """Return all that has been learned, for the checkpoint."""
+        return {
+            "coefficients": self.coefficients,
+            "is_open": self.is_open,
+            "saving": self.saving,
+            "cost": self.cost and tuple(self.cost),
+            "sums": self._sums and tuple(self._sums),
+            "weight": self._weight,
+            "reduction": self._reduction,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take what ``state`` has returned, of as many bins; a fixed coefficient stays."""
+        if self.fixed is None:
+            self.coefficients = state["coefficients"].cpu()
+        self.is_open, self.saving = state["is_open"].cpu(), state["saving"]
+        self.cost = None if state["cost"] is None else Cost(*state["cost"])
+        sums = state["sums"]
+        self._sums = None if sums is None else Findings(*(x.cpu() for x in sums))
+        self._weight, self._reduction = state["weight"], state["reduction"].cpu()
+
+    def _on_gradients(self) -> Tensor:
+        assert self._sums is not None
+        squares, products = self._sums.squares, self._sums.products
+        own = squares.diagonal(dim1=2, dim2=3)
+        is_known = own > _ROUNDING * self._sums.loss_squares[:, None, None]
+        # to scale, so that one ridge does for parts of all sizes
+        scale = is_known / torch.where(is_known, own, 1.0).sqrt()
+        matrix = squares * scale[..., None] * scale[..., None, :]
+        ridge = torch.where(is_known, _RIDGE, 1.0)
+        beta: Tensor = torch.linalg.solve(matrix + torch.diag_embed(ridge), products * scale)
+        return beta * scale
+
+    def _on_values(self) -> Tensor:
+        assert self._sums is not None
+        squares = self._sums.value_squares
+        ratio = self._sums.value_products / torch.where(squares > 0, squares, 1.0)
+        return torch.where(squares > 0, ratio, 0.0)[:, None, None]
+
+    def _choose(self, cost: Cost) -> None:
+        """Open the bins that are predicted to save most, those of the largest gain per draw."""
+        order = (self.reductions / self.shares.clamp(min=1e-12)).argsort(descending=True)
+        left = 1 - self.reductions[order].cumsum(dim=0)
+        seconds = 1 + cost.fixed + cost.marginal * self.shares[order].cumsum(dim=0)
+        savings = 1 / (left.clamp(min=1e-6) * seconds)
+        best = int(savings.argmax())
+        self.saving = float(savings[best])
+        self.is_open = torch.zeros_like(self.is_open)
+        if self.saving > _LEAST_SAVING:
+            self.is_open[order[: best + 1]] = True
