@@ -40,6 +40,7 @@ LAYERS = [
         "training_set",
         "sinks",
         "fitting",
+        "control_measurement",
         "bank",
         "checks",
     ],

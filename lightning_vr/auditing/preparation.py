@@ -22,11 +22,12 @@ from lightning_vr.checks import (
     check_derivatives,
     check_draws,
 )
+from lightning_vr.control_measurement import ControlMeasurement
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.chunks import mean_in_chunks
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.taylor import TaylorCV
-from lightning_vr.fitting import ControlMeasurement, describe_gate
+from lightning_vr.fitting import describe_gate
 from lightning_vr.module import DiffusionModule
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.proposals import LearnedProposal
@@ -210,7 +211,7 @@ def _fit(
     control, batch = measurement.control, next(batches)
     if control.gate == "auto":
         times = partial(source, "control variate", "timing")
-        control.fit.cost, _ = measurement.cost(encode(batch), lambda: encode(batch), times)
+        control.fit.cost, *_ = measurement.cost(encode(batch), lambda: encode(batch), times)
     for number in range(_PILOTS):
         found = measurement.find(encode(next(batches)), partial(source, "control variate", number))
         control.fit.add(found)

@@ -63,6 +63,12 @@ class Findings(NamedTuple):
     value_products: Tensor
     value_squares: Tensor
 
+    @classmethod
+    def nothing(cls, bins: int, groups: int, parts: int) -> "Findings":
+        """Return zeros."""
+        shapes = [(bins, groups, parts), (bins, groups, parts, parts), (bins,), (), *[(bins,)] * 3]
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
 
 class Cost(NamedTuple):
     """Seconds that a control variate adds, over those of a step without it.
@@ -135,26 +141,27 @@ class ControlFit:
         return self._sums.share / self._weight
 
     def state(self) -> dict[str, Any]:
-        """Return all that has been learned, for the checkpoint."""
+        """Return all that has been learned, as numbers, for the checkpoint."""
         return {
-            "coefficients": self.coefficients,
-            "is_open": self.is_open,
+            "coefficients": self.coefficients.tolist(),
+            "is_open": self.is_open.tolist(),
             "saving": self.saving,
-            "cost": self.cost and tuple(self.cost),
-            "sums": self._sums and tuple(self._sums),
+            "cost": self.cost and list(self.cost),
+            "sums": self._sums and [x.tolist() for x in self._sums],
             "weight": self._weight,
-            "reduction": self._reduction,
+            "reduction": self._reduction.tolist(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take what ``state`` has returned, of as many bins; a fixed coefficient stays."""
         if self.fixed is None:
-            self.coefficients = state["coefficients"].cpu()
-        self.is_open, self.saving = state["is_open"].cpu(), state["saving"]
-        self.cost = None if state["cost"] is None else Cost(*state["cost"])
+            self.coefficients = torch.tensor(state["coefficients"], dtype=torch.float64)
+        self.is_open, self.saving = torch.tensor(state["is_open"]), state["saving"]
+        self.cost = state["cost"] and Cost(*state["cost"])
         sums = state["sums"]
-        self._sums = None if sums is None else Findings(*(x.cpu() for x in sums))
-        self._weight, self._reduction = state["weight"], state["reduction"].cpu()
+        self._sums = sums and Findings(*(torch.tensor(x, dtype=torch.float64) for x in sums))
+        self._weight = state["weight"]
+        self._reduction = torch.tensor(state["reduction"], dtype=torch.float64)
 
     def _on_gradients(self) -> Tensor:
         assert self._sums is not None

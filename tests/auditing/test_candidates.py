@@ -10,6 +10,7 @@ from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.stf import STF
+from lightning_vr.estimators.taylor import TaylorCV
 from lightning_vr.module import DiffusionModule
 from lightning_vr.networks import MLP
 from lightning_vr.proposals import WeightProposal
@@ -18,6 +19,7 @@ from lightning_vr.weightings import EDMWeighting, MinSNRWeighting
 
 TARGETS = ['STF("batch")', "STF(256)", "STF(1024)", 'STF("all")']
 DRAWS = ["strata", "strata, q learned", "pairs", "2 resamples", "4 resamples"]
+CONTROLS = ["Taylor 0, all draws", "Taylor 0"]
 BOTH = ["STF(1024), strata, q learned", "STF(1024), pairs", "STF(1024), 4 resamples"]
 
 
@@ -30,13 +32,13 @@ def names(size=2000, **settings):
 
 
 def test_the_estimators_that_ship_are_compared_less_the_current_one():
-    assert names() == [*TARGETS, *DRAWS, *BOTH]
+    assert names() == [*TARGETS, *DRAWS, *CONTROLS, *BOTH]
     assert "STF(256)" in names(target=STF(256, min_noise_level=0.5))
 
 
 def test_draws_are_compared_with_the_stf_that_the_module_has():
     others = [name for name in TARGETS if name != "STF(256)"]
-    assert names(target=STF(256)) == ["DSM", *others, *DRAWS]
+    assert names(target=STF(256)) == ["DSM", *others, *DRAWS, *CONTROLS]
     found = candidates(target=STF(256))
     assert all(set(found[name].slots()) == {"draws"} for name in DRAWS)
 
@@ -44,7 +46,7 @@ def test_draws_are_compared_with_the_stf_that_the_module_has():
 def test_independent_draws_are_compared_where_the_module_has_others():
     found = candidates(draws=CARV(2))
     others = [name for name in DRAWS if name != "2 resamples"]
-    assert list(found) == [*TARGETS, "IID", *others, *BOTH]
+    assert list(found) == [*TARGETS, "IID", *others, *CONTROLS, *BOTH]
     assert set(found["STF(256)"].slots()) == {"target"}
     assert isinstance(found["IID"].draws, IID)
     assert "2 resamples" in names(draws=CARV(2, WeightProposal()))
@@ -63,6 +65,17 @@ def test_what_is_learned_with_one_target_is_not_used_with_another():
     assert alone.draws.proposal is not combined.draws.proposal
     # references are encoded and kept once
     assert all(found[name].target is found["STF(1024)"].target for name in BOTH)
+
+
+def test_a_control_variate_is_compared_with_none():
+    found = candidates(control_variate=TaylorCV())
+    own = [name for name in found if "Taylor" in name or "control" in name]
+    assert own == ["no control variate", "Taylor 0, all draws"]
+    module = DiffusionModule(MLP(), control_variate=TaylorCV())
+    with found["no control variate"].in_place(module):
+        assert module.control_variate is None
+    assert isinstance(module.control_variate, TaylorCV)
+    assert found["no control variate"].config() == {"control_variate": None}
 
 
 def test_no_candidate_has_more_references_than_there_are_samples():

@@ -21,12 +21,14 @@ def few(monkeypatch):
 def test_an_audit_writes_its_findings_and_prints_advice(run, capsys):
     folder = run("audit", BUDGET)
     found = json.loads((folder / "audit.json").read_text())
-    names = [estimator["name"] for estimator in found["estimators"]]
+    # whether the gated one is measured depends on how long steps take here
+    gated = {"Taylor 0"}
+    names = [each["name"] for each in found["estimators"] if each["name"] not in gated]
     targets = ['STF("batch")', "STF(64)", 'STF("all")']
     draws = ["strata", "strata, q learned", "pairs", "2 resamples", "4 resamples"]
     both = [f"STF(64), {name}" for name in ("strata, q learned", "pairs", "4 resamples")]
-    assert names == ["current", *targets, *draws, *both]
-    assert not found["skipped"]
+    assert names == ["current", *targets, *draws, "Taylor 0, all draws", *both]
+    assert set(found["skipped"]) <= gated
     assert (folder / "audit.md").read_text().startswith("# Audit")
     assert (folder / "audit.png").stat().st_size > 10_000
     printed = " ".join(capsys.readouterr().out.split())

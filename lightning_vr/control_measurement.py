@@ -1,0 +1,249 @@
+"""What a Taylor control variate explains of a module's gradients, and what it costs.
+
+The inner products that ``estimators.control_fit`` needs are taken in bins of the noise level,
+between gradients of batches by ordinary backward passes. Each time is drawn with two noises, z and
+z', and each gradient is the difference of the two: as ``E[c | x, t] = 0``,
+
+    E⟨g(z) - g(z'), c(z) - c(z')⟩ = 2 E⟨g, c⟩,      E‖c(z) - c(z')‖² = 2 E‖c‖²,
+
+while what samples and times do to g cancels and does not blur what the noise does. Where the
+control variate explains the noise fully, its coefficient comes out without error. Two random
+vectors of effective dimension ``d_eff`` are orthogonal up to ``1 / sqrt(d_eff)``, however many
+draws each is the mean of: so a few draws for each bin do, and a measurement takes about as long as
+two steps with the control variate. Samples of small batches are drawn several times.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_vr.distributed import all_reduce_sum, world_size
+from lightning_vr.estimators.chunks import gradients_in_chunks
+from lightning_vr.estimators.control_fit import Cost, Findings
+from lightning_vr.estimators.loss import diffusion_loss
+from lightning_vr.estimators.taylor import TaylorCV
+from lightning_vr.estimators.taylor_terms import constant_term
+from lightning_vr.noisy_losses import DiffusionLoss
+from lightning_vr.precision import loss_scale
+from lightning_vr.timing import timed
+from lightning_vr.types import Clean, Noised, TargetEstimate
+from lightning_vr.variance.gradients import Source, parameter_groups
+from lightning_vr.variance.moments import widest_float
+from lightning_vr.variance.rows import Rows, concatenated, mapped, row_count
+
+if TYPE_CHECKING:
+    from lightning_vr.module import DiffusionModule
+
+_LEAST_DRAWS = 16
+"""Draws for each bin, up to which samples are drawn again."""
+
+_ROUNDS = 2
+
+Function = Callable[[Rows], Tensor]
+"""From rows to a number for each ``(n,)``."""
+
+
+class ControlMeasurement:
+    """Measures a control variate on a module.
+
+    Args:
+        module: A module that is training.
+        control: The control variate in its slot.
+
+    Attributes:
+        seconds: What each pass of the last ``find`` took.
+    """
+
+    def __init__(self, module: "DiffusionModule", control: TaylorCV) -> None:
+        self.module, self.control = module, control
+        self.seconds: list[float] = []
+        groups = parameter_groups(module)[1]
+        self._groups = groups if control.by_group else [0] * len(groups)
+
+    def find(self, clean: Clean, source: Source) -> Findings:
+        """Return what explains what, the same on all ranks; all must call it.
+
+        Args:
+            clean: B clean samples.
+            source: Gives generators by key.
+        """
+        self.seconds = []
+        moment = self._second_moment(clean, partial(source, "step"))
+        rows = self._pairs(clean, partial(source, "pairs"))
+        in_step = len(clean.x0) * self.module.draws.draws_per_sample * self._parts_of_step
+        found = self._by_bin(rows, row_count(rows) / in_step)
+        return Findings(*(self.over_ranks(x) for x in found._replace(second_moment=moment)))
+
+    def cost(
+        self, clean: Clean, encode: Callable[[], Any], source: Source
+    ) -> tuple[Cost, float, float]:
+        """Time steps without the control variate, with it for half of the bins, and for all.
+
+        Args:
+            clean: An encoded batch.
+            encode: Encodes it.
+            source: Gives generators by key.
+
+        Returns:
+            What it costs, the seconds of a step without it, and those that timing took; the same
+            on all ranks.
+        """
+        rows, number = self._draw(clean, source), torch.arange(self.control.bins)
+        half = number % 2 == 0
+        masks = (number < 0, half, number >= 0)
+        calls: list[Callable[[], Any]] = [partial(self._with_gate, mask, rows) for mask in masks]
+        calls.append(encode)
+        times = [[timed(call, self.module.device)[1] for call in calls] for _ in range(_ROUNDS)]
+        found = self.over_ranks(torch.tensor(times, dtype=torch.float64))
+        plain, some, whole, encoding = found.min(dim=0).values.tolist()
+        bins = self.control.bin(rows["noised"]["t"], self.module.objective)
+        share = float(half[bins.cpu()].double().mean())
+        marginal = max(0.0, whole - some) / max(1 - share, 1e-3)
+        fixed = max(0.0, some - plain - share * marginal)
+        step = plain + encoding
+        spent = _ROUNDS * float(found.median(dim=0).values.sum())
+        return Cost(fixed / step, marginal / step), step, spent
+
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """Return the mean of numbers over the ranks, float64; all must call it."""
+        device = self.module.device
+        total = all_reduce_sum(values.to(device, widest_float(device))) / world_size()
+        return total.cpu().double()
+
+    @property
+    def _loss(self) -> DiffusionLoss:
+        """The module's loss; made when it is used, as nothing kept may hold on to the trainer."""
+        return DiffusionLoss(self.module, self.module.trainer.precision_plugin.forward_context)
+
+    @property
+    def _parts_of_step(self) -> int:
+        """Batches of an optimizer step: ranks times accumulated ones."""
+        return world_size() * int(self.module.trainer.accumulate_grad_batches)
+
+    @torch.no_grad()
+    def _draw(self, clean: Clean, source: Source) -> Rows:
+        """Draw as a step does."""
+        times = self._loss.times(clean, source("times"), 0.0, 1.0)
+        return self._loss.draw(clean, times, source("noise"))
+
+    @torch.no_grad()
+    def _pairs(self, clean: Clean, source: Source) -> Rows:
+        """Draw each time with two noises, with signs: as many as a step, or enough for all bins."""
+        resamples = self.module.draws.draws_per_sample
+        wanted = math.ceil(_LEAST_DRAWS * self.control.bins / (2 * resamples))
+        some = clean.rows(slice(0, max(wanted, len(clean.x0) // 2)))
+        parts: list[Rows] = []
+        for unit in range(math.ceil(wanted / len(some.x0))):
+            times = self._loss.times(some, source(unit, "times"), 0.0, 1.0)
+            for number, sign in enumerate((1.0, -1.0)):
+                rows = self._loss.draw(some, times, source(unit, "noise", number))
+                parts.append({**rows, "sign": torch.full_like(rows["noised"]["t"], sign)})
+        return concatenated(parts)
+
+    def _second_moment(self, clean: Clean, source: Source) -> Tensor:
+        """Return ``E‖g‖²`` of an optimizer step, from both halves of a batch."""
+        rows, samples = self._draw(clean, source), len(clean.x0)
+        whole = row_count(rows)
+        cut = samples // 2 * (whole // samples)
+        _, first = self._gradient(self._plain, mapped(rows, lambda x: x[: cut or whole]))
+        if samples == 1:
+            return _product(first, first)
+        _, second = self._gradient(self._plain, mapped(rows, lambda x: x[cut:]))
+        pairs = zip(first, second, strict=True)
+        both = [(cut * a + (whole - cut) * b) / whole for a, b in pairs]
+        squared_mean = _product(first, second)
+        return squared_mean + (_product(both, both) - squared_mean) / self._parts_of_step
+
+    def _by_bin(self, rows: Rows, scale: float) -> Findings:
+        """Return the products of each bin's part of a gradient, for a step of another size.
+
+        Args:
+            rows: N draws with signs, each time with two noises.
+            scale: N over the draws of a step.
+        """
+        control, count = self.control, row_count(rows)
+        bins = control.bin(rows["noised"]["t"], self.module.objective)
+        found = Findings.nothing(control.bins, max(self._groups) + 1, control.parts)
+        for b in range(control.bins):
+            index = (bins == b).nonzero()[:, 0]
+            if not len(index):
+                continue
+            some = mapped(rows, lambda x: x[index])  # noqa: B023
+            share = len(index) / count
+            factor = scale * share**2
+            values, gradient = self._gradient(self._plain, some)
+            parts = [
+                self._gradient(partial(self._part, part), some) for part in range(control.parts)
+            ]
+            for k, (_, own) in enumerate(parts):
+                found.products[b, :, k] = factor * self._in_groups(gradient, own)
+                for j, (_, other) in enumerate(parts):
+                    found.squares[b, :, k, j] = factor * self._in_groups(own, other)
+            found.loss_squares[b] = factor * _product(gradient, gradient)
+            found.share[b] = share
+            loss = some["sign"] * values
+            explained = some["sign"] * sum(terms for terms, _ in parts)
+            explained = explained + constant_term(Noised(**some["noised"]), self.module.objective)
+            found.value_products[b] = ((loss - loss.mean()) * explained).sum()
+            found.value_squares[b] = explained.square().sum()
+        return found
+
+    def _in_groups(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """Return the inner product of two gradients, in each group of parameters."""
+        found = torch.zeros(max(self._groups) + 1, dtype=torch.float64)
+        for group, x, y in zip(self._groups, a, b, strict=True):
+            found[group] += _product([x], [y])
+        return found
+
+    def _plain(self, rows: Rows) -> Tensor:
+        noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
+        with self._loss.precision():
+            module = self.module
+            loss = diffusion_loss(module.predict, noised, target, module.objective)
+        found: Tensor = loss.per_draw * rows.get("sign", 1.0)
+        return found
+
+    def _part(self, part: int, rows: Rows) -> Tensor:
+        noised = Noised(**rows["noised"])
+        with self._loss.precision():
+            terms = self.control.terms(self.module.predict, noised, self.module.objective)
+        found: Tensor = terms[:, part] * rows["sign"]
+        return found
+
+    def _with_gate(self, is_open: Tensor, rows: Rows) -> None:
+        """Take the gradient of a step with the gate open in some bins."""
+        kept, self.control.fit.is_open = self.control.fit.is_open, is_open
+        try:
+            self._gradient(self._loss, rows)
+        finally:
+            self.control.fit.is_open = kept
+
+    def _gradient(self, function: Function, rows: Rows) -> tuple[Tensor, list[Tensor]]:
+        """Return the numbers of rows ``(n,)``, and the gradient of their mean."""
+        module, device = self.module, self.module.device
+        aliases = {
+            n: p.detach().requires_grad_() for n, p in module.named_parameters() if p.requires_grad
+        }
+        take = partial(
+            gradients_in_chunks,
+            module,
+            function,
+            rows,
+            self._loss.chunk(row_count(rows), device),
+            aliases=aliases,
+            buffers={name: x.clone() for name, x in module.named_buffers()},
+            scale=loss_scale(module.trainer),
+        )
+        (values, found), seconds = timed(take, device)
+        self.seconds.append(seconds)
+        pairs = zip(found, aliases.values(), strict=True)
+        return values, [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+
+def _product(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    total = sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
+    return torch.tensor(total, dtype=torch.float64)
