@@ -66,8 +66,6 @@ FIXED = (0.25, 0.5, 0.75, 1.0)
 ORDERS = {0: [1], 1: [2, 3]}
 """Which rows of ``gradients`` are the terms of an order."""
 
-EVALUATIONS = 10
-
 Results = dict[str, Any]
 
 
@@ -224,7 +222,7 @@ def train(options: argparse.Namespace, name: str, seed: int) -> tuple[Results, l
     arm = arms()[name]
     module = build(options, **arm.slots)
     data = Digits(batch_size=int(arm.batch * options.batch))
-    watch = Watch(max(1, options.steps // EVALUATIONS), options.early)
+    watch = Watch(options.steps // options.looks, options.early)
     trainer = fit(module, data, options.steps, [EMAWeightAveraging(decay=0.98), watch])
 
     metric = FrechetMetric(DigitFeatures())
@@ -264,7 +262,7 @@ def audit_of_orders(options: argparse.Namespace) -> Audit:
     fit(module, data, 4 * options.steps)
     rivals = [
         Candidate(f"Taylor {order}", control_variate=TaylorCV(order, gate="open"))
-        for order in (0, 1, 2)
+        for order in options.orders
     ]
     rivals.append(Candidate("pairs", draws=CARV(2, antithetic=True)))
     return audit(module, data, rivals, budget=options.budget / 2, progress=False)
@@ -554,12 +552,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/taylor_digits"))
     parser.add_argument("--quick", action="store_true", help="some seconds, to see that it runs")
     options = parser.parse_args()
-    fixed = {"batch": 128, "width": 32, "sampler_steps": 18, "level_batch": 8, "levels": LEVELS}
-    vars(options).update(fixed)
+    settings: dict[str, Any] = {"batch": 128, "width": 32, "sampler_steps": 18, "looks": 10}
+    settings |= {"level_batch": 8, "levels": LEVELS, "orders": (0, 1, 2)}
     if options.quick:
-        quick = {"steps": 4, "early": 2, "seeds": 1, "budget": 0.5, "repeats": 9, "samples": 40}
-        quick |= {"batch": 32, "width": 8, "sampler_steps": 2, "level_batch": 2}
-        vars(options).update(quick, levels=(0.002, 0.3))
+        settings |= {"batch": 32, "width": 8, "sampler_steps": 2, "looks": 2, "samples": 40}
+        settings |= {"level_batch": 2, "levels": (0.002, 0.3), "orders": (0, 1), "repeats": 6}
+        settings |= {"steps": 4, "early": 2, "seeds": 1, "budget": 0.5}
+    vars(options).update(settings)
     return options
 
 

@@ -110,13 +110,13 @@ class History(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_: object) -> None:
         if trainer.global_step % self.every:
             return
-        begin = time.perf_counter()
+        begin = time.process_time()
         self.steps.append(trainer.global_step)
         self.errors.append(self.truth.errors(module))
         if isinstance(module.control_variate, TaylorCV):
             fit = module.control_variate.fit
             self.shares.append(float(fit.shares[fit.is_open].sum()))
-        self.seconds += time.perf_counter() - begin
+        self.seconds += time.process_time() - begin
 
 
 def loaders(data: Any) -> tuple[Any, Any]:
@@ -153,9 +153,9 @@ def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: i
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    begin = time.perf_counter()
+    begin = time.process_time()
     trainer.fit(module, data)
-    seconds = time.perf_counter() - begin - history.seconds
+    seconds = time.process_time() - begin - history.seconds
     share = statistics.mean(history.shares) if arm.endswith("gate") else None
     return {
         "workload": list(workload),
@@ -171,7 +171,7 @@ def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: i
 def report(runs: list[dict], workload: tuple[str, str]) -> None:
     """Print the errors of each arm at the end, mean and range over seeds."""
     print(f"\n{workload[0]}, unit weight on {workload[1]}: error of the score, mean ± half range")
-    print(f"{'':22}" + "".join(f"{f's = {s:g}':>15}" for s in LEVELS) + "   s/1000 steps   open")
+    print(f"{'':22}" + "".join(f"{f's = {s:g}':>15}" for s in LEVELS) + "     ms of CPU   open")
     for arm in ARMS:
         own = [r for r in runs if r["workload"] == list(workload) and r["arm"] == arm]
         if not own:

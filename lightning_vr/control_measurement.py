@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 _LEAST_DRAWS = 16
 """Draws for each bin, up to which samples are drawn again."""
 
-_ROUNDS = 2
+_ROUNDS, _MOST_ROUNDS, _TIMING_SECONDS = 2, 10, 0.2
+"""Rounds of timing: short steps, which anything delays, are timed more often."""
 
 Function = Callable[[Rows], Tensor]
 """From rows to a number for each ``(n,)``."""
@@ -97,16 +98,20 @@ class ControlMeasurement:
         masks = (number < 0, half, number >= 0)
         calls: list[Callable[[], Any]] = [partial(self._with_gate, mask, rows) for mask in masks]
         calls.append(encode)
-        times = [[timed(call, self.module.device)[1] for call in calls] for _ in range(_ROUNDS)]
-        found = self.over_ranks(torch.tensor(times, dtype=torch.float64))
-        plain, some, whole, encoding = found.min(dim=0).values.tolist()
+        times: list[list[float]] = []
+        while len(times) < _ROUNDS or (
+            len(times) < _MOST_ROUNDS and sum(map(sum, times)) < _TIMING_SECONDS
+        ):
+            times.append([timed(call, self.module.device)[1] for call in calls])
+        found = torch.tensor(times, dtype=torch.float64)
+        least, spent = self.over_ranks(found.min(dim=0).values), self.over_ranks(found.sum())
+        plain, some, whole, encoding = least.tolist()
         bins = self.control.bin(rows["noised"]["t"], self.module.objective)
         share = float(half[bins.cpu()].double().mean())
         marginal = max(0.0, whole - some) / max(1 - share, 1e-3)
         fixed = max(0.0, some - plain - share * marginal)
         step = plain + encoding
-        spent = _ROUNDS * float(found.median(dim=0).values.sum())
-        return Cost(fixed / step, marginal / step), step, spent
+        return Cost(fixed / step, marginal / step), step, float(spent)
 
     def over_ranks(self, values: Tensor) -> Tensor:
         """Return the mean of numbers over the ranks, float64; all must call it."""

@@ -8,7 +8,7 @@ spent in advance: early in training much changes.
 
 import math
 import statistics
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,8 +35,8 @@ _SHARE, _OPEN_SHARE = 0.02, 0.05
 _TIMING = 8
 """About how many steps it takes to time a control variate of order 0."""
 
-_UNKNOWN_STEPS = 10_000
-"""Steps that a run without an end counts as, until it has taken more."""
+_ADVANCE_STEPS = 10_000
+"""Steps of a run whose share of fits may be spent in advance."""
 
 
 class ControlPilot:
@@ -70,22 +70,29 @@ class ControlPilot:
     def _is_due(self, step: int) -> bool:
         """Return whether it is time to fit, or first to time what that takes."""
         control, pilot = self.control, self.control.pilot
-        if control.is_fixed or (pilot is not None and step < pilot["next"]):
+        if control.is_fixed:
             return False
-        if control.refit_every_n_steps is not None:
-            return True
-        if pilot is None:
-            return self._affordable(step) >= _TIMING
-        return pilot["spent"] + pilot["steps"] <= self._affordable(step)
+        return step >= (self._first if pilot is None else pilot["next"])
 
-    def _affordable(self, step: float) -> float:
-        """Return how many steps' time fits may have taken: half of it is given in advance."""
-        planned = min(self.module.trainer.estimated_stepping_batches, max(step, _UNKNOWN_STEPS))
-        return self._share * (step + planned) / 2
+    @cached_property
+    def _first(self) -> float:
+        """The step from which on there is time to time steps."""
+        return 0 if self.control.refit_every_n_steps else self._affordable_from(_TIMING)
+
+    @property
+    def _planned(self) -> float:
+        return min(self.module.trainer.estimated_stepping_batches, _ADVANCE_STEPS)
 
     @property
     def _share(self) -> float:
         return _SHARE if self.control.is_closed else _OPEN_SHARE
+
+    def _affordable_from(self, steps: float) -> float:
+        """Return the step from which on fits may have taken the time of so many steps.
+
+        Half of a run's share may be spent in advance.
+        """
+        return 2 * steps / self._share - self._planned
 
     def _time(self, step: int, batch: Any, clean: Clean) -> None:
         """Time steps, before the first fit."""
@@ -96,23 +103,24 @@ class ControlPilot:
         source = partial(self.module.generator, "control variate", "timing")
         encode = partial(self.module.clean, batch)
         cost, seconds, spent = self.measurement.cost(clean, encode, source)
-        passes = control.bins * (1 + control.parts * sum(cost))
-        timing = spent / seconds
-        control.pilot |= {"spent": timing, "steps": passes, "seconds": seconds}
+        timing, expected = spent / seconds, 2 + control.parts * sum(cost)
+        control.pilot |= {"spent": timing, "steps": expected, "seconds": seconds}
         if control.gate == "auto":
             control.fit.cost = Cost(cost.fixed + _OPEN_SHARE, cost.marginal)
-        left = self.module.trainer.estimated_stepping_batches
-        if control.refit_every_n_steps is None and timing + passes > self._affordable(left):
+        if control.refit_every_n_steps is not None:
+            return
+        control.pilot["next"] = max(step, math.ceil(self._affordable_from(timing + expected)))
+        if control.pilot["next"] >= self.module.trainer.estimated_stepping_batches:
             rank_zero_info(
-                f"TaylorCV stays as it is: {left:.0f} steps are too few to find out where it pays, "
-                f"with {_SHARE:.0%} of their time: set `refit_every_n_steps` to find out still."
+                f"TaylorCV stays as it is: with {self._share:.0%} of their time "
+                f"{self.module.trainer.estimated_stepping_batches:.0f} steps are too few to find "
+                f"out where it pays. Set `refit_every_n_steps` to find out still."
             )
 
     def _fit(self, step: int, clean: Clean) -> None:
         control, fit, pilot = self.control, self.control.fit, self.control.pilot
         assert pilot is not None
         before = fit.is_open
-        self.measurement.seconds = []
         fit.add(
             self.measurement.find(clean, partial(self.module.generator, "control variate", step))
         )
@@ -134,9 +142,12 @@ class ControlPilot:
         """Say when the next pilot is due: soon at first, when much changes, and then evenly."""
         pilot["count"] += 1
         pilot["spent"] += pilot["steps"]
-        evenly = pilot["steps"] / (self._share / 2)
-        apart = self.control.refit_every_n_steps or min(max(1, step), evenly)
-        pilot["next"] = step + max(1, math.ceil(apart))
+        if self.control.refit_every_n_steps is not None:
+            pilot["next"] = step + self.control.refit_every_n_steps
+            return
+        evenly = 2 * pilot["steps"] / self._share
+        soon = step + max(1, math.ceil(min(step, evenly)))
+        pilot["next"] = max(soon, math.ceil(self._affordable_from(pilot["spent"] + pilot["steps"])))
 
 
 def control_pilot(module: "DiffusionModule") -> ControlPilot | None:

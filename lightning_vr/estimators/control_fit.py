@@ -31,6 +31,9 @@ from torch import Tensor
 _MEMORY = 0.7
 """Weight of all earlier pilots at each new one."""
 
+_LEAST_REST = 0.1
+"""What else than noise is in ``E‖g‖²``, over what noise adds, at the least: few draws tell."""
+
 _ROUNDING = 1e-8
 """Share of ``‖g‖²`` below which ``‖c‖²`` is rounding: antithetic pairs cancel the odd part."""
 
@@ -47,7 +50,7 @@ class Findings(NamedTuple):
     Attributes:
         products: ``⟨g, c_k⟩`` of each bin's part of a step's gradient ``(b, n, k)``.
         squares: ``⟨c_k, c_l⟩`` ``(b, n, k, k)``.
-        loss_squares: ``‖g‖²`` ``(b,)``.
+        loss_squares: ``E‖g - E[g | x, t]‖²``, what the noise adds to ``E‖g‖²`` of a step ``(b,)``.
         second_moment: ``E‖g‖²`` of the whole gradient of a step ``()``.
         share: Share of draws in each bin ``(b,)``.
         value_products: Sums of ``L (C - E C)`` over the draws in each bin, L being the loss less
@@ -128,10 +131,15 @@ class ControlFit:
 
     @property
     def reductions(self) -> Tensor:
-        """Share of ``E‖g‖²`` of a step that each bin takes off if it is open ``(bins,)``."""
+        """Share of ``E‖g‖²`` of a step that each bin takes off if it is open ``(bins,)``.
+
+        Together they leave what samples, times and the mean are in it.
+        """
         if self._sums is None:
             return torch.zeros_like(self._reduction)
-        return self._reduction / self._sums.second_moment
+        noise = self._sums.loss_squares.sum()
+        rest = self._sums.second_moment - noise
+        return self._reduction / (noise + rest.clamp(min=_LEAST_REST * noise))
 
     @property
     def shares(self) -> Tensor:
@@ -186,7 +194,7 @@ class ControlFit:
         order = (self.reductions / self.shares.clamp(min=1e-12)).argsort(descending=True)
         left = 1 - self.reductions[order].cumsum(dim=0)
         seconds = 1 + cost.fixed + cost.marginal * self.shares[order].cumsum(dim=0)
-        savings = 1 / (left.clamp(min=1e-6) * seconds)
+        savings = 1 / (left * seconds)
         best = int(savings.argmax())
         self.saving = float(savings[best])
         self.is_open = torch.zeros_like(self.is_open)

@@ -7,7 +7,11 @@ from lightning.pytorch import Trainer
 from lightning_vr.data.digits import digits
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.dsm import DSM
+from lightning_vr.estimators.loss import ControlVariate, network_output
 from lightning_vr.estimators.stf import STF
+from lightning_vr.estimators.taylor import TaylorCV
+from lightning_vr.estimators.taylor_terms import clean_points, first_term
+from lightning_vr.fitting import control_pilot
 from lightning_vr.module import DiffusionModule
 from lightning_vr.proposals import LearnedProposal
 from lightning_vr.resampling import resamples_pilot
@@ -15,7 +19,7 @@ from lightning_vr.resampling import resamples_pilot
 BATCH_SIZE = 128
 
 
-def training_step(target=None, draws=None):
+def training_step(**settings):
     """A function that trains for one step, as the trainer does."""
     torch.manual_seed(0)
     network = UNet2DModel(
@@ -29,7 +33,7 @@ def training_step(target=None, draws=None):
         up_block_types=("UpBlock2D", "UpBlock2D"),
         num_class_embeds=11,
     )
-    module = DiffusionModule(network, num_classes=10, label_dropout=0.1, target=target, draws=draws)
+    module = DiffusionModule(network, num_classes=10, label_dropout=0.1, **settings)
     images, labels = digits()
     module.target.fill(images, labels, indexed=True)
     optimizer = module.configure_optimizers()
@@ -37,7 +41,8 @@ def training_step(target=None, draws=None):
     batch = {"image": images[index], "label": labels[index], "index": index}
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     module.log = lambda *_, **__: None
-    module._pilot = resamples_pilot(module)
+    pilots = resamples_pilot(module), control_pilot(module)
+    module._pilots = [pilot for pilot in pilots if pilot is not None]
 
     def step():
         loss = module.training_step(batch, 0)
@@ -50,8 +55,8 @@ def training_step(target=None, draws=None):
 
 def test_a_training_step_with_all_references_against_one_of_dsm(compare):
     ours, other = compare(
-        training_step(STF("all")),
-        training_step(DSM()),
+        training_step(target=STF("all")),
+        training_step(target=DSM()),
         rounds=60,
         label="a training step with references='all' and one of DSM",
     )
@@ -74,5 +79,44 @@ def test_a_training_step_of_carv_with_a_learned_proposal_against_one_of_iid(comp
         training_step(),
         rounds=100,
         label="a training step with a learned proposal and one of IID",
+    )
+    print(f"{ours / other:.4f} times as long")
+
+
+def test_a_training_step_with_a_closed_gate_against_one_without_a_control_variate(compare):
+    ours, other = compare(
+        training_step(control_variate=TaylorCV()),
+        training_step(),
+        rounds=100,
+        label="a training step with a control variate whose gate is closed and one without",
+    )
+    print(f"{ours / other:.4f} times as long")
+
+
+class TwoPasses(ControlVariate):
+    """Order 0 as it is usually written: the clean samples pass by themselves."""
+
+    def forward(self, network, noised, target, objective):
+        output = network_output(network, noised, objective)
+        clean = network_output(network, clean_points(noised), objective)
+        return output, -first_term(clean, noised, objective)[:, 0]
+
+
+def test_order_0_in_one_batch_against_two_passes(compare):
+    ours, other = compare(
+        training_step(control_variate=TaylorCV(gate="open", coefficient=1.0)),
+        training_step(control_variate=TwoPasses()),
+        rounds=40,
+        label="a training step with order 0 in one batch and one with two passes",
+    )
+    print(f"{ours / other:.4f} times as long")
+
+
+def test_order_0_against_a_step_without_it(compare):
+    ours, other = compare(
+        training_step(control_variate=TaylorCV(gate="open", coefficient=1.0)),
+        training_step(),
+        rounds=40,
+        label="a training step with order 0 and one without",
     )
     print(f"{ours / other:.4f} times as long")

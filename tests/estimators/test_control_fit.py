@@ -17,7 +17,7 @@ def normal(*shape, key):
     return torch.randn(shape, generator=generator("control fit", *key), dtype=WIDE)
 
 
-def findings_of(loss, parts, second_moment=10.0, share=None, values=None):
+def findings_of(loss, parts, second_moment=1000.0, share=None, values=None):
     """Inner products of gradients ``loss (b, n, P)`` and ``parts (b, n, k, P)``, n groups."""
     bins = len(loss)
     share = torch.full((bins,), 1 / bins, dtype=WIDE) if share is None else share
@@ -46,7 +46,7 @@ def of_reductions(reductions, share):
     return Findings(
         (reductions[:, None, None] + 1) / 2,
         ones[..., None],
-        ones[:, 0, 0],
+        0.5 * torch.as_tensor(share, dtype=WIDE),
         torch.tensor(1.0, dtype=WIDE),
         torch.as_tensor(share, dtype=WIDE),
         ones[:, 0, 0],
@@ -121,7 +121,7 @@ def test_a_reduction_is_that_of_the_coefficients_of_before():
     """The first pilot is judged with ones, the second with what the first has found."""
     loss = normal(2, 3, 2, 9, key=("loss",))
     own = normal(2, 3, 2, 2, 9, key=("parts",))
-    first, second = (findings_of(*x, second_moment=20.0) for x in zip(loss, own, strict=True))
+    first, second = (findings_of(*x, second_moment=2000.0) for x in zip(loss, own, strict=True))
 
     def taken(i, beta):
         left = loss[i] - (beta[..., None] * own[i]).sum(dim=2)
@@ -130,10 +130,10 @@ def test_a_reduction_is_that_of_the_coefficients_of_before():
     fit = fit_of(first)
     before = fit.coefficients
     expected = taken(0, torch.ones(3, 2, 2, dtype=WIDE))
-    torch.testing.assert_close(fit.reductions, expected / 20)
+    torch.testing.assert_close(fit.reductions, expected / 2000)
     fit.add(second)
     expected = MEMORY * expected + taken(1, before)
-    torch.testing.assert_close(fit.reductions, expected / (20 * (1 + MEMORY)))
+    torch.testing.assert_close(fit.reductions, expected / (2000 * (1 + MEMORY)))
     assert not torch.allclose(taken(1, before), taken(1, fit.coefficients))
 
 
@@ -152,9 +152,9 @@ def test_coefficients_fitted_to_noise_look_good_to_it_and_not_to_the_next_pilot(
         for i, pilot in enumerate(pilots):
             square = beta @ pilot.squares[0, 0] @ beta
             found[i].append(2 * beta @ pilot.products[0, 0] - square)
-        before = fit.reductions * 10
+        before = fit.reductions * 1000
         fit.add(pilots[1])
-        judged = fit.reductions * 10 * (1 + MEMORY) - MEMORY * before
+        judged = fit.reductions * 1000 * (1 + MEMORY) - MEMORY * before
         torch.testing.assert_close(judged[0], found[1][-1])
     assert z_score(torch.stack(found[0])) > 8
     assert z_score(torch.stack(found[1])) < -6
@@ -235,6 +235,38 @@ def test_without_a_known_cost_the_gate_stays_closed():
     assert not fit_of(of_reductions([0.4, 0.4], share), bins=2).is_open.any()
 
 
+@pytest.mark.xfail(
+    strict=True, reason="control_fit.py, `add` takes all in: nan in the sums stays, as 0.7 nan"
+)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_pilot_whose_gradients_overflow_is_left_out(value):
+    """As gradients in float16 do now and then; the trainer leaves such steps out."""
+    good, other = random_findings(parts=2), random_findings(parts=2, key=1)
+    broken = good._replace(products=torch.full_like(good.products, value))
+    fit, expected = fit_of(good, broken, other), fit_of(good, other)
+    assert torch.equal(fit.coefficients, expected.coefficients)
+    assert torch.equal(fit.reductions, expected.reductions)
+
+
+@pytest.mark.parametrize("second_moment", [-1.0, 0.0, 1e-3])
+def test_no_bin_that_does_harm_opens_where_the_second_moment_comes_out_too_small(second_moment):
+    """Its estimate for a step of several batches is a difference, and unbiased."""
+    share = torch.full((2,), 0.5, dtype=WIDE)
+    found = of_reductions([-0.2, -0.2], share)
+    found = found._replace(second_moment=torch.tensor(second_moment, dtype=WIDE))
+    fit = fit_of(found, bins=2, cost=Cost(0.0, 0.1))
+    assert not fit.is_open.any()
+    assert (fit.reductions < 0).all()
+
+
+def test_the_noise_that_is_taken_off_is_never_all_of_the_second_moment():
+    loss = normal(2, 1, 9, key=("loss",))
+    found = findings_of(loss, loss[:, :, None], second_moment=0.0)
+    fit = fit_of(found, bins=2, cost=Cost(0.0, 0.0))
+    assert 0.5 < float(fit.reductions.sum()) < 0.95
+    assert fit.saving == pytest.approx(float(1 / (1 - fit.reductions.sum())))
+
+
 def test_a_fixed_coefficient_stays_and_is_what_is_judged():
     pilots = [random_findings(key=i) for i in range(2)]
     fit = fit_of(*pilots, coefficient=0.25)
@@ -242,7 +274,7 @@ def test_a_fixed_coefficient_stays_and_is_what_is_judged():
     first, second = (
         0.5 * found.products[:, 0, 0] - 0.25**2 * found.squares[:, 0, 0, 0] for found in pilots
     )
-    torch.testing.assert_close(fit.reductions, (MEMORY * first + second) / (10 * (1 + MEMORY)))
+    torch.testing.assert_close(fit.reductions, (MEMORY * first + second) / (1000 * (1 + MEMORY)))
 
 
 def test_the_coefficient_of_values_is_one_for_all_parts_and_from_values_alone():
@@ -261,7 +293,7 @@ def test_the_coefficient_of_values_is_one_for_all_parts_and_from_values_alone():
         2 * b * found.products.sum(dim=(1, 2)) - b**2 * found.squares.sum(dim=(1, 2, 3))
         for b, found in zip([torch.ones(3, dtype=WIDE), beta], pilots, strict=True)
     ]
-    expected = (MEMORY * judged[0] + judged[1]) / (10 * (1 + MEMORY))
+    expected = (MEMORY * judged[0] + judged[1]) / (1000 * (1 + MEMORY))
     torch.testing.assert_close(fit.reductions, expected)
 
 
