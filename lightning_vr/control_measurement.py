@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _LEAST_DRAWS = 16
 """Draws for each bin, up to which samples are drawn again."""
 
-_ROUNDS, _MOST_ROUNDS, _TIMING_SECONDS = 2, 10, 0.2
+_ROUNDS, _MOST_ROUNDS, _TIMING_SECONDS = 2, 5, 0.2
 """Rounds of timing: short steps, which anything delays, are timed more often."""
 
 Function = Callable[[Rows], Tensor]

@@ -432,7 +432,7 @@ def test_groups_of_parameters_have_coefficients_of_their_own(order, gate):
 def test_by_group_needs_a_module_to_tell_parameters_apart():
     control = with_coefficients(TaylorCV(gate="open", by_group=True), groups=2)
     model = module(control)
-    with pytest.raises(ValueError, match="`network` expected to be a method of an nn.Module"):
+    with pytest.raises(ValueError, match=r"`network` expected to be a method of an nn\.Module"):
         regress(model, draws_of(model), Counted(model))
 
 

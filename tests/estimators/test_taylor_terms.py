@@ -324,15 +324,15 @@ def test_importance_weights_and_known_products_multiply_the_terms(order):
     noised = draws_of((2,), [0.1, 0.4, 0.8])
     factor = torch.tensor([0.5, 2.0, 3.0], dtype=WIDE)
     with torch.no_grad():
-        plain = taylor_terms(network, replace(noised, weight=torch.ones_like(factor)), objective, order)
-        found = taylor_terms(network, replace(noised, weight=factor), objective, order)
+        one, weighted = (replace(noised, weight=x) for x in (torch.ones_like(factor), factor))
+        plain = taylor_terms(network, one, objective, order)
+        found = taylor_terms(network, weighted, objective, order)
         product = factor * objective.weight(noised.t)
         known = replace(noised, loss_weight=product)
         torch.testing.assert_close(found, factor[:, None] * plain)
         torch.testing.assert_close(taylor_terms(network, known, objective, order), found)
-        torch.testing.assert_close(
-            constant_term(known, objective), constant_term(replace(noised, weight=factor), objective)
-        )
+        constant = constant_term(known, objective)
+        torch.testing.assert_close(constant, constant_term(weighted, objective))
 
 
 @orders
