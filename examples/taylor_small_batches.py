@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_vr import (
@@ -46,8 +46,10 @@ POINTS = 1 << 16
 
 EVALUATIONS = 10
 
-ORDER_TWO = [("eight Gaussians", "score")]
-"""Workloads that pay for order 2, whose steps take TIMES as long."""
+WIDTH = 64
+
+SLOW = ("order 1", "order 2")
+"""Arms of the first workload alone: their steps take several times as long."""
 
 
 def pairs() -> dict[str, Any]:
@@ -127,13 +129,25 @@ def points(dataset: Any) -> Tensor:
     return torch.stack([dataset[i]["x0"] for i in range(len(dataset))])
 
 
+def network() -> MLP:
+    """Return an MLP whose layer normalisation has correct second derivatives.
+
+    Those of ``torch.nn.LayerNorm`` in forward mode are wrong in torch 2.13, pytorch#196700. Those
+    of one group are right, and it is the same function.
+    """
+    found = MLP(2, width=WIDTH, depth=3)
+    for block in found.blocks:
+        block[0] = nn.GroupNorm(1, WIDTH)
+    return found
+
+
 def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: int) -> dict:
     """Train one arm and return what became of it."""
     seed_everything(seed, verbose=False)
     batch_size, slots = ARMS[arm]
     name, weight = workload
     module = DiffusionModule(
-        MLP(2, width=64, depth=3),
+        network(),
         schedule=VE(0.002, 1.0),
         prediction=weight,
         weighting=UnitWeighting(weight),
@@ -171,7 +185,7 @@ def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: i
 def report(runs: list[dict], workload: tuple[str, str]) -> None:
     """Print the errors of each arm at the end, mean and range over seeds."""
     print(f"\n{workload[0]}, unit weight on {workload[1]}: error of the score, mean ± half range")
-    print(f"{'':22}" + "".join(f"{f's = {s:g}':>15}" for s in LEVELS) + "     ms of CPU   open")
+    print(f"{'':22}" + "".join(f"{f's = {s:g}':>15}" for s in LEVELS) + "    CPU ms/step   open")
     for arm in ARMS:
         own = [r for r in runs if r["workload"] == list(workload) and r["arm"] == arm]
         if not own:
@@ -205,6 +219,8 @@ def draw(runs: list[dict], workloads: list[tuple[str, str]], path: Path) -> None
         above.set_xlabel("steps")
         below.set_xlabel("noise level")
         below.set_xscale("log")
+        below.set_xticks(LEVELS, [f"{level:g}" for level in LEVELS])
+        below.minorticks_off()
     grid[0, 0].set_ylabel(f"error of the score at s = {SHOWN:g}")
     grid[1, 0].set_ylabel("error of the score at the end")
     handles = grid[0, 0].get_legend_handles_labels()
@@ -222,14 +238,14 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     options.folder.mkdir(parents=True, exist_ok=True)
     workloads = WORKLOADS[:1] if options.quick else WORKLOADS
-    seeds, steps = (1, 200) if options.quick else (options.seeds, options.steps)
+    seeds, steps = (1, 120) if options.quick else (options.seeds, options.steps)
 
     begin = time.perf_counter()
     runs: list[dict] = []
     for workload in workloads:
         truth = Truth(workload[0])
         for arm in ARMS:
-            if arm == "order 2" and workload not in ORDER_TWO:
+            if arm in SLOW and workload != WORKLOADS[0]:
                 continue
             runs += [train(workload, arm, truth, seed, steps) for seed in range(seeds)]
         (options.folder / "runs.json").write_text(json.dumps(runs))

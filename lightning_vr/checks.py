@@ -173,7 +173,7 @@ def check_derivatives(module: "DiffusionModule", clean: Clean) -> None:
             f"that can be differentiated again, but {type(module.network).__name__} has none "
             f"({reason[0].rstrip('.')}): use order=0, which needs none, or leave out what lacks "
             f"them, such as custom autograd functions without `jvp`, fused attention other than "
-            f"torch's own, and torch.compile."
+            f"torch's own, and activation checkpointing."
         ) from error
 
 
