@@ -1,6 +1,28 @@
 """How large a network may be for its Taylor polynomial to explain the gradient's noise.
 
-FINDINGS
+    python examples/taylor_complexity.py
+
+For MLPs of several widths and depths, trained on eight Gaussians: what the noise ε adds to the
+variance of the gradient at one noise level s, over what is left of it with pairs of opposite noise
+(at equal draws) and with control variates of orders 0, 1 and 2 (per draw, whatever they cost). The
+coefficients are fitted to the gradients of one half of the samples, and judged by the other half
+(Jeha, Grathwohl, Andersen, Ek and Frellsen 2024, arXiv 2408.12270). What it finds:
+
+* At a tenth of the width of a Gaussian, s = 0.01, everything explains nearly everything: pairs and
+  order 0 a factor of 300 to 4000, order 1 of 10⁵ to 10⁷, order 2 of 10⁸ to 10¹⁰. As samples and
+  times add variance of their own, orders 1 and 2 cannot be worth more than order 0 there.
+* The larger the noise, the more the size of the network matters. At s = 0.1 order 1 falls from 1100
+  with width 16 and depth 1 to 6 with width 64 and depth 8; at s = 0.3 from 19 to 1 with width 256
+  and depth 4, where hardly anything helps any more.
+* Pairs leave what order 0 leaves, the part that is even in ε, and take no coefficient. The factor
+  of two between them at low noise is that of the passes through the network.
+* Order 2 can be worse than order 1 where its polynomial diverges, in deep networks at s = 0.1 and
+  more, and worse than nothing.
+* A fitted coefficient is at least about as good as any fixed one. Order 0 with 1 doubles the noise
+  at s = 0.3, where the fitted one takes a fifth off. Only at low noise, where next to nothing is
+  left, does a fixed 1 leave less by up to a half: 64 samples tell the coefficient to a percent.
+
+It takes seven minutes on one thread. Look into ``runs/taylor_complexity``.
 """
 
 import argparse
@@ -236,6 +258,7 @@ def draw(found: dict[tuple[int, int], dict[float, dict]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     widths = sorted({width for width, _ in found})
+    ticks = sorted({depth for _, depth in found})
     figure = Figure(figsize=(3 * len(LEVELS), 2.6 * len(widths)), layout="constrained")
     grid = figure.subplots(len(widths), len(LEVELS), squeeze=False, sharex=True, sharey="col")
     for row, width in zip(grid, widths, strict=True):
@@ -247,7 +270,7 @@ def draw(found: dict[tuple[int, int], dict[float, dict]], path: Path) -> None:
             axes.axhline(1, color="grey", linewidth=0.8)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
-            axes.set_xticks(depths, [str(d) for d in depths])
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
         row[0].set_ylabel(f"width {width}\nreduction")
     for axes, level in zip(grid[0], LEVELS, strict=True):
         axes.set_title(f"s = {level:g}")

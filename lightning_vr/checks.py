@@ -1,5 +1,6 @@
 """What a DiffusionModule refuses when it is built or when training starts."""
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -163,7 +164,9 @@ def check_derivatives(module: "DiffusionModule", clean: Clean) -> None:
     noised = control.draw(IID()(clean.rows(slice(0, 2)), module.objective, source), source)
     parameters = [p for p in module.network.parameters() if p.requires_grad]
     try:
-        with module.trainer.precision_plugin.forward_context():
+        with module.trainer.precision_plugin.forward_context(), warnings.catch_warnings():
+            # torch's first forward-mode derivative calls what torch deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)
             terms = control.terms(module.predict, noised, module.objective)
         torch.autograd.grad(terms.sum(), parameters, allow_unused=True)
     except Exception as error:  # compiled networks fail by assertions

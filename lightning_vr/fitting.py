@@ -62,7 +62,9 @@ class ControlPilot:
             if not self._is_checked:
                 check_derivatives(self.module, clean)
                 self._is_checked = True
-            if self._is_due(step) and self.control.pilot is None:
+                if self.control.pilot is None and not self.control.is_fixed:
+                    self._say_if_too_short(self._first)
+            if self._is_due(step) and not self._is_timed:
                 self._time(step, batch, clean)
             if self._is_due(step):
                 self._fit(step, clean)
@@ -94,10 +96,19 @@ class ControlPilot:
         """
         return 2 * steps / self._share - self._planned
 
+    @property
+    def _is_timed(self) -> bool:
+        """Whether all times are known that the gate and the next pilot need."""
+        control, pilot = self.control, self.control.pilot
+        if pilot is None or (control.gate == "auto" and control.fit.cost is None):
+            return False
+        return control.refit_every_n_steps is not None or pilot["seconds"] > 0
+
     def _time(self, step: int, batch: Any, clean: Clean) -> None:
-        """Time steps, before the first fit."""
+        """Time steps, where anything depends on it, before the first fit."""
         control = self.control
-        control.pilot = {"count": 0, "next": step, "spent": 0.0, "steps": 0.0, "seconds": 0.0}
+        start = {"count": 0, "next": step, "spent": 0.0, "steps": 0.0, "seconds": 0.0}
+        control.pilot = control.pilot or start
         if control.gate != "auto" and control.refit_every_n_steps is not None:
             return
         source = partial(self.module.generator, "control variate", "timing")
@@ -107,23 +118,27 @@ class ControlPilot:
         control.pilot |= {"spent": timing, "steps": expected, "seconds": seconds}
         if control.gate == "auto":
             control.fit.cost = Cost(cost.fixed + _OPEN_SHARE, cost.marginal)
-        if control.refit_every_n_steps is not None:
-            return
-        control.pilot["next"] = max(step, math.ceil(self._affordable_from(timing + expected)))
-        if control.pilot["next"] >= self.module.trainer.estimated_stepping_batches:
+        if control.refit_every_n_steps is None:
+            due = math.ceil(self._affordable_from(timing + expected))
+            control.pilot["next"] = max(step, due)
+            self._say_if_too_short(due)
+
+    def _say_if_too_short(self, first: float) -> None:
+        """Say so if the first fit would come after the last step."""
+        steps = self.module.trainer.estimated_stepping_batches
+        if first >= steps:
             rank_zero_info(
-                f"TaylorCV stays as it is: with {self._share:.0%} of their time "
-                f"{self.module.trainer.estimated_stepping_batches:.0f} steps are too few to find "
-                f"out where it pays. Set `refit_every_n_steps` to find out still."
+                f"TaylorCV stays as it is: with {self._share:.0%} of their time {steps:.0f} steps "
+                f"are too few to find out where it pays. Set `refit_every_n_steps` to find out."
             )
 
     def _fit(self, step: int, clean: Clean) -> None:
         control, fit, pilot = self.control, self.control.fit, self.control.pilot
         assert pilot is not None
         before = fit.is_open
-        fit.add(
-            self.measurement.find(clean, partial(self.module.generator, "control variate", step))
-        )
+        source = partial(self.module.generator, "control variate", step)
+        if not fit.add(self.measurement.find(clean, source)):
+            rank_zero_info(f"TaylorCV at step {step}: gradients are not finite, and left out.")
         if pilot["count"] == 0 and pilot["seconds"]:
             pilot["steps"] = self._steps(pilot["seconds"])
         self._schedule(step, pilot)

@@ -35,6 +35,7 @@ from lightning_vr.estimators.chunks import mean_in_chunks
 from lightning_vr.estimators.draws import IID, WHOLE, Draws, Share, Times
 from lightning_vr.estimators.dsm import DSM, Target
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
+from lightning_vr.estimators.slot import drop_control_variate
 from lightning_vr.fitting import ControlPilot, control_pilot
 from lightning_vr.networks import call_network
 from lightning_vr.objective import Objective
@@ -118,6 +119,7 @@ class DiffusionModule(LightningModule):
 
         check_draws(self.draws, self.objective, network)
         check_control_variate(control_variate, network)
+        self.register_load_state_dict_pre_hook(drop_control_variate)  # type: ignore[no-untyped-call]
 
         self._pilots: list[ResamplesPilot | ControlPilot] = []
         self.estimate: LossEstimate | None = None

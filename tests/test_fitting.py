@@ -502,9 +502,6 @@ def test_a_run_that_is_too_short_says_so_and_trains_plainly(run_of, costing, cap
     assert control.is_closed
 
 
-@pytest.mark.xfail(
-    strict=True, reason="`_time`, which says so, is called in runs of 400 steps and more alone"
-)
 @pytest.mark.parametrize("steps", [10, 300])
 def test_a_run_that_is_too_short_for_timing_says_so(run_of, costing, caplog, steps):
     costing(0.0, 0.1)
@@ -514,9 +511,6 @@ def test_a_run_that_is_too_short_for_timing_says_so(run_of, costing, caplog, ste
     assert f"{steps} steps are too few" in caplog.text
 
 
-@pytest.mark.xfail(
-    strict=True, reason="with a pilot's state `_time` is not called, and no cost is ever known"
-)
 def test_a_gate_that_becomes_automatic_in_mid_run_still_opens(run_of, costing):
     """A checkpoint of a run with an open gate knows coefficients, and no cost."""
     costing(0.0, 0.1)
@@ -528,9 +522,6 @@ def test_a_gate_that_becomes_automatic_in_mid_run_still_opens(run_of, costing):
     assert again.fit.is_open.all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="with a pilot's state `_time` is not called, and pilots count as free"
-)
 def test_a_cadence_that_is_left_out_in_mid_run_does_not_fit_in_every_step(run_of, costing):
     costing(0.0, 0.1)
     control = TaylorCV(gate="open", refit_every_n_steps=5)

@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_vr import Clean, TaylorCV
+from lightning_vr.data import EightGaussians
+from lightning_vr.noisy_losses import DiffusionLoss
+from lightning_vr.rng import generator
+from lightning_vr.variance.gradients import GradientMeasurement
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -55,12 +63,6 @@ def test_taylor_polynomials_explain_more_at_lower_noise(printed, tmp_path):
 
 def test_the_complexity_example_agrees_with_the_library_on_what_the_noise_is_worth():
     example = runpy.run_path(str(EXAMPLES / "taylor_complexity.py"))
-    from lightning_vr import Clean, TaylorCV
-    from lightning_vr.data import EightGaussians
-    from lightning_vr.noisy_losses import DiffusionLoss
-    from lightning_vr.rng import generator
-    from lightning_vr.variance.gradients import GradientMeasurement
-
     module = example["trained"](16, 1, 0, 100)
     data = EightGaussians()
     data.setup("fit")

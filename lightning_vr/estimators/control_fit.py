@@ -112,10 +112,15 @@ class ControlFit:
         self._weight = 0.0
         self._reduction = torch.zeros(bins, dtype=torch.float64)
 
-    def add(self, found: Findings) -> None:
-        """Take in what a pilot has found, the same on all ranks: judge, then fit."""
-        beta = self.coefficients
-        beta = beta.expand_as(found.products)
+    def add(self, found: Findings) -> bool:
+        """Take in what a pilot has found, the same on all ranks: judge, then fit.
+
+        Returns:
+            Whether it was finite; if not it is left out.
+        """
+        if not all(bool(torch.isfinite(x).all()) for x in found):
+            return False
+        beta = self.coefficients.expand_as(found.products)
         square = torch.einsum("bnk,bnkl,bnl->b", beta, found.squares, beta)
         reduction = 2 * (beta * found.products).sum(dim=(1, 2)) - square
         self._reduction = _MEMORY * self._reduction + reduction
@@ -128,6 +133,7 @@ class ControlFit:
             self.coefficients = self._on_values() if self.on_values else self._on_gradients()
         if self.cost is not None:
             self._choose(self.cost)
+        return True
 
     @property
     def reductions(self) -> Tensor:

@@ -24,5 +24,14 @@ class Slot(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def drop_control_variate(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Leave out, before a module without a control variate loads a state, what one has learned."""
+    if module.control_variate is None:
+        for name in [n for n in state_dict if n.startswith(f"{prefix}control_variate.")]:
+            del state_dict[name]
+
+
 def _shapes(state: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(value, "shape", type(value)) for name, value in state.items()}

@@ -146,7 +146,7 @@ class TaylorCV(ControlVariate):
             terms = None
         control = self._weighted(network, some, objective, terms)
         if rows is not None:
-            control = torch.zeros_like(noised.t).index_add(0, rows, control)
+            control = control.new_zeros(len(noised.t)).index_add(0, rows, control)
         return output, control
 
     def terms(self, network: Network, noised: Noised, objective: Objective) -> Tensor:
@@ -213,13 +213,18 @@ class TaylorCV(ControlVariate):
     def _by_group(
         self, network: Network, noised: Noised, objective: Objective, bins: Tensor
     ) -> Tensor:
-        """Return the terms' sum with gradients weighted by group: a pass for each bin and part."""
-        control = torch.zeros_like(noised.t)
+        """Return the terms' sum with gradients weighted by group: a pass for each bin and part.
+
+        Its value is that with the mean of the groups' coefficients.
+        """
+        control = torch.zeros_like(noised.x0.flatten(1)[:, 0])
         for b in sorted(set(bins.tolist())):
             rows = (bins == b).nonzero()[:, 0]
             for part, betas in enumerate(self.fit.coefficients[b].T.tolist()):
                 scaled = with_scaled_gradients(network, [-beta for beta in betas])
                 found = self.terms(scaled, _rows(noised, rows), objective)[:, part]
+                mean = sum(betas) / len(betas)
+                found = found - (1 + mean) * found.detach()
                 control = control.index_add(0, rows, found)
         return control
 

@@ -235,9 +235,6 @@ def test_without_a_known_cost_the_gate_stays_closed():
     assert not fit_of(of_reductions([0.4, 0.4], share), bins=2).is_open.any()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="control_fit.py, `add` takes all in: nan in the sums stays, as 0.7 nan"
-)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_pilot_whose_gradients_overflow_is_left_out(value):
     """As gradients in float16 do now and then; the trainer leaves such steps out."""

@@ -125,10 +125,6 @@ def test_each_bin_and_part_has_its_coefficient(order):
     torch.testing.assert_close(regress(model, noised).control, expected)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="taylor.py, `forward` and `_by_group`: zeros_like(noised.t).index_add(...) of float64",
-)
 @pytest.mark.parametrize("options", [{"gate": (0.1, 1.0)}, {"gate": "open", "by_group": True}])
 @orders
 def test_samples_in_float64_at_times_in_float32_will_do(order, options):
@@ -444,9 +440,6 @@ def test_groups_of_parameters_have_coefficients_of_their_own(order, gate):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="taylor.py, `_by_group`: the value is that of the terms, with a plus sign"
-)
 @pytest.mark.parametrize("order", [0, 1])
 def test_groups_with_one_coefficient_have_the_loss_of_that_coefficient(order):
     """Its value too, which is logged: what explains the noise must not add to it."""
@@ -616,9 +609,6 @@ def test_a_checkpoint_without_a_control_variate_leaves_it_as_built():
     assert control.get_extra_state() == learned().get_extra_state()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="no slot takes `control_variate._extra_state`: it is an unexpected key"
-)
 def test_a_checkpoint_with_a_control_variate_loads_without_one():
     trained = module(learned())
     model = module()
