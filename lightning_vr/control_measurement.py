@@ -107,7 +107,7 @@ class ControlMeasurement:
         least, spent = self.over_ranks(found.min(dim=0).values), self.over_ranks(found.sum())
         plain, some, whole, encoding = least.tolist()
         bins = self.control.bin(rows["noised"]["t"], self.module.objective)
-        share = float(half[bins.cpu()].double().mean())
+        share = float(self.over_ranks(half[bins.cpu()].double().mean()))
         marginal = max(0.0, whole - some) / max(1 - share, 1e-3)
         fixed = max(0.0, some - plain - share * marginal)
         step = plain + encoding
