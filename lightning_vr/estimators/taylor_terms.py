@@ -29,16 +29,14 @@ gradient at zero. Nothing here depends on the target: with another one than x0 i
 their zero mean and explain less.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
+from lightning_vr.estimators.forward_mode import forward_mode
 from lightning_vr.estimators.loss import Network, loss_weight, network_output
 from lightning_vr.objective import Objective
 from lightning_vr.schedules import expand
@@ -207,7 +205,7 @@ class _Derivatives:
 
     def first(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Return F ``(B, d)`` and ``δ J v`` ``(count, B, d)``."""
-        with _differentiable(self.u0.device):
+        with forward_mode(self.u0.device):
             value, slopes = _jvp(self._function, self.u0, self._tangents(directions))
         return self._rows(value)[0], self._rows(slopes)
 
@@ -218,7 +216,7 @@ class _Derivatives:
             found: tuple[Tensor, Tensor] = _jvp(self._function, u, self._tangents(first))
             return found
 
-        with _differentiable(self.u0.device):
+        with forward_mode(self.u0.device):
             (value, slopes), (_, bends) = _jvp(slope, self.u0, self._tangents(second))
         return self._rows(value)[0], self._rows(slopes), self._rows(bends)
 
@@ -230,22 +228,3 @@ class _Derivatives:
 
     def _rows(self, output: Tensor) -> Tensor:
         return output.reshape(self.count, -1, output[0].numel())
-
-
-@contextmanager
-def _differentiable(device: torch.device) -> Iterator[None]:
-    """Avoid what has no forward-mode derivatives: fused attention, and layouts and autocast.
-
-    Group normalisation fails on tangents that are not contiguous, which attention leaves behind,
-    and autocast does not see a tensor with a tangent: derivatives are taken in float32.
-    """
-
-    def contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-        return (inputs[0].contiguous(),) if isinstance(module, nn.GroupNorm) else None
-
-    hook = register_module_forward_pre_hook(contiguous)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        hook.remove()
