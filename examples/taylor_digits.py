@@ -15,6 +15,11 @@ scikit-learn, against estimators that take no more passes:
     python examples/taylor_digits.py
 
 takes some 25 minutes on one core. Look into ``runs/taylor_digits``.
+
+It found, after 500 steps of EDM, with the shares of variance that are left and times of a step over
+the plain ones: order 0 72 % at 1.8, order 1 50 % at 8.3, pairs 38 % at 1.8. With β = 1 below a
+noise level of 0.3, as other code has it, order 0 leaves 153 %. At equal time, so, pairs alone pay,
+and their held-out loss is 0.7 % lower; order 0 pays on none of the bins, and its gate stays closed.
 """
 
 import argparse
@@ -469,24 +474,16 @@ def interval(found: list[float]) -> str:
 def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(14, 9), layout="constrained")
     (parts, saving), (levels, losses) = figure.subplots(2, 2)
     names = [name for name in results["audits"] if name.startswith("step")]
     draw_parts(parts, results["audits"][names[-1]])
-    parts.set_title(f"{names[-1]}: gradient variance over that of the plain estimator")
+    parts.set_title(f"{names[-1]}: gradient variance, plain = 1")
     for color, name in zip(("tab:blue", "tab:orange"), reversed(names), strict=False):
         draw_multipliers(saving, results["audits"][name], name, color)
     draw_levels(levels, results["levels"][names[-1]])
     levels.set_title(f"{names[-1]}: what the noise component falls by")
-    seconds = np.mean([run["seconds"] for run in results["training"]["plain"]])
-    for name, runs in results["training"].items():
-        own = np.mean([run["seconds"] for run in runs]) / seconds
-        mean = np.mean([run["losses"] for run in runs], axis=0)
-        losses.plot(own * np.array(runs[0]["steps"]), mean, ".-", label=name)
-    losses.set_yscale("log")
-    losses.set_xlabel("time, in steps of the plain estimator")
-    losses.set_title("held-out denoising loss, mean over seeds")
-    losses.legend()
+    draw_losses(losses, results["training"])
     figure.savefig(path, dpi=110)
 
 
@@ -517,8 +514,9 @@ def draw_multipliers(axes: Any, found: Results, name: str, color: str) -> None:
     axes.set_yticks(range(len(known)), known)
     axes.set_ylim(len(known) - 0.5, -0.5)
     axes.axvline(1.0, color="black", linestyle="--", linewidth=1)
-    axes.set_xlim(left=0)
-    axes.set_title("effective compute multiplier, 95 % interval: above 1 it pays")
+    axes.set_xscale("log")
+    axes.set_xlim(0.05, 20)
+    axes.set_title("effective compute multiplier, 95 % interval")
     axes.legend()
 
 
@@ -540,6 +538,20 @@ def draw_levels(axes: Any, rows: list[Results]) -> None:
     axes.legend(fontsize=8)
 
 
+def draw_losses(axes: Any, found: dict[str, list[Results]]) -> None:
+    seconds = np.mean([run["seconds"] for run in found["plain"]])
+    least = np.inf
+    for name, runs in found.items():
+        own = np.mean([run["seconds"] for run in runs]) / seconds
+        mean = np.mean([run["losses"] for run in runs], axis=0)
+        axes.plot(own * np.array(runs[0]["steps"]), mean, ".-", label=name)
+        least = min(least, mean.min())
+    axes.set_ylim(0.98 * least, 1.3 * least)
+    axes.set_xlabel("time, in steps of the plain estimator")
+    axes.set_title("held-out denoising loss, mean over seeds")
+    axes.legend()
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--schedule", choices=SCHEDULES, default="EDM")
@@ -547,7 +559,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--early", type=int, default=20, help="step of the first audit")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of an audit")
-    parser.add_argument("--repeats", type=int, default=30, help="pairs of noises for each level")
+    parser.add_argument("--repeats", type=int, default=24, help="pairs of noises for each level")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--folder", type=Path, default=Path("runs/taylor_digits"))
     parser.add_argument("--quick", action="store_true", help="some seconds, to see that it runs")

@@ -1,6 +1,25 @@
-"""What control variates and pairs are worth where batches are small (Jeha et al. 2024, 2408.12270).
+"""What pairs and control variates are worth where batches are small and low noise dominates.
 
-A small MLP learns the score of points in the plane from 32 draws a step. FINDINGS
+    python examples/taylor_small_batches.py
+
+An MLP learns the score of points in the plane from 32 draws a step. With unit weight on the error
+of the score, whose target is ``-ε / σ``, and noise levels from 0.002 to 1, nearly all of the
+gradient is the noise of the lowest levels: the setting of Jeha, Grathwohl, Andersen, Ek and
+Frellsen 2024, arXiv 2408.12270, whose claim it repeats. With unit weight on ε, as usual, noise of
+all levels counts alike. What it finds, in 2000 steps, two seeds:
+
+* With weight on the score, plain training learns next to nothing below noise 0.3, and with batches
+  of 64 hardly more. Pairs of opposite noise and all orders learn.
+* 16 pairs, which cost nothing, do most of it. 32 pairs take as many passes through the network as
+  order 0, and are as good or better: there is little reason for a control variate of order 0.
+* Order 1 learns eight Gaussians still better, at 4.5 times the time of a plain step. Order 2 is no
+  better than order 1, at 12 times.
+* A coefficient of 1 below noise 0.3 does as well as fitted ones: low noise is all that matters.
+* The gate costs a large part of the gain here: a single pilot can close it, and the plain steps
+  until the next undo what was learned.
+* With weight on ε all arms end within a tenth of each other, 32 pairs at the best end.
+
+It takes a quarter of an hour on one thread. Look into ``runs/taylor_small_batches``.
 """
 
 import argparse
@@ -238,7 +257,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     options.folder.mkdir(parents=True, exist_ok=True)
     workloads = WORKLOADS[:1] if options.quick else WORKLOADS
-    seeds, steps = (1, 120) if options.quick else (options.seeds, options.steps)
+    seeds, steps = (1, 100) if options.quick else (options.seeds, options.steps)
 
     begin = time.perf_counter()
     runs: list[dict] = []

@@ -73,10 +73,17 @@ class ControlMeasurement:
             source: Gives generators by key.
         """
         self.seconds = []
-        moment = self._second_moment(clean, partial(source, "step"))
-        rows = self._pairs(clean, partial(source, "pairs"))
-        in_step = len(clean.x0) * self.module.draws.draws_per_sample * self._parts_of_step
+        resamples = self.module.draws.draws_per_sample
+        wanted = math.ceil(_LEAST_DRAWS * self.control.bins / (2 * resamples))
+        some = clean.rows(slice(0, max(wanted, len(clean.x0) // 2)))
+        units = [
+            self._pairs(some, partial(source, "pairs", unit))
+            for unit in range(math.ceil(wanted / len(some.x0)))
+        ]
+        rows = concatenated(units)
+        in_step = len(clean.x0) * resamples * self._parts_of_step
         found = self._by_bin(rows, row_count(rows) / in_step)
+        moment = found.loss_squares.sum() + self._rest(units[0], in_step)
         return Findings(*(self.over_ranks(x) for x in found._replace(second_moment=moment)))
 
     def cost(
@@ -137,31 +144,41 @@ class ControlMeasurement:
 
     @torch.no_grad()
     def _pairs(self, clean: Clean, source: Source) -> Rows:
-        """Draw each time with two noises, with signs: as many as a step, or enough for all bins."""
-        resamples = self.module.draws.draws_per_sample
-        wanted = math.ceil(_LEAST_DRAWS * self.control.bins / (2 * resamples))
-        some = clean.rows(slice(0, max(wanted, len(clean.x0) // 2)))
-        parts: list[Rows] = []
-        for unit in range(math.ceil(wanted / len(some.x0))):
-            times = self._loss.times(some, source(unit, "times"), 0.0, 1.0)
-            for number, sign in enumerate((1.0, -1.0)):
-                rows = self._loss.draw(some, times, source(unit, "noise", number))
-                parts.append({**rows, "sign": torch.full_like(rows["noised"]["t"], sign)})
+        """Draw times, and two noises for each, with signs: first all of the one, then the other."""
+        times = self._loss.times(clean, source("times"), 0.0, 1.0)
+        parts = []
+        for number, sign in enumerate((1.0, -1.0)):
+            rows = self._loss.draw(clean, times, source("noise", number))
+            parts.append({**rows, "sign": torch.full_like(rows["noised"]["t"], sign)})
         return concatenated(parts)
 
-    def _second_moment(self, clean: Clean, source: Source) -> Tensor:
-        """Return ``E‖g‖²`` of an optimizer step, from both halves of a batch."""
-        rows, samples = self._draw(clean, source), len(clean.x0)
-        whole = row_count(rows)
-        cut = samples // 2 * (whole // samples)
-        _, first = self._gradient(self._plain, mapped(rows, lambda x: x[: cut or whole]))
-        if samples == 1:
-            return _product(first, first)
-        _, second = self._gradient(self._plain, mapped(rows, lambda x: x[cut:]))
-        pairs = zip(first, second, strict=True)
-        both = [(cut * a + (whole - cut) * b) / whole for a, b in pairs]
-        squared_mean = _product(first, second)
-        return squared_mean + (_product(both, both) - squared_mean) / self._parts_of_step
+    def _rest(self, rows: Rows, in_step: int) -> Tensor:
+        """Return what is in ``E‖g‖²`` of a step besides noise: samples, times and the mean.
+
+        Products of gradients with independent noise on the same times have ``‖E g‖²`` and what
+        samples and times add in them, those of different samples ``‖E g‖²`` alone. Both come of the
+        draws that the rest is measured on, so that rare large ones are in all of it or in none.
+
+        Args:
+            rows: Pairs.
+            in_step: Draws of an optimizer step.
+        """
+        count = row_count(rows) // 2
+        samples = count // self.module.draws.draws_per_sample
+        cut = count // samples * (samples // 2)
+        ends = [(0, cut), (cut, count)] if cut else [(0, count)]
+        halves = [
+            [
+                self._gradient(self._unsigned, mapped(rows, lambda x: x[noise + i : noise + j]))[1]  # noqa: B023
+                for noise in (0, count)
+            ]
+            for i, j in ends
+        ]
+        same = torch.stack([_product(*half) for half in halves]).mean()
+        if not cut:
+            return same
+        across = torch.stack([_product(a, b) for a in halves[0] for b in halves[1]]).mean()
+        return across + (same - across) * (count / 2) / in_step
 
     def _by_bin(self, rows: Rows, scale: float) -> Findings:
         """Return the products of each bin's part of a gradient, for a step of another size.
@@ -180,7 +197,7 @@ class ControlMeasurement:
             some = mapped(rows, lambda x: x[index])  # noqa: B023
             share = len(index) / count
             factor = scale * share**2
-            values, gradient = self._gradient(self._plain, some)
+            values, gradient = self._gradient(self._signed, some)
             parts = [
                 self._gradient(partial(self._part, part), some) for part in range(control.parts)
             ]
@@ -204,12 +221,14 @@ class ControlMeasurement:
             found[group] += _product([x], [y])
         return found
 
-    def _plain(self, rows: Rows) -> Tensor:
+    def _unsigned(self, rows: Rows) -> Tensor:
         noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
         with self._loss.precision():
             module = self.module
-            loss = diffusion_loss(module.predict, noised, target, module.objective)
-        found: Tensor = loss.per_draw * rows.get("sign", 1.0)
+            return diffusion_loss(module.predict, noised, target, module.objective).per_draw
+
+    def _signed(self, rows: Rows) -> Tensor:
+        found: Tensor = self._unsigned(rows) * rows["sign"]
         return found
 
     def _part(self, part: int, rows: Rows) -> Tensor:

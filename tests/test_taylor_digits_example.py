@@ -5,9 +5,13 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+# of torch's forward-mode derivatives, when they are first used
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_taylor_control_variates_are_compared_on_digits(tmp_path, monkeypatch, capsys):
     arguments = ["--quick", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["taylor_digits.py", *arguments])

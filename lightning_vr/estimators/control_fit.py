@@ -37,6 +37,9 @@ _LEAST_REST = 0.1
 _ROUNDING = 1e-8
 """Share of ``‖g‖²`` below which ``‖c‖²`` is rounding: antithetic pairs cancel the odd part."""
 
+_LEAST_CHANGE = 1.02
+"""Predicted saving over that of the bins that are open below which they stay as they are."""
+
 _RIDGE = 1e-6
 """On the diagonal of the products of the parts, which are scaled to have 1 there."""
 
@@ -202,7 +205,18 @@ class ControlFit:
         seconds = 1 + cost.fixed + cost.marginal * self.shares[order].cumsum(dim=0)
         savings = 1 / (left * seconds)
         best = int(savings.argmax())
-        self.saving = float(savings[best])
-        self.is_open = torch.zeros_like(self.is_open)
-        if self.saving > _LEAST_SAVING:
-            self.is_open[order[: best + 1]] = True
+        chosen = torch.zeros_like(self.is_open)
+        if float(savings[best]) > _LEAST_SAVING:
+            chosen[order[: best + 1]] = True
+        # bins that neither save nor cost would come and go with the noise of pilots
+        if self._saving(chosen, cost) > _LEAST_CHANGE * self._saving(self.is_open, cost):
+            self.is_open = chosen
+        is_closed = not bool(self.is_open.any())
+        self.saving = float(savings[best]) if is_closed else self._saving(self.is_open, cost)
+
+    def _saving(self, is_open: Tensor, cost: Cost) -> float:
+        """Return the predicted factor on training time of some bins."""
+        if not bool(is_open.any()):
+            return 1.0
+        left = 1 - self.reductions[is_open].sum()
+        return float(1 / (left * (1 + cost.fixed + cost.marginal * self.shares[is_open].sum())))
