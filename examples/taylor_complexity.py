@@ -90,23 +90,11 @@ class Terms(nn.Module):
         return torch.cat([loss, *terms]), loss
 
 
-def network(width: int, depth: int) -> MLP:
-    """Return an MLP whose layer normalisation has correct second derivatives.
-
-    Those of ``torch.nn.LayerNorm`` in forward mode are wrong in torch 2.13, pytorch#196700. Those
-    of one group are right, and it is the same function.
-    """
-    found = MLP(2, width=width, depth=depth)
-    for block in found.blocks:
-        block[0] = nn.GroupNorm(1, width)
-    return found
-
-
 def trained(width: int, depth: int, seed: int, steps: int) -> DiffusionModule:
     """Train a network as usual."""
     seed_everything(seed, verbose=False)
     module = DiffusionModule(
-        network(width, depth),
+        MLP(2, width=width, depth=depth),
         schedule=VE(0.002, 1.0),
         prediction="epsilon",
         optimizer=partial(torch.optim.Adam, lr=1e-3),

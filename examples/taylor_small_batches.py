@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_vr import (
@@ -148,25 +148,13 @@ def points(dataset: Any) -> Tensor:
     return torch.stack([dataset[i]["x0"] for i in range(len(dataset))])
 
 
-def network() -> MLP:
-    """Return an MLP whose layer normalisation has correct second derivatives.
-
-    Those of ``torch.nn.LayerNorm`` in forward mode are wrong in torch 2.13, pytorch#196700. Those
-    of one group are right, and it is the same function.
-    """
-    found = MLP(2, width=WIDTH, depth=3)
-    for block in found.blocks:
-        block[0] = nn.GroupNorm(1, WIDTH)
-    return found
-
-
 def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: int) -> dict:
     """Train one arm and return what became of it."""
     seed_everything(seed, verbose=False)
     batch_size, slots = ARMS[arm]
     name, weight = workload
     module = DiffusionModule(
-        network(),
+        MLP(2, width=WIDTH),
         schedule=VE(0.002, 1.0),
         prediction=weight,
         weighting=UnitWeighting(weight),

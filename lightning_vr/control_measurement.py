@@ -115,10 +115,11 @@ class ControlMeasurement:
         plain, some, whole, encoding = least.tolist()
         bins = self.control.bin(rows["noised"]["t"], self.module.objective)
         share = float(self.over_ranks(half[bins.cpu()].double().mean()))
-        marginal = max(0.0, whole - some) / max(1 - share, 1e-3)
-        fixed = max(0.0, some - plain - share * marginal)
-        step = plain + encoding
-        return Cost(fixed / step, marginal / step), step, float(spent)
+        step, total = plain + encoding, max(0.0, whole - plain)
+        # of a line through both, with neither part below zero
+        fixed = (some - plain - share * total) / max(1 - share, 1e-3)
+        fixed = min(max(0.0, fixed), total)
+        return Cost(fixed / step, (total - fixed) / step), step, float(spent)
 
     def over_ranks(self, values: Tensor) -> Tensor:
         """Return the mean of numbers over the ranks, float64; all must call it."""
