@@ -12,14 +12,14 @@ all levels counts alike. What it finds, in 2000 steps, two seeds:
   of 64 hardly more. Pairs of opposite noise and all orders learn.
 * 16 pairs, which cost nothing, do most of it. 32 pairs take as many passes through the network as
   order 0, and are as good or better: there is little reason for a control variate of order 0.
-* Order 1 learns eight Gaussians still better, at 4.5 times the time of a plain step. Order 2 is no
-  better than order 1, at 12 times.
+* Order 1 learns eight Gaussians still better, at 4 times the time of a plain step. Order 2 is no
+  better than order 1, at 10 times.
 * A coefficient of 1 below noise 0.3 does as well as fitted ones: low noise is all that matters.
-* The gate costs a large part of the gain here: a single pilot can close it, and the plain steps
-  until the next undo what was learned.
+* The gate opens, and then does what an open one does, but for one seed on the moons, where it
+  opened late: the plain steps until then cost half of the gain.
 * With weight on ε all arms end within a tenth of each other, 32 pairs at the best end.
 
-It takes a quarter of an hour on one thread. Look into ``runs/taylor_small_batches``.
+It takes ten minutes on one thread. Look into ``runs/taylor_small_batches``.
 """
 
 import argparse

@@ -99,7 +99,8 @@ class ControlFit:
     Attributes:
         coefficients: β ``(bins, groups, parts)``, the last two 1 where one holds for all; 1 until a
             pilot has measured, which is right for a network that has learned nothing.
-        is_open: Which bins pay ``(bins,)``; none until a pilot has measured.
+        is_open: Which bins pay ``(bins,)``; none until a pilot has measured. Two pilots in a row
+            must say so to close all.
         saving: Predicted factor on training time of the open bins.
         cost: What the control variate costs, or None.
     """
@@ -113,6 +114,7 @@ class ControlFit:
         self.cost: Cost | None = None
         self._sums: Findings | None = None
         self._weight = 0.0
+        self._is_doubted = False
         self._reduction = torch.zeros(bins, dtype=torch.float64)
 
     def add(self, found: Findings) -> bool:
@@ -166,6 +168,7 @@ class ControlFit:
             "cost": self.cost and list(self.cost),
             "sums": self._sums and [x.tolist() for x in self._sums],
             "weight": self._weight,
+            "is_doubted": self._is_doubted,
             "reduction": self._reduction.tolist(),
         }
 
@@ -177,7 +180,7 @@ class ControlFit:
         self.cost = state["cost"] and Cost(*state["cost"])
         sums = state["sums"]
         self._sums = sums and Findings(*(torch.tensor(x, dtype=torch.float64) for x in sums))
-        self._weight = state["weight"]
+        self._weight, self._is_doubted = state["weight"], state["is_doubted"]
         self._reduction = torch.tensor(state["reduction"], dtype=torch.float64)
 
     def _on_gradients(self) -> Tensor:
@@ -209,8 +212,12 @@ class ControlFit:
         if float(savings[best]) > _LEAST_SAVING:
             chosen[order[: best + 1]] = True
         # bins that neither save nor cost would come and go with the noise of pilots
-        if self._saving(chosen, cost) > _LEAST_CHANGE * self._saving(self.is_open, cost):
+        is_better = self._saving(chosen, cost) > _LEAST_CHANGE * self._saving(self.is_open, cost)
+        # what was learned is soon lost: one pilot alone, of few draws, does not close the gate
+        closes = is_better and not bool(chosen.any())
+        if is_better and (self._is_doubted or not closes):
             self.is_open = chosen
+        self._is_doubted = closes and bool(self.is_open.any())
         is_closed = not bool(self.is_open.any())
         self.saving = float(savings[best]) if is_closed else self._saving(self.is_open, cost)
 

@@ -51,6 +51,15 @@ def test_the_saved_configuration_repeats_the_run(run):
     assert (first / "metrics.csv").read_text() == (again / "metrics.csv").read_text()
 
 
+def test_a_control_variate_is_fitted_and_logged(run):
+    control = {"order": 1, "gate": [0.0, 0.3], "refit_every_n_steps": 1}
+    flags = [f"--model.control_variate.{name}={value}" for name, value in control.items()]
+    folder = run("fit", "--model.control_variate=TaylorCV", *flags)
+    header = (folder / "metrics.csv").read_text().splitlines()[0]
+    assert "control_variate/odd/s" in header
+    assert "control_variate/even/s" in header
+
+
 def test_a_run_folder_that_exists_is_no_obstacle(run, folder):
     flags = [*NETWORK, *POINTS, *SHORT, "--trainer.logger.version=0"]
     main(["fit", *flags])
@@ -88,6 +97,7 @@ def test_a_module_of_ones_own_is_named_by_its_path(folder, monkeypatch):
         (["--model.sigma=3"], ["model", "'sigma' is not accepted"]),
         (["--model.target=STF", "--model.target.references=few"], ["model.target.ref", "few"]),
         (["--model.target=STF", "--model.target.references=513"], ["`references`", "512", "513"]),
+        (["--model.control_variate=TaylorCV", "--model.control_variate.order=3"], ["`order`", "3"]),
         (["--model.label_dropout=0.1"], ["`label_dropout`", "num_classes"]),
         (["--model.optimizer=AdamW", "--model.optimizer.lr=-1"], ["learning rate", "-1"]),
         (["--data=Nonesuch"], ["data", "No such class", "Nonesuch"]),

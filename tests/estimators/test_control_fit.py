@@ -230,6 +230,30 @@ def test_a_gate_that_was_open_closes_when_it_pays_no_more():
     assert not fit.is_open.any()
 
 
+def test_one_pilot_alone_does_not_close_the_gate():
+    good, bad = (of_reductions([x] * 2, [0.5, 0.5]) for x in (0.4, -2.0))
+    fit = fit_of(good, bins=2, cost=Cost(0.05, 0.2), coefficient=1.0)
+    assert fit.is_open.all()
+    fit.add(bad)
+    assert fit.is_open.all()
+    again = ControlFit(2, on_values=False, coefficient=1.0)
+    again.load(json.loads(json.dumps(fit.state())))
+    for one in (fit, again):
+        one.add(bad)
+        assert not one.is_open.any()
+    for _ in range(12):
+        fit.add(good)
+    assert fit.is_open.all()
+
+
+def test_bins_that_neither_save_nor_cost_do_not_come_and_go():
+    first, second = (of_reductions([0.5, x], [0.5, 0.5]) for x in (1e-3, -5e-3))
+    fit = fit_of(first, bins=2, cost=Cost(0.05, 0.0), coefficient=1.0)
+    assert fit.is_open.tolist() == [True, True]
+    fit.add(second)
+    assert fit.is_open.tolist() == [True, True]
+
+
 def test_without_a_known_cost_the_gate_stays_closed():
     share = torch.full((2,), 0.5, dtype=WIDE)
     assert not fit_of(of_reductions([0.4, 0.4], share), bins=2).is_open.any()
