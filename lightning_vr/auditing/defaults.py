@@ -31,6 +31,8 @@ def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
     measured with. Resamples are there whatever ``encode`` costs, so that the audit can say that
     they do not pay.
 
+    The control variate of order 0 is measured for all draws, and where its gate opens.
+
     A bank of a large training set takes long to encode: name candidates with one in a list of your
     own.
 

@@ -30,7 +30,8 @@ def audit(
     Neither the module nor the global random state is changed. Draws that learn are measured as they
     are in the midst of training: a proposal has seen batches, and ``resamples="auto"`` takes the K
     that its pilot chooses here. The module's own draws keep what they have learned in training; if
-    that is nothing yet, a copy of them learns.
+    that is nothing yet, a copy of them learns. So it is with control variates, which are fitted on
+    batches of their own; where the gate stays closed nothing is measured, and the result says so.
 
     Args:
         module: The module to audit.
