@@ -14,12 +14,12 @@ scikit-learn, against estimators that take no more passes:
 
     python examples/taylor_digits.py
 
-takes some 25 minutes on one core. Look into ``runs/taylor_digits``.
+takes half an hour on one core. Look into ``runs/taylor_digits``.
 
-After 500 steps of EDM on a busy machine it found, with the gradient variance that is left and the
-time of a step over the plain ones: order 0 72 % at 1.8, order 1 50 % at 8.3, pairs 38 % at 1.8.
-With β = 1 below a noise level of 0.3, as in other code, order 0 leaves 153 %. So pairs pay at equal
-time, with a held-out loss that is 0.7 % lower, and order 0 does not: its gate stays closed.
+After 500 steps of EDM it found, with the gradient variance that is left and the time of a step over
+the plain ones: order 0 73 % at 1.8, order 1 42 % at 8.2, pairs 42 % at 1.8. With β = 1 below a
+noise level of 0.3, as in other code, order 0 leaves 161 %. So pairs pay at equal time, with a
+held-out loss that is 0.7 % lower, and order 0 does not: its gate stays closed.
 """
 
 import argparse
