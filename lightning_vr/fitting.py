@@ -139,19 +139,19 @@ class ControlPilot:
         source = partial(self.module.generator, "control variate", step)
         if not fit.add(self.measurement.find(clean, source)):
             rank_zero_info(f"TaylorCV at step {step}: gradients are not finite, and left out.")
-        if pilot["count"] == 0 and pilot["seconds"]:
-            pilot["steps"] = self._steps(pilot["seconds"])
+        if pilot["count"] < 2 and pilot["seconds"]:
+            pilot["steps"] = self._seconds(is_first=pilot["count"] == 0) / pilot["seconds"]
         self._schedule(step, pilot)
         log_numbers(self.module.trainer, gate_numbers(self.module, control))
         changed = pilot["count"] == 1 or not torch.equal(before, fit.is_open)
         if control.gate == "auto" and changed:
             rank_zero_info(f"TaylorCV at step {step}: {describe_gate(self.module, control)}")
 
-    def _steps(self, seconds: float) -> float:
-        """Return how many steps' time the pilot took; compiling in its first pass is no cost."""
+    def _seconds(self, *, is_first: bool) -> float:
+        """Return what a pilot takes, the same on all ranks: what the first compiles is no cost."""
         passes = self.measurement.seconds
-        taken = torch.tensor(len(passes) * statistics.median(passes), dtype=torch.float64)
-        return float(self.measurement.over_ranks(taken)) / seconds
+        taken = len(passes) * statistics.median(passes) if is_first else sum(passes)
+        return float(self.measurement.over_ranks(torch.tensor(taken, dtype=torch.float64)))
 
     def _schedule(self, step: int, pilot: dict[str, float]) -> None:
         """Say when the next pilot is due: soon at first, when much changes, and then evenly."""
