@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_vr.distributed import all_reduce_sum, world_size
+from lightning_vr.distributed import all_reduce_mean, world_size
 from lightning_vr.estimators.chunks import gradients_in_chunks
 from lightning_vr.estimators.control_fit import Cost, Findings
 from lightning_vr.estimators.loss import diffusion_loss
@@ -124,8 +124,7 @@ class ControlMeasurement:
     def over_ranks(self, values: Tensor) -> Tensor:
         """Return the mean of numbers over the ranks, float64; all must call it."""
         device = self.module.device
-        total = all_reduce_sum(values.to(device, widest_float(device))) / world_size()
-        return total.cpu().double()
+        return all_reduce_mean(values.to(device, widest_float(device))).cpu().double()
 
     @property
     def _loss(self) -> DiffusionLoss:

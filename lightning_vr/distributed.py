@@ -49,6 +49,11 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return total
 
 
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Return the mean of ``x`` over the ranks, without gradient."""
+    return all_reduce_sum(x) / world_size()
+
+
 def broadcast(x: Tensor) -> Tensor:
     """Return rank 0's ``x`` on every rank."""
     if world_size() == 1:

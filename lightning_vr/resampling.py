@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_vr.distributed import all_reduce_sum, broadcast, world_size
+from lightning_vr.distributed import all_reduce_mean, broadcast
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.precision import loss_scale
@@ -189,8 +189,8 @@ class ResamplesPilot:
 
     def _mean_over_ranks(self, *values: float) -> list[float]:
         device = self.module.device
-        total = all_reduce_sum(torch.tensor(values, dtype=torch.float32, device=device))
-        found: list[float] = (total / world_size()).tolist()
+        mean = all_reduce_mean(torch.tensor(values, dtype=torch.float32, device=device))
+        found: list[float] = mean.tolist()
         return found
 
     def _agree(self, decision: bool) -> bool:

@@ -37,7 +37,7 @@ from lightning_vr.auditing.preparation import (
 from lightning_vr.auditing.result import Audit, Measured
 from lightning_vr.auditing.timing import StepTimer, TimedMeasurement
 from lightning_vr.configuration import UndescribableError
-from lightning_vr.distributed import all_reduce_sum, broadcast, rank, world_size
+from lightning_vr.distributed import all_reduce_mean, broadcast, rank, world_size
 from lightning_vr.module import DiffusionModule
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.precision import loss_scale
@@ -223,7 +223,7 @@ class Measuring:
             components = self.measurement.by_differences(pair, "repeat", number)
         self.found[candidate.name].append(components.over_ranks(self.module.device))
         seconds = torch.tensor(self.measurement.step_seconds(), device=self.module.device)
-        self.seconds[candidate.name].append(all_reduce_sum(seconds).cpu() / world_size())
+        self.seconds[candidate.name].append(all_reduce_mean(seconds).cpu())
 
     def _seconds(self, candidate: Candidate) -> Tensor:
         """Return the seconds of a step in each repetition."""

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_vr.distributed import all_reduce_sum, world_size
+from lightning_vr.distributed import all_reduce_mean
 
 DRAWS_PER_UNIT = 4
 """Draws of a unit in the order (t, z), (t, z'), (t', z''), (t', z''')."""
@@ -68,8 +68,7 @@ class Components(NamedTuple):
 
     def over_ranks(self, device: torch.device) -> "Components":
         """Return the mean over ranks that measured on data of their own; all must call it."""
-        total = all_reduce_sum(torch.stack(self).to(device)) / world_size()
-        return Components(*total.cpu())
+        return Components(*all_reduce_mean(torch.stack(self).to(device)).cpu())
 
     def scaled(self, batch: int) -> "Components":
         """Return the components per draw from those of the mean of ``batch`` draws."""
