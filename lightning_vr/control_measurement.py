@@ -31,7 +31,7 @@ from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.precision import loss_scale
 from lightning_vr.timing import timed
 from lightning_vr.types import Clean, Noised, TargetEstimate
-from lightning_vr.variance.gradients import Source, parameter_groups
+from lightning_vr.variance.gradients import Source, aliases, parameter_groups
 from lightning_vr.variance.moments import widest_float
 from lightning_vr.variance.rows import Rows, concatenated, mapped, row_count
 
@@ -249,22 +249,22 @@ class ControlMeasurement:
     def _gradient(self, function: Function, rows: Rows) -> tuple[Tensor, list[Tensor]]:
         """Return the numbers of rows ``(n,)``, and the gradient of their mean."""
         module, device = self.module, self.module.device
-        aliases = {
-            n: p.detach().requires_grad_() for n, p in module.named_parameters() if p.requires_grad
-        }
+        parameters, buffers = aliases(module)
+        for parameter in parameters.values():
+            parameter.requires_grad_()
         take = partial(
             gradients_in_chunks,
             module,
             function,
             rows,
             self._loss.chunk(row_count(rows), device),
-            aliases=aliases,
-            buffers={name: x.clone() for name, x in module.named_buffers()},
+            aliases=parameters,
+            buffers=buffers,
             scale=loss_scale(module.trainer),
         )
         (values, found), seconds = timed(take, device)
         self.seconds.append(seconds)
-        pairs = zip(found, aliases.values(), strict=True)
+        pairs = zip(found, parameters.values(), strict=True)
         return values, [torch.zeros_like(p) if g is None else g for g, p in pairs]
 
 

@@ -147,7 +147,7 @@ class GradientMeasurement:
             _check_units(len(clean.x0))
         with undisturbed(), sdpa_kernel(SDPBackend.MATH):
             rows = concatenated([interleaved(self._draws(*part)) for part in parts])
-            parameters, fixed = _aliases(self.loss)
+            parameters, fixed = aliases(self.loss)
             torch.manual_seed(self.source(*key, "global").initial_seed())
 
             def one(parameters: dict[str, Tensor], row: Rows) -> Tensor:
@@ -195,7 +195,7 @@ class GradientMeasurement:
 
         Rows that an upstream in training has made hand their gradient on to its parameters.
         """
-        parameters, fixed = _aliases(self.loss)
+        parameters, fixed = aliases(self.loss)
         for parameter in parameters.values():
             parameter.requires_grad_()
         torch.manual_seed(self.source(*key, "global").initial_seed())
@@ -285,7 +285,7 @@ def parameter_groups(module: nn.Module) -> tuple[list[str], list[int]]:
     return order, [order.index(name) for name in names]
 
 
-def _aliases(loss: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def aliases(loss: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return trainable parameters as fresh leaves on the same memory, and copies of buffers."""
     parameters = {n: p.detach() for n, p in loss.named_parameters() if p.requires_grad}
     return parameters, {name: buffer.clone() for name, buffer in loss.named_buffers()}
