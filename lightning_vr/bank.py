@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.checks import check_clean
+from lightning_vr.estimators.dsm import Target
 from lightning_vr.training_set import encoded_training_set
 from lightning_vr.types import Clean
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 def fill_target(module: "DiffusionModule") -> None:
     """Give ``module.target`` its references: the training set, encoded by the module on all ranks.
 
+    A target that is sharded gets what this rank has read, and the set never exists as a whole.
+
     Raises:
         ValueError: If samples, labels or indices are not what they must be.
     """
@@ -26,7 +29,25 @@ def fill_target(module: "DiffusionModule") -> None:
         check_clean(clean, module.num_classes, positions)
         return clean
 
-    size = module.target.bank_size
-    clean = encoded_training_set(module.trainer, encode, "Encoding references", size)
+    target = module.target
+    clean = encoded_training_set(
+        module.trainer, encode, "Encoding references", target.bank_size, is_share=target.sharded
+    )
     if clean is not None:
-        module.target.fill(clean.x0, clean.group, indexed=clean.index is not None)
+        fill(target, clean)
+
+
+def fill(target: Target, clean: Clean) -> None:
+    """Give a target the training set, or this rank's share of it if the target is sharded.
+
+    Args:
+        target: A target that takes references.
+        clean: What ``encoded_training_set`` has read for it.
+    """
+    target.fill(
+        clean.x0,
+        clean.group,
+        indexed=clean.index is not None,
+        cond_group=clean.cond_group,
+        is_share=target.sharded,
+    )

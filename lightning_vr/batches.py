@@ -40,3 +40,12 @@ def take_rows(batch: Any, start: int, stop: int) -> Any:
         return x if is_scalar or len(x) != size else x[start:stop]
 
     return apply_to_collection(batch, (Tensor, _Texts), rows)
+
+
+def is_plain(batch: Any) -> bool:
+    """Tell whether a batch is made of tensors, texts and numbers alone, as files safely hold it."""
+    if isinstance(batch, dict):
+        return all(isinstance(key, str) and is_plain(value) for key, value in batch.items())
+    if isinstance(batch, (list, tuple)):
+        return type(batch) in (list, tuple) and all(map(is_plain, batch))
+    return type(batch) in (Tensor, str, int, float, bool)

@@ -5,36 +5,48 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_vr.distributed import all_gather_rows
+from lightning_vr.estimators.chunks import gradients_in_chunks
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.dsm import Target
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.taylor import TaylorCV
+from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.objective import Objective
 from lightning_vr.references import check_samples
 from lightning_vr.types import Clean
+from lightning_vr.variance.gradients import aliases
+from lightning_vr.variance.rows import row_count
 
 if TYPE_CHECKING:
     from lightning_vr.module import DiffusionModule
 
 
-def check_clean(clean: Clean, num_classes: int | None, positions: Tensor | None = None) -> None:
+def check_clean(
+    clean: Clean,
+    num_classes: int | None,
+    positions: Tensor | None = None,
+    *,
+    allow_nonfinite: bool = False,
+) -> None:
     """Refuse samples, labels or indices that training would go wrong with.
 
     Args:
         clean: Encoded samples.
         num_classes: Number of classes of the module, or None.
         positions: Where the samples stand in the training set ``(B,)``, if that is known.
+        allow_nonfinite: Whether samples that are not finite are dealt with elsewhere.
 
     Raises:
         ValueError: Naming the first sample that is not as it must be.
     """
     check_samples("x0", clean.x0)
     finite = torch.isfinite(clean.x0.flatten(1)).all(dim=1).cpu()
-    if not bool(finite.all()):
+    if not (allow_nonfinite or bool(finite.all())):
         row = int((~finite).nonzero()[0])
         known = clean.index if positions is None else positions
         name = f"row {row} of the batch" if known is None else f"sample {int(known[row])}"
@@ -44,6 +56,8 @@ def check_clean(clean: Clean, num_classes: int | None, positions: Tensor | None 
         )
     if clean.group is not None:
         check_group(clean.group, num_classes)
+    if clean.cond_group is not None:
+        _check_cond_group(clean.cond_group, len(clean.x0))
     if positions is None or clean.index is None:
         return
     if not torch.equal(clean.index.cpu(), positions):
@@ -83,6 +97,20 @@ def check_group(group: Tensor, num_classes: int | None) -> None:
         )
 
 
+def _check_cond_group(cond_group: Tensor, count: int) -> None:
+    if cond_group.shape != (count,) or cond_group.is_floating_point():
+        raise ValueError(
+            f"Argument `cond_group` expected to be integers of shape ({count},), one for each "
+            f"sample, but got {cond_group.dtype} of shape {tuple(cond_group.shape)}: number the "
+            f"different conditions."
+        )
+    if count and int(cond_group.min()) < 0:
+        raise ValueError(
+            f"Argument `cond_group` expected to be 0 or more, but got {int(cond_group.min())}: "
+            f"give every condition a number, also that of no augmentation."
+        )
+
+
 def check_labels(num_classes: int | None, label_dropout: float) -> None:
     """Refuse a number of classes or a label dropout that means nothing."""
     if num_classes is not None and num_classes < 1:
@@ -101,13 +129,16 @@ def check_labels(num_classes: int | None, label_dropout: float) -> None:
 
 def check_network(network: nn.Module, num_classes: int | None) -> None:
     """Refuse a network that divides its output by the time, or lacks a class embedding."""
+    network = getattr(network, "_orig_mod", network)  # of a compiled one
     config = getattr(network, "config", None)
     settings = config if isinstance(config, Mapping) else vars(network)
     embeddings = settings.get("num_class_embeds")
-    if num_classes is not None and embeddings is not None and embeddings <= num_classes:
+    counts = "num_class_embeds" in settings and settings.get("class_embed_type") is None
+    if num_classes is not None and counts and (embeddings or 0) <= num_classes:
         raise ValueError(
             f"Argument `network`: {type(network).__name__} has num_class_embeds={embeddings}, but "
-            f"{num_classes} classes and the dropped label need {num_classes + 1}."
+            f"{num_classes} classes and the dropped label need {num_classes + 1}: set "
+            f"num_class_embeds to {num_classes + 1}."
         )
     if settings.get("time_embedding_type") == "fourier":
         raise ValueError(
@@ -178,6 +209,42 @@ def check_derivatives(module: "DiffusionModule", clean: Clean) -> None:
             f"them, such as custom autograd functions without `jvp`, fused attention other than "
             f"torch's own, and activation checkpointing."
         ) from error
+
+
+def check_gradients(module: "DiffusionModule", clean: Clean) -> None:
+    """Refuse a network whose gradient cannot be taken as pilots take it, however late they come.
+
+    Args:
+        module: A module that is training.
+        clean: Encoded samples.
+    """
+    loss = DiffusionLoss(module, module.trainer.precision_plugin.forward_context)
+    source, some = module.generator("gradients"), clean.rows(slice(0, 2))
+    with torch.no_grad():
+        rows = loss.draw(some, loss.times(some, source, 0.0, 1.0), source)
+    parameters, buffers = aliases(module)
+    for parameter in parameters.values():
+        parameter.requires_grad_()
+    count = row_count(rows)
+    gradients_in_chunks(module, loss, rows, count, aliases=parameters, buffers=buffers)
+
+
+def check_trainer(module: "DiffusionModule") -> None:
+    """Refuse a trainer that shards weights, and compilation of the whole module."""
+    strategy = module.trainer.strategy
+    is_sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+    if is_sharded or getattr(strategy, "zero_stage_3", False):
+        raise ValueError(
+            f"Argument `strategy` expected to leave each rank the whole of the weights, as 'ddp' "
+            f"does, but got {type(strategy).__name__}: what chunks, pilots and callbacks measure "
+            f"by would be parts of them."
+        )
+    if module._compiler_ctx is not None or module._compiled_call_impl is not None:
+        raise ValueError(
+            f"Argument `model` expected not to be compiled as a whole, whose steps log and draw by "
+            f"keys, but got a compiled {type(module).__name__}: compile the network, as in "
+            f"DiffusionModule(torch.compile(network))."
+        )
 
 
 def check_ranks(draws: Draws, device: torch.device) -> None:

@@ -6,6 +6,7 @@ interpolated linearly between two of them; and flow matching, ``sigma = t / step
 sigma``.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -43,6 +44,15 @@ class DiffusersSchedule(Schedule):
         flow = RectifiedFlow()
         self.t_min = self.steps * flow.t_min if self.is_flow else 0.0
         self.t_max = self.steps * flow.t_max if self.is_flow else self.steps - 1.0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Follow the device, but no precision: noise levels are not for eight bits to hold."""
+
+        def move(x: Tensor) -> Tensor:
+            found = fn(x)
+            return found if found.dtype == x.dtype else x.to(found.device)
+
+        return super()._apply(move, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def alpha(self, t: Tensor) -> Tensor:
         if self.is_flow:

@@ -4,6 +4,10 @@ Without an initialised process group of two ranks or more each function returns 
 the layers above are written once.
 """
 
+import sys
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,14 +34,47 @@ def all_gather_rows(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    longest = max(int(count) for count in counts)
-    padded = x.new_zeros(longest, *x.shape[1:])
+    return gather_rows(x, [count for (count,) in all_gather_numbers([len(x)], x.device)])
+
+
+def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Concatenate the rows of all ranks, as ``all_gather_rows`` does, of known ``counts``."""
+    if world_size() == 1:
+        return x
+    padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x.detach()
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)
-    return torch.cat([rows[: int(n)] for rows, n in zip(gathered, counts, strict=True)])
+    return torch.cat([rows[:n] for rows, n in zip(gathered, counts, strict=True)])
+
+
+def all_gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Return the numbers of each rank, in rank order; all give equally many."""
+    if world_size() == 1:
+        return [list(numbers)]
+    mine = torch.tensor(numbers, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(gathered, mine)
+    return torch.stack(gathered).tolist()
+
+
+def exchange_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Send every rank its rows, and return what all have sent to this one, without gradient.
+
+    Args:
+        x: The rows for each rank, in rank order ``(sum of counts, *)``.
+        counts: How many rows each rank gets, the same on all ranks.
+
+    Returns:
+        ``(W, counts[rank], *)``, what each of the W ranks has sent.
+    """
+    if world_size() == 1:
+        return x[None]
+    own = counts[rank()]
+    received = x.new_empty(world_size() * own, *x.shape[1:])
+    # gloo has no true reduce-scatter, but this, whose traffic is the same
+    dist.all_to_all_single(received, x.detach().contiguous(), [own] * world_size(), list(counts))
+    return received.reshape(world_size(), own, *x.shape[1:])
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -65,7 +102,23 @@ def broadcast(x: Tensor) -> Tensor:
 
 def row_offset(count: int, device: torch.device) -> int:
     """Return where this rank's ``count`` rows begin in ``all_gather_rows``."""
+    return sum(number for (number,) in all_gather_numbers([count], device)[: rank()])
+
+
+def gather_objects(found: Any) -> list[Any]:
+    """Return what each rank has found, in rank order; anything that pickles."""
     if world_size() == 1:
-        return 0
-    counts = all_gather_rows(torch.tensor([[count]], device=device))
-    return int(counts[: rank()].sum())
+        return [found]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, found)
+    return everyone
+
+
+def ranks_save_together() -> bool:
+    """Tell whether all ranks are saving, not one alone in an error of its own.
+
+    Collectives would not end then. A signal to stop, which Lightning raises as a kind of
+    ``SystemExit``, reaches all ranks.
+    """
+    kind = sys.exc_info()[0]
+    return world_size() == 1 or kind is None or issubclass(kind, SystemExit)

@@ -15,11 +15,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_vr.checks import check_derivatives
+from lightning_vr.checks import check_derivatives, check_gradients
 from lightning_vr.control_measurement import ControlMeasurement
 from lightning_vr.estimators.control_fit import Cost
 from lightning_vr.estimators.taylor import TaylorCV
-from lightning_vr.rng import undisturbed
+from lightning_vr.rng import seeded, undisturbed
 from lightning_vr.sinks import level_names, log_numbers
 from lightning_vr.types import Clean
 from lightning_vr.variance.gradients import parameter_groups
@@ -57,17 +57,22 @@ class ControlPilot:
         step = self.module.global_step
         if self._is_checked and not self._is_due(step):
             return
+        source = self.module.generator("control variate", "global", step)
         with undisturbed():
-            clean = detached(self.module.clean(batch))
+            with seeded(source):
+                clean = detached(self.module.clean(batch))
             if not self._is_checked:
                 check_derivatives(self.module, clean)
+                if not self.control.is_fixed:
+                    check_gradients(self.module, clean)
                 self._is_checked = True
                 if self.control.pilot is None and not self.control.is_fixed:
                     self._say_if_too_short(self._first)
             if self._is_due(step) and not self._is_timed:
                 self._time(step, batch, clean)
             if self._is_due(step):
-                self._fit(step, clean)
+                with seeded(source):  # whether checked and timed before or not
+                    self._fit(step, clean)
 
     def _is_due(self, step: int) -> bool:
         """Return whether it is time to fit, or first to time what that takes."""

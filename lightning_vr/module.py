@@ -4,7 +4,8 @@
 
 Each slot has a plain default: ``IID`` draws, the ``DSM`` target, no control variate. Randomness
 comes from generators keyed by (seed, purpose, rank, step), so that ranks differ, a resumed run
-repeats what the uninterrupted one draws, and nothing that measures disturbs training.
+repeats what the uninterrupted one draws, and nothing that measures disturbs training. For dropout
+and a random ``encode`` torch's global generator is seeded by such a key while a batch is passed.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_vr.agreement import check_call, check_guidance, check_optimization, check_times
 from lightning_vr.bank import fill_target
+from lightning_vr.batch_counts import agree_on_batches
+from lightning_vr.checkpoint_io import use_durable_checkpoints
 from lightning_vr.checkpoints import STATE, describe_arguments, load_module
 from lightning_vr.checks import (
     check_clean,
@@ -28,6 +32,7 @@ from lightning_vr.checks import (
     check_labels,
     check_network,
     check_ranks,
+    check_trainer,
     check_upstream,
 )
 from lightning_vr.distributed import broadcast, rank, world_size
@@ -35,16 +40,19 @@ from lightning_vr.estimators.chunks import mean_in_chunks
 from lightning_vr.estimators.draws import IID, WHOLE, Draws, Share, Times
 from lightning_vr.estimators.dsm import DSM, Target
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
-from lightning_vr.estimators.slot import drop_control_variate
+from lightning_vr.estimators.slot import drop_control_variate, keep_learned
 from lightning_vr.fitting import ControlPilot, control_pilot
 from lightning_vr.networks import call_network
+from lightning_vr.nonfinite import FiniteGuard, OnNonFinite
 from lightning_vr.objective import Objective
 from lightning_vr.precision import loss_scale
 from lightning_vr.predictions import PredictionType, check_prediction
 from lightning_vr.resampling import ResamplesPilot, resamples_pilot
-from lightning_vr.rng import generator
+from lightning_vr.resuming import catch_up, restore_window, save_window, waiting_row
+from lightning_vr.rng import generator, seeded
 from lightning_vr.sampling import Sampler, evaluating
 from lightning_vr.schedules import EDM, Schedule
+from lightning_vr.sinks import forgive_loggers
 from lightning_vr.timesteps import Density
 from lightning_vr.types import UNLABELLED, Clean, LossEstimate, Noised, TargetEstimate
 from lightning_vr.variance.rows import Rows, tensors
@@ -76,6 +84,9 @@ class DiffusionModule(LightningModule):
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer; steps are optimizer
             steps.
+        on_nonfinite: What to do where a sample, a loss or a gradient is not finite. ``"raise"``:
+            stop, and say which sample at which noise level. ``"skip"``: make no step, on all ranks;
+            ``train/skipped_steps`` counts them.
     """
 
     def __init__(
@@ -94,6 +105,7 @@ class DiffusionModule(LightningModule):
         sampler: Sampler | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         super().__init__()
         check_prediction(prediction)
@@ -116,12 +128,20 @@ class DiffusionModule(LightningModule):
         self.sampler.noise_levels(self.schedule)  # refuses bounds that do not fit the schedule
         self.optimizer = _Shared(optimizer)
         self.lr_scheduler = None if lr_scheduler is None else _Shared(lr_scheduler)
+        self.on_nonfinite = on_nonfinite
+        self._guard = FiniteGuard(on_nonfinite)
 
+        if type(self).predict is DiffusionModule.predict:
+            may_condition = type(self).encode is not DiffusionModule.encode
+            check_call(network, num_classes, may_condition=may_condition)
+        check_guidance(self.sampler.guidance, num_classes)
+        check_times(self.objective)
         check_draws(self.draws, self.objective, network)
         check_control_variate(control_variate, network)
         self.register_load_state_dict_pre_hook(drop_control_variate)  # type: ignore[no-untyped-call]
 
         self._pilots: list[ResamplesPilot | ControlPilot] = []
+        self._resumed: dict[str, Any] = {}
         self.estimate: LossEstimate | None = None
         self.sample_shape: tuple[int, ...] | None = None
         self.seed: int | None = None
@@ -201,7 +221,7 @@ class DiffusionModule(LightningModule):
         """
         clean = self.clean(batch)
         if self.training not in self._checked_modes:
-            check_clean(clean, self.num_classes)
+            check_clean(clean, self.num_classes, allow_nonfinite=self.on_nonfinite == "skip")
             check_upstream(clean, self.target)
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
@@ -305,7 +325,8 @@ class DiffusionModule(LightningModule):
         if group is not None:
             check_group(group, self.num_classes)
         source = source or self.generator("sample")
-        noise = torch.randn(count, *shape, generator=source, device=self.device)
+        size, dtype = (count, *shape), torch.float32
+        noise = torch.randn(size, generator=source, device=self.device, dtype=dtype)
         with torch.no_grad(), evaluating(self):
             return (sampler or self.sampler).draw(
                 self.denoise,
@@ -319,19 +340,19 @@ class DiffusionModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-step and keep its estimate for callbacks."""
-        # a run that resumes in mid-epoch counts its batches anew
-        micro_step = batch_idx % self.trainer.accumulate_grad_batches
+        parts = self.trainer.accumulate_grad_batches
+        micro_step = batch_idx % parts
         if micro_step == 0:
             for pilot in self._pilots:
                 pilot.before_step(batch)
-        parts = self.trainer.accumulate_grad_batches
         share = Share(
             rank() * parts + micro_step,
             world_size() * parts,
             generator(self.run_seed, "strata", self.global_step, device=self.device),
         )
         source = self.generator("train", self.global_step, micro_step)
-        estimate = self.loss(batch, source, share=share)
+        with seeded(self.generator("global", self.global_step, micro_step)):
+            estimate = self.loss(batch, source, share=share)
         control = None if estimate.control is None else estimate.control.detach()
         self.estimate = replace(
             estimate,
@@ -341,10 +362,18 @@ class DiffusionModule(LightningModule):
         )
         with torch.no_grad():
             self.draws.observe(self.estimate, self.objective)
+        self._guard.add(self.estimate, micro_step)
         self.log(
             "train/loss", estimate.loss.detach(), prog_bar=True, batch_size=len(estimate.per_draw)
         )
         return estimate.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look for numbers that are not finite: stop, or leave the step out."""
+        if not self._guard.check(self):
+            for parameter in self.parameters():
+                parameter.grad = None  # optimizers pass over such parameters
+            self.log("train/skipped_steps", float(self._guard.skipped))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the draws learn from what all ranks have seen."""
@@ -369,32 +398,54 @@ class DiffusionModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make the optimizer and, if there is one, a learning-rate schedule over steps."""
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        if self.lr_scheduler is None:
+        schedule = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+        check_optimization(optimizer, schedule)
+        if schedule is None:
             return optimizer
-        schedule = self.lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Let neither a full disk nor a logger end the run."""
+        check_trainer(self)
+        use_durable_checkpoints(self.trainer)
+        forgive_loggers(self.trainer)
 
     def on_train_start(self) -> None:
         """Fix the seed of the run, fill the target's bank, prepare the draws."""
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
+        agree_on_batches(self.trainer)
+        restore_window(self, self._resumed.get("window"))
         check_ranks(self.draws, self.device)
         found = resamples_pilot(self), control_pilot(self)
         self._pilots = [pilot for pilot in found if pilot is not None]
         if self.target.bank_size != 0:
             fill_target(self)
+        catch_up(self.trainer, self._resumed.get("row"))
+        self._resumed = {}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let loggers count as the optimizer does, which an error in mid-batch may have undone."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed, so that a resumed run draws what the uninterrupted one would."""
+        """Keep the seed and gradients that wait, so that a resumed run repeats."""
         shape = None if self.sample_shape is None else list(self.sample_shape)
         checkpoint[STATE] = {"seed": self.seed, "sample_shape": shape}
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            checkpoint[STATE]["window"] = save_window(self, checkpoint)
+            checkpoint[STATE]["row"] = waiting_row(self.trainer)
+            checkpoint[STATE]["skipped"] = self._guard.skipped
+        keep_learned(checkpoint)
         self._description.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the samples' shape and, to resume a fit, the seed."""
+        """Take the samples' shape and, to resume a fit, the rest."""
         state = checkpoint.get(STATE, {})
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self.seed = state.get("seed")
+            self._resumed = state
+            self._guard.skipped = state.get("skipped", 0)
         self.sample_shape = tuple(state["sample_shape"]) if state.get("sample_shape") else None
 
     @classmethod
@@ -436,12 +487,14 @@ class DiffusionModule(LightningModule):
         return torch.stack([found.per_draw, control], dim=1)
 
     def _drop_labels(self, group: Tensor, source: torch.Generator) -> Tensor:
-        u = torch.rand(len(group), generator=source, device=group.device)
+        count, dtype = len(group), torch.float32
+        u = torch.rand(count, generator=source, device=group.device, dtype=dtype)
         return torch.where(u < self.label_dropout, UNLABELLED, group)
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
         source = self.generator("evaluate", batch_idx)
-        estimate = self.loss(batch, source, draws=IID(), target=DSM())
+        with seeded(source):
+            estimate = self.loss(batch, source, draws=IID(), target=DSM())
         self.log(
             f"{stage}/loss",
             estimate.loss,

@@ -6,10 +6,16 @@ any ``nn.Module`` with that signature works.
 """
 
 import math
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_SHAPE_ERROR = re.compile(
+    "shapes cannot be multiplied|to have .* channels, but got|[Ss]izes? of tensors? .*must match|"
+    "Expected .* input to conv|Given normalized_shape|Kernel size can't be greater"
+)
 
 
 class MLP(nn.Module):
@@ -37,6 +43,11 @@ class MLP(nn.Module):
                 f"Arguments `dimension` and `depth` expected to be at least 1, "
                 f"but got {dimension} and {depth}."
             )
+        if num_class_embeds is not None and num_class_embeds < 1:
+            raise ValueError(
+                f"Argument `num_class_embeds` expected to be None or at least 1, "
+                f"but got {num_class_embeds}."
+            )
         self.dimension, self.width, self.depth = dimension, width, depth
         self.num_class_embeds = num_class_embeds
         self.project_in = nn.Linear(dimension, width)
@@ -55,9 +66,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Map points ``x (B, d)`` at times ``t (B,)`` to ``(B, d)``."""
         half = self.width // 2
-        frequencies = torch.exp(-math.log(1e4) * torch.arange(half, device=t.device) / half)
-        angles = t[:, None].to(x.dtype) * frequencies.to(x.dtype)
-        context = self.embed_time(torch.cat([angles.sin(), angles.cos()], dim=1))
+        # of times up to a thousand 16 bits would leave no phase
+        wide = torch.promote_types(x.dtype, torch.float32)
+        fractions = torch.arange(half, device=t.device, dtype=wide) / half
+        angles = t[:, None].to(wide) * torch.exp(-math.log(1e4) * fractions)
+        context = self.embed_time(torch.cat([angles.sin(), angles.cos()], dim=1).to(x.dtype))
         if self.embed_class is not None and class_labels is not None:
             context = context + self.embed_class(class_labels)
         hidden = self.project_in(x)
@@ -71,9 +84,18 @@ def call_network(network: nn.Module, x: Tensor, t: Tensor, arguments: dict[str, 
     """Return the output of a network, whichever way it wraps it.
 
     Raises:
-        ValueError: If its shape is not that of ``x``.
+        ValueError: If it does not take the shape of ``x``, or returns another.
     """
-    output = network(x, t, **arguments)
+    try:
+        output = network(x, t, **arguments)
+    except RuntimeError as error:
+        if not _SHAPE_ERROR.search(str(error)):
+            raise
+        raise ValueError(
+            f"Argument `network`: {type(network).__name__} does not take samples of shape "
+            f"{tuple(x.shape[1:])} ({str(error).splitlines()[0]}): make it for the shape of the "
+            f"data, or choose other data."
+        ) from error
     output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     assert isinstance(output, Tensor)
     if output.shape != x.shape:

@@ -10,12 +10,14 @@ Jaakkola 2023, arXiv 2302.00670, equation 5) and, with the whole data set as ref
 minimiser of denoising score matching on it.
 
 Two matrix products and a softmax by running maximum and sum: memory is B·chunk + B·d, never B·n·d,
-and chunked equals dense up to rounding. Weights below e^-60 are set to zero: as denormal numbers
-they make the second product twice as slow and change nothing.
+and chunked equals dense up to rounding.
 
 If the sample that made x_t is given as ``own``, the mean is formed as a shift from it, weighted by
 the other references alone, so that at low noise the shift and the spread keep their relative
 precision.
+
+References may be shared out over ranks (``sharded``): each sums its part for the queries of all.
+The rank that asks adds ``own``, of which the others know the logit alone.
 """
 
 import math
@@ -24,10 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_vr.references import PlainReferences, References, check_samples
-
-_NEGLIGIBLE = -60.0
-"""Log weight relative to the largest below which a weight is set to zero."""
+from lightning_vr.references import PlainReferences, References, check_samples, columns
+from lightning_vr.sharded import Bank, ShardedReferences, sums_over_ranks
+from lightning_vr.softmax_sums import Queries, SoftmaxSums
 
 
 class Posterior(NamedTuple):
@@ -47,40 +48,12 @@ class Posterior(NamedTuple):
     log_evidence: Tensor
 
 
-class _Sums:
-    """Running softmax sums over references other than a pivot row, per query."""
-
-    def __init__(self, maximum: Tensor, dim: int) -> None:
-        self.maximum = maximum
-        self.weight = torch.zeros_like(maximum)
-        self.weight_squared = torch.zeros_like(maximum)
-        self.rows = maximum.new_zeros(len(maximum), dim)
-        self.squared_norms = torch.zeros_like(maximum)
-        self.count = torch.zeros_like(maximum)
-
-    def add(self, logits: Tensor, rows: Tensor, squared_norms: Tensor) -> None:
-        """Add references by their ``logits (B, c)``, which are overwritten."""
-        self.count += (logits > -math.inf).sum(1)
-        maximum = torch.maximum(self.maximum, logits.amax(1))
-        finite = torch.where(maximum == -math.inf, 0, maximum)
-        decay = torch.exp(self.maximum - finite)
-        # where exp underflows it takes thirty times as long
-        weights = logits.sub_(finite[:, None]).clamp_(min=_NEGLIGIBLE - 1).exp_()
-        weights = torch.threshold_(weights, math.exp(_NEGLIGIBLE), 0)
-
-        self.maximum = maximum
-        self.weight.mul_(decay).add_(weights.sum(1))
-        self.weight_squared.mul_(decay**2).add_(torch.linalg.vecdot(weights, weights))
-        self.rows.mul_(decay[:, None]).addmm_(weights, rows)
-        self.squared_norms.mul_(decay).addmv_(weights, squared_norms)
-
-
 @torch.no_grad()
 def posterior_mean(
     xt: Tensor,
     alpha: Tensor | float,
     sigma: Tensor | float,
-    references: Tensor | References,
+    references: Tensor | Bank,
     *,
     own: Tensor | None = None,
     exclude: Tensor | None = None,
@@ -92,29 +65,37 @@ def posterior_mean(
 
     Computed in float32, or float64 if an input is, whatever autocast says; without gradient.
 
+    With references that are shared out over ranks all ranks must call it, each with queries of its
+    own, as many as it has: one that has none calls it with B of 0.
+
     Args:
         xt: Noised samples ``(B, *)``.
         alpha: Scale of the sample, ``(B,)`` or a number.
         sigma: Scale of the noise, ``(B,)`` or a number, positive.
-        references: ``(n, *)``, or prepared by ``References.prepare`` for many calls.
+        references: ``(n, *)``, or prepared by ``References.prepare`` for many calls, or shared
+            out over ranks by ``ShardedReferences.prepare``.
         own: The samples that made x_t ``(B, *)``: each a reference of its own row, besides
             ``references``.
         exclude: For each row the position of one reference that it must not use ``(B,)``, int64,
             -1 for none: where a copy of ``own`` stands.
-        query_group: Labels of the rows ``(B,)``; a negative one uses all references.
-        reference_group: Labels of the references ``(n,)``; taken from prepared ones if not given.
+        query_group: Labels of the rows ``(B,)``; a negative one uses all references. With k labels
+            of each row ``(B, k)`` a reference must have each that is not negative.
+        reference_group: Labels of the references ``(n,)`` or ``(n, k)``; taken from prepared ones
+            if not given.
         chunk_size: Number of references at a time; by default what keeps temporaries at a few MB.
 
     Raises:
         ValueError: On complex or integer samples, shapes that do not fit, a number sigma that is
-            not positive, or a row that is left without a reference.
+            not positive, a row that is left without a reference, or ranks whose queries differ in
+            more than their number.
     """
-    check_samples("xt", xt)
+    if len(xt) > 0 or not isinstance(references, ShardedReferences):
+        check_samples("xt", xt)
     prepared = _as_references(xt, references, reference_group)
     _check(xt, sigma, prepared, own, query_group, chunk_size)
-    dtype = _work_dtype(xt.dtype, prepared.centre.dtype)
+    dtype = _work_dtype(xt.dtype, prepared.held.centre.dtype)
     with torch.autocast(xt.device.type, enabled=False):
-        centre = prepared.centre.to(dtype)
+        centre = prepared.held.centre.to(dtype)
         alpha = _per_row(alpha, xt, dtype)
         precision = _per_row(sigma, xt, dtype) ** -2
         query = xt.flatten(1).to(dtype) - alpha[:, None] * centre
@@ -125,11 +106,11 @@ def posterior_mean(
         own_logit = slope * torch.linalg.vecdot(query, pivot) - curvature * pivot_norm
         own_logit = own_logit if own is not None else torch.full_like(slope, -math.inf)
 
-        sums, scaled = _Sums(own_logit, query.shape[1]), slope[:, None] * query
-        for start, rows, norms in prepared.chunks(chunk_size, len(xt), dtype):
-            logits = (scaled @ rows.T).addr_(curvature, norms, alpha=-1)
-            _mask(logits, start, exclude, query_group, prepared.group)
-            sums.add(logits, rows, norms)
+        queries = Queries(slope[:, None] * query, curvature, own_logit, exclude, query_group)
+        if isinstance(prepared, ShardedReferences):
+            sums = sums_over_ranks(prepared, queries, chunk_size)
+        else:
+            sums = SoftmaxSums.over(prepared, queries, chunk_size)
 
         if own is None and query_group is not None:
             _check_every_row_has_a_reference(sums.count, query_group)
@@ -140,7 +121,7 @@ def posterior_mean(
 
 
 def _finish(
-    sums: _Sums,
+    sums: SoftmaxSums,
     own_logit: Tensor,
     pivot: Tensor,
     pivot_norm: Tensor,
@@ -165,33 +146,21 @@ def _check_every_row_has_a_reference(count: Tensor, query_group: Tensor) -> None
     if bool((count == 0).any()):
         row = int((count == 0).nonzero()[0])
         raise ValueError(
-            f"Argument `query_group` leaves row {row} (group {int(query_group[row])}) without "
+            f"Argument `query_group` leaves row {row} (group {query_group[row].tolist()}) without "
             f"a reference: give references of that group, or `own`."
         )
 
 
-def _mask(
-    logits: Tensor,
-    start: int,
-    exclude: Tensor | None,
-    query_group: Tensor | None,
-    reference_group: Tensor | None,
-) -> None:
-    if exclude is not None:
-        position = exclude - start
-        inside = (position >= 0) & (position < logits.shape[1])
-        position = position.clamp(0, logits.shape[1] - 1)[:, None]
-        kept = torch.where(inside[:, None], -math.inf, logits.gather(1, position))
-        logits.scatter_(1, position, kept)
-    if query_group is not None and reference_group is not None:
-        part = reference_group[start : start + logits.shape[1]]
-        foreign = (query_group[:, None] != part) & (query_group[:, None] >= 0)
-        logits.masked_fill_(foreign, -math.inf)
-
-
 def _as_references(
-    xt: Tensor, references: Tensor | References, group: Tensor | None
-) -> References | PlainReferences:
+    xt: Tensor, references: Tensor | Bank, group: Tensor | None
+) -> References | PlainReferences | ShardedReferences:
+    if isinstance(references, ShardedReferences):
+        if group is not None:
+            raise ValueError(
+                "Argument `reference_group` expected to be None with references that are shared "
+                "out, which carry their labels: give them to `ShardedReferences.prepare`."
+            )
+        return references
     if isinstance(references, References):
         if group is None:
             return references
@@ -212,15 +181,16 @@ def _per_row(value: Tensor | float, xt: Tensor, dtype: torch.dtype) -> Tensor:
 def _check(
     xt: Tensor,
     sigma: Tensor | float,
-    references: References | PlainReferences,
+    references: References | PlainReferences | ShardedReferences,
     own: Tensor | None,
     query_group: Tensor | None,
     chunk_size: int | None,
 ) -> None:
-    if xt[0].numel() != len(references.centre):
+    held = references.held
+    if xt.shape[1:].numel() != len(held.centre):
         raise ValueError(
-            f"Argument `references` expected to have {xt[0].numel()} values per row, as `xt` "
-            f"{tuple(xt.shape)} has, but got {len(references.centre)}."
+            f"Argument `references` expected to have {xt.shape[1:].numel()} values per row, as "
+            f"`xt` {tuple(xt.shape)} has, but got {len(held.centre)}."
         )
     if own is not None and own.shape != xt.shape:
         raise ValueError(
@@ -229,7 +199,14 @@ def _check(
         )
     if isinstance(sigma, (int, float)) and not 0 < sigma < math.inf:
         raise ValueError(f"Argument `sigma` expected to be positive and finite, but got {sigma}.")
-    if query_group is not None and references.group is None:
+    if query_group is not None and held.group is None:
         raise ValueError("Argument `query_group` needs `reference_group`: the references' labels.")
+    if query_group is not None and held.group is not None:
+        asked, known = columns(query_group).shape, columns(held.group).shape
+        if asked != (len(xt), known[1]):
+            raise ValueError(
+                f"Argument `query_group` expected to have {len(xt)} rows of {known[1]} labels, as "
+                f"the references have, but got {tuple(query_group.shape)}."
+            )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"Argument `chunk_size` expected to be at least 1, but got {chunk_size}.")

@@ -1,9 +1,16 @@
 """What the trainer's precision does to losses."""
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 
 
+def loss_scaler(trainer: Trainer) -> Any:
+    """Return what scales losses, so that float16 gradients do not vanish, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
 def loss_scale(trainer: Trainer) -> float:
-    """Return what the trainer multiplies losses by, so that float16 gradients do not vanish."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler else 1.0
+    """Return what the trainer multiplies losses by."""
+    scaler = loss_scaler(trainer)
+    return 1.0 if scaler is None else float(scaler.get_scale())

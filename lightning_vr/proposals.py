@@ -215,9 +215,6 @@ class LearnedProposal(Proposal):
         memory: Factor on all earlier sums at each optimizer step.
     """
 
-    table: Tensor
-    observed: Tensor
-
     def __init__(
         self,
         moment: Literal["gradient", "loss"] = "gradient",
@@ -244,8 +241,9 @@ class LearnedProposal(Proposal):
         self.floor = floor
         self.memory = memory
         # rows: sums of second moments, their counts, draws ever seen
-        self.register_buffer("table", torch.zeros(3, bins, dtype=torch.float64))
-        self.register_buffer("observed", torch.zeros(2, bins, dtype=torch.float64))
+        # no buffers, which a callback that averages weights would average, and precisions round
+        self.table = torch.zeros(3, bins, dtype=torch.float64)
+        self.observed = torch.zeros(2, bins, dtype=torch.float64)
 
     def density(self, objective: Objective, device: torch.device) -> QuantileDensity:
         sums, counts, seen = self.table.to(device)
@@ -264,16 +262,29 @@ class LearnedProposal(Proposal):
         super().check(objective)
 
     def observe(self, v: Tensor, weight: Tensor, loss: Tensor) -> None:
+        self.table, self.observed = self.table.to(v.device), self.observed.to(v.device)
         moment = weight * loss if self.moment == "gradient" else loss**2
         bins = (v * self.bins).long().clamp(0, self.bins - 1)
-        seen = torch.stack([moment.to(self.observed), torch.ones_like(self.observed[0])[bins]])
+        moment = moment.to(self.observed)
+        seen = torch.where(moment.isfinite(), torch.stack([moment, torch.ones_like(moment)]), 0)
         self.observed.index_add_(1, bins, seen)
 
     def advance(self) -> None:
         moments, counts = all_reduce_sum(self.observed)
         faded = self.memory * self.table[:2] + torch.stack([moments, counts])
-        self.table.copy_(torch.cat([faded, (self.table[2] + counts)[None]]))
-        self.observed.zero_()
+        self.table = torch.cat([faded, (self.table[2] + counts)[None]])
+        self.observed = torch.zeros_like(self.observed)
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Return what was learned, for the checkpoint."""
+        return {"table": self.table, "observed": self.observed}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take what was learned, unless it was in other bins."""
+        if state["table"].shape == self.table.shape:
+            self.table, self.observed = (
+                state[name].to(getattr(self, name), copy=True) for name in ("table", "observed")
+            )
 
 
 def _histogram(heights: Tensor) -> QuantileDensity:

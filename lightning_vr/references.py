@@ -6,7 +6,7 @@ digits on; distances do not change.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class References:
         rows: References less ``centre``, ``(n, d)``.
         squared_norms: ``‖rows‖²``, ``(n,)``.
         centre: What was subtracted, ``(d,)``.
-        group: Labels of the references ``(n,)``, or None.
+        group: Labels of the references ``(n,)``, or several of each ``(n, k)``, or None.
     """
 
     rows: Tensor
@@ -35,10 +35,13 @@ class References:
     def prepare(cls, x: Tensor, group: Tensor | None = None) -> "References":
         """Centre ``x (n, *)`` and keep its squared norms, in float32 or better."""
         check_samples("references", x)
-        flat = x.detach().flatten(1)
-        flat = flat if flat.dtype == torch.float64 else flat.float()
+        flat = flat_rows(x)
         centre = flat.mean(dim=0)
-        rows = flat - centre
+        return cls.centred(flat - centre, centre, group)
+
+    @classmethod
+    def centred(cls, rows: Tensor, centre: Tensor, group: Tensor | None = None) -> "References":
+        """Keep the squared norms of ``rows (n, d)`` that ``centre (d,)`` is subtracted from."""
         return cls(rows, torch.linalg.vector_norm(rows, dim=1).square_(), centre, group)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "References":
@@ -46,6 +49,27 @@ class References:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def at_origin(self) -> "References":
+        """Return the references moved so that their centre is the origin."""
+        return replace(self, centre=torch.zeros_like(self.centre))
+
+    @property
+    def held(self) -> "References":
+        """Those of the references that this rank holds: all of them."""
+        return self
+
+    def rows_at(self, positions: Tensor) -> Tensor:
+        """Return the rows of ``held`` at ``positions (m,)`` of all references."""
+        return positions
+
+    def total(self, x: Tensor) -> Tensor:
+        """Add up ``x`` over the ranks that hold parts of the references: this one."""
+        return x
+
+    def agreed(self, x: Tensor) -> Tensor:
+        """Return the ``x`` of one of the ranks that hold parts of the references: this one."""
+        return x
 
     def take(self, index: Tensor) -> "References":
         """Return the references at ``index (m,)``, centred as before."""
@@ -84,6 +108,11 @@ class PlainReferences:
         self.centre = torch.zeros_like(centre) if is_near else centre
         self.is_centred = is_near and x.dtype == dtype
 
+    @property
+    def held(self) -> "PlainReferences":
+        """Those of the references that this rank holds: all of them."""
+        return self
+
     def __len__(self) -> int:
         return len(self.x)
 
@@ -100,6 +129,17 @@ class PlainReferences:
             if not self.is_centred:
                 rows = torch.sub(rows, self.centre, out=copy[: len(rows)])
             yield start, rows, torch.linalg.vector_norm(rows, dim=1).square_()
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """Return ``x (n, *)`` as rows ``(n, d)``, in float32 or better."""
+    flat = x.detach().flatten(1)
+    return flat if flat.dtype == torch.float64 else flat.float()
+
+
+def columns(group: Tensor) -> Tensor:
+    """Return labels ``(n,)`` or ``(n, k)`` as ``(n, k)``."""
+    return group if group.ndim == 2 else group[:, None]
 
 
 def check_samples(name: str, x: Tensor) -> None:

@@ -9,6 +9,7 @@ a pass takes whatever its size counts as upstream, since the number of samples i
 on earlier draws alone, so that the estimate stays unbiased.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from lightning_vr.distributed import all_reduce_mean, broadcast
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.precision import loss_scale
-from lightning_vr.rng import undisturbed
+from lightning_vr.rng import seeded, undisturbed
 from lightning_vr.timing import timed
 from lightning_vr.types import Clean
 from lightning_vr.variance.accounting import CostModel, best_resamples, variance_times_cost
@@ -55,13 +56,16 @@ class ResamplesPilot:
         self.module = module
         self.draws = draws
         self._batches: list[Any] = []
+        self._failures, self._not_before = 0, 0
 
     def before_step(self, batch: Any) -> None:
         """Choose anew if it is time; all ranks must call it before each optimizer step."""
         step, pilot = self.module.global_step, self.draws.pilot
         if pilot is not None and step - pilot["step"] < self.draws.pilot_every_n_steps:
             return
-        with undisturbed():
+        if step < self._not_before:
+            return
+        with undisturbed(), seeded(self._source("global")):
             clean = self.module.clean(batch)
             encode, denoise = self._mean_over_ranks(*self._seconds(batch, clean))
             # no K gains more than this factor, but where a larger batch would gain it too
@@ -76,6 +80,13 @@ class ResamplesPilot:
             cost = CostModel(0.0, encode + fixed / len(clean.x0), marginal or denoise)
             between, within = self._mean_over_ranks(*self._components())
         self._batches = []
+        if not math.isfinite(between + within):
+            # float16 until its loss scale is found: soon again, and less and less often
+            rank_zero_info(f"CARV at step {step}: gradients are not finite, and left out.")
+            self._not_before = step + 2**self._failures
+            self._failures += 1
+            return
+        self._failures = 0
         if pilot is not None and "between" in pilot:
             between = _MEMORY * pilot["between"] + (1 - _MEMORY) * between
             within = _MEMORY * pilot["within"] + (1 - _MEMORY) * within
@@ -147,7 +158,9 @@ class ResamplesPilot:
         clean = Clean(**concatenated(parts))
         size = min(len(clean.x0), _PILOT_SAMPLES) // _PILOT_UNITS
         units = [clean.rows(slice(i * size, (i + 1) * size)) for i in range(_PILOT_UNITS)]
-        with self._taking(self._pilot_resamples):
+        # sums of squares are no business of the trainer's precision, which the passes enter again
+        precise = torch.autocast(self.module.device.type, enabled=False)
+        with self._taking(self._pilot_resamples), precise:
             found = self._measurement().by_differences(units, "pilot")
         within = float((found.timestep + found.noise)[0]) * self._pilot_resamples
         return float(found.data[0]), within

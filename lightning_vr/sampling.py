@@ -32,6 +32,9 @@ ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any] | 
 
 LARGEST_NOISE_LEVEL = 1000.0
 
+_ROUNDING = 1e-4
+"""Relative error of a bound that somebody has copied from a table."""
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -78,7 +81,7 @@ class Sampler:
         """Return the grid ``(steps,)``, falling, float64, without the final 0.
 
         Raises:
-            ValueError: If the bounds are not 0 < min < max.
+            ValueError: If the bounds are not 0 < min < max, or outside of the schedule.
         """
         ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
         lowest, highest = (float(level) for level in schedule.noise_level(ends))
@@ -89,6 +92,12 @@ class Sampler:
             raise ValueError(
                 f"Arguments `noise_level_min` and `noise_level_max` expected to satisfy "
                 f"0 < min < max, but got {low:g} and {high:g}."
+            )
+        if not lowest * (1 - _ROUNDING) <= low < high <= highest * (1 + _ROUNDING):
+            raise ValueError(
+                f"Arguments `noise_level_min` and `noise_level_max` expected to lie between "
+                f"{lowest:g} and {highest:g}, where {type(schedule).__name__} has noise, but got "
+                f"{low:g} and {high:g}: leave them out, or widen the schedule."
             )
         ramp = torch.linspace(0, 1, self.steps, dtype=torch.float64)
         if self.grid == "exponential":

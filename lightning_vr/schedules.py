@@ -239,8 +239,8 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
 def _check_range(
     low_name: str, low: float, high_name: str, high: float, at_most: float = math.inf
 ) -> None:
-    if not 0 < low < high <= at_most:
-        bound = "" if at_most == math.inf else f" <= {at_most}"
+    if not 0 < low < high <= at_most or high == math.inf:
+        bound = " < inf" if at_most == math.inf else f" <= {at_most}"
         raise ValueError(
             f"Arguments `{low_name}` and `{high_name}` expected to satisfy "
             f"0 < {low_name} < {high_name}{bound}, but got {low} and {high}."

@@ -1,21 +1,84 @@
-"""Where numbers and pictures go: every logger, and always a file in the run's folder."""
+"""Where numbers and pictures go: every logger, and always a file in the run's folder.
 
-from collections.abc import Mapping
+None of them ends a training run: a logger that raises, or a disk that is full, costs a warning.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
+
+_LOGGER_METHODS = (
+    "log_metrics",
+    "log_hyperparams",
+    "log_image",
+    "save",
+    "after_save_checkpoint",
+    "finalize",
+)
 
 
 def run_folder(trainer: Trainer) -> Path:
     """Return the folder of this run, made if need be. All ranks must call it."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with training_goes_on(trainer, f"The folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def training_goes_on(trainer: Trainer, what: str) -> Iterator[None]:
+    """Turn what is raised into a warning while a trainer is fitting. No collective in it.
+
+    Args:
+        trainer: The trainer.
+        what: What could not be written, as a sentence begins.
+    """
+    try:
+        yield
+    except Exception as error:
+        if trainer.state.fn != TrainerFn.FITTING:
+            raise
+        rank_zero_warn(
+            f"{what} could not be written ({type(error).__name__}: {error}): training goes on."
+        )
+
+
+def forgive_loggers(trainer: Trainer) -> None:
+    """Let the loggers of ``trainer`` warn, once for each of their methods, where they raise."""
+    for logger in trainer.loggers:
+        for name in _LOGGER_METHODS:
+            method = getattr(logger, name, None)
+            if method is not None and name not in vars(logger):
+                setattr(logger, name, _forgiving(method))
+
+
+def _forgiving(method: Callable[..., Any]) -> Callable[..., Any]:
+    has_warned = False
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal has_warned
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            if not has_warned:
+                rank_zero_warn(
+                    f"`{method.__qualname__}` failed ({type(error).__name__}: {error}): training "
+                    f"goes on, and this logger may lack what it was given."
+                )
+            has_warned = True
+
+    return call
 
 
 def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
@@ -23,7 +86,8 @@ def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
     if trainer.sanity_checking:
         return
     for logger in trainer.loggers:
-        logger.log_metrics(dict(numbers), step=trainer.global_step)
+        with training_goes_on(trainer, f"Numbers to {type(logger).__name__}"):
+            logger.log_metrics(dict(numbers), step=trainer.global_step)
     for name, value in numbers.items():
         trainer.callback_metrics[name] = torch.tensor(value)
 
@@ -31,13 +95,18 @@ def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
 def log_picture(trainer: Trainer, name: str, path: Path) -> None:
     """Show the PNG at ``path`` in every logger that can show pictures. Rank 0 alone calls it."""
     for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(logger, "log_image"):
-            logger.log_image(key=name, images=[str(path)], step=trainer.global_step)
-        elif hasattr(experiment, "add_image"):
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            experiment.add_image(name, pixels, trainer.global_step, dataformats="HWC")
+        with training_goes_on(trainer, f"The picture of {name} to {type(logger).__name__}"):
+            _show(logger, name, path, trainer.global_step)
+
+
+def _show(logger: Any, name: str, path: Path, step: int) -> None:
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(logger, "log_image"):
+        logger.log_image(key=name, images=[str(path)], step=step)
+    elif hasattr(experiment, "add_image"):
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        experiment.add_image(name, pixels, step, dataformats="HWC")
 
 
 def level_names(levels: Tensor) -> list[str]:

@@ -99,7 +99,7 @@ class LogNormal(Density):
 
     def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
         super().__init__()
-        _check_std(std)
+        _check_normal(mean, std)
         self.mean, self.std = mean, std
 
     def icdf(self, u: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class LogitNormal(Density):
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
-        _check_std(std)
+        _check_normal(mean, std)
         self.mean, self.std = mean, std
 
     def icdf(self, u: Tensor) -> Tensor:
@@ -215,6 +215,8 @@ def _check_interval(low: float, high: float) -> None:
         )
 
 
-def _check_std(std: float) -> None:
+def _check_normal(mean: float, std: float) -> None:
+    if not -math.inf < mean < math.inf:
+        raise ValueError(f"Argument `mean` expected to be finite, but got {mean}.")
     if not 0 < std < math.inf:
-        raise ValueError(f"Argument `std` expected to be positive, but got {std}.")
+        raise ValueError(f"Argument `std` expected to be positive and finite, but got {std}.")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from lightning_vr.distributed import all_gather_rows, rank, world_size
-from lightning_vr.rng import undisturbed
+from lightning_vr.rng import generator, seeded, undisturbed
 from lightning_vr.types import Clean
 
 
@@ -34,9 +34,7 @@ def training_batches(
         ValueError: If the training data is not one map-style data set behind one DataLoader.
     """
     loader = training_loader(trainer)
-    size = len(loader.dataset)  # type: ignore[arg-type]
-    count = size if limit is None else min(limit, size)
-    positions = [i * size // count for i in range(count)][rank() :: world_size()]
+    positions = _share(trainer, limit)
     batch_size = loader.batch_size or 64
     own = DataLoader(
         Subset(loader.dataset, positions),
@@ -45,7 +43,9 @@ def training_batches(
         collate_fn=loader.collate_fn,
     )
     is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    with undisturbed():
+    # a random upstream gives the same in a resumed run
+    source = generator("training set", rank(), device=trainer.strategy.root_device)
+    with undisturbed(), seeded(source):
         # tqdm starts the loader when it is made, and a loader that starts draws a seed
         bar = tqdm(own, title, leave=False, delay=1, disable=None if is_shown else True)
         for i, batch in enumerate(bar):
@@ -54,7 +54,12 @@ def training_batches(
 
 
 def encoded_training_set(
-    trainer: Trainer, encode: Callable[[Tensor, Any], Clean], title: str, limit: int | None = None
+    trainer: Trainer,
+    encode: Callable[[Tensor, Any], Clean],
+    title: str,
+    limit: int | None = None,
+    *,
+    is_share: bool = False,
 ) -> Clean | None:
     """Return the encoded training set of all ranks, in its own order, on the device of each.
 
@@ -63,25 +68,45 @@ def encoded_training_set(
         encode: Turns ``(positions, batch)`` into clean samples.
         title: What the progress bar says.
         limit: At most so many samples, evenly spaced, or None for all.
+        is_share: Whether to return what this rank has read alone: of W ranks every W-th sample.
 
     Returns:
         Samples, their labels if they have any, and their positions as indices if every batch
-        carries indices; None if the samples have a condition, given which no two are exchangeable.
+        carries indices; None if the samples have a condition that no other is known to share.
     """
     device = trainer.strategy.root_device
-    rows, groups, positions, indexed = [], [], [], True
+    count, done, indexed = len(_share(trainer, limit)), 0, True
+    found: dict[str, Tensor] = {}
     for at, batch in training_batches(trainer, title, limit):
         clean = encode(at, batch)
-        if clean.cond is not None:
+        if clean.cond is not None and clean.cond_group is None:
             return None
         indexed = indexed and clean.index is not None
-        rows.append(clean.x0.to(device))
-        groups += [] if clean.group is None else [clean.group.to(device)]
-        positions.append(at.to(device))
-    index, order = all_gather_rows(torch.cat(positions)).sort()
-    group = all_gather_rows(torch.cat(groups))[order] if groups else None
-    x0 = all_gather_rows(torch.cat(rows))[order]
-    return Clean(x0, group, index=index if indexed else None)
+        parts = {"x0": clean.x0, "group": clean.group, "cond_group": clean.cond_group, "index": at}
+        for name, part in parts.items():
+            if part is None:
+                continue
+            # a list of parts, put together at the end, would take the memory twice
+            if name not in found:
+                found[name] = part.new_empty(count, *part.shape[1:], device=device)
+            found[name][done : done + len(at)] = part.detach()
+        done += len(at)
+    if not is_share:
+        order = all_gather_rows(found["index"]).argsort()
+        found = {name: all_gather_rows(part)[order] for name, part in found.items()}
+    return Clean(
+        found["x0"],
+        found.get("group"),
+        index=found["index"] if indexed else None,
+        cond_group=found.get("cond_group"),
+    )
+
+
+def _share(trainer: Trainer, limit: int | None) -> list[int]:
+    """Return the positions that this rank reads, of about ``limit`` evenly spaced ones."""
+    size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+    count = size if limit is None else min(limit, size)
+    return [i * size // count for i in range(count)][rank() :: world_size()]
 
 
 def training_loader(trainer: Trainer) -> DataLoader[Any]:

@@ -23,21 +23,32 @@ class Clean:
         group: Class labels ``(B,)``, int64, that the network is conditioned on, or None.
             Samples of one group are exchangeable.
         cond: Any further condition of the network (text, an image), as keyword arguments of the
-            network or None. Samples with a condition have no exchangeable references.
+            network or None. Samples with a condition have no exchangeable references, unless
+            ``cond_group`` tells which have the same.
         index: Positions in the training set ``(B,)``, int64, or None.
+        cond_group: A number for each condition ``(B,)``, int64, not negative, or None. Samples
+            that share it and their class are exchangeable: augmentations that the network is told
+            of (Karras et al. 2022, arXiv 2206.00364, appendix F.2), prompts that repeat.
     """
 
     x0: Tensor
     group: Tensor | None = None
     cond: dict[str, Any] | None = None
     index: Tensor | None = None
+    cond_group: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor | None:
+        """What exchangeable samples share: classes ``(B,)``, or ``(B, k)`` with ``cond_group``."""
+        return _labels(self.group, self.cond_group)
 
     def rows(self, index: Any) -> "Clean":
         """Return the samples at ``index``, a slice or positions ``(n,)``."""
         group = None if self.group is None else self.group[index]
         cond = None if self.cond is None else {k: v[index] for k, v in self.cond.items()}
         own = None if self.index is None else self.index[index]
-        return Clean(self.x0[index], group, cond, own)
+        cond_group = None if self.cond_group is None else self.cond_group[index]
+        return Clean(self.x0[index], group, cond, own, cond_group)
 
     def repeated(self, count: int) -> "Clean":
         """Return ``count`` copies of each sample next to each other."""
@@ -92,6 +103,7 @@ class Noised:
             the network's output ``(B,)``, or None where that is not known as one number.
         probes: Random directions ``(B, m, *)`` that a control variate measures traces along, or
             None.
+        cond_group: A number for each condition ``(B,)``, or None.
     """
 
     xt: Tensor
@@ -106,11 +118,17 @@ class Noised:
     index: Tensor | None = None
     loss_weight: Tensor | None = None
     probes: Tensor | None = None
+    cond_group: Tensor | None = None
 
     @property
     def noise_level(self) -> Tensor:
         """``sigma / alpha``, shape ``(B,)``: the axis that all schedules share."""
         return self.sigma / self.alpha
+
+    @property
+    def labels(self) -> Tensor | None:
+        """What references must share: classes ``(B,)``, or ``(B, k)`` with ``cond_group``."""
+        return _labels(self.group, self.cond_group)
 
 
 @dataclass(frozen=True)
@@ -146,3 +164,9 @@ class LossEstimate:
     noised: Noised
     target: TargetEstimate
     control: Tensor | None = None
+
+
+def _labels(group: Tensor | None, cond_group: Tensor | None) -> Tensor | None:
+    if cond_group is None:
+        return group
+    return torch.stack([x for x in (group, cond_group) if x is not None], dim=1)

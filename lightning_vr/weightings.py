@@ -93,6 +93,8 @@ class LogNormalWeighting(Weighting):
     def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
         super().__init__()
         check_positive("std", std)
+        if not -math.inf < mean < math.inf:
+            raise ValueError(f"Argument `mean` expected to be finite, but got {mean}.")
         self.mean, self.std = mean, std
 
     def forward(self, schedule: Schedule, t: Tensor) -> Tensor:

@@ -113,8 +113,10 @@ def _objects():
 
 def state(value):
     if isinstance(value, nn.Module):
-        return {name: getattr(x, "shape", x) for name, x in value.state_dict().items()}
-    return None
+        value = value.state_dict()
+    if isinstance(value, dict):
+        return {name: state(x) for name, x in value.items()}
+    return getattr(value, "shape", value) if isinstance(value, torch.Tensor) else None
 
 
 def test_described_objects_rebuild():

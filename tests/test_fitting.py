@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy
@@ -441,6 +442,7 @@ def run_of(monkeypatch):
             loggers=[],
             callback_metrics={},
             accumulate_grad_batches=1,
+            precision_plugin=SimpleNamespace(forward_context=nullcontext),
         )
         pilot, seen = ControlPilot(model, control), []
         for step in range(up_to or int(steps)):

@@ -73,7 +73,13 @@ def read_candidates(path: str | Path) -> list[Candidate]:
         raise ValueError(
             f"Argument `candidates` expected to be a YAML file, but there is no file {path}."
         )
-    listed = yaml.safe_load(Path(path).read_text())
+    try:
+        listed = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"Argument `candidates` expected to be a YAML file, but {path} is none ({error}): "
+            f"mend it there."
+        ) from error
     if not isinstance(listed, list) or not listed:
         raise ValueError(
             f"Argument `candidates` expected to be a file with a list, but {path} holds "

@@ -83,7 +83,6 @@ class Measuring:
     ) -> None:
         self.trainer, self.module = trainer, module
         self.start, self.budget = time.perf_counter(), budget
-        self.bar = _bar(budget, is_shown=progress and trainer.is_global_zero)
         self.loader = training_loader(trainer)
         size = len(self.loader.dataset)  # type: ignore[arg-type]
         rivals = default_candidates(module, size) if candidates is None else candidates
@@ -96,6 +95,8 @@ class Measuring:
         self.measurement = TimedMeasurement(self.loss, self._source, groups, device=module.device)
         self.measurement.loss_scale = loss_scale(trainer)
         self.batches = batch_pairs(trainer, self.loader)
+        # last, as a bar that is shown would share its line with an error
+        self.bar = _bar(budget, is_shown=progress and trainer.is_global_zero)
         self.batch = 0
         # seconds of what all steps share
         self.shared = 0.0

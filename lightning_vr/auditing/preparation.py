@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from torch.func import functional_call
 
 from lightning_vr.auditing.candidates import Candidate
+from lightning_vr.bank import fill
 from lightning_vr.checks import (
     check_clean,
     check_control_variate,
@@ -79,17 +80,21 @@ def fill_targets(
 
     skipped, filled = {}, set()
     needs = [c for c in candidates if c.target is not None and c.target.bank_size != 0]
-    data: Clean | None = None
-    if needs:
-        data = encoded_training_set(trainer, encode, "Encoding references")
-    for candidate in needs:
+    read: dict[bool, Clean | None] = {}
+    for candidate in sorted(needs, key=lambda c: c.target is not None and c.target.sharded):
         assert candidate.target is not None
+        sharded = candidate.target.sharded
+        if sharded not in read:
+            read[sharded] = encoded_training_set(
+                trainer, encode, "Encoding references", is_share=sharded
+            )
+        data = read[sharded]
         if data is None:
             skipped[candidate.name] = "samples have a condition beyond class labels"
         elif data.index is None and getattr(candidate.target, "references", None) == "all":
             skipped[candidate.name] = "batches carry no sample indices"
         elif candidate.target not in filled:
-            candidate.target.fill(data.x0, data.group, indexed=data.index is not None)
+            fill(candidate.target, data)
             filled.add(candidate.target)
     return skipped
 

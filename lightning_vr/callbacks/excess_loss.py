@@ -16,7 +16,7 @@ from lightning_vr.callbacks import excess_loss_report as report
 from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
-from lightning_vr.sinks import log_picture, run_folder
+from lightning_vr.sinks import log_picture, run_folder, training_goes_on
 from lightning_vr.training_set import training_loader
 from lightning_vr.types import LossEstimate
 from lightning_vr.variance.curves import TargetVarianceCurve
@@ -69,9 +69,10 @@ def write(trainer: Trainer, excess: ExcessLoss) -> None:
     """Write the picture and the file to the run's folder. All ranks must call it."""
     folder = run_folder(trainer)
     if trainer.is_global_zero:
-        report.write_csv(excess, folder / "excess_loss.csv")
-        report.draw(excess, folder / "excess_loss.png")
-        log_picture(trainer, "excess_loss", folder / "excess_loss.png")
+        with training_goes_on(trainer, "The excess loss"):
+            report.write_csv(excess, folder / "excess_loss.csv")
+            report.draw(excess, folder / "excess_loss.png")
+            log_picture(trainer, "excess_loss", folder / "excess_loss.png")
 
 
 def own_references(trainer: Trainer, module: LightningModule, size: int) -> int | None:

@@ -68,6 +68,14 @@ class FrechetDistance(AfterValidation):
         name = None if self.features is None else self.features.name
         return self._generate_state_key(features=name, samples=self.samples)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse samples that the features do not fit, by a look at one for each rank."""
+        super().on_train_start(trainer, pl_module)
+        with torch.no_grad():
+            for _, batch in training_batches(trainer, "Looking at the data", world_size()):
+                real = self._real(pl_module, batch)
+                (self.features or self._default_features(real)).check_images(real)
+
     def measure(self, trainer: Trainer, module: LightningModule) -> None:
         """Sample, compare with the training set and log."""
         metric = self._metric or self._read_training_set(trainer, module)

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_vr.batches import batch_size, take_rows
 from lightning_vr.distributed import all_reduce_sum, rank, world_size
 from lightning_vr.precision import loss_scale
-from lightning_vr.rng import generator, undisturbed
+from lightning_vr.rng import generator, seeded, undisturbed
 from lightning_vr.types import Clean
 from lightning_vr.variance.components import Components, two_batch_sizes
 from lightning_vr.variance.gradients import GradientMeasurement, NoisyLoss, parameter_groups
@@ -81,6 +82,13 @@ class GradientProbe:
     def before_optimizer_step(self) -> Components | None:
         """Measure on the gradient that the optimizer is about to use."""
         return None
+
+    def kept(self) -> Any:
+        """Return a batch that waits to be measured with the next one, or None."""
+        return None
+
+    def keep(self, batch: Any) -> None:
+        """Take such a batch from a checkpoint."""
 
     def close(self) -> None:
         """Leave no hook behind."""
@@ -141,6 +149,12 @@ class NestedProbe(GradientProbe):
             self.cost = 16.0  # two batches, four passes each, for the whole and for a bin
             rank_zero_info(f"GradientVariance measures by differences of batches: {obstacle}.")
 
+    def kept(self) -> Any:
+        return self._pair[-1]
+
+    def keep(self, batch: Any) -> None:
+        self._pair = [move_data_to_device(batch, self.module.device)]
+
     def before_any_batch(self, batch: Any) -> None:
         self._pair = [None] if self.is_per_sample else [self._pair[-1], batch]
 
@@ -177,7 +191,8 @@ class NestedProbe(GradientProbe):
         return [clean.rows(slice(0, size)) for clean in pair]
 
     def _encode(self, batch: Any, count: int) -> Clean:
-        with undisturbed(), self.trainer.precision_plugin.forward_context():
+        precision = self.trainer.precision_plugin.forward_context
+        with undisturbed(), seeded(self.source("encode")), precision():
             return Clean.from_batch(self.clean(take_rows(batch, 0, count)))
 
 

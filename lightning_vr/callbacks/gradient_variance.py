@@ -9,12 +9,14 @@ import math
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_vr.batches import is_plain
 from lightning_vr.callbacks import gradient_variance_report as report
 from lightning_vr.callbacks.gradient_probes import (
     GradientProbe,
@@ -26,7 +28,7 @@ from lightning_vr.callbacks.half_batches import HalfBatchProbe
 from lightning_vr.module import DiffusionModule
 from lightning_vr.noisy_losses import DiffusionLoss, GivenLoss, LossFunction
 from lightning_vr.schedules import Schedule
-from lightning_vr.sinks import log_numbers, log_picture, run_folder
+from lightning_vr.sinks import log_numbers, log_picture, run_folder, training_goes_on
 from lightning_vr.types import Clean
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradients import NoisyLoss
@@ -114,6 +116,7 @@ class GradientVariance(Callback):
         self._groups: list[str] = []
         self._measurements = 0
         self._period = 0
+        self._kept: Any = None
         self._every = 1
         self._is_prepared = False
         self._probe: GradientProbe | None = None
@@ -165,10 +168,8 @@ class GradientVariance(Callback):
         starts_step = batch_idx % trainer.accumulate_grad_batches == 0
         if not self._is_prepared:
             self._prepare(batch)
-        # a step of manual optimization may count as several: none may stand for its period
-        period = (trainer.global_step + self._every - self._every // 2) // self._every
-        is_due = starts_step and period not in (0, self._period)
         assert self._probe is not None
+        is_due = starts_step and self._is_due
         if (is_due or batch_idx == 0) and self._probe.trainable != trainable_names(pl_module):
             rank_zero_info("GradientVariance begins anew: other parameters are trained.")
             self._probe.close()
@@ -180,7 +181,7 @@ class GradientVariance(Callback):
         found = self._probe.before_batch(batch, batch_idx, self._measurements)
         if found is None:
             return
-        self._period = period
+        self._period = self._current_period
         assert self.statistics is not None
         whole, levels = found
         self.statistics.add(whole, _MEMORY)
@@ -222,9 +223,10 @@ class GradientVariance(Callback):
         folder = run_folder(trainer)
         if self.statistics is None or self.statistics.is_empty or not trainer.is_global_zero:
             return
-        report.write_csv(self.statistics, folder / "gradient_variance.csv")
-        report.draw(self.statistics, folder / "gradient_variance.png")
-        log_picture(trainer, "gradient_variance", folder / "gradient_variance.png")
+        with training_goes_on(trainer, "GradientVariance's report"):
+            report.write_csv(self.statistics, folder / "gradient_variance.csv")
+            report.draw(self.statistics, folder / "gradient_variance.png")
+            log_picture(trainer, "gradient_variance", folder / "gradient_variance.png")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -252,6 +254,7 @@ class GradientVariance(Callback):
             "groups": groups,
             "measurements": self._measurements,
             "period": self._period,
+            "batch": self._waiting_batch(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -259,6 +262,24 @@ class GradientVariance(Callback):
         self._state = state_dict["statistics"]
         self._groups = state_dict["groups"]
         self._measurements, self._period = state_dict["measurements"], state_dict["period"]
+        self._kept = state_dict["batch"]
+
+    @property
+    def _current_period(self) -> int:
+        assert self._probe is not None
+        return (self._probe.trainer.global_step + self._every - self._every // 2) // self._every
+
+    @property
+    def _is_due(self) -> bool:
+        # a step of manual optimization may count as several: none may stand for its period
+        return self._current_period not in (0, self._period)
+
+    def _waiting_batch(self) -> Any:
+        """Return the batch that a measurement in the next step will take, if a file can hold it."""
+        if self._probe is None or not self._is_prepared or not self._is_due:
+            return None
+        batch = self._probe.kept()
+        return move_data_to_device(batch, "cpu") if is_plain(batch) else None
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         probe: GradientProbe
@@ -270,6 +291,9 @@ class GradientVariance(Callback):
         else:
             probe = HalfBatchProbe(trainer, module)
         self._probe = probe
+        if self._kept is not None:
+            probe.keep(self._kept)
+            self._kept = None
         state = self._state if probe.names == self._groups else None
         self.statistics = GradientStatistics(probe.names, probe.noise_levels, state)
         self._state = None

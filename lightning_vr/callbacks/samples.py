@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
 from lightning_vr.module import DiffusionModule
 from lightning_vr.rng import undisturbed
-from lightning_vr.sinks import log_picture, run_folder
+from lightning_vr.sinks import log_picture, run_folder, training_goes_on
 
 _SMALLEST_TILE = 40
 
@@ -78,8 +78,9 @@ class SampleGrid(AfterValidation):
         path = run_folder(trainer) / "samples" / f"{name}.png"
         samples = self.draw(module, self.samples, "grid")
         if trainer.is_global_zero:
-            save_picture(samples, path, columns=getattr(module, "num_classes", None))
-            log_picture(trainer, "samples", path)
+            with training_goes_on(trainer, f"The samples {path}"):
+                save_picture(samples, path, columns=getattr(module, "num_classes", None))
+                log_picture(trainer, "samples", path)
 
 
 def save_picture(samples: Tensor, path: Path, columns: int | None = None) -> None:

@@ -22,7 +22,7 @@ from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
 from lightning_vr.references import References
 from lightning_vr.schedules import Schedule
-from lightning_vr.sinks import log_numbers, log_picture, run_folder
+from lightning_vr.sinks import log_numbers, log_picture, run_folder, training_goes_on
 from lightning_vr.training_set import encoded_training_set, training_loader
 from lightning_vr.types import Clean, LossEstimate
 from lightning_vr.variance.curves import TargetVarianceCurve
@@ -129,24 +129,30 @@ class TargetVariance(Callback):
         self._excess, self._excess_state = None, None
         self._is_reported, self._logged_step = False, -1
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Measure, unless a checkpoint brought the curve, and report; the bank is filled by now."""
+        # a run that resumes in mid-epoch has no start of an epoch
         if self._is_reported:
             return
         self._is_reported = True
-        if not self._is_current(trainer, pl_module):
+        is_known = self._is_current(trainer, pl_module)
+        if not is_known:
             self._measure(trainer, pl_module)
         if self.curve is None or self._removed is None:
             return
         self._removed.to(pl_module.device)
         if self.clean is None:
             self._excess = excess_loss.start(trainer, pl_module, self.curve, self._excess_state)
-        log_numbers(trainer, report.numbers(self.curve.noise_levels, self.curve.columns()))
+        if not is_known:
+            log_numbers(trainer, report.numbers(self.curve.noise_levels, self.curve.columns()))
         folder = run_folder(trainer)
         if trainer.is_global_zero:
-            report.write_csv(self.curve, folder / "target_variance.csv")
-            report.draw(self.curve, folder / "target_variance.png")
-            log_picture(trainer, "target_variance", folder / "target_variance.png")
+            with training_goes_on(trainer, "TargetVariance's report"):
+                report.write_csv(self.curve, folder / "target_variance.csv")
+                report.draw(self.curve, folder / "target_variance.png")
+                log_picture(trainer, "target_variance", folder / "target_variance.png")
 
     def on_train_batch_end(
         self,
@@ -192,6 +198,7 @@ class TargetVariance(Callback):
             "curve": None if self.curve is None else self.curve.state(),
             "removed": None if self._removed is None else self._removed.state(),
             "excess": self._excess_state if self._excess is None else self._excess.state(),
+            "logged_step": self._logged_step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -199,7 +206,8 @@ class TargetVariance(Callback):
         if state_dict["curve"] is not None:
             self.curve = TargetVarianceCurve.from_state(state_dict["curve"])
             self._removed = RemovedVariance(self.curve.noise_levels, state_dict["removed"])
-            self._excess_state = state_dict.get("excess")
+            self._excess_state = state_dict["excess"]
+        self._logged_step = state_dict["logged_step"]
 
     def _is_current(self, trainer: Trainer, module: LightningModule) -> bool:
         """Tell whether the curve of a checkpoint holds what the module trains with now."""
@@ -219,9 +227,17 @@ class TargetVariance(Callback):
         low, high = self._training_noise_levels(module)
         self.curve = measure_target_variance(
             clean.x0,
-            noise_level_grid(clean.x0, low, high, self.noise_levels, group=clean.group),
+            noise_level_grid(
+                clean.x0,
+                low,
+                high,
+                self.noise_levels,
+                group=clean.group,
+                cond_group=clean.cond_group,
+            ),
             counts or [size],
             group=clean.group,
+            cond_group=clean.cond_group,
             label_dropout=module.label_dropout if isinstance(module, DiffusionModule) else 0.0,
             samples=self.samples,
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
@@ -251,7 +267,7 @@ class TargetVariance(Callback):
                 size,
             )
         bank = getattr(getattr(module, "target", None), "bank", None)
-        if isinstance(bank, References) and self.clean is None:
+        if isinstance(bank, References) and self.clean is None and _has_classes_alone(bank):
             return _evenly_spaced(bank, self.max_data)
 
         found = encoded_training_set(
@@ -289,6 +305,11 @@ def _evenly_spaced(bank: References, limit: int) -> Clean:
     index = torch.arange(count, device=bank.rows.device) * len(bank) // count
     group = None if bank.group is None else bank.group[index]
     return Clean(bank.rows[index] + bank.centre, group)
+
+
+def _has_classes_alone(bank: References) -> bool:
+    """Tell whether no further conditions are among a bank's labels."""
+    return bank.group is None or bank.group.ndim == 1
 
 
 def _check_least(name: str, value: int, least: int) -> None:

@@ -1,6 +1,7 @@
 """LightningCLI, with what is configured above what a checkpoint says."""
 
 import os
+import signal
 import sys
 import warnings
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_vr.data  # noqa: F401  # a short class name resolves once its class is imported
@@ -17,6 +19,7 @@ from lightning_vr.checkpoints import STATE, check_complete, check_weights, read_
 from lightning_vr.cli.errors import cause, is_wrong_setting, one_line
 from lightning_vr.cli.resume import changed_optimization, last_checkpoint, model_settings
 from lightning_vr.cli.trainer import VRTrainer
+from lightning_vr.cli.trainer_settings import check_trainer_settings
 from lightning_vr.module import DiffusionModule
 
 _LOADERS = {
@@ -104,6 +107,11 @@ class VRCLI(LightningCLI):
             self._set_default("seed_everything", seed)
         self._parse(args)
         self._settings.ckpt_path = path
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what Lightning would take and not do."""
+        if hasattr(self, "_subcommand_parsers"):
+            check_trainer_settings(self._settings.trainer)
 
     def after_instantiate_classes(self) -> None:
         """Refuse what would fail later with a traceback."""
@@ -194,10 +202,15 @@ def main(args: ArgsType = None) -> None:
         args: The arguments, in place of those of the process.
 
     Raises:
-        SystemExit: With status 2 and one line on stderr if a setting is wrong.
+        SystemExit: With status 2 and one line on stderr if a setting is wrong, with status 143 if
+            the process is asked to stop.
     """
     try:
         VRCLI(args=args)
+    except SIGTERMException:
+        # Lightning would end with status 0, as if the job were done
+        sys.stderr.write("stopped by SIGTERM: --ckpt_path last goes on from the last checkpoint\n")
+        raise SystemExit(128 + signal.SIGTERM) from None
     except Exception as error:
         wrong = cause(error)
         if os.environ.get("LIGHTNING_VR_TRACEBACK") or not is_wrong_setting(wrong):

@@ -1,22 +1,28 @@
 """A training set, a validation set and their loaders: what all data modules here share.
 
 The training loader shuffles and drops the last uneven batch, for batches of different sizes on
-different ranks would hang or bias a gather of references. Under DDP, Lightning puts its
-distributed sampler into both loaders; the ``"index"`` of a sample is its position in the data set
-whatever the sampler.
+different ranks would bias a mean over them. It deals samples to the ranks itself; into the
+validation loader Lightning puts its distributed sampler under DDP. The ``"index"`` of a sample is
+its position in the data set whatever the sampler.
+
+A checkpoint holds the position in the training order, so that a resumed run goes on with the next
+batch, in mid-epoch as well.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_vr.data.dataset import Sample, SampleDataset
+from lightning_vr.data.order import EpochOrder, ResumableLoader
 
 
 class SplitDataModule(LightningDataModule, ABC):
@@ -36,6 +42,8 @@ class SplitDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self._datasets: tuple[SampleDataset, SampleDataset] | None = None
         self._sigma_data: float | None = None
+        self._order: EpochOrder | None = None
+        self._position: dict[str, int] = {}
 
     @property
     @abstractmethod
@@ -91,12 +99,56 @@ class SplitDataModule(LightningDataModule, ABC):
         return self._sigma_data
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches of one size."""
-        return self._loader(self.train_dataset, training=True)
+        """Shuffled batches of one size, from where a resumed run stands."""
+        trainer, start = self.trainer, self._position
+        if "seed" not in start:
+            seed = torch.initial_seed() % 2**63
+            start["seed"] = seed if trainer is None else trainer.strategy.broadcast(seed)
+        self._order = EpochOrder(
+            self.train_dataset,
+            seed=start["seed"],
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+            epoch=start.pop("epoch", 0),
+            start=start.pop("batches", 0) * self.batch_size,
+        )
+        return ResumableLoader(
+            self.train_dataset, sampler=self._order, drop_last=True, **self._loading()
+        )
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """The whole validation set, in order."""
-        return self._loader(self.validation_dataset, training=False)
+        return DataLoader(self.validation_dataset, **self._loading())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where training stands in the order of its samples."""
+        order = self._order
+        if self.trainer is None or order is None:
+            return {}
+        epoch, batches = order.epoch, order.start // self.batch_size
+        if order.begun is not None:
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+            epoch, batches = order.begun, progress.current.processed
+        if batches >= self.trainer.num_training_batches:
+            epoch, batches = epoch + 1, 0
+        size = self.batch_size * self.trainer.world_size
+        return {"seed": order.seed, "epoch": epoch, "batches": batches, "size": size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            MisconfigurationException: If it is the middle of an epoch of batches of another size.
+        """
+        ranks = 1 if self.trainer is None else self.trainer.world_size
+        if state_dict["batches"] and state_dict["size"] != self.batch_size * ranks:
+            raise MisconfigurationException(
+                f"Argument `batch_size` expected to be {state_dict['size'] / ranks:g} on "
+                f"{ranks} processes, for the checkpoint is from the middle of an epoch with "
+                f"batches of {state_dict['size']} in all, but got {self.batch_size}: resume with "
+                f"as many samples in a batch, or from a checkpoint of the end of an epoch."
+            )
+        self._position = {name: state_dict[name] for name in ("seed", "epoch", "batches")}
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """The validation set: none of these data sets keeps a third part."""
@@ -107,16 +159,13 @@ class SplitDataModule(LightningDataModule, ABC):
             raise RuntimeError(f"`{name}` is known after `setup`: call `setup()` first.")
         return self._datasets
 
-    def _loader(self, dataset: SampleDataset, training: bool) -> DataLoader[Sample]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=training,
-            drop_last=training,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
 
 def stratified_split(label: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -66,8 +66,8 @@ class ImageFolder(ImageDataModule):
     dropped. Files are checked at ``setup``, up to 4096 of them, and again when they are decoded.
 
     Mirroring is an unlabelled augmentation: the network is not told of it and learns the density
-    of images and mirror images together. A sample's ``"index"`` is the same for both, so a bank
-    that holds each encoded image once knows only one of them.
+    of images and mirror images together. Both are samples with an ``"index"`` of their own, so
+    that a bank of references knows both; an epoch is twice as long.
 
     Args:
         path: The folder.
@@ -76,7 +76,7 @@ class ImageFolder(ImageDataModule):
         channels: 1 for grey, 3 for colour.
         labels_from_folders: Whether the first level of sub-folders names the classes, numbered in
             the order of their names.
-        horizontal_flip: Whether to mirror half of the training images, at random.
+        horizontal_flip: Whether to give every training image a second time, mirrored.
         validation_fraction: Share of the images (of each class) that is held out.
         seed: Seed of the split.
         num_workers: Processes that load batches; 0 loads them in the training process.

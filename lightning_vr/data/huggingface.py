@@ -64,7 +64,7 @@ class HuggingFaceImages(ImageDataModule):
         validation_fraction: Share of the images (of each class) that is held out if there is no
             validation split.
         channels: 1 for grey, 3 for colour.
-        horizontal_flip: Whether to mirror half of the training images, at random.
+        horizontal_flip: Whether to give every training image a second time, mirrored.
         seed: Seed of the split.
         num_workers: Processes that load batches; 0 loads them in the training process.
     """

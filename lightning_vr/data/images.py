@@ -41,7 +41,8 @@ class DecodedImages(SampleDataset):
         num_classes: Number of classes; required with ``label``.
         size: Side of the square images, in pixels.
         channels: 1 for grey, 3 for colour.
-        horizontal_flip: Whether to mirror half of the images, at random, at every access.
+        horizontal_flip: Whether to give every image a second time, mirrored: positions N to 2N - 1.
+            So nothing is random, and a position stands for one picture, as references need it.
 
     Raises:
         ValueError: If a label is missing or outside ``[0, num_classes)``; on access, if an image
@@ -67,24 +68,23 @@ class DecodedImages(SampleDataset):
         self.horizontal_flip = horizontal_flip
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.source) * (1 + self.horizontal_flip)
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        image = self.decode(index)
-        if self.horizontal_flip and torch.rand(()) < 0.5:
-            image = image.flip(-1)
+        mirrored, row = divmod(index, len(self.source))
+        image = self.decode(row)
 
-        sample = {"image": image, "index": torch.tensor(index)}
+        sample = {"image": image.flip(-1) if mirrored else image, "index": torch.tensor(index)}
         if self.label is not None:
-            sample["label"] = self.label[index]
+            sample["label"] = self.label[row]
         return sample
 
     def decode(self, index: int) -> Tensor:
         """One image as it is, never mirrored.
 
         Args:
-            index: Its position.
+            index: Its position in the source.
 
         Returns:
             float32 of shape ``(channels, size, size)`` in ``[-1, 1]``.
@@ -99,7 +99,7 @@ class DecodedImages(SampleDataset):
 
     def standard_deviation(self) -> float:
         """Standard deviation over all pixels of at most 1024 evenly spaced images."""
-        chosen = evenly_spaced(len(self), MEASURED_FOR_SIGMA)
+        chosen = evenly_spaced(len(self.source), MEASURED_FOR_SIGMA)
         moments = torch.zeros(2, dtype=torch.float64)
         for index in chosen:
             image = self.decode(index).double()
@@ -117,7 +117,7 @@ class ImageDataModule(SplitDataModule):
         size: Side of the square images, in pixels.
         batch_size: Samples per batch and process.
         channels: 1 for grey, 3 for colour.
-        horizontal_flip: Whether to mirror half of the training images, at random.
+        horizontal_flip: Whether to give every training image a second time, mirrored.
         validation_fraction: Share of the images (of each class) that is held out.
         seed: Seed of the split.
         num_workers: Processes that load batches; 0 loads them in the training process.

@@ -181,7 +181,8 @@ def stratify(u: Tensor, scope: Scope, share: Share, generator: torch.Generator) 
         own = slice(samples * share.number, samples * (share.number + 1))
         shape = (total * count, 1) if scope == "global" else (total, count)
         # of each column a permutation: which stratum is whose must not follow the order of data
-        order = torch.rand(shape, generator=shared, device=u.device).argsort(dim=0)
+        numbers = torch.rand(shape, generator=shared, device=u.device, dtype=torch.float32)
+        order = numbers.argsort(dim=0)
         if scope == "global":
             found = (order.reshape(total, count)[own] + u) / (total * count)
         else:

@@ -119,12 +119,27 @@ def gradients_in_chunks(
 
     Returns:
         Losses ``(n,)``, and gradients by the aliases and by those of the rows that require one.
+
+    Raises:
+        ValueError: If the module checkpoints activations by reentrant passes, which have no such
+            gradients.
     """
     rows = mapped(rows, lambda x: x.detach().requires_grad_(x.requires_grad))
     inputs = [*aliases.values(), *(x for x in leaves(rows) if x.requires_grad)]
     state = {f"module.{name}": x for name, x in (aliases | (buffers or {})).items()}
     arguments: Any = (function, rows, inputs, chunk, scale)
-    found: tuple[Tensor, list[Tensor | None]] = functional_call(Chunks(module), state, arguments)
+    try:
+        found: tuple[Tensor, list[Tensor | None]] = functional_call(
+            Chunks(module), state, arguments
+        )
+    except RuntimeError as error:
+        if "heckpoint" in str(error) and ".grad()" in str(error):
+            raise ValueError(
+                "Argument `use_reentrant` of torch.utils.checkpoint expected to be False where "
+                "gradients are taken chunk by chunk or by pilots, but got True: pass "
+                "use_reentrant=False, or leave out `chunk_size` and what fits itself."
+            ) from error
+        raise
     return found
 
 

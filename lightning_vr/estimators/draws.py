@@ -145,4 +145,16 @@ def noise_samples(
     noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     xt = expand(alpha, x0) * x0 + expand(sigma, x0) * noise
-    return Noised(xt, x0, noise, t, alpha, sigma, weight, clean.group, clean.cond, clean.index)
+    return Noised(
+        xt,
+        x0,
+        noise,
+        t,
+        alpha,
+        sigma,
+        weight,
+        clean.group,
+        clean.cond,
+        clean.index,
+        cond_group=clean.cond_group,
+    )

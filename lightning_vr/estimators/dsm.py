@@ -19,6 +19,9 @@ class Target(Slot, ABC):
     bank_size: int | None = 0
     """How many encoded training samples ``fill`` needs before training: 0 none, None all."""
 
+    sharded: bool = False
+    """Whether each rank keeps its share of these alone."""
+
     @property
     def couples_rows(self) -> bool:
         """Whether the targets of one batch share randomness, so that they are dependent."""
@@ -34,13 +37,24 @@ class Target(Slot, ABC):
             generator: Source of all randomness.
         """
 
-    def fill(self, x0: Tensor, group: Tensor | None, *, indexed: bool) -> None:
+    def fill(
+        self,
+        x0: Tensor,
+        group: Tensor | None,
+        *,
+        indexed: bool,
+        cond_group: Tensor | None = None,
+        is_share: bool = False,
+    ) -> None:
         """Take encoded training samples, before training; a target without references takes none.
 
         Args:
             x0: Encoded samples in the order of the training set ``(N, *)``.
             group: Their labels ``(N,)``, or None.
             indexed: Whether the batches carry the samples' positions in the training set.
+            cond_group: Numbers of their conditions ``(N,)``, or None.
+            is_share: Whether these are every W-th sample, from this rank's number on, for a target
+                that is sharded; ``x0`` is then the target's to overwrite.
         """
 
 

@@ -9,23 +9,24 @@ whole data set, and ``E[spread] = V_DSM - V_STF`` by the law of total variance.
 
 It stays unbiased only if the own sample stands in S by the exact tensor that was noised, and the
 others are exchangeable with it given everything that the network is conditioned on. Hence
-references of another class are masked, rows whose label is dropped use all of them, rows with a
-continuous condition (text) fall back to DSM, and any switch must be a rule of (sigma, x_t, S).
+references of another class or with another ``cond_group`` are masked, rows whose class is dropped
+use those of all classes, rows with a condition that no number stands for (text) fall back to DSM,
+and any switch must be a rule of (sigma, x_t, S).
 """
 
 import logging
 import math
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_vr.distributed import all_gather_rows, row_offset
+from lightning_vr.distributed import all_gather_rows, rank, row_offset, world_size
 from lightning_vr.estimators.dsm import Target, own_sample
 from lightning_vr.posterior import posterior_mean
 from lightning_vr.references import References
 from lightning_vr.rng import generator as keyed_generator
+from lightning_vr.sharded import Bank, ShardedReferences
 from lightning_vr.types import Clean, Noised, TargetEstimate
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,17 @@ _MIXING = 1e-3
 _CALIBRATION = 512
 """Samples on which ``min_noise_level="auto"`` is found where the batch gives the references."""
 
+_ROUNDING = 0.02
+"""Distance from its copy in the bank, in units of the samples' norm, that an encoder in bfloat16
+stays below and an augmentation does not."""
+
 
 class STF(Target):
     """Weighted mean of references as the target.
+
+    A bank holds one version of each sample. Where ``encode`` gives another one each time, by random
+    augmentation or a random latent, the others in the bank are not exchangeable with the own one:
+    let the data set hold each augmented sample under an index of its own, or use ``"batch"``.
 
     Args:
         references: Where they come from. ``"batch"``: the batch of all ranks. A number n: the own
@@ -49,6 +58,9 @@ class STF(Target):
             softmax is computed. ``"auto"`` finds, before training, the level below which the
             other references weigh less than 0.1 % on average.
         chunk_size: Number of references at a time; by default what keeps temporaries at a few MB.
+        sharded: Whether each of W ranks holds 1/W of the bank and answers the queries of all. The
+            target is the same; a step takes communication in place of memory. With a number of
+            references all ranks then draw the same ones.
     """
 
     def __init__(
@@ -56,19 +68,22 @@ class STF(Target):
         references: int | Literal["batch", "all"] = "batch",
         min_noise_level: float | Literal["auto"] = 0.0,
         chunk_size: int | None = None,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
-        _check_arguments(references, min_noise_level, chunk_size)
+        _check_arguments(references, min_noise_level, chunk_size, sharded)
         self.references = references
         self.min_noise_level = min_noise_level
         self.chunk_size = chunk_size
+        self.sharded = sharded
         self.bank_size = (
             None if references != "batch" else _CALIBRATION * (min_noise_level == "auto")
         )
-        self.bank: References | None = None
+        self.bank: Bank | None = None
         self._switch = 0.0 if min_noise_level == "auto" else float(min_noise_level)
         self._indexed = False
         self._has_warned = False
+        self._has_compared = False
 
     @property
     def switch(self) -> float:
@@ -79,24 +94,34 @@ class STF(Target):
     def couples_rows(self) -> bool:
         return self.references != "all"
 
-    def fill(self, x0: Tensor, group: Tensor | None, *, indexed: bool) -> None:
+    def fill(
+        self,
+        x0: Tensor,
+        group: Tensor | None,
+        *,
+        indexed: bool,
+        cond_group: Tensor | None = None,
+        is_share: bool = False,
+    ) -> None:
+        bank = self._prepare(Clean(x0, group, cond_group=cond_group), is_share)
         if self.references != "batch":
-            self._check_bank(len(x0), indexed)
-            self.bank, self._indexed = References.prepare(x0, group), indexed
+            self._check_bank(len(bank), indexed)
+            self.bank, self._indexed, self._has_compared = bank, indexed, False
         if self.min_noise_level == "auto":
-            self._switch = self._mixing_noise_level(References.prepare(x0, group))
+            self._switch = self._mixing_noise_level(bank)
             log.info("STF: references matter above noise level %.3g", self._switch)
 
     def forward(self, noised: Noised, clean: Clean, generator: torch.Generator) -> TargetEstimate:
         own = own_sample(noised)
-        if noised.cond is not None:
+        if noised.cond is not None and noised.cond_group is None:
             self._warn_of_condition()
             return own
         references, exclude = self._draw_references(noised, clean, generator)
         if self._switch == 0:
             return self._estimate(noised, slice(None), references, exclude)
         mixed = (noised.noise_level >= self._switch).nonzero().squeeze(1)
-        if len(mixed) == 0:
+        # a rank without queries of its own must still answer those of the others
+        if len(mixed) == 0 and not isinstance(references, ShardedReferences):
             return own
         part = self._estimate(noised, mixed, references, exclude)
         return TargetEstimate(
@@ -109,9 +134,10 @@ class STF(Target):
         self,
         noised: Noised,
         rows: Tensor | slice,
-        references: References,
+        references: Bank,
         exclude: Tensor,
     ) -> TargetEstimate:
+        labels = noised.labels
         posterior = posterior_mean(
             noised.xt[rows],
             noised.alpha[rows],
@@ -119,49 +145,59 @@ class STF(Target):
             references,
             own=noised.x0[rows],
             exclude=exclude[rows],
-            query_group=None if noised.group is None else noised.group[rows],
+            query_group=None if labels is None else labels[rows],
             chunk_size=self.chunk_size,
         )
         return TargetEstimate(posterior.mean, posterior.ess, posterior.spread)
 
+    def _prepare(self, samples: Clean, is_share: bool) -> Bank:
+        if not self.sharded or world_size() == 1:
+            return References.prepare(samples.x0, samples.labels)
+        if not is_share:
+            samples = samples.rows(slice(rank(), None, world_size()))
+        return ShardedReferences.prepare(samples.x0, samples.labels, in_place=is_share)
+
     def _draw_references(
         self, noised: Noised, clean: Clean, generator: torch.Generator
-    ) -> tuple[References, Tensor]:
+    ) -> tuple[Bank, Tensor]:
         """Return references and, for each row, the position that its own sample replaces."""
         if self.references == "batch":
             resamples = len(noised.x0) // len(clean.x0)
             positions = torch.arange(len(clean.x0), device=noised.t.device)
             positions = positions + row_offset(len(clean.x0), noised.t.device)
-            group = None if clean.group is None else all_gather_rows(clean.group)
+            labels = None if clean.labels is None else all_gather_rows(clean.labels)
             x0 = all_gather_rows(clean.x0.to(noised.x0.dtype))
-            references = References.prepare(x0, group)
+            references = References.prepare(x0, labels)
             return references, positions.repeat_interleave(resamples)
         bank = self._filled_bank(noised.t.device)
+        if self._indexed and not self._has_compared:
+            self._compare(bank, noised)
         if self.references == "all":
             return bank, self._index(noised)
         return self._draw_from_bank(bank, noised, generator)
 
     def _draw_from_bank(
-        self, bank: References, noised: Noised, generator: torch.Generator
-    ) -> tuple[References, Tensor]:
+        self, bank: Bank, noised: Noised, generator: torch.Generator
+    ) -> tuple[Bank, Tensor]:
         count, device = int(self.references), noised.t.device
         last = torch.full_like(noised.t, count - 1, dtype=torch.int64)
         if not self._indexed:
             index = torch.randint(len(bank), (count,), generator=generator, device=device)
-            return bank.take(index), last
+            return bank.take(bank.agreed(index)), last
         index = torch.randperm(len(bank), generator=generator, device=device)[:count]
+        index = bank.agreed(index)
         position = torch.full((len(bank),), -1, dtype=torch.int64, device=device)
         position[index] = torch.arange(count, device=device)
         own = position[self._index(noised)]
         return bank.take(index), torch.where(own >= 0, own, last)
 
-    def _filled_bank(self, device: torch.device) -> References:
+    def _filled_bank(self, device: torch.device) -> Bank:
         if self.bank is None:
             raise RuntimeError(
                 f"STF(references={self.references!r}) has no bank: `fit` fills it; in a loop of "
                 f"your own call `target.fill(x0, group, indexed=True)` with the encoded data set."
             )
-        if self.bank.rows.device != device:
+        if self.bank.held.rows.device != device:
             self.bank = self.bank.to(device)
         return self.bank
 
@@ -172,6 +208,25 @@ class STF(Target):
                 f"must set `index` in every training batch, as it did when the bank was filled."
             )
         return noised.index
+
+    def _compare(self, bank: Bank, noised: Noised) -> None:
+        """Warn if samples are not their copies in the bank, as far as this rank holds them."""
+        row = bank.rows_at(self._index(noised))
+        here, held = row >= 0, bank.held
+        if not bool(here.any()):
+            return
+        self._has_compared = True
+        copies = held.rows[row[here]] + held.centre
+        distance = torch.linalg.vector_norm(noised.x0[here].flatten(1) - copies, dim=1)
+        norm = torch.sqrt(held.squared_norms.mean() + torch.linalg.vecdot(held.centre, held.centre))
+        if bool((distance > _ROUNDING * norm).any()):
+            log.warning(
+                "STF(references=%r): samples differ from the bank's copies of them, so `encode` "
+                "gives a sample another version each time and the bank's others are not "
+                "exchangeable with it: the target is biased. Leave out the random augmentation or "
+                "latent, give each version an index of its own, or use references='batch'.",
+                self.references,
+            )
 
     def _check_bank(self, size: int, indexed: bool) -> None:
         if self.references == "all" and not indexed:
@@ -194,30 +249,33 @@ class STF(Target):
             )
             self._has_warned = True
 
-    def _mixing_noise_level(self, references: References, queries: int = 64) -> float:
+    def _mixing_noise_level(self, references: Bank, queries: int = 64) -> float:
         """Bisect log noise level for where other references weigh ``_MIXING`` on average."""
-        source = keyed_generator("mixing noise level", device=references.rows.device)
+        source = keyed_generator("mixing noise level", device=references.held.rows.device)
         count = len(references) if self.references in ("batch", "all") else int(self.references)
         order = torch.randperm(len(references), generator=source, device=source.device)
-        some = references.take(order[:count])
-        x0 = some.rows[:queries]
-        noise = torch.randn(x0.shape, generator=source, device=source.device, dtype=x0.dtype)
-        group = None if some.group is None else some.group[:queries]
+        some = references.take(references.agreed(order[:count]))
+        row = some.rows_at(torch.arange(min(queries, count), device=source.device))
+        asked = some.held.take(row[row >= 0])
+        size, dtype = (len(row), asked.rows.shape[1]), asked.rows.dtype
+        noise = torch.randn(size, generator=source, device=source.device, dtype=dtype)[row >= 0]
+        centred = some.at_origin()
 
-        scale = math.sqrt(float(some.squared_norms.mean()))
+        scale = math.sqrt(float(some.total(some.held.squared_norms.sum())) / len(some))
         low, high = math.log(1e-5 * scale + 1e-12), math.log(10 * scale + 1e-12)
         for _ in range(12):
             middle = 0.5 * (low + high)
             sigma = math.exp(middle)
-            centred = replace(some, centre=torch.zeros_like(some.centre))
-            posterior = posterior_mean(x0 + sigma * noise, 1.0, sigma, centred, query_group=group)
-            is_mixing = float((1 - 1 / posterior.ess).mean()) > _MIXING
+            xt = asked.rows + sigma * noise
+            posterior = posterior_mean(xt, 1.0, sigma, centred, query_group=asked.group)
+            others = some.total((1 - 1 / posterior.ess).sum())
+            is_mixing = float(others) / len(row) > _MIXING
             low, high = (low, middle) if is_mixing else (middle, high)
         return math.exp(low)
 
 
 def _check_arguments(
-    references: int | str, min_noise_level: float | str, chunk_size: int | None
+    references: int | str, min_noise_level: float | str, chunk_size: int | None, sharded: bool
 ) -> None:
     if isinstance(references, str):
         is_valid = references in ("batch", "all")
@@ -237,3 +295,8 @@ def _check_arguments(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"Argument `chunk_size` expected to be at least 1, but got {chunk_size}.")
+    if sharded and references == "batch":
+        raise ValueError(
+            "Argument `sharded` expected to be False with references='batch', which keeps no bank, "
+            "but got True: use 'all' or a number of references, or leave it out."
+        )

@@ -87,6 +87,10 @@ class TaylorCV(ControlVariate):
         super().__init__()
         _check_order(order, expectation, probes)
         _check_choices(bins, gate, control, refit_every_n_steps)
+        if coefficient is not None and not -math.inf < coefficient < math.inf:
+            raise ValueError(
+                f"Argument `coefficient` expected to be finite or None, but got {coefficient}."
+            )
         if by_group and (coefficient is not None or control == "objective"):
             raise ValueError(
                 "Argument `by_group` expected to be False where there is one coefficient for all "

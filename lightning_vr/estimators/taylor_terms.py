@@ -78,6 +78,12 @@ def taylor_terms(network: Network, noised: Noised, objective: Objective, order: 
     if order == 0:
         output = network_output(network, clean_points(noised), objective)
         return first_term(output, noised, objective)
+    # what is made of the derivatives is float32 as they are: autocast would contract in 16 bits
+    with torch.autocast(noised.t.device.type, enabled=False):
+        return _both_terms(network, noised, objective, order)
+
+
+def _both_terms(network: Network, noised: Noised, objective: Objective, order: int) -> Tensor:
     coefficients = objective.coefficients(noised.t)
     q, z = coefficients.q[:, None], noised.noise.flatten(1)
     if order == 2:

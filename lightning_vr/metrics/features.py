@@ -65,7 +65,7 @@ class Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features ``(B, dimension)`` of ``images (B, *)``, in float32."""
-        self._check_images(images)
+        self.check_images(images)
         with frozen_float32(images.device):
             features: Tensor = self.network(images.float())
 
@@ -81,7 +81,8 @@ class Features(nn.Module):
         """Stay in evaluation mode whatever ``mode`` is."""
         return super().train(False)
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """Refuse images of another type or shape than the network takes."""
         if not images.is_floating_point():
             raise ValueError(
                 f"images must be floating point, in [-1, 1], got {images.dtype}: scale bytes by"
@@ -91,7 +92,7 @@ class Features(nn.Module):
             sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
             raise ValueError(
                 f"images of shape {tuple(images.shape)} do not fit the features {self.name!r}:"
-                f" expected (B, {sizes})"
+                f" expected (B, {sizes}), so use other features"
             )
 
 

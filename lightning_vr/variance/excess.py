@@ -29,12 +29,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_vr.distributed import all_reduce_sum, rank
+from lightning_vr.distributed import all_reduce_sum, rank, ranks_save_together
 from lightning_vr.variance.curves import Measured, TargetVarianceCurve
 from lightning_vr.variance.moments import widest_float
 
 _FLOOR = 1e-6
 """Share of the data's variance below which V counts as next to nothing: where the grid begins."""
+
+_ROUNDING = 1e-9
+"""By how much one block may seem to be more than one."""
 
 _MEMORY = 0.8
 """What older sums keep at each ``advance``, so that means are over about the last five of them."""
@@ -149,7 +152,7 @@ class ExcessLoss:
         return self
 
     def add(self, noise_level: Tensor, loss: Tensor, scale: Tensor) -> None:
-        """Add the draws of one step.
+        """Add the draws of one step, but none whose loss is not finite.
 
         Args:
             noise_level: ``sigma / alpha`` of each draw ``(B,)``.
@@ -160,6 +163,7 @@ class ExcessLoss:
         loss, scale = loss.to(self._recent), scale.to(self._recent)
         variance, error = self._variance(noise_level)
         values = torch.stack([torch.ones_like(loss), loss, scale * variance, scale * error])
+        values = torch.where(values.isfinite().all(dim=0), values, 0)
 
         by_level = self._recent.new_zeros(4, len(self.noise_levels)).index_add_(1, bins, values)
         block = torch.cat([by_level, by_level.sum(dim=1, keepdim=True)], dim=1)
@@ -186,8 +190,9 @@ class ExcessLoss:
         return _parts(self._sums[:, -1])
 
     def state(self) -> dict[str, Tensor]:
-        """Return the sums, on the CPU; those of other ranks as of the last ``advance``."""
-        return {"sums": self._sums, "recent": self._recent.cpu()}
+        """Return the sums of all ranks, on the CPU; all must call it."""
+        recent = all_reduce_sum(self._recent) if ranks_save_together() else self._recent
+        return {"sums": self._sums, "recent": recent.cpu().clone()}
 
 
 def _parts(sums: Tensor) -> LossParts:
@@ -196,7 +201,8 @@ def _parts(sums: Tensor) -> LossParts:
     # rounding may take the sum of squares of equal blocks below 0
     between = (excess_squares - 2 * excess * cross + excess**2 * squares).clamp(min=0)
     blocks = draws**2 / squares
-    variance = between / draws**2 * blocks / (blocks - 1)
+    beyond_one = torch.where(blocks - 1 > _ROUNDING, blocks - 1, torch.nan)
+    variance = between / draws**2 * blocks / beyond_one
     error = torch.hypot(variance.sqrt(), irreducible_error / draws)
     return LossParts(loss / draws, irreducible / draws, excess, error, draws)
 

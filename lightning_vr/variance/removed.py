@@ -8,7 +8,7 @@ changes least within a bin, and converted at the bin's centre to the unit of ``v
 import torch
 from torch import Tensor
 
-from lightning_vr.distributed import all_reduce_sum
+from lightning_vr.distributed import all_reduce_sum, rank, ranks_save_together
 from lightning_vr.variance.moments import widest_float
 
 
@@ -17,15 +17,19 @@ class RemovedVariance:
 
     Args:
         noise_levels: Centres of the bins ``(L,)``, evenly spaced in the logarithm.
-        sums: Counts and summed spreads so far ``(2, L)``, from ``state``.
+        state: What ``state`` returned, to go on from there.
     """
 
-    def __init__(self, noise_levels: Tensor, sums: Tensor | None = None) -> None:
+    def __init__(self, noise_levels: Tensor, state: dict[str, Tensor] | None = None) -> None:
         half_step = (noise_levels[1] / noise_levels[0]).sqrt()
         self.noise_levels = noise_levels
         self._edges = torch.cat([noise_levels[:1] / half_step, noise_levels * half_step])
-        self._sums = noise_levels.new_zeros(2, len(noise_levels)) if sums is None else sums
+        self._sums = noise_levels.new_zeros(2, len(noise_levels))
         self._recent = noise_levels.new_zeros(2, len(noise_levels) + 2)
+        if state is not None:
+            self._sums = state["sums"]
+            # every rank loads what rank 0 saved, and `means` sums over the ranks
+            self._recent = state["recent"] if rank() == 0 else self._recent
 
     def to(self, device: torch.device) -> "RemovedVariance":
         """Move to the device of the draws."""
@@ -35,9 +39,13 @@ class RemovedVariance:
         return self
 
     def add(self, noise_level: Tensor, spread: Tensor) -> None:
-        """Add draws at ``noise_level (B,)`` with ``spread (B,)``; any off the grid do not count."""
+        """Add draws at ``noise_level (B,)`` with ``spread (B,)``.
+
+        Any off the grid do not count, nor any that is not finite.
+        """
         bins = torch.bucketize(noise_level.to(self._edges), self._edges)
         values = torch.stack([torch.ones_like(spread), spread])
+        values = torch.where(spread.isfinite(), values, 0)
         self._recent.index_add_(1, bins, values.to(self._recent))
 
     def means(self) -> Tensor:
@@ -51,6 +59,7 @@ class RemovedVariance:
         count, total = self._sums[0], self._sums[1]
         return total / count / self.noise_levels**4
 
-    def state(self) -> Tensor:
-        """Return counts and summed spreads ``(2, L)``, those of other ranks as of the last mean."""
-        return self._sums + self._recent[:, 1:-1].cpu()
+    def state(self) -> dict[str, Tensor]:
+        """Return the sums of all ranks, on the CPU; all must call it."""
+        recent = all_reduce_sum(self._recent) if ranks_save_together() else self._recent
+        return {"sums": self._sums, "recent": recent.cpu().clone()}

@@ -40,6 +40,7 @@ from lightning_vr.estimators.stf import STF
 from lightning_vr.posterior import Posterior, posterior_mean
 from lightning_vr.references import References, check_samples
 from lightning_vr.rng import generator
+from lightning_vr.softmax_sums import foreign
 from lightning_vr.types import UNLABELLED, Clean, Noised, TargetEstimate
 from lightning_vr.variance.curves import Measured, TargetVarianceCurve
 
@@ -54,6 +55,7 @@ def measure_target_variance(
     references: Sequence[int],
     *,
     group: Tensor | None = None,
+    cond_group: Tensor | None = None,
     label_dropout: float = 0.0,
     samples: int = 1024,
     blocks: int = 64,
@@ -71,6 +73,7 @@ def measure_target_variance(
         noise_levels: ``sigma / alpha``, ``(L,)``, positive.
         references: Numbers of references of STF, the own sample among them, each at most N.
         group: Class labels ``(N,)``: a row of a class uses references of that class alone.
+        cond_group: Numbers of further conditions ``(N,)``, which references must share too.
         label_dropout: Fraction of rows whose label is dropped, so that they use all references.
         samples: Number of x_t for each noise level, rounded down to a multiple of ``blocks``.
         blocks: Number of independent sets of references that these share, at least 2.
@@ -81,7 +84,7 @@ def measure_target_variance(
         ValueError: If the data is not finite, a noise level not positive, or a count out of range.
     """
     _check(x0, noise_levels, references, samples, blocks)
-    data = _DataSet.prepare(x0, group)
+    data = _DataSet.prepare(x0, group, cond_group)
     levels = noise_levels.to(data.device, torch.float64)
     counts = sorted({*references} - {1, data.size})
 
@@ -99,7 +102,13 @@ def measure_target_variance(
 
 @torch.no_grad()
 def noise_level_grid(
-    x0: Tensor, low: float, high: float, count: int, *, group: Tensor | None = None
+    x0: Tensor,
+    low: float,
+    high: float,
+    count: int,
+    *,
+    group: Tensor | None = None,
+    cond_group: Tensor | None = None,
 ) -> Tensor:
     """Return noise levels, evenly spaced in the logarithm, over which the target variance changes.
 
@@ -113,8 +122,9 @@ def noise_level_grid(
         high: Highest noise level of training; may be infinite.
         count: Number of noise levels, at least 2.
         group: Class labels ``(N,)``, or None.
+        cond_group: Numbers of further conditions ``(N,)``, or None.
     """
-    data = _DataSet.prepare(x0, group)
+    data = _DataSet.prepare(x0, group, cond_group)
     variance = float(data.bank.squared_norms.mean())
     high = min(high, 10 * math.sqrt(variance) if variance > 0 else 1.0)
     low = min(max(low, 1e-4 * high), 0.1 * high)
@@ -130,15 +140,21 @@ class _DataSet:
 
     whole: STF
     bank: References
+    group: Tensor | None
+    cond_group: Tensor | None
 
     @classmethod
-    def prepare(cls, x0: Tensor, group: Tensor | None) -> "_DataSet":
+    def prepare(
+        cls, x0: Tensor, group: Tensor | None, cond_group: Tensor | None = None
+    ) -> "_DataSet":
         device = torch.device("cpu") if x0.device.type == "mps" else x0.device
         whole = STF("all")
         group = None if group is None else group.to(device)
-        whole.fill(x0.flatten(1).to(device).double(), group, indexed=True)
-        assert whole.bank is not None
-        return cls(whole, whole.bank)
+        cond_group = None if cond_group is None else cond_group.to(device)
+        flat = x0.flatten(1).to(device).double()
+        whole.fill(flat, group, indexed=True, cond_group=cond_group)
+        assert isinstance(whole.bank, References)
+        return cls(whole, whole.bank, group, cond_group)
 
     @property
     def size(self) -> int:
@@ -162,11 +178,13 @@ class _DataSet:
             for _ in range(math.ceil(count / self.size))
         ]
         index = torch.cat(passes)[:count]
-        group = None if self.bank.group is None else self.bank.group[index]
+        group = None if self.group is None else self.group[index]
+        cond_group = None if self.cond_group is None else self.cond_group[index]
         if group is not None and label_dropout > 0:
             u = torch.rand(count, generator=source, device=self.device)
             group = torch.where(u < label_dropout, UNLABELLED, group)
-        return Clean(self.bank.rows[index] + self.bank.centre, group, index=index)
+        x0 = self.bank.rows[index] + self.bank.centre
+        return Clean(x0, group, index=index, cond_group=cond_group)
 
     def posterior(self, noised: Noised) -> Posterior:
         """Return the exact posterior, around the own sample for its precision at low noise."""
@@ -177,7 +195,7 @@ class _DataSet:
             self.bank,
             own=noised.x0,
             exclude=noised.index,
-            query_group=noised.group,
+            query_group=noised.labels,
         )
 
 
@@ -218,12 +236,21 @@ def _noised(clean: Clean, levels: Tensor, *key: int | str) -> Noised:
 
     row = torch.arange(len(noise), device=levels.device).repeat_interleave(len(levels))
     sigma = levels.repeat(len(noise))
-    x0, noise = clean.x0[row], noise[row]
-    group = None if clean.group is None else clean.group[row]
-    index = None if clean.index is None else clean.index[row]
+    clean, noise = clean.rows(row), noise[row]
     ones = torch.ones_like(sigma)
-    xt = x0 + sigma[:, None] * noise
-    return Noised(xt, x0, noise, sigma, ones, sigma, ones, group, index=index)
+    xt = clean.x0 + sigma[:, None] * noise
+    return Noised(
+        xt,
+        clean.x0,
+        noise,
+        sigma,
+        ones,
+        sigma,
+        ones,
+        clean.group,
+        index=clean.index,
+        cond_group=clean.cond_group,
+    )
 
 
 def _error(target: TargetEstimate, exact: Posterior, fraction: float) -> Tensor:
@@ -241,14 +268,13 @@ def _divergence(noised: Noised, bank: References, log_evidence: Tensor) -> Tenso
     offset = 0.5 * query.shape[1] * torch.log(precision / (2 * math.pi)) - log_evidence
     offset -= 0.5 * precision * torch.linalg.vecdot(query, query)
 
-    total, count = torch.zeros_like(offset), torch.zeros_like(offset)
+    total, count, labels = torch.zeros_like(offset), torch.zeros_like(offset), noised.labels
     for start, rows, norms in bank.chunks(None, len(query), query.dtype):
         logits = precision[:, None] * (query @ rows.T - 0.5 * norms)
         ratio = torch.exp(logits + offset[:, None])
         terms = torch.where(ratio > 2 / 3, ratio * (ratio - 1) ** 2, 8 / 27 - ratio / 3)
-        if noised.group is not None and bank.group is not None:
-            part = bank.group[start : start + len(rows)]
-            is_foreign = (noised.group[:, None] != part) & (noised.group[:, None] >= 0)
+        if labels is not None and bank.group is not None:
+            is_foreign = foreign(labels, bank.group[start : start + len(rows)])
             terms.masked_fill_(is_foreign, 0)
             count -= is_foreign.sum(dim=1)
         total += terms.sum(dim=1)

@@ -1,5 +1,7 @@
 """Training steps on the digits: what estimators cost over the plain one."""
 
+from contextlib import nullcontext
+
 import torch
 from diffusers import UNet2DModel
 from lightning.pytorch import Trainer
@@ -19,7 +21,7 @@ from lightning_vr.resampling import resamples_pilot
 BATCH_SIZE = 128
 
 
-def training_step(**settings):
+def training_step(prepare=None, **settings):
     """A function that trains for one step, as the trainer does."""
     torch.manual_seed(0)
     network = UNet2DModel(
@@ -43,11 +45,14 @@ def training_step(**settings):
     module.log = lambda *_, **__: None
     pilots = resamples_pilot(module), control_pilot(module)
     module._pilots = [pilot for pilot in pilots if pilot is not None]
+    if prepare is not None:
+        prepare(module)
 
     def step():
         loss = module.training_step(batch, 0)
         optimizer.zero_grad()
         loss.backward()
+        module.on_before_optimizer_step(optimizer)
         module.optimizer_step(0, 0, optimizer)
 
     return step
@@ -89,6 +94,33 @@ def test_a_training_step_with_a_closed_gate_against_one_without_a_control_variat
         training_step(),
         rounds=100,
         label="a training step with a control variate whose gate is closed and one without",
+    )
+    print(f"{ours / other:.4f} times as long")
+
+
+def one_stream(module):
+    """Draw as usual: from one generator, with no key, and without a look at what is finite."""
+    stream = torch.Generator().manual_seed(0)
+    module.generator = lambda *key: stream
+    module.on_before_optimizer_step = lambda optimizer: None
+    module._guard.add = lambda *_: None
+
+
+def test_keyed_generators_strata_and_checks_against_one_stream(compare, monkeypatch):
+    keyed = training_step(draws=CARV(1))
+    plain = training_step(one_stream)
+
+    def other():
+        with monkeypatch.context() as patch:
+            patch.setattr("lightning_vr.module.seeded", lambda source: nullcontext())
+            patch.setattr("lightning_vr.module.generator", lambda *_, **__: None)
+            plain()
+
+    ours, other = compare(
+        keyed,
+        other,
+        rounds=200,
+        label="a training step with keyed generators, strata and checks and one of one stream",
     )
     print(f"{ours / other:.4f} times as long")
 

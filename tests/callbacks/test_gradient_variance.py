@@ -496,7 +496,7 @@ def test_a_run_leaves_a_file_a_picture_and_a_table(tmp_path, capsys):
     with Image.open(tmp_path / "gradient_variance.png") as picture:
         assert min(picture.size) > 400
 
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     for word in ("Gradient variance", "noise level", "timestep %", "share %", "Noise scale"):
         assert word in printed
 

@@ -65,7 +65,7 @@ def test_the_lines_to_paste_train_with_draws_that_learn(run, folder):
     trained = run("fit", f"--config={base}", f"--config={pasted}")
     weights = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     # two steps of 256 samples, two draws of each
-    table = weights["draws.proposal.table"]
+    table = weights["draws.proposal._extra_state"]["table"]
     assert table[2].sum() == 2 * 256 * 2
     settings = yaml.safe_load((trained / "config.yaml").read_text())["model"]["init_args"]["draws"]
     assert settings["init_args"]["scope"] == "auto"

@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
         "--model.target=STF",
         "--model.target.references=16",
         "--model.sampler.steps=4",
-        "--model.sampler.guidance=1.5",
+        "--model.sampler.solver=euler",
         "--model.optimizer=AdamW",
         "--model.optimizer.lr=0.01",
         "--model.lr_scheduler=StepLR",
@@ -59,7 +59,7 @@ def test_without_a_configured_model_the_checkpoint_builds_it(run, trained):
 def test_settings_without_a_network_lie_on_top_of_the_checkpoint(command, run, trained):
     flags = ["--model.sampler.steps=7", "--model.sigma_data=0.25", "--trainer.max_steps=3"]
     model = settings(run(command, *flags, "--ckpt_path", trained, network=[]))["model"]["init_args"]
-    assert (model["sampler"]["steps"], model["sampler"]["guidance"]) == (7, 1.5)
+    assert (model["sampler"]["steps"], model["sampler"]["solver"]) == (7, "euler")
     assert model["sigma_data"] == 0.25
     assert model["target"]["init_args"]["references"] == 16
 

@@ -21,8 +21,10 @@ FLAGS = """
 
 def test_two_ranks_measure_together_and_one_of_them_writes(tmp_path):
     candidates = tmp_path / "candidates.yaml"
-    target = {"class_path": "STF", "init_args": {"references": "batch"}}
-    candidates.write_text(json.dumps([{"name": "batch", "target": target}]))
+    settings = {"batch": {"references": "batch"}, "shared": {"references": "all", "sharded": True}}
+    targets = {n: {"class_path": "STF", "init_args": given} for n, given in settings.items()}
+    listed = [{"name": name, "target": target} for name, target in targets.items()]
+    candidates.write_text(json.dumps(listed))
     command = [sys.executable, "-m", "lightning_vr", "audit", f"--candidates={candidates}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -35,7 +37,7 @@ def test_two_ranks_measure_together_and_one_of_them_writes(tmp_path):
     assert found["repetitions"] % 2 == 0
     assert found["repetitions"] >= 6
     # references of both ranks lower the variance
-    assert found["estimators"][1]["efficiency"]["estimate"] > 1
+    assert [each["efficiency"]["estimate"] > 1 for each in found["estimators"][1:]] == [True, True]
     assert done.stdout.count("The audit is in") == 1
 
 

@@ -2,9 +2,12 @@ import pytest
 import torch
 
 from lightning_vr.distributed import (
+    all_gather_numbers,
     all_gather_rows,
     all_reduce_sum,
     broadcast,
+    exchange_rows,
+    gather_rows,
     rank,
     row_offset,
     world_size,
@@ -29,6 +32,11 @@ def every_collective(number):
         "one rank empty": all_gather_rows(mine[:0] if number == 0 else mine),
         "half": all_gather_rows(mine.bfloat16()),
         "offset": row_offset(len(mine), mine.device),
+        "counted": gather_rows(mine, [3, 5]),
+        "numbers": all_gather_numbers([number, 7], mine.device),
+        # of six rows the first rank gets two and the second four
+        "exchanged": exchange_rows(rows(6, 100 * number), [2, 4]),
+        "to one": exchange_rows(rows(1, 100 * number), [1, 0]),
         "sum": all_reduce_sum(mine[0]),
         "broadcast": broadcast(mine[0]),
         "input": mine,
@@ -51,6 +59,20 @@ def test_rows_of_all_ranks_are_gathered_in_rank_order_however_many_each_has(resu
         assert not found["needs gradient"]
 
 
+def test_rows_of_known_counts_and_numbers_are_gathered_in_rank_order(results):
+    for found in results:
+        assert torch.equal(found["counted"], found["uneven"])
+        assert found["numbers"] == [[0, 7], [1, 7]]
+
+
+def test_rows_are_exchanged_so_that_each_rank_has_what_all_have_sent_it(results):
+    first, second = results
+    assert torch.equal(first["exchanged"], torch.stack([rows(2, 0), rows(2, 100)]))
+    assert torch.equal(second["exchanged"], torch.stack([rows(4, 4), rows(4, 104)]))
+    assert torch.equal(first["to one"], torch.stack([rows(1, 0), rows(1, 100)]))
+    assert second["to one"].shape == (2, 0, 2)
+
+
 def test_the_row_offset_is_where_a_ranks_rows_begin_in_the_gathered_ones(results):
     for found in results:
         start, mine = found["offset"], found["input"]
@@ -70,4 +92,7 @@ def test_on_one_process_collectives_are_the_identity():
     for collective in (all_gather_rows, all_reduce_sum, broadcast):
         assert collective(x) is x
     assert row_offset(3, x.device) == 0
+    assert gather_rows(x, [3]) is x
+    assert torch.equal(exchange_rows(x, [3]), x[None])
+    assert all_gather_numbers([4, 2], x.device) == [[4, 2]]
     assert (rank(), world_size()) == (0, 1)

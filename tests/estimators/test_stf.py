@@ -423,6 +423,112 @@ def test_a_condition_falls_back_to_dsm_and_says_so_once(caplog, source):
     assert "falls back to DSM" in messages[0]
 
 
+def condition_problem(indexed):
+    """A data set whose second label tells two augmentations apart, one the mirror of the other."""
+    x0, label = bank_problem()
+    flipped = torch.arange(120) % 2
+    x0 = torch.where(flipped[:, None] == 1, 2 - x0, x0)
+    cond = {"flipped": flipped}
+    index = torch.arange(120) if indexed else None
+    return Clean(x0, label, cond, index, cond_group=flipped)
+
+
+@pytest.mark.parametrize("classes", ["none", "classes", "some dropped"])
+@pytest.mark.parametrize("references", ["batch", 120, "all"])
+def test_references_with_another_condition_have_no_weight(references, classes, source):
+    """Against the posterior for each condition by itself, by distances."""
+    clean = condition_problem(indexed=references != "batch")
+    if classes == "none":
+        clean = replace(clean, group=None)
+    target = STF(references)
+    target.fill(clean.x0, clean.group, indexed=True, cond_group=clean.cond_group)
+    noised = noised_at(clean, 1.0, source)
+    query = torch.full((120,), UNLABELLED) if clean.group is None else clean.group
+    if classes == "some dropped":
+        query = torch.where(torch.arange(120) % 3 == 0, UNLABELLED, query)
+        noised = replace(noised, group=query)
+
+    found = target(noised, clean, source).x0
+    for number in (0, 1):
+        rows = clean.cond_group == number
+        part = replace(noised, xt=noised.xt[rows], sigma=noised.sigma[rows])
+        label = torch.zeros(120).long() if clean.group is None else clean.group
+        expected = exact_mean(part, clean.x0[rows], label[rows], query[rows])
+        torch.testing.assert_close(found[rows], expected)
+    pooled = exact_mean(noised, clean.x0, clean.group if clean.group is not None else query, query)
+    assert float((found - pooled).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("references", ["batch", 16])
+def test_given_a_condition_that_others_share_the_target_is_unbiased(references, z_score):
+    clean, source = condition_problem(indexed=True), generator("conditions")
+    target = STF(references)
+    target.fill(clean.x0, clean.group, indexed=True, cond_group=clean.cond_group)
+    exact, rows = torch.empty(32, 1, dtype=WIDE), []
+    for _ in range(600):
+        some = clean.rows(torch.randint(120, (32,), generator=source))
+        noised = noised_at(some, 1.0, source)
+        query = torch.where(torch.arange(32) % 2 == 0, UNLABELLED, noised.group)
+        noised = replace(noised, group=query)
+        for number in (0, 1):
+            mine, like = some.cond_group == number, clean.cond_group == number
+            part = replace(noised, xt=noised.xt[mine], sigma=noised.sigma[mine])
+            exact[mine] = exact_mean(part, clean.x0[like], clean.group[like], query[mine])
+        error = target(noised, some, source).x0 - exact
+        rows.append(mean_by_set(error, noised.xt, 32, query))
+    assert largest(z_score, torch.cat(rows)) < 4
+
+
+def test_a_condition_with_its_number_is_no_reason_to_fall_back(caplog, source):
+    clean = condition_problem(indexed=False)
+    with caplog.at_level(logging.WARNING):
+        found = STF()(noised_at(clean, 5.0, source), clean, source)
+    assert not caplog.records
+    assert float(found.ess.min()) > 2
+
+
+def warnings_of(caplog, target, clean, source):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            target(noised_at(clean, 1.0, source), clean, source)
+    return [record.message for record in caplog.records]
+
+
+@pytest.mark.parametrize("references", [4, "all"])
+def test_samples_that_are_not_their_copies_in_the_bank_are_warned_of_once(
+    references, caplog, source
+):
+    bank = 5 + torch.randn(20, 12, generator=source)
+    target = STF(references)
+    target.fill(bank, None, indexed=True)
+    index = torch.tensor([4, 11, 0])
+    mirrored = bank[index]
+    mirrored[1] = mirrored[1].flip(0)
+    messages = warnings_of(caplog, target, Clean(mirrored, index=index), source)
+    assert len(messages) == 1
+    assert "differ from the bank's copies" in messages[0]
+    assert "references='batch'" in messages[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_that_are_their_copies_but_for_rounding_are_not_warned_of(dtype, caplog, source):
+    bank = 5 + torch.randn(20, 12, generator=source)
+    target = STF("all")
+    target.fill(bank, None, indexed=True)
+    index = torch.tensor([4, 11, 0])
+    clean = Clean(bank[index].to(dtype), index=index)
+    assert not warnings_of(caplog, target, clean, source)
+
+
+def test_without_indices_or_a_bank_no_copies_are_looked_for(caplog, source):
+    bank = torch.randn(20, 3, generator=source)
+    target = STF(4)
+    target.fill(bank, None, indexed=False)
+    for each in (target, STF()):
+        assert not warnings_of(caplog, each, Clean(-bank[:3]), source)
+
+
 def test_the_target_is_computed_in_float32_under_autocast(source):
     clean = Clean(torch.randn(16, 12, generator=source))
     noised = noised_at(clean, 3.0, source)

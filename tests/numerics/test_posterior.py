@@ -378,6 +378,26 @@ def test_rows_without_a_label_use_all_references(hand_over):
     assert_posterior(posterior, brute_force(xt, 0.9, 1.5, references, allowed), 1e-10)
 
 
+def test_of_several_labels_references_must_have_each_that_is_not_negative(hand_over):
+    xt, own, references = problem(6, 30, 4, 0.9, 1.5)
+    group = torch.stack([torch.arange(30) % 3, torch.arange(30) // 2 % 2], dim=1)
+    query = group[own]
+    query[0, 0] = query[1, 1] = query[2, 0] = query[2, 1] = -1
+    for chunk_size in (None, 4):
+        posterior = posterior_mean(
+            xt,
+            0.9,
+            1.5,
+            hand_over(references),
+            query_group=query,
+            reference_group=group,
+            chunk_size=chunk_size,
+        )
+        allowed = ((query[:, None] == group) | (query[:, None] < 0)).all(dim=2)
+        assert allowed.sum(1).tolist()[:4] == [14, 10, 30, 5]
+        assert_posterior(posterior, brute_force(xt, 0.9, 1.5, references, allowed), 1e-10)
+
+
 def test_prepared_references_carry_their_groups():
     xt, own, references = problem(6, 30, 4, 0.9, 1.5)
     group = torch.arange(30) % 3
@@ -426,6 +446,12 @@ TWO = torch.zeros(2, dtype=torch.int64)
         (X, R[:, :2], {}, "`references` expected to have 3 values per row, .* but got 2"),
         (X, R, {"own": R}, r"`own` expected .* \(2, 3\), but got \(4, 3\)"),
         (X, R, {"query_group": TWO}, "`query_group` needs `reference_group`"),
+        (
+            X,
+            R,
+            {"query_group": TWO, "reference_group": torch.zeros(4, 2)},
+            r"`query_group` expected to have 2 rows of 2 labels, .* but got \(2,\)",
+        ),
         (X, R, {"chunk_size": 0}, "`chunk_size` expected to be at least 1, but got 0"),
         (
             X,

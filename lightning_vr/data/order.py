@@ -1,0 +1,67 @@
+"""The order of training samples: a pure function of (seed, epoch), which can begin in mid-epoch.
+
+Lightning restores where an epoch stood, but not what a shuffling loader would have given next. Here
+one permutation per epoch is dealt to the ranks in turn, so that the batches of a step are the next
+samples of the permutation whatever the number of ranks, and a position in it is all there is to
+restore.
+"""
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lightning_vr.rng import generator
+
+
+class EpochOrder(DistributedSampler[Any]):
+    """Shuffled positions for one rank; Lightning leaves it alone and tells it the epoch.
+
+    Args:
+        dataset: What is drawn from.
+        seed: Of all epochs' permutations, the same on all ranks.
+        rank: This rank.
+        world_size: Number of ranks. Up to W - 1 samples of an epoch are left out.
+        epoch: The first epoch.
+        start: How many of the rank's samples the first epoch leaves out at its beginning.
+
+    Attributes:
+        begun: The epoch that was begun last, or None before the first.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+        start: int = 0,
+    ) -> None:
+        super().__init__(dataset, world_size, rank, seed=seed, drop_last=True)
+        self.epoch = epoch
+        self.start = start
+        self.begun: int | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        assert isinstance(self.dataset, Sized)
+        source = generator(self.seed, "order", self.epoch)
+        order = torch.randperm(len(self.dataset), generator=source)
+        own = order[: self.total_size][self.rank :: self.num_replicas]
+        start, self.start = self.start, 0
+        self.begun = self.epoch
+        self.epoch += 1  # for loops that do not tell it
+        return iter(own[start:].tolist())
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose data module knows where it stood: Lightning asks loaders, not data modules."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the data module keeps the position."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing: the data module has set the sampler's position."""

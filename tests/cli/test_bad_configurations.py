@@ -1,0 +1,376 @@
+"""Bad configurations, as people write them: one line names the argument and the fix."""
+
+import re
+import shlex
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+from commands import NETWORK, POINTS, SHORT
+from torch import nn
+
+from lightning_vr import MLP
+from lightning_vr.cli import main
+
+
+class Bad(NamedTuple):
+    """One bad configuration.
+
+    Attributes:
+        flags: What the user types after the subcommand; of a file ``bad.yaml`` nothing.
+        argument: The argument as the user wrote it.
+        fix: Words of the fix.
+        yaml: The file ``bad.yaml``, given by ``--config``.
+        command: The subcommand.
+        network: What is configured as the network, unless the flags do.
+        data: What is configured as the data, unless the flags do.
+    """
+
+    flags: str
+    argument: str
+    fix: str
+    yaml: str | None = None
+    command: str = "fit"
+    network: list[str] = NETWORK
+    data: list[str] = POINTS
+
+
+class Normalised(MLP):
+    """A network that couples the draws of a batch."""
+
+    def __init__(self):
+        super().__init__(width=16, depth=1)
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x, t, class_labels=None):
+        return super().forward(self.norm(x), t)
+
+
+def fit(flags, argument, fix, **kwargs):
+    return Bad(flags, argument, fix, **kwargs)
+
+
+def own(flags, argument, fix):
+    """Data of one's own choice, in place of points."""
+    return Bad(flags, argument, fix, data=[])
+
+
+def file(yaml, argument, fix, flags="", **kwargs):
+    return Bad(flags, argument, fix, yaml=yaml, **kwargs)
+
+
+def callback(settings, argument, fix, flags=""):
+    return file(f"trainer: {{callbacks: [{settings}]}}", argument, fix, flags)
+
+
+def unet(change, argument, fix, module=""):
+    """The smallest U-Net for the digits, with a change."""
+    blocks = "down_block_types: [DownBlock2D], up_block_types: [UpBlock2D]"
+    sizes = "sample_size: 8, in_channels: 1, out_channels: 1, block_out_channels: [8]"
+    settings = f"{sizes}, layers_per_block: 1, norm_num_groups: 4, {blocks}, {change}"
+    network = dict(re.findall(r"(\w+): (\[.*?\]|[^,]+)", settings))
+    arguments = ", ".join(f"{name}: {value}" for name, value in network.items())
+    yaml = (
+        f"model:\n  class_path: DiffusionModule\n  init_args:\n    network:\n"
+        f"      class_path: diffusers.UNet2DModel\n      init_args: {{{arguments}}}\n    {module}\n"
+    )
+    return file(yaml, argument, fix, network=[], data=["--data=Digits"])
+
+
+def audit(candidates, argument, fix):
+    return Bad("--candidates=bad.yaml", argument, fix, yaml=candidates, command="audit")
+
+
+CARV = "--model.draws=CARV --model.draws."
+STF = "--model.target=STF --model.target."
+TAYLOR = "--model.control_variate=TaylorCV --model.control_variate."
+ADAM = "--model.optimizer=AdamW --model.optimizer."
+IMAGES = "--data=ImageFolder --data.size=8 --data.path="
+NORMALISED = ["--model.network", f"{__name__}.Normalised"]
+
+MODEL = [
+    fit("--model.network.width=wide", "model.network.width", "int"),
+    fit("--model.network.width=3", "`width`", "even"),
+    fit("--model.network.width=10000000", "MLP", "use smaller sizes"),
+    fit("--model.network.num_class_embeds=0", "`num_class_embeds`", "at least 1"),
+    fit("--model.network.dimension=3", "`network`", "shape of the data"),
+    fit("--model.network=Mlp", "model.network", "use MLP"),
+    fit("--model.network=diffusers.Unet2DModel", "model.network", "use diffusers.UNet2DModel"),
+    fit("--model.network.widht=16", "'widht'", "use width"),
+    fit("--model.network=torch.nn.Linear", "in_features", "set model.network.in_features"),
+    fit("--model.network=torch.nn.ReLU", "`network`", "(x, t)"),
+    fit("--model.sigma_data=0", "`sigma_data`", "positive"),
+    fit("--model.prediction=noise", "model.prediction", "'epsilon'"),
+    fit("--model.lr=0.1", "'lr'", "optimizer"),
+    fit("--model=DiffusionModul", "model", "use DiffusionModule"),
+    fit("--model.schedule=DDPM", "model.schedule", "use EDM, VE, VP"),
+    fit("--model.schedule=EDM --model.schedule.sigma_min=90", "`sigma_min`", "< sigma_max"),
+    file(
+        "model: {init_args: {schedule: {class_path: VE, init_args: {sigma_max: .inf}}}}",
+        "`sigma_max`",
+        "< inf",
+    ),
+    fit("--model.timesteps=LogUniform", "low", "set model.timesteps.low"),
+    fit("--model.schedule=RectifiedFlow --model.timesteps=LogNormal", "`timesteps`", "Uniform("),
+    file(
+        "model: {init_args: {timesteps: {class_path: LogNormal, init_args: {mean: .nan}}}}",
+        "`mean`",
+        "finite",
+    ),
+    fit("--model.num_classes=8", "`network`", "set num_class_embeds to 9"),
+    fit(
+        "--model.num_classes=8 --model.network.num_class_embeds=8",
+        "num_class_embeds=8",
+        "set num_class_embeds to 9",
+    ),
+    fit(
+        "--model.num_classes=4 --model.network.num_class_embeds=5",
+        "`num_classes`",
+        "set `num_classes` to 8",
+    ),
+    fit("--model.label_dropout=0.1", "`label_dropout`", "set `num_classes`"),
+    fit("--model.sampler.guidance=2", "`guidance`", "set `num_classes`"),
+    fit(
+        "--model.schedule=VP --model.sampler.noise_level_max=1e9",
+        "`noise_level_max`",
+        "widen the schedule",
+    ),
+    unet("in_channels: 3", "`network`", "shape of the data"),
+    unet("out_channels: 2", "`network`", "as many output as input channels"),
+    unet("norm_num_groups: 3", "UNet2DModel", "divisible by num_groups"),
+    unet("num_class_embeds: 11", "`num_classes`", "set `num_classes` to 10"),
+    unet("sample_size: 8", "`network`", "set num_class_embeds to 11", module="num_classes: 10"),
+]
+
+ESTIMATORS = [
+    fit(f"{CARV}resamples=3 --model.draws.antithetic=true", "`resamples`", "use 4"),
+    fit(f"{CARV}resamples=many", "model.draws.resamples", "int or 'auto'"),
+    fit(f"{CARV}resamples=2", "`resamples`", "use group normalisation", network=NORMALISED),
+    fit(
+        f"{CARV}proposal=TableProposal --model.draws.proposal.probabilities=[0,1]",
+        "`proposal`",
+        "mix in a share",
+    ),
+    fit(f"{STF}references=513", "`references`", "use fewer, or 'all'"),
+    fit(f"{STF}reference=16", "'reference'", "use references"),
+    fit(f"{TAYLOR}order=1", "`control_variate`", "use group normalisation", network=NORMALISED),
+    file(
+        "model: {init_args: {control_variate: {class_path: TaylorCV, "
+        "init_args: {coefficient: .inf}}}}",
+        "`coefficient`",
+        "finite",
+    ),
+]
+
+OPTIMIZATION = [
+    fit("--model.optimizer=Adamw", "model.optimizer", "use AdamW"),
+    fit(f"{ADAM}lr=-1", "model.optimizer", "0 or more"),
+    fit(f"{ADAM}lr=fast", "model.optimizer.lr", "float"),
+    fit(f"{ADAM}momentum=0.9", "'momentum'", "betas"),
+    file(
+        "model: {init_args: {optimizer: {class_path: AdamW, init_args: {lr: .inf}}}}",
+        "`lr`",
+        "finite",
+    ),
+    fit("--model.lr_scheduler=StepLR", "step_size", "set model.lr_scheduler.step_size"),
+    fit(
+        "--model.lr_scheduler=StepLR --model.lr_scheduler.step_size=0",
+        "`lr_scheduler`",
+        "1 or more steps",
+    ),
+]
+
+DATA = [
+    own("--data=EightGaussian", "data", "use EightGaussians"),
+    own("", "`data`", "fit --data Digits"),
+    own("--data=Digits", "`network`", "shape of the data"),
+    own("--data=Digits --data.validation_fraction=0", "`validation_fraction`", "between 0 and 1"),
+    fit("--data.batch_size=513", "`batch_size`", "smaller batch"),
+    fit("--data.batch_size=0", "`batch_size`", "at least 1"),
+    fit("--data.num_worker=2", "'num_worker'", "use num_workers"),
+    own(f"{IMAGES}nowhere", "`path`", "existing folder"),
+    own(f"{IMAGES}empty", "`path`", ".png"),
+    own(f"{IMAGES}broken --data.batch_size=1", "broken/a.png", "repair or remove it"),
+]
+
+TRAINER = [
+    fit("--trainer.max_steps=many", "trainer.max_steps", "int"),
+    fit("--trainer.gpus=1", "trainer.gpus", "--print_config"),
+    fit("--trainer.accelerator=gpu", "trainer.accelerator", "use auto"),
+    fit("--trainer.devices=0", "trainer.devices", "use auto"),
+    fit("--trainer.strategy=dpp", "strategy", "ddp"),
+    fit(
+        "--trainer.strategy=ddp --trainer.devices=-2",
+        "trainer.devices",
+        "use auto",
+    ),
+    fit("--trainer.precision=fp16", "trainer.precision", "'16-mixed'"),
+    fit("--trainer.precision=16-mixed", "trainer.precision", "use bf16-mixed"),
+    fit("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches", "use 1"),
+    fit("--trainer.val_check_interval=0", "trainer.val_check_interval", "limit_val_batches=0"),
+    fit("--trainer.gradient_clip_val=-1", "trainer.gradient_clip_val", "at least 0"),
+    fit("--trainer.logger.save_dir=taken", "trainer.logger.save_dir", "folder"),
+    fit("--seed_everything=-1", "seed_everything", "use 0"),
+    fit("--modle.network=MLP", "modle.network", "use model.network"),
+    fit("--batch_size=16", "batch_size", "use data.batch_size"),
+]
+
+CALLBACKS = [
+    callback("{class_path: TargetVarianc}", "trainer.callbacks", "use TargetVariance"),
+    callback("{TargetVariance: {samples: 99}}", "TargetVariance.samples", "`class_path`"),
+    callback("{class_path: SampleGrid}, {class_path: SampleGrid}", "SampleGrid", "leave one"),
+    callback(
+        "{class_path: SampleGrid}",
+        "SampleGrid",
+        "`limit_val_batches` above 0",
+        "--trainer.limit_val_batches=0",
+    ),
+    callback("{class_path: TargetVariance, init_args: {sample: 99}}", "'sample'", "use samples"),
+    callback("{class_path: TargetVariance, init_args: {samples: 1}}", "`samples`", "at least 64"),
+    callback(
+        "{class_path: TargetVariance, init_args: {references: [1000]}}",
+        "`references`",
+        "use fewer",
+    ),
+    callback("{class_path: FrechetDistance, init_args: {samples: 2}}", "`samples`", "take more"),
+    callback(
+        "{class_path: FrechetDistance, init_args: {features: DigitFeatures}}",
+        "'digits'",
+        "use other features",
+    ),
+    callback("{class_path: EarlyStopping}", "monitor", "set trainer.callbacks.monitor"),
+    callback(
+        "{class_path: ModelCheckpoint, init_args: {monitor: val_loss}}", "'val_loss'", "'val/loss'"
+    ),
+    callback("{class_path: EMAWeightAveraging, init_args: {decay: 2}}", "decay", "value in [0,1]"),
+]
+
+FILES = [
+    file("model: [", "`config`", "mend the YAML"),
+    file("- a\n- b", "`config`", "file of settings"),
+    file("network: MLP", "network", "use model.network"),
+    file("trainer: {max_step: 5}", "trainer.max_step", "use trainer.max_steps"),
+    file(
+        "model: {init_args: {network: {class_path: MLP, width: 32}}}",
+        "model.network",
+        "under `init_args`",
+    ),
+    fit("--config=nowhere.yaml", "config", "does not exist"),
+    fit("--ckpt_path=nowhere.ckpt", "`ckpt_path`", "checkpoint file or 'last'"),
+    fit("--ckpt_path=last", "`ckpt_path`", "name the file"),
+]
+
+OTHERS = [
+    Bad("--ckpt_path=bad.yaml", "`ckpt_path`", "whole file", yaml="a: 1", command="validate"),
+    Bad("--ckpt_path=truncated.ckpt", "`ckpt_path`", "whole file", command="validate"),
+    Bad("", "`model`", "--model.network MLP", command="validate", network=[]),
+    Bad("", "`data`", "test --data Digits", command="test", data=[]),
+    Bad("", "`ckpt_path`", "trained module", command="predict"),
+    Bad("--num_samples=0", "num_samples", "above 0", command="predict"),
+    Bad("--budget=-1", "budget", "above 0", command="audit"),
+    Bad("--candidates=nowhere.yaml", "`candidates`", "YAML file", command="audit"),
+    audit("- name: [", "`candidates`", "mend it there"),
+    audit("- {name: a, target: Stff}", "candidates.target", "use STF"),
+    audit("- {name: a, taget: STF}", "'taget'", "use target"),
+    audit(
+        "- {name: a, target: {class_path: STF, init_args: {references: 600}}}",
+        "`references`",
+        "use fewer",
+    ),
+    Bad("", "trian", "'fit'", command="trian"),
+]
+
+CASES = [*MODEL, *ESTIMATORS, *OPTIMIZATION, *DATA, *TRAINER, *CALLBACKS, *FILES, *OTHERS]
+
+
+def test_there_are_at_least_sixty():
+    assert len(set(map(str, CASES))) == len(CASES) >= 60
+
+
+@pytest.fixture(autouse=True)
+def folder(folder):
+    """The files that the configurations name."""
+    (folder / "empty").mkdir()
+    (folder / "broken").mkdir()
+    for name in ("broken/a.png", "broken/b.png", "taken"):
+        (folder / name).write_text("no image")
+    (folder / "truncated.ckpt").write_bytes(b"PK\x03\x04 and no more")
+    return folder
+
+
+def arguments(bad, folder):
+    """Return what follows the subcommand."""
+    config = []
+    if bad.yaml is not None:
+        (folder / "bad.yaml").write_text(bad.yaml)
+        config = ["--config=bad.yaml"] if "bad.yaml" not in bad.flags else []
+    return [*bad.network, *bad.data, *SHORT, *config, *shlex.split(bad.flags)]
+
+
+@pytest.mark.parametrize("bad", CASES, ids=lambda bad: f"{bad.command} {bad.flags or bad.yaml}")
+def test_a_bad_configuration_is_one_line_that_names_the_argument_and_the_fix(bad, folder, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([bad.command, *arguments(bad, folder)])
+    assert exit_.value.code == 2
+
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    lines = printed.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert errors == lines[-1:], printed
+    assert bad.argument in errors[0], errors[0]
+    assert bad.fix in errors[0], errors[0]
+    assert len(errors[0]) < 500, errors[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fix"),
+    [
+        (f"{CARV}resamples=3 --model.draws.antithetic=true", ["--model.draws.resamples=4"]),
+        (
+            "--model.num_classes=8 --model.network.num_class_embeds=8",
+            ["--model.network.num_class_embeds=9"],
+        ),
+        (
+            "--model.num_classes=4 --model.network.num_class_embeds=9",
+            ["--model.num_classes=8"],
+        ),
+        (f"{STF}references=513", ["--model.target.references=all"]),
+        ("--trainer.precision=16-mixed", ["--trainer.precision=bf16-mixed"]),
+        ("--trainer.accumulate_grad_batches=0", ["--trainer.accumulate_grad_batches=1"]),
+        ("--model.network.dimension=3", ["--model.network.dimension=2"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_fix_that_a_line_tells_makes_the_configuration_run(flags, fix, folder, capsys):
+    command = ["fit", *NETWORK, *POINTS, *SHORT, "--trainer.fast_dev_run=true", *shlex.split(flags)]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "error: " in capsys.readouterr().err
+    main([*command, *fix])
+
+
+PROCESSES = [
+    fit("--model.network.widht=16", "'widht'", "use width"),
+    fit("--model.network.dimension=3", "`network`", "shape of the data"),
+    Bad("--ckpt_path=truncated.ckpt", "`ckpt_path`", "whole file", command="validate"),
+]
+
+
+@pytest.mark.parametrize("bad", PROCESSES, ids=lambda bad: bad.flags)
+def test_a_process_ends_with_the_line_and_a_status(bad, folder, monkeypatch):
+    process = [sys.executable, "-m", "lightning_vr", bad.command, *arguments(bad, folder)]
+    done = subprocess.run(process, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert bad.argument in line
+    assert bad.fix in line
+
+    if bad is PROCESSES[0]:
+        monkeypatch.setenv("LIGHTNING_VR_TRACEBACK", "1")
+        done = subprocess.run(process, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "Traceback" in done.stderr

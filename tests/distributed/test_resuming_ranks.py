@@ -1,0 +1,226 @@
+"""Two ranks that are stopped anywhere and resumed, on two ranks and on one."""
+
+import functools
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from matplotlib.figure import Figure
+from torch import nn
+
+from lightning_vr import (
+    CARV,
+    MLP,
+    STF,
+    DiffusionModule,
+    LearnedProposal,
+    TargetVariance,
+    TaylorCV,
+)
+from lightning_vr.data import EightGaussians
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
+]
+
+LIMIT = timedelta(seconds=60)
+"""After so long ranks are taken to hang."""
+
+EPOCHS, BATCHES, WINDOW, SAMPLES = 2, 5, 2, 4
+
+# Between two windows nothing is summed: what is resumed is the very state that was saved.
+BITWISE = {"rtol": 0.0, "atol": 0.0}
+# But what callbacks have added up in float64 since they last shared it is summed over the ranks.
+WIDE_ROUNDING = {"rtol": 1e-13, "atol": 0.0}
+# Gradients that wait in a window are saved as their mean over the ranks, and so are summed in
+# another order than float32 gradients that each rank has kept for itself.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-6}
+
+
+class Record(Callback):
+    """Keeps which samples each rank has seen, and saves the state at the end."""
+
+    def __init__(self, folder):
+        self.folder, self.positions = folder, []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.positions.append(batch["index"])
+
+    def on_train_end(self, trainer, module):
+        trainer.save_checkpoint(self.folder / "end.ckpt")
+        found = {
+            "positions": self.positions,
+            "weights": nn.utils.parameters_to_vector(module.parameters()).detach(),
+        }
+        torch.save(found, self.folder / f"{trainer.global_rank}.pt")
+
+
+class StoppedError(Exception):
+    pass
+
+
+class StopAt(Callback):
+    """Saves a checkpoint at the n-th call of a hook, and raises on all ranks."""
+
+    def __init__(self, hook, count, path):
+        self.count, self.path = count, path
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer, *args):
+        self.count -= 1
+        if self.count == 0:
+            trainer.save_checkpoint(self.path)
+            raise StoppedError
+
+
+def build():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = MLP(2, width=8, depth=1, num_class_embeds=9)
+        nn.init.normal_(network.project_out.weight, std=0.3)
+    return DiffusionModule(
+        network,
+        num_classes=8,
+        label_dropout=0.2,
+        target=STF(16),
+        draws=CARV(2, LearnedProposal(bins=3)),
+        control_variate=TaylorCV(gate="open", refit_every_n_steps=2),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.9),
+    )
+
+
+def fit(folder, *extra, ranks=2, samples=SAMPLES, ckpt_path=None):
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(5 if ckpt_path is None else 6)  # what a resumed run must not depend on
+    watchers = [EMAWeightAveraging(decay=0.9), TargetVariance([4], noise_levels=3, samples=64)]
+    trainer = Trainer(
+        accelerator="cpu",
+        strategy=DDPStrategy(start_method="fork", timeout=LIMIT) if ranks > 1 else "auto",
+        devices=ranks,
+        max_epochs=EPOCHS,
+        accumulate_grad_batches=WINDOW,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[*watchers, *extra, Record(folder)],
+    )
+    data = EightGaussians(samples, num_samples=2 * SAMPLES * BATCHES + 3, num_validation=8)
+    trainer.fit(build(), data, ckpt_path=ckpt_path, weights_only=True)
+    return read(folder, ranks)
+
+
+def read(folder, ranks):
+    files = [folder / "end.ckpt", *(folder / f"{rank}.pt" for rank in range(ranks))]
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Two ranks that are not stopped."""
+    return fit(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Checkpoints of two ranks that were stopped at the n-th call of a hook."""
+
+    @functools.cache
+    def at(count, hook="on_train_batch_end"):
+        path = tmp_path_factory.mktemp("stopped") / "stopped.ckpt"
+        with pytest.raises(Exception, match="Stopped"):
+            fit(path.parent, StopAt(hook, count, path))
+        return path
+
+    return at
+
+
+def assert_alike(found, expected, where, **tolerance):
+    """Nested states."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_alike(found[key], expected[key], f"{where}.{key}", **tolerance)
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for i, pair in enumerate(zip(found, expected, strict=True)):
+            assert_alike(*pair, f"{where}.{i}", **tolerance)
+    elif isinstance(expected, (torch.Tensor, float)):
+        torch.testing.assert_close(
+            found, expected, equal_nan=True, msg=lambda text: f"{where}: {text}", **tolerance
+        )
+    else:
+        assert found == expected, where
+
+
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "lightning_vr")
+WITHIN_WINDOW = [1, 3, 6, 8]
+BETWEEN_WINDOWS = [2, 5, 7]
+
+
+@pytest.mark.parametrize("batch", sorted(WITHIN_WINDOW + BETWEEN_WINDOWS))
+def test_resumed_on_as_many_ranks_it_is_the_run_that_was_not_stopped(
+    batch, stopped, whole, tmp_path
+):
+    end, *ranks = fit(tmp_path, ckpt_path=stopped(batch))
+    tolerance = ROUNDING if batch in WITHIN_WINDOW else BITWISE
+    for part in PARTS:
+        is_summed = part == "callbacks" and tolerance is BITWISE
+        own = WIDE_ROUNDING if is_summed else tolerance
+        assert_alike(end[part], whole[0][part], part, **own)
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    for rank, expected in zip(ranks, whole[1:], strict=True):
+        assert_alike(rank["positions"], expected["positions"][batch:], "positions", **BITWISE)
+
+
+def test_resumed_on_one_rank_with_as_large_a_batch_it_takes_the_samples_of_both(
+    stopped, whole, tmp_path
+):
+    _, alone = fit(tmp_path, ranks=1, samples=2 * SAMPLES, ckpt_path=stopped(3))
+    pairs = zip(*(rank["positions"][3:] for rank in whole[1:]), strict=True)
+    for mine, both in zip(alone["positions"], pairs, strict=True):
+        assert sorted(mine.tolist()) == sorted(torch.cat(both).tolist())
+
+
+ENDS = [("on_train_batch_end", BATCHES), ("on_train_epoch_end", 1)]
+
+
+@pytest.mark.parametrize("samples", [SAMPLES, 2 * SAMPLES])
+@pytest.mark.parametrize(("hook", "count"), ENDS)
+def test_resumed_on_one_rank_between_epochs_it_begins_the_next(
+    hook, count, samples, stopped, whole, tmp_path
+):
+    end, alone = fit(tmp_path, ranks=1, samples=samples, ckpt_path=stopped(count, hook))
+    batches = (2 * SAMPLES * BATCHES + 3) // samples
+    assert len(alone["positions"]) == batches
+    assert end["global_step"] == 3 + -(-batches // WINDOW)
+    # the order of an epoch is dealt to however many ranks there are
+    dealt = torch.stack([rank["positions"][BATCHES] for rank in whole[1:]], dim=1).flatten()
+    begin = torch.cat(alone["positions"])[: len(dealt)]
+    assert begin.tolist() == dealt.tolist()
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_resumed_within_an_epoch_with_another_number_of_samples_it_is_refused(
+    batch, stopped, tmp_path
+):
+    path = stopped(batch)
+    message = (
+        "Argument `batch_size` expected to be 8 on 1 processes, for the checkpoint is from the "
+        "middle of an epoch with batches of 8 in all, but got 4"
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, ranks=1, ckpt_path=path)
