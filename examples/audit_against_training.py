@@ -154,7 +154,9 @@ def saving(
     for _ in range(1000):
         rows = source.integers(len(base), size=len(base))
         drawn.append(ratio(base[rows], other[rows]))
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    low, high = np.nan, np.nan
+    if not np.isnan(drawn).all():  # too short a run may never get there
+        low, high = np.nanquantile(drawn, [0.025, 0.975])
     return ratio(base, other), float(low), float(high)
 
 

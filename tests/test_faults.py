@@ -163,7 +163,7 @@ class TestNonFinite:
             def on_after_backward(self, trainer, module):
                 module.network.project_out.bias.grad.fill_(torch.nan)
 
-        with pytest.raises(ValueError, match="gradient of `network.project_out.bias`, though"):
+        with pytest.raises(ValueError, match=r"gradient of `network\.project_out\.bias`, though"):
             trainer(Spoil()).fit(module(), DataLoader(Points(1.0), batch_size=8))
 
     def test_a_condition_that_is_not_finite_counts_as_the_sample(self):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _SLOTS = ("draws", "target", "control_variate")
 
@@ -49,4 +49,10 @@ def drop_control_variate(
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: getattr(value, "shape", type(value)) for name, value in state.items()}
+    """Return the shapes of tensors by name, those within an extra state as well."""
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        tensors = {part: x.shape for part, x in parts.items() if isinstance(x, Tensor)}
+        found[name] = type(value), tensors
+    return found
