@@ -228,7 +228,7 @@ def least_draws(draws: Draws) -> int:
 
 
 def _learns(draws: Draws) -> bool:
-    return any(True for _ in draws.buffers())
+    return any(isinstance(part, LearnedProposal) for part in draws.modules())
 
 
 def _has_learned(draws: Draws) -> bool:

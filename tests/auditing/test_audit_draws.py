@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from same_runs import assert_equal
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -178,11 +179,7 @@ def test_a_proposal_has_learned_when_it_is_measured_and_the_modules_own_is_as_it
         assert draws is not own
         assert table.left.std() > 0.1
     assert model.draws is own
-    assert model.state_dict().keys() == before.keys()
-    for name, value in model.state_dict().items():
-        assert (
-            value == before[name] if isinstance(value, dict) else torch.equal(value, before[name])
-        )
+    assert_equal(model.state_dict(), before)
     assert not rival.draws.proposal.table.any()
 
 
