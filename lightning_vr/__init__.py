@@ -5,6 +5,7 @@ from lightning_vr.callbacks.fid import FrechetDistance
 from lightning_vr.callbacks.gradient_variance import GradientVariance
 from lightning_vr.callbacks.samples import SampleGrid
 from lightning_vr.callbacks.target_variance import TargetVariance
+from lightning_vr.checkpoint_io import DurableCheckpointIO
 from lightning_vr.cli import VRCLI
 from lightning_vr.diffusers_schedule import DiffusersSchedule
 from lightning_vr.estimators.carv import CARV
@@ -46,6 +47,7 @@ __all__ = [
     "Cosine",
     "DiffusersSchedule",
     "DiffusionModule",
+    "DurableCheckpointIO",
     "EDMWeighting",
     "FrechetDistance",
     "GradientVariance",
