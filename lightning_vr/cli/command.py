@@ -3,10 +3,11 @@
 import os
 import signal
 import sys
+import traceback
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -20,6 +21,7 @@ from lightning_vr.cli.errors import cause, is_wrong_setting, one_line
 from lightning_vr.cli.resume import changed_optimization, last_checkpoint, model_settings
 from lightning_vr.cli.trainer import VRTrainer
 from lightning_vr.cli.trainer_settings import check_trainer_settings
+from lightning_vr.distributed import world_size
 from lightning_vr.module import DiffusionModule
 
 _LOADERS = {
@@ -214,6 +216,18 @@ def main(args: ArgsType = None) -> None:
     except Exception as error:
         wrong = cause(error)
         if os.environ.get("LIGHTNING_VR_TRACEBACK") or not is_wrong_setting(wrong):
+            if world_size() > 1:
+                traceback.print_exc()
+                _leave(1)
             raise
         sys.stderr.write(f"error: {one_line(wrong)}\n")
+        if world_size() > 1:
+            _leave(2)
         raise SystemExit(2) from None
+
+
+def _leave(status: int) -> NoReturn:
+    """End at once: what gloo cleans up at exit may wait for ranks that wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
