@@ -36,13 +36,12 @@ def save_window(module: "DiffusionModule", checkpoint: dict[str, Any]) -> dict[s
         module: A module that is training.
         checkpoint: The checkpoint; what ranks have observed apart becomes their mean.
     """
-    waiting = waiting_batches(module.trainer)
-    if waiting == 0:
+    if waiting_batches(module.trainer) == 0:
         return None
     mean = all_reduce_mean if ranks_save_together() else _own
     for name, part in module.named_modules():
         if isinstance(part, LearnedProposal):
-            shared = {"table": part.table, "observed": mean(part.observed)}
+            shared = part.get_extra_state() | {"observed": mean(part.observed)}
             for weights in ("state_dict", "current_model_state"):
                 if weights in checkpoint:
                     checkpoint[weights][f"{name}._extra_state"] = shared
@@ -52,7 +51,7 @@ def save_window(module: "DiffusionModule", checkpoint: dict[str, Any]) -> dict[s
         if parameter.grad is not None
     }
     batches = module.trainer.accumulate_grad_batches
-    return {"waiting": waiting, "batches": batches, "gradients": gradients}
+    return {"batches": batches, "gradients": gradients}
 
 
 def restore_window(module: "DiffusionModule", window: dict[str, Any] | None) -> None:

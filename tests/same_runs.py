@@ -1,9 +1,28 @@
-"""What two runs left behind, compared bit by bit."""
+"""Runs that are stopped, and what two runs left behind, compared bit by bit."""
 
 import csv
 import math
 
 import torch
+from lightning.pytorch import Callback
+
+
+class StoppedError(Exception):
+    pass
+
+
+class StopAt(Callback):
+    """Saves a checkpoint at the n-th call of a hook, and raises."""
+
+    def __init__(self, hook, count, path):
+        self.count, self.path = count, path
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer, *args):
+        self.count -= not trainer.sanity_checking
+        if self.count == 0:
+            trainer.save_checkpoint(self.path)
+            raise StoppedError
 
 
 def logs(folder):

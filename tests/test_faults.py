@@ -91,6 +91,12 @@ def trainer(*callbacks, **options):
     return Trainer(callbacks=list(callbacks), **(settings | options))
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """A folder for what goes to the working directory where no logger has one."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 @pytest.fixture
 def points():
     # the spoilt one is in the third of four batches

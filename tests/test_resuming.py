@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
-from same_runs import assert_equal, logs
+from same_runs import StopAt, StoppedError, assert_equal, logs
 from torch import nn
 
 from lightning_vr import (
@@ -24,24 +24,6 @@ from lightning_vr import (
 from lightning_vr.data import EightGaussians
 
 EPOCHS, BATCHES, WINDOW = 3, 5, 2
-
-
-class StoppedError(Exception):
-    pass
-
-
-class StopAt(Callback):
-    """Saves a checkpoint at the n-th call of a hook, and raises."""
-
-    def __init__(self, hook, count, path):
-        self.count, self.path = count, path
-        setattr(self, hook, self.stop)
-
-    def stop(self, trainer, *args):
-        self.count -= not trainer.sanity_checking
-        if self.count == 0:
-            trainer.save_checkpoint(self.path)
-            raise StoppedError
 
 
 class Noisy(nn.Module):

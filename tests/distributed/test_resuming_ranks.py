@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from matplotlib.figure import Figure
+from same_runs import StopAt
 from torch import nn
 
 from lightning_vr import (
@@ -57,24 +58,6 @@ class Record(Callback):
             "weights": nn.utils.parameters_to_vector(module.parameters()).detach(),
         }
         torch.save(found, self.folder / f"{trainer.global_rank}.pt")
-
-
-class StoppedError(Exception):
-    pass
-
-
-class StopAt(Callback):
-    """Saves a checkpoint at the n-th call of a hook, and raises on all ranks."""
-
-    def __init__(self, hook, count, path):
-        self.count, self.path = count, path
-        setattr(self, hook, self.stop)
-
-    def stop(self, trainer, *args):
-        self.count -= 1
-        if self.count == 0:
-            trainer.save_checkpoint(self.path)
-            raise StoppedError
 
 
 def build():
