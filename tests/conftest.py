@@ -2,6 +2,7 @@
 
 import os
 from typing import get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -9,13 +10,23 @@ import torch
 from lightning_vr.predictions import PredictionType
 from lightning_vr.schedules import EDM, VE, VP, Cosine, RectifiedFlow
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
-def no_seed_is_left_behind():
-    """Lightning hands ``seed_everything`` on through the environment, to forked ranks too."""
-    yield
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        os.environ.pop(name, None)
+def environment_is_restored():
+    """Lightning hands seeds, addresses and ports on through the environment."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_module_is_restored():
+    """Fixtures of a whole module come before those of a test."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(params=[EDM, VE, VP, Cosine, RectifiedFlow], ids=lambda kind: kind.__name__)

@@ -7,11 +7,12 @@ import signal
 
 import pytest
 import torch
+from forks import exit_code
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from torch import multiprocessing, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_vr import (
@@ -253,10 +254,7 @@ class TestFullDisk:
             with pytest.warns(match="could not be written"):
                 DurableCheckpointIO().save_checkpoint({"weights": torch.ones(10**6)}, path)
 
-        process = multiprocessing.get_context("fork").Process(target=write)
-        process.start()
-        process.join(60)
-        assert process.exitcode == 0
+        assert exit_code(write, seconds=60) == 0
         assert torch.equal(torch.load(path)["weights"], torch.ones(3))
         assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 

@@ -12,7 +12,7 @@ import lightning_vr
 
 PACKAGE = Path(lightning_vr.__file__).parent
 TENSOR_LAYERS = [
-    ["types", "rng", "distributed", "networks", "batches", "timing"],
+    ["types", "rng", "distributed", "networks", "batches", "timing", "compilation"],
     [
         "timesteps",
         "schedules",

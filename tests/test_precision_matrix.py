@@ -28,6 +28,7 @@ from typing import NamedTuple
 import diffusers
 import pytest
 import torch
+from compilers import Compiled
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
@@ -135,22 +136,6 @@ class Checkpointed(nn.Module):
     def _pass(self, x, t):
         self.passes += 1
         return self.network(x, t)
-
-
-class Compiled:
-    """A backend that counts the calls of the graphs that it was given."""
-
-    calls = 0
-
-    @staticmethod
-    def backend(graph, inputs):
-        run = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-        def call(*arguments):
-            Compiled.calls += 1
-            return run(*arguments)
-
-        return call
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ Where torch 2.13 goes wrong, its functions stand aside: fused attention has no s
 those of layer normalisation are wrong from the second on (also by the parameters), and group
 normalisation fails on tangents that are not contiguous, which attention leaves behind. Autocast
 does not see a tensor with a tangent: derivatives are taken in float32. A compiled network runs as
-it was written: the compiler gives up on forward mode, and from then on on the network everywhere.
+it was written.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from lightning_vr.compilation import uncompiled
 
 
 @contextmanager
@@ -28,15 +30,10 @@ def forward_mode(device: torch.device) -> Iterator[None]:
     with (
         sdpa_kernel(SDPBackend.MATH),
         torch.autocast(device.type, enabled=False),
-        _uncompiled(),
+        uncompiled(),
         _Normalisations(),
     ):
         yield
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
-    return nullcontext() if stance is None else stance("force_eager")
 
 
 class _Normalisations(TorchFunctionMode):

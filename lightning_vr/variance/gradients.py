@@ -4,10 +4,10 @@ Two methods fill the nested design of ``variance.components`` and agree in expec
 
 * **per sample**: the gradient of each draw by ``vmap(grad)``, in chunks. A unit is one sample, so
   that a few dozen draws tell much; it needs a network that functorch can batch, and draws that do
-  not depend on each other.
+  not depend on each other. Compiled networks run as they were written.
 * **by differences**: ordinary backward passes of whole batches with common random numbers. A unit
   is a batch. It takes any architecture and any estimator, what is shared within a batch included:
-  drawn references, strata, batch normalisation, compiled networks, checkpointing.
+  drawn references, strata, batch normalisation, checkpointing.
 
 Both differentiate aliases of the parameters: nothing is accumulated into ``.grad``, and no hook of
 the user, of DDP or of an optimizer fires. Buffers are copies. Memory is a few times the number of
@@ -23,6 +23,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_vr.compilation import uncompiled
 from lightning_vr.estimators.chunks import gradients_in_chunks
 from lightning_vr.estimators.draws import Times
 from lightning_vr.rng import undisturbed
@@ -145,7 +146,7 @@ class GradientMeasurement:
     def _per_sample(self, parts: list["_Part"], key: tuple[int | str, ...]) -> list[Components]:
         for clean, *_ in parts:
             _check_units(len(clean.x0))
-        with undisturbed(), sdpa_kernel(SDPBackend.MATH):
+        with undisturbed(), uncompiled(), sdpa_kernel(SDPBackend.MATH):
             rows = concatenated([interleaved(self._draws(*part)) for part in parts])
             parameters, fixed = aliases(self.loss)
             torch.manual_seed(self.source(*key, "global").initial_seed())
@@ -228,7 +229,7 @@ class GradientMeasurement:
                 return f"{name.partition('.')[2]} normalises over the batch"
         try:
             self.per_sample(clean.rows(slice(0, 2)), "obstacle")
-        except Exception as error:  # compiled networks fail by assertions
+        except Exception as error:  # whatever a network's own code raises
             reason = str(error).strip().splitlines() or [type(error).__name__]
             return f"functorch says: {reason[0]}"
         return None

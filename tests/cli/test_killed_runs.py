@@ -1,7 +1,6 @@
 """A job that is killed twenty times and taken up again is the job that was not killed."""
 
 import copy
-import multiprocessing
 import os
 import random
 import signal
@@ -11,6 +10,7 @@ import threading
 import pytest
 import torch
 import yaml
+from forks import exit_code
 from lightning.pytorch import Callback
 from same_runs import assert_equal, logs
 
@@ -79,7 +79,6 @@ def train(folder, kill, resume):
     """Run the command line in a process of its own, forked; return its exit code."""
 
     def child():
-        torch.set_num_threads(1)
         os.chdir(folder)
         sys.stdout = sys.stderr = (folder / "log.txt").open("a", buffering=1)
         main(["fit", "--config=config.yaml", *(["--ckpt_path=last"] if resume else [])])
@@ -89,11 +88,9 @@ def train(folder, kill, resume):
         killer = {"class_path": f"{__name__}.Kill", "init_args": kill}
         config["trainer"]["callbacks"].append(killer)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, (folder / "log.txt").read_text()[-3000:]
-    return process.exitcode
+    code = exit_code(child, seconds=120)
+    assert code is not None, (folder / "log.txt").read_text()[-3000:]
+    return code
 
 
 def checkpoints(folder):

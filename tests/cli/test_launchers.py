@@ -89,7 +89,7 @@ def run_in(folder, *commands, environments=None):
     folder.mkdir(exist_ok=True)
     (folder / "job.yaml").write_text(yaml.safe_dump(SETTINGS))
     (folder / "broken.py").write_text(BROKEN)
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PL_"))}
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PL_", "MASTER_"))}
     started = [
         subprocess.Popen(
             each,
@@ -113,11 +113,12 @@ def run_in(folder, *commands, environments=None):
 
 def end_group(process):
     """Torchrun has sessions of its own for its processes, and ends them if it is asked to end."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def slurm(rank, port):

@@ -345,12 +345,6 @@ class Coupled(IID):
         (module_with(None, draws=Coupled()), "the draws of a batch depend on each other"),
         (module_with(Branches()), r"functorch says: vmap: It looks like .*\.item\(\)"),
         (module_with(Checkpointed(nn.Linear(6, 6))), r"functorch says: .* saved tensor hooks"),
-        pytest.param(
-            module_with(torch.compile(nn.Linear(6, 6), backend="eager")),
-            "functorch says: ",
-            # torch's own, while it looks at parameters that are not leaves
-            marks=pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
-        ),
     ],
     ids=[
         "batch norm",
@@ -358,7 +352,6 @@ class Coupled(IID):
         "coupled rows",
         "control flow",
         "checkpoint",
-        "compiled layer",
     ],
 )
 def test_what_single_draws_cannot_tell_is_named_and_measured_by_differences(module, reason):

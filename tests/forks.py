@@ -1,0 +1,21 @@
+"""Functions run in a forked process."""
+
+from multiprocessing import get_context
+
+import torch
+
+
+def exit_code(function, seconds):
+    """Run a function in a fork of this process; return its exit code, or None if it hangs."""
+
+    def child():
+        torch.set_num_threads(1)  # OpenMP hangs in a fork of a process that has used its threads
+        function()
+
+    # a daemon, which this process would not wait for at its own end
+    process = get_context("fork").Process(target=child, daemon=True)
+    process.start()
+    process.join(seconds)
+    code = process.exitcode
+    process.kill()
+    return code
