@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 from lightning.pytorch import Trainer
 
 from lightning_vr import MLP, DiffusionModule, Sampler
@@ -96,3 +97,26 @@ def test_learned_proposals_are_compared_with_the_best(monkeypatch, capsys):
     rows = [line for line in printed if line.startswith(("EDM", "VE", "VP", "rectified"))]
     assert len(rows) == 4
     assert all(0 < float(row.split()[-3]) <= 1.001 for row in rows)
+
+
+def test_a_soak_goes_through_its_faults(tmp_path, monkeypatch, capsys):
+    config = yaml.safe_load((EXAMPLES.parent / "configs/eight_gaussians.yaml").read_text())
+    config["data"]["init_args"] |= {"num_samples": 600, "batch_size": 64}
+    config["model"]["init_args"]["target"]["init_args"]["references"] = 64
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] in ("FrechetDistance", "SampleGrid"):
+            callback["init_args"]["samples"] = 64
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    example = runpy.run_path(str(EXAMPLES / "soak.py"))
+    settings = example["main"].__globals__
+    monkeypatch.setitem(settings, "CYCLE", 100)
+    monkeypatch.setitem(settings, "CONFIG", tmp_path / "small.yaml")
+    monkeypatch.setattr(sys, "argv", ["soak.py", "--steps", "52", "--folder", str(tmp_path)])
+    save = torch.save
+    example["main"]()
+    assert torch.save is save
+    printed = capsys.readouterr().out
+    for fault in ("spoilt samples", "checkpoints", "pictures"):
+        assert f"'{fault}': " in printed
+    for text in ("resident: ", "left out", "could not be written", "no route to the logger"):
+        assert text in printed

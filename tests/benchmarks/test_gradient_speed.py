@@ -1,8 +1,8 @@
 """Moments of 64 per-sample gradients of a network, against three other ways to compute them.
 
 ``Σ ‖g‖²`` over the gradients and ``Σ g``, from 16 samples with four draws each. The rivals are
-given the same rows. Run with ``pytest tests/benchmarks --benchmark-only -s``; figures are printed,
-not asserted.
+given the same rows. Run with ``pytest tests/benchmarks --benchmark-only -s -n 0``; figures are
+printed, not asserted.
 """
 
 import pytest

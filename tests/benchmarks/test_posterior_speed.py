@@ -1,6 +1,6 @@
 """posterior_mean at B=64, n=4096, d=3072 in float32: speed and memory.
 
-Run with ``pytest tests/benchmarks --benchmark-only -s``; figures are printed, not asserted.
+Run with ``pytest tests/benchmarks --benchmark-only -s -n 0``; figures are printed, not asserted.
 """
 
 import multiprocessing

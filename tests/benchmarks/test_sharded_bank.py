@@ -1,7 +1,7 @@
 """A bank shared out over two ranks against sending each rank the half that it lacks, per call.
 
 Both give the posterior of each rank's own queries over all references, from ranks that hold half
-of them each. Run with ``pytest tests/benchmarks --benchmark-only -s``; figures are printed.
+of them each. Run with ``pytest tests/benchmarks --benchmark-only -s -n 0``; figures are printed.
 """
 
 import statistics
