@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_vr.checks import check_clean
 from lightning_vr.estimators.dsm import Target
+from lightning_vr.training_checks import check_clean
 from lightning_vr.training_set import encoded_training_set
 from lightning_vr.types import Clean
 

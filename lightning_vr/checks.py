@@ -1,114 +1,16 @@
-"""What a DiffusionModule refuses when it is built or when training starts."""
+"""What a DiffusionModule refuses when it is built: parts that do not go together."""
 
-import warnings
+import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_vr.distributed import all_gather_rows
-from lightning_vr.estimators.chunks import gradients_in_chunks
-from lightning_vr.estimators.draws import IID, Draws
-from lightning_vr.estimators.dsm import Target
+from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.taylor import TaylorCV
-from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.objective import Objective
-from lightning_vr.references import check_samples
-from lightning_vr.types import Clean
-from lightning_vr.variance.gradients import aliases
-from lightning_vr.variance.rows import row_count
-
-if TYPE_CHECKING:
-    from lightning_vr.module import DiffusionModule
-
-
-def check_clean(
-    clean: Clean,
-    num_classes: int | None,
-    positions: Tensor | None = None,
-    *,
-    allow_nonfinite: bool = False,
-) -> None:
-    """Refuse samples, labels or indices that training would go wrong with.
-
-    Args:
-        clean: Encoded samples.
-        num_classes: Number of classes of the module, or None.
-        positions: Where the samples stand in the training set ``(B,)``, if that is known.
-        allow_nonfinite: Whether samples that are not finite are dealt with elsewhere.
-
-    Raises:
-        ValueError: Naming the first sample that is not as it must be.
-    """
-    check_samples("x0", clean.x0)
-    finite = torch.isfinite(clean.x0.flatten(1)).all(dim=1).cpu()
-    if not (allow_nonfinite or bool(finite.all())):
-        row = int((~finite).nonzero()[0])
-        known = clean.index if positions is None else positions
-        name = f"row {row} of the batch" if known is None else f"sample {int(known[row])}"
-        raise ValueError(
-            f"The clean samples expected to be finite, but {name} is not: "
-            f"remove it from the data or mend `encode`."
-        )
-    if clean.group is not None:
-        check_group(clean.group, num_classes)
-    if clean.cond_group is not None:
-        _check_cond_group(clean.cond_group, len(clean.x0))
-    if positions is None or clean.index is None:
-        return
-    if not torch.equal(clean.index.cpu(), positions):
-        raise ValueError(
-            f"Sample indices expected to be positions in the training set, but sample "
-            f"{int(positions[0])} has index {int(clean.index[0])}: let the data set's item i "
-            f"carry the index i."
-        )
-
-
-def check_upstream(clean: Clean, target: Target) -> None:
-    """Refuse a target whose references an upstream in training would move away from."""
-    if clean.x0.requires_grad and (target.bank_size != 0 or target.couples_rows):
-        raise ValueError(
-            f"Argument `target`: {type(target).__name__} takes its references as they are, but "
-            f"`encode` is trained and moves them: use DSM(), or detach x0 in `encode` and train "
-            f"what makes `cond`."
-        )
-
-
-def check_group(group: Tensor, num_classes: int | None) -> None:
-    """Refuse labels that are no int64 classes in ``[0, num_classes)``."""
-    if num_classes is None:
-        raise ValueError(
-            "Argument `group` needs a class-conditional module: set `num_classes`, or leave it out."
-        )
-    if group.ndim != 1 or group.is_floating_point():
-        raise ValueError(
-            f"Class labels expected to be integers of shape (B,), but got {group.dtype} of shape "
-            f"{tuple(group.shape)}."
-        )
-    if len(group) and not 0 <= int(group.min()) <= int(group.max()) < num_classes:
-        worst = int(group.min()) if int(group.min()) < 0 else int(group.max())
-        raise ValueError(
-            f"Class labels expected to be in [0, {num_classes}), as `num_classes` says, "
-            f"but got {worst}: set `num_classes` to {worst + 1} or mend the labels."
-        )
-
-
-def _check_cond_group(cond_group: Tensor, count: int) -> None:
-    if cond_group.shape != (count,) or cond_group.is_floating_point():
-        raise ValueError(
-            f"Argument `cond_group` expected to be integers of shape ({count},), one for each "
-            f"sample, but got {cond_group.dtype} of shape {tuple(cond_group.shape)}: number the "
-            f"different conditions."
-        )
-    if count and int(cond_group.min()) < 0:
-        raise ValueError(
-            f"Argument `cond_group` expected to be 0 or more, but got {int(cond_group.min())}: "
-            f"give every condition a number, also that of no augmentation."
-        )
 
 
 def check_labels(num_classes: int | None, label_dropout: float) -> None:
@@ -147,6 +49,65 @@ def check_network(network: nn.Module, num_classes: int | None) -> None:
         )
 
 
+def check_call(network: nn.Module, num_classes: int | None, *, may_condition: bool) -> None:
+    """Refuse a network that cannot be called as a module does that does not override ``predict``.
+
+    Args:
+        network: The network.
+        num_classes: Number of classes of the module, or None.
+        may_condition: Whether the module's own ``encode`` may give the labels as a condition.
+
+    Raises:
+        ValueError: If it takes other arguments, or labels that it will not get.
+    """
+    name = type(network).__name__
+    labels = {} if num_classes is None else {"class_labels": None}
+    try:
+        # what it asks for besides may come as a condition
+        inspect.signature(network.forward).bind_partial(None, None, **labels)
+    except TypeError as error:
+        raise ValueError(
+            f"Argument `network` is called as {name}(x, t{', class_labels=...' * len(labels)}), "
+            f"but cannot be ({error}): use a network of that signature, or override `predict`."
+        ) from error
+    config = getattr(network, "config", None)
+    embeddings = config.get("num_class_embeds") if isinstance(config, Mapping) else None
+    if embeddings and not labels and not may_condition:
+        raise ValueError(
+            f"Argument `num_classes` expected to be given, as {name} has "
+            f"num_class_embeds={embeddings}, but got None: set `num_classes` to {embeddings - 1}."
+        )
+
+
+def check_times(objective: Objective) -> None:
+    """Refuse a density of times at which the schedule is none.
+
+    Raises:
+        ValueError: Naming the first of such times.
+    """
+    schedule, timesteps = objective.schedule, objective.timesteps
+    times = timesteps(torch.linspace(1e-3, 1 - 1e-3, 101, dtype=torch.float64))
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    is_valid = (alpha > 0) & (sigma > 0) & torch.isfinite(sigma / alpha)
+    if not bool(is_valid.all()):
+        wrong = float(times[~is_valid][0])
+        raise ValueError(
+            f"Argument `timesteps` expected to draw times of the {type(schedule).__name__} "
+            f"schedule, from {schedule.t_min:g} to {schedule.t_max:g}, but "
+            f"{type(timesteps).__name__} draws {wrong:.3g}: leave it out, or use "
+            f"Uniform({schedule.t_min:g}, {schedule.t_max:g})."
+        )
+
+
+def check_guidance(guidance: float, num_classes: int | None) -> None:
+    """Refuse guidance without classes to guide to."""
+    if guidance != 1 and num_classes is None:
+        raise ValueError(
+            f"Argument `guidance` of {guidance:g} needs classes: set `num_classes` and "
+            f"`label_dropout`, or use guidance 1."
+        )
+
+
 def check_draws(draws: Draws, objective: Objective, network: nn.Module) -> None:
     """Refuse draws that do not estimate the objective, or not with this network.
 
@@ -179,81 +140,6 @@ def check_control_variate(control: ControlVariate | None, network: nn.Module) ->
         raise ValueError(
             f"Argument `control_variate` expected to be None with batch normalisation, which would "
             f"take clean samples for draws, but the network's {found}: use group normalisation."
-        )
-
-
-def check_derivatives(module: "DiffusionModule", clean: Clean) -> None:
-    """Refuse a control variate that needs derivatives which the network does not have.
-
-    Args:
-        module: A module that is training.
-        clean: Encoded samples, two at the least.
-    """
-    control, source = module.control_variate, module.generator("derivatives")
-    if not isinstance(control, TaylorCV) or control.order == 0:
-        return
-    noised = control.draw(IID()(clean.rows(slice(0, 2)), module.objective, source), source)
-    parameters = [p for p in module.network.parameters() if p.requires_grad]
-    try:
-        with module.trainer.precision_plugin.forward_context(), warnings.catch_warnings():
-            # torch's first forward-mode derivative calls what torch deprecates
-            warnings.simplefilter("ignore", DeprecationWarning)
-            terms = control.terms(module.predict, noised, module.objective)
-        torch.autograd.grad(terms.sum(), parameters, allow_unused=True)
-    except Exception as error:  # compiled networks fail by assertions
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"Argument `control_variate` of order {control.order} needs forward-mode derivatives "
-            f"that can be differentiated again, but {type(module.network).__name__} has none "
-            f"({reason[0].rstrip('.')}): use order=0, which needs none, or leave out what lacks "
-            f"them, such as custom autograd functions without `jvp`, fused attention other than "
-            f"torch's own, and activation checkpointing."
-        ) from error
-
-
-def check_gradients(module: "DiffusionModule", clean: Clean) -> None:
-    """Refuse a network whose gradient cannot be taken as pilots take it, however late they come.
-
-    Args:
-        module: A module that is training.
-        clean: Encoded samples.
-    """
-    loss = DiffusionLoss(module, module.trainer.precision_plugin.forward_context)
-    source, some = module.generator("gradients"), clean.rows(slice(0, 2))
-    with torch.no_grad():
-        rows = loss.draw(some, loss.times(some, source, 0.0, 1.0), source)
-    parameters, buffers = aliases(module)
-    for parameter in parameters.values():
-        parameter.requires_grad_()
-    count = row_count(rows)
-    gradients_in_chunks(module, loss, rows, count, aliases=parameters, buffers=buffers)
-
-
-def check_trainer(module: "DiffusionModule") -> None:
-    """Refuse a trainer that shards weights, and compilation of the whole module."""
-    strategy = module.trainer.strategy
-    is_sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
-    if is_sharded or getattr(strategy, "zero_stage_3", False):
-        raise ValueError(
-            f"Argument `strategy` expected to leave each rank the whole of the weights, as 'ddp' "
-            f"does, but got {type(strategy).__name__}: what chunks, pilots and callbacks measure "
-            f"by would be parts of them."
-        )
-    if module._compiler_ctx is not None or module._compiled_call_impl is not None:
-        raise ValueError(
-            f"Argument `model` expected not to be compiled as a whole, whose steps log and draw by "
-            f"keys, but got a compiled {type(module).__name__}: compile the network, as in "
-            f"DiffusionModule(torch.compile(network))."
-        )
-
-
-def check_ranks(draws: Draws, device: torch.device) -> None:
-    """Refuse ranks that draw differently often; all must call it."""
-    counts = all_gather_rows(torch.tensor([draws.draws_per_sample], device=device)).tolist()
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"Argument `resamples` expected to be the same on all ranks, but got {counts}: their "
-            f"gradients are averaged as if it were; configure all ranks alike."
         )
 
 

@@ -15,12 +15,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_vr.checks import check_derivatives, check_gradients
 from lightning_vr.control_measurement import ControlMeasurement
 from lightning_vr.estimators.control_fit import Cost
 from lightning_vr.estimators.taylor import TaylorCV
 from lightning_vr.rng import seeded, undisturbed
 from lightning_vr.sinks import level_names, log_numbers
+from lightning_vr.training_checks import check_derivatives, check_gradients
 from lightning_vr.types import Clean
 from lightning_vr.variance.gradients import parameter_groups
 from lightning_vr.variance.moments import widest_float

@@ -19,21 +19,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_vr.agreement import check_call, check_guidance, check_optimization, check_times
 from lightning_vr.bank import fill_target
 from lightning_vr.batch_counts import agree_on_batches
 from lightning_vr.checkpoint_io import use_durable_checkpoints
 from lightning_vr.checkpoints import STATE, describe_arguments, load_module
 from lightning_vr.checks import (
-    check_clean,
+    check_call,
     check_control_variate,
     check_draws,
-    check_group,
+    check_guidance,
     check_labels,
     check_network,
-    check_ranks,
-    check_trainer,
-    check_upstream,
+    check_times,
 )
 from lightning_vr.distributed import broadcast, rank, world_size
 from lightning_vr.estimators.chunks import mean_in_chunks
@@ -54,6 +51,14 @@ from lightning_vr.sampling import Sampler, evaluating
 from lightning_vr.schedules import EDM, Schedule
 from lightning_vr.sinks import forgive_loggers
 from lightning_vr.timesteps import Density
+from lightning_vr.training_checks import (
+    check_clean,
+    check_group,
+    check_optimization,
+    check_ranks,
+    check_trainer,
+    check_upstream,
+)
 from lightning_vr.types import UNLABELLED, Clean, LossEstimate, Noised, TargetEstimate
 from lightning_vr.variance.rows import Rows, tensors
 from lightning_vr.weightings import UnitWeighting, Weighting, check_positive

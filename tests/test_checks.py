@@ -14,9 +14,9 @@ from lightning_vr import (
     LearnedProposal,
     TableProposal,
 )
-from lightning_vr.checks import check_ranks
 from lightning_vr.estimators.draws import IID
 from lightning_vr.rng import generator
+from lightning_vr.training_checks import check_ranks
 
 
 class Normalised(nn.Module):
@@ -72,6 +72,8 @@ def test_references_that_a_trained_upstream_moves_are_refused():
 
 def test_ranks_that_draw_differently_often_are_refused(monkeypatch):
     check_ranks(CARV(4), torch.device("cpu"))
-    monkeypatch.setattr("lightning_vr.checks.all_gather_rows", lambda _: torch.tensor([4, 2]))
+    monkeypatch.setattr(
+        "lightning_vr.training_checks.all_gather_rows", lambda _: torch.tensor([4, 2])
+    )
     with pytest.raises(ValueError, match=r"the same on all ranks, but got \[4, 2\]"):
         check_ranks(CARV(4), torch.device("cpu"))

@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_vr import CARV, MLP, STF, Clean, DiffusionModule, TargetVariance
-from lightning_vr.checks import check_clean
 from lightning_vr.estimators.draws import IID
 from lightning_vr.rng import generator
+from lightning_vr.training_checks import check_clean
 
 NUMBER = torch.tensor([3, 1, 3, 0])
 

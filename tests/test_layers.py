@@ -49,7 +49,7 @@ LAYERS = [
         "control_measurement",
         "bank",
         "checks",
-        "agreement",
+        "training_checks",
     ],
     ["callbacks", "data"],
     ["auditing"],

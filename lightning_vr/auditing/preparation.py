@@ -17,12 +17,7 @@ from torch.func import functional_call
 
 from lightning_vr.auditing.candidates import Candidate
 from lightning_vr.bank import fill
-from lightning_vr.checks import (
-    check_clean,
-    check_control_variate,
-    check_derivatives,
-    check_draws,
-)
+from lightning_vr.checks import check_control_variate, check_draws
 from lightning_vr.control_measurement import ControlMeasurement
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.chunks import mean_in_chunks
@@ -33,6 +28,7 @@ from lightning_vr.module import DiffusionModule
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.proposals import LearnedProposal
 from lightning_vr.resampling import resamples_pilot
+from lightning_vr.training_checks import check_clean, check_derivatives
 from lightning_vr.training_set import encoded_training_set
 from lightning_vr.types import Clean, LossEstimate, Noised, TargetEstimate
 from lightning_vr.variance.gradients import Source
