@@ -16,15 +16,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
 
 
 @pytest.fixture(autouse=True)
-def environment_is_restored():
-    """Lightning hands seeds, addresses and ports on through the environment."""
+def state():
+    """Begin with the same seed; Lightning hands seeds and ports on through the environment."""
+    torch.manual_seed(0)
     with mock.patch.dict(os.environ):
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
-def environment_of_module_is_restored():
-    """Fixtures of a whole module come before those of a test."""
+def state_of_module():
+    """The same for the fixtures of a module, which come before those of a test."""
+    torch.manual_seed(0)
     with mock.patch.dict(os.environ):
         yield
 
