@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
 
 
 @pytest.fixture(autouse=True)
-def state():
+def own_state():
     """Begin with the same seed; Lightning hands seeds and ports on through the environment."""
     torch.manual_seed(0)
     with mock.patch.dict(os.environ):
@@ -24,7 +24,7 @@ def state():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def state_of_module():
+def own_state_of_module():
     """The same for the fixtures of a module, which come before those of a test."""
     torch.manual_seed(0)
     with mock.patch.dict(os.environ):
