@@ -128,7 +128,7 @@ def check_derivatives(module: "DiffusionModule", clean: Clean) -> None:
             warnings.simplefilter("ignore", DeprecationWarning)
             terms = control.terms(module.predict, noised, module.objective)
         torch.autograd.grad(terms.sum(), parameters, allow_unused=True)
-    except Exception as error:  # compiled networks fail by assertions
+    except Exception as error:  # whatever a network's own code raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"Argument `control_variate` of order {control.order} needs forward-mode derivatives "

@@ -12,10 +12,9 @@ def exit_code(function, seconds):
         torch.set_num_threads(1)  # OpenMP hangs in a fork of a process that has used its threads
         function()
 
-    # a daemon, which this process would not wait for at its own end
-    process = get_context("fork").Process(target=child, daemon=True)
+    process = get_context("fork").Process(target=child)
     process.start()
     process.join(seconds)
     code = process.exitcode
-    process.kill()
+    process.kill()  # this process would wait for it at its own end
     return code
