@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_vr.estimators.dsm import Target
 from lightning_vr.training_checks import check_clean
-from lightning_vr.training_set import encoded_training_set
+from lightning_vr.training_set import check_equal_chances, encoded_training_set
 from lightning_vr.types import Clean
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ def fill_target(module: "DiffusionModule") -> None:
     A target that is sharded gets what this rank has read, and the set never exists as a whole.
 
     Raises:
-        ValueError: If samples, labels or indices are not what they must be.
+        ValueError: If samples, labels or indices are not what they must be, or samples do not come
+            equally often.
     """
 
     def encode(positions: Tensor, batch: Any) -> Clean:
@@ -30,6 +31,8 @@ def fill_target(module: "DiffusionModule") -> None:
         return clean
 
     target = module.target
+    if target.bank_size is None:
+        check_equal_chances(module.trainer)
     clean = encoded_training_set(
         module.trainer, encode, "Encoding references", target.bank_size, is_share=target.sharded
     )

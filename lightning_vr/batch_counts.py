@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -40,16 +41,18 @@ class _EvenLoader:
 
 
 def agree_on_batches(trainer: Trainer) -> None:
-    """End each epoch where the shortest rank's batches end; all ranks call it before the first."""
+    """End epochs where the shortest rank's batches end; all ranks call it when loaders are new."""
     if world_size() == 1:
         return
     loop, device = trainer.fit_loop, trainer.strategy.root_device
-    mine = torch.tensor([trainer.num_training_batches], dtype=torch.float64).to(device)
-    counts = all_gather_rows(mine).tolist()
+    assert loop._combined_loader is not None
+    is_stream = any(sized_len(loader) is None for loader in loop._combined_loader.flattened)
+    mine = torch.tensor([[float(trainer.num_training_batches), float(is_stream)]], device=device)
+    counts, streams = all_gather_rows(mine).T.tolist()
     shortest = min(counts)
-    if shortest == float("inf"):
+    if any(streams):  # which may end before any limit on the batches
         _take_turns(trainer)
-    elif max(counts) > shortest:
+    if max(counts) > shortest:
         rank_zero_warn(_message("differently many", counts))
         loop.max_batches = int(shortest)
         interval = trainer.val_check_interval

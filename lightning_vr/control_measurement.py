@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_vr.distributed import all_reduce_mean, world_size
+from lightning_vr.distributed import all_reduce_mean, least, world_size
 from lightning_vr.estimators.chunks import gradients_in_chunks
 from lightning_vr.estimators.control_fit import Cost, Findings
 from lightning_vr.estimators.loss import diffusion_loss
@@ -76,9 +76,11 @@ class ControlMeasurement:
         resamples = self.module.draws.draws_per_sample
         wanted = math.ceil(_LEAST_DRAWS * self.control.bins / (2 * resamples))
         some = clean.rows(slice(0, max(wanted, len(clean.x0) // 2)))
+        # all ranks draw equally often: the smallest batch says how often
+        size = least(len(some.x0), self.module.device)
         units = [
             self._pairs(some, partial(source, "pairs", unit))
-            for unit in range(math.ceil(wanted / len(some.x0)))
+            for unit in range(math.ceil(wanted / size))
         ]
         rows = concatenated(units)
         in_step = len(clean.x0) * resamples * self._parts_of_step

@@ -91,6 +91,11 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     return all_reduce_sum(x) / world_size()
 
 
+def least(number: int, device: torch.device) -> int:
+    """Return the least of the ranks' numbers."""
+    return min(own for (own,) in all_gather_numbers([number], device))
+
+
 def broadcast(x: Tensor) -> Tensor:
     """Return rank 0's ``x`` on every rank."""
     if world_size() == 1:

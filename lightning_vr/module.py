@@ -429,6 +429,11 @@ class DiffusionModule(LightningModule):
         catch_up(self.trainer, self._resumed.get("row"))
         self._resumed = {}
 
+    def on_train_epoch_start(self) -> None:
+        """Look at the lengths of loaders that were made anew."""
+        if self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            agree_on_batches(self.trainer)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let loggers count as the optimizer does, which an error in mid-batch may have undone."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_vr.distributed import all_reduce_mean, broadcast
+from lightning_vr.distributed import all_reduce_mean, broadcast, least
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.precision import loss_scale
@@ -50,13 +50,16 @@ class ResamplesPilot:
     Args:
         module: A module that is training with ``CARV(resamples="auto")``.
         draws: Its draws.
+
+    Attributes:
+        failures: How many times in a row gradients were not finite.
     """
 
     def __init__(self, module: "DiffusionModule", draws: CARV) -> None:
         self.module = module
         self.draws = draws
         self._batches: list[Any] = []
-        self._failures, self._not_before = 0, 0
+        self.failures = self._not_before = 0
 
     def before_step(self, batch: Any) -> None:
         """Choose anew if it is time; all ranks must call it before each optimizer step."""
@@ -74,7 +77,8 @@ class ResamplesPilot:
                 self._take(step, self.draws.least_resamples, encode / denoise, reason)
                 return
             self._batches.append(batch)
-            if not self._agree(len(self._batches) * len(clean.x0) >= _PILOT_UNITS):
+            samples = least(len(self._batches) * len(clean.x0), self.module.device)
+            if samples < _PILOT_UNITS:
                 return
             fixed, marginal = self._mean_over_ranks(*self._pass_seconds(clean))
             cost = CostModel(0.0, encode + fixed / len(clean.x0), marginal or denoise)
@@ -83,10 +87,10 @@ class ResamplesPilot:
         if not math.isfinite(between + within):
             # float16 until its loss scale is found: soon again, and less and less often
             rank_zero_info(f"CARV at step {step}: gradients are not finite, and left out.")
-            self._not_before = step + 2**self._failures
-            self._failures += 1
+            self._not_before = step + 2**self.failures
+            self.failures += 1
             return
-        self._failures = 0
+        self.failures = 0
         if pilot is not None and "between" in pilot:
             between = _MEMORY * pilot["between"] + (1 - _MEMORY) * between
             within = _MEMORY * pilot["within"] + (1 - _MEMORY) * within
@@ -205,9 +209,6 @@ class ResamplesPilot:
         mean = all_reduce_mean(torch.tensor(values, dtype=torch.float32, device=device))
         found: list[float] = mean.tolist()
         return found
-
-    def _agree(self, decision: bool) -> bool:
-        return bool(broadcast(torch.tensor(decision, device=self.module.device)))
 
 
 def resamples_pilot(module: "DiffusionModule") -> ResamplesPilot | None:

@@ -8,9 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from tqdm.auto import tqdm
 
 from lightning_vr.distributed import all_gather_rows, rank, world_size
@@ -50,7 +57,14 @@ def training_batches(
         bar = tqdm(own, title, leave=False, delay=1, disable=None if is_shown else True)
         for i, batch in enumerate(bar):
             at = torch.tensor(positions[i * batch_size : (i + 1) * batch_size])
-            yield at, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            yield at, handed_over(trainer, batch)
+
+
+def handed_over(trainer: Trainer, batch: Any) -> Any:
+    """Return a batch as training gets it: in the trainer's precision, through the hooks, moved."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def encoded_training_set(
@@ -100,6 +114,33 @@ def encoded_training_set(
         index=found["index"] if indexed else None,
         cond_group=found.get("cond_group"),
     )
+
+
+def check_equal_chances(trainer: Trainer) -> None:
+    """Refuse a loader that does not give every sample of its data set equally often.
+
+    A sampler of another kind than torch's is taken at its word.
+
+    Raises:
+        ValueError: If the bank of the whole data set would not be what training sees.
+    """
+    loader = training_loader(trainer)
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if isinstance(sampler, DistributedSamplerWrapper):
+        sampler = sampler.dataset._sampler  # type: ignore[attr-defined]
+    if isinstance(sampler, (SubsetRandomSampler, WeightedRandomSampler)):
+        raise ValueError(
+            f"Argument `references` expected a training set whose samples come equally often, but "
+            f"its loader has a {type(sampler).__name__}, so that a bank of all of them would give "
+            f"another mean: wrap the data in torch.utils.data.Subset, or use references='batch'."
+        )
+    overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit > 0:
+        raise ValueError(
+            f"Argument `overfit_batches` expected to be 0 with a bank of the whole training set, "
+            f"but got {overfit}: wrap the data in torch.utils.data.Subset, or use "
+            f"references='batch'."
+        )
 
 
 def _share(trainer: Trainer, limit: int | None) -> list[int]:

@@ -37,10 +37,10 @@ from lightning_vr.auditing.preparation import (
 from lightning_vr.auditing.result import Audit, Measured
 from lightning_vr.auditing.timing import StepTimer, TimedMeasurement
 from lightning_vr.configuration import UndescribableError
-from lightning_vr.distributed import all_reduce_mean, broadcast, rank, world_size
+from lightning_vr.distributed import all_reduce_mean, broadcast, least, rank, world_size
 from lightning_vr.module import DiffusionModule
 from lightning_vr.noisy_losses import DiffusionLoss
-from lightning_vr.precision import loss_scale
+from lightning_vr.precision import loss_scale, loss_scaler
 from lightning_vr.rng import generator
 from lightning_vr.training_set import training_loader
 from lightning_vr.types import Clean
@@ -93,7 +93,6 @@ class Measuring:
         self.loss = DiffusionLoss(module, trainer.precision_plugin.forward_context)
         self.names, groups = parameter_groups(module)
         self.measurement = TimedMeasurement(self.loss, self._source, groups, device=module.device)
-        self.measurement.loss_scale = loss_scale(trainer)
         self.batches = batch_pairs(trainer, self.loader)
         # last, as a bar that is shown would share its line with an error
         self.bar = _bar(budget, is_shown=progress and trainer.is_global_zero)
@@ -135,6 +134,7 @@ class Measuring:
     def _prepare(self) -> None:
         """Let draws learn and choose K, and fit control variates, on batches of their own."""
         start = self._progress()
+        self._find_loss_scale()
         reasons = learn(
             self.loss,
             self.candidates,
@@ -144,10 +144,26 @@ class Measuring:
         )
         self._leave_out(reasons)
         batches = self._single_batches()
-        choose_resamples(self.trainer, self.module, self.candidates, batches)
+        self._leave_out(choose_resamples(self.trainer, self.module, self.candidates, batches))
         self._leave_out(
             fit_control_variates(self.module, self.candidates, batches, self._encode, self._source)
         )
+
+    def _find_loss_scale(self) -> None:
+        """Lower the scale of losses until gradients are finite, as training in float16 begins."""
+        scaler = loss_scaler(self.trainer)
+        self.measurement.loss_scale = loss_scale(self.trainer)
+        if scaler is None:
+            return
+        scaler.scale(torch.zeros(1, device=self.module.device))  # has no scale to change before
+        pair = [self._encode(batch) for batch in next(self.batches)]
+        while self.measurement.loss_scale > 1:
+            found = self.measurement.by_differences(pair, "loss scale")
+            if bool(torch.isfinite(found.over_ranks(self.module.device).total).all()):
+                return
+            # by more than training does: other candidates may have larger gradients
+            scaler.update(max(1.0, self.measurement.loss_scale / 16))
+            self.measurement.loss_scale = loss_scale(self.trainer)
 
     def _single_batches(self) -> Iterator[Any]:
         while True:
@@ -184,7 +200,7 @@ class Measuring:
         """Measure the current estimator in bins of the noise level."""
         until, number = self._progress() + _LEVEL_SHARE, 0
         pair = [self._encode(batch) for batch in next(self.batches)]
-        is_enough = len(pair[0].x0) >= 2 * _LEVELS
+        is_enough = least(len(pair[0].x0), self.module.device) >= 2 * _LEVELS
         is_per_sample = is_enough and self.measurement.obstacle(pair[0]) is None
         while self._agree(number == 0 or self._progress() < until):
             if number and number % _LEVELS == 0:

@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lightning_vr.batches import batch_size
+from lightning_vr.training_set import handed_over
 
 
 def batch_pairs(trainer: Trainer, loader: DataLoader[Any]) -> Iterator[tuple[Any, Any]]:
@@ -25,7 +26,7 @@ def batch_pairs(trainer: Trainer, loader: DataLoader[Any]) -> Iterator[tuple[Any
             size = size or batch_size(batch)
             if batch_size(batch) != size:
                 continue
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            batch = handed_over(trainer, batch)
             if previous is None:
                 previous = batch
             else:

@@ -29,7 +29,7 @@ from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.proposals import LearnedProposal
 from lightning_vr.resampling import resamples_pilot
 from lightning_vr.training_checks import check_clean, check_derivatives
-from lightning_vr.training_set import encoded_training_set
+from lightning_vr.training_set import check_equal_chances, encoded_training_set
 from lightning_vr.types import Clean, LossEstimate, Noised, TargetEstimate
 from lightning_vr.variance.gradients import Source
 from lightning_vr.variance.rows import leaves, row_count
@@ -76,6 +76,11 @@ def fill_targets(
 
     skipped, filled = {}, set()
     needs = [c for c in candidates if c.target is not None and c.target.bank_size != 0]
+    try:
+        check_equal_chances(trainer)
+    except ValueError:
+        reason = "training samples do not come equally often"
+        return {c.name: reason for c in needs}
     read: dict[bool, Clean | None] = {}
     for candidate in sorted(needs, key=lambda c: c.target is not None and c.target.sharded):
         assert candidate.target is not None
@@ -149,7 +154,7 @@ def learn(
 
 def choose_resamples(
     trainer: Trainer, module: DiffusionModule, candidates: list[Candidate], batches: Iterator[Any]
-) -> None:
+) -> dict[str, str]:
     """Let the pilots of ``resamples="auto"`` choose K where none has yet; all ranks must call it.
 
     Args:
@@ -157,13 +162,20 @@ def choose_resamples(
         module: Its module.
         candidates: Those of the audit, the current estimator first.
         batches: Batches without end.
+
+    Returns:
+        Names of candidates whose pilot found none, and why.
     """
+    reasons = {}
     for candidate in candidates:
         with candidate.in_place(module):
             pilot = resamples_pilot(module)
-            while pilot is not None and pilot.draws.pilot is None:
+            while pilot is not None and pilot.draws.pilot is None and not pilot.failures:
                 with trainer.precision_plugin.forward_context():
                     pilot.before_step(next(batches))
+        if pilot is not None and pilot.failures and candidate.draws is not None:
+            reasons[candidate.name] = "gradients are not finite"
+    return reasons
 
 
 def fit_control_variates(

@@ -84,18 +84,20 @@ class AfterValidation(Callback, ABC):
         """Go on counting."""
         self._validations = state_dict["validations"]
 
-    def draw(self, module: LightningModule, count: int, *key: int | str) -> Tensor:
-        """Return ``count`` decoded samples that depend on the run's seed and ``key`` alone.
+    def draw(self, module: LightningModule, count: int, key: str, start: int = 0) -> Tensor:
+        """Return ``count`` decoded samples, of all those with ``key`` the ones from ``start`` on.
 
-        Classes, if there are any, are cycled over.
+        They depend on the run's seed and these two alone. Classes, if there are any, are cycled
+        over.
         """
         if self.sample is None and isinstance(module, DiffusionModule):
-            group = torch.arange(count) % module.num_classes if module.num_classes else None
-            source = generator(module.run_seed, *key, device=module.device)
+            numbers = torch.arange(start, start + count)
+            group = numbers % module.num_classes if module.num_classes else None
+            source = generator(module.run_seed, key, start, device=module.device)
             return module.decode(module.sample(count, group=group, source=source))
         assert self.sample is not None
         with undisturbed(), torch.no_grad(), evaluating(module):
-            torch.manual_seed(generator(torch.initial_seed(), *key).initial_seed())
+            torch.manual_seed(generator(torch.initial_seed(), key, start).initial_seed())
             return self.sample(module, count)
 
 

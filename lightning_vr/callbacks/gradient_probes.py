@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_vr.batches import batch_size, take_rows
-from lightning_vr.distributed import all_reduce_sum, rank, world_size
+from lightning_vr.distributed import all_reduce_sum, least, rank, world_size
 from lightning_vr.precision import loss_scale
 from lightning_vr.rng import generator, seeded, undisturbed
 from lightning_vr.types import Clean
@@ -134,7 +134,8 @@ class NestedProbe(GradientProbe):
 
     def prepare(self, batch: Any) -> None:
         obstacle: str | None = "a batch holds one sample"
-        if batch_size(batch) > 1:
+        size = self._least(batch_size(batch))
+        if size > 1:
             clean = self._encode(batch, 2)
             if not self.measurement.loss.couples_rows:
                 # what a forward pass moves to the device and keeps, it moves outside functorch
@@ -143,7 +144,7 @@ class NestedProbe(GradientProbe):
                 obstacle = self.measurement.obstacle(clean)
         self.is_per_sample = obstacle is None
         if obstacle is None:
-            self.cost = _PER_SAMPLE_COST * 8 * self.samples / batch_size(batch)
+            self.cost = _PER_SAMPLE_COST * 8 * self.samples / size
             rank_zero_info("GradientVariance measures per-sample gradients.")
         else:
             self.cost = 16.0  # two batches, four passes each, for the whole and for a bin
@@ -183,12 +184,17 @@ class NestedProbe(GradientProbe):
     def _data(self, batch: Any) -> Clean | list[Clean] | None:
         """Return the samples to measure on, or two batches, or None if there are not enough."""
         if self.is_per_sample:
-            return self._encode(batch, self.samples) if batch_size(batch) > 1 else None
+            size = self._least(min(self.samples, batch_size(batch)))
+            return self._encode(batch, size) if size > 1 else None
         if self._pair[0] is None:
             return None
         pair = [self._encode(one, batch_size(one)) for one in self._pair]
         size = min(len(clean.x0) for clean in pair)
         return [clean.rows(slice(0, size)) for clean in pair]
+
+    def _least(self, size: int) -> int:
+        """Return the least of the ranks' sizes: what one leaves out, all must."""
+        return least(size, self.module.device)
 
     def _encode(self, batch: Any, count: int) -> Clean:
         precision = self.trainer.precision_plugin.forward_context

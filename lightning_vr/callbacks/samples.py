@@ -79,8 +79,14 @@ class SampleGrid(AfterValidation):
         samples = self.draw(module, self.samples, "grid")
         if trainer.is_global_zero:
             with training_goes_on(trainer, f"The samples {path}"):
-                save_picture(samples, path, columns=getattr(module, "num_classes", None))
+                save_picture(samples, path, columns=_columns(module, len(samples)))
                 log_picture(trainer, "samples", path)
+
+
+def _columns(module: LightningModule, count: int) -> int | None:
+    """Return the number of classes, so that each has a column, if there is a sample of each."""
+    classes = getattr(module, "num_classes", None)
+    return classes if classes and classes <= count else None
 
 
 def save_picture(samples: Tensor, path: Path, columns: int | None = None) -> None:

@@ -126,8 +126,8 @@ class STF(Target):
         part = self._estimate(noised, mixed, references, exclude)
         return TargetEstimate(
             own.x0.index_copy(0, mixed, part.x0),
-            own.ess.index_copy(0, mixed, part.ess),
-            own.spread.index_copy(0, mixed, part.spread),
+            own.ess.index_copy(0, mixed, part.ess.to(own.ess)),
+            own.spread.index_copy(0, mixed, part.spread.to(own.spread)),
         )
 
     def _estimate(

@@ -95,7 +95,7 @@ def measure_target_variance(
         clean = data.draw(samples // blocks, label_dropout, seed, block)
         found[i] = _measure_block(data, clean, levels, counts, (seed, block))
 
-    order = all_gather_rows(torch.tensor(mine, device=data.device)).argsort()
+    order = all_gather_rows(torch.tensor(mine, dtype=torch.int64, device=data.device)).argsort()
     means = all_gather_rows(found)[order].cpu()
     return _curve(means, levels.cpu(), data.size, sorted({*references}), counts)
 

@@ -2,15 +2,17 @@
 
 import copy
 import functools
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch.utils.data import DataLoader
+from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from lightning_vr import DSM, MLP, STF, Candidate, Clean, DiffusionModule, LogNormal, audit
+from lightning_vr import CARV, DSM, MLP, STF, Candidate, Clean, DiffusionModule, LogNormal, audit
 from lightning_vr.auditing import measuring
 from lightning_vr.data import EightGaussians
 from lightning_vr.data.dataset import InMemoryDataset
@@ -167,6 +169,56 @@ def test_candidates_that_have_no_references_are_left_out_and_named():
     assert [m.name for m in found.estimators] == ["current"]
     assert "condition" in found.skipped["few"]
     assert "does not pay" in found.advice
+
+
+def test_banks_of_samples_that_do_not_come_equally_often_are_left_out_and_named():
+    points = data()
+    points.setup("fit")
+    dataset = points.train_dataloader().dataset
+    sampler = WeightedRandomSampler([1.0] + [0.5] * (len(dataset) - 1), len(dataset))
+    points.train_dataloader = lambda: DataLoader(dataset, 32, sampler=sampler)
+    rivals = [Candidate("all", target=STF("all")), Candidate("batch", target=STF("batch"))]
+    found = audit(module(), points, rivals, budget=1, progress=False)
+    assert [m.name for m in found.estimators] == ["current", "batch"]
+    assert found.skipped == {"all": "training samples do not come equally often"}
+
+
+class Dear(DiffusionModule):
+    """Its `encode` takes longer than a step, so that a pilot measures."""
+
+    def encode(self, batch):
+        time.sleep(0.02)
+        return super().encode(batch)
+
+
+def half_precision(scale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+    )
+
+
+def test_in_float16_a_scale_of_losses_is_found_at_which_gradients_are_finite(few_looks):
+    found = {
+        scale: audit(module(), data(), [], budget=2, progress=False, trainer=half_precision(scale))
+        for scale in (1.0, 2.0**60)
+    }
+    first, second = (float(each.current.components.total[0]) for each in found.values())
+    assert first == pytest.approx(second, rel=0.02)
+
+
+def test_a_pilot_that_meets_no_finite_gradients_ends():
+    torch.manual_seed(0)
+    model = Dear(MLP(width=16, depth=1), draws=CARV("auto"))
+    torch.nn.init.constant_(model.network.project_out.weight, torch.nan)
+    rivals = [Candidate("auto", draws=CARV("auto"))]
+    found = audit(model, data(), rivals, budget=1, progress=False)
+    assert found.skipped["auto"] == "gradients are not finite"
 
 
 def test_what_cannot_be_audited_is_refused():

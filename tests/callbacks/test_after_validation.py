@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 from lightning_vr import MLP, DiffusionModule, FrechetDistance, SampleGrid, Sampler
+from lightning_vr.callbacks import fid
 from lightning_vr.callbacks.samples import save_picture
 from lightning_vr.data import EightGaussians
 from lightning_vr.metrics import IdentityFeatures, RandomConvFeatures
@@ -175,6 +176,32 @@ def test_samples_of_the_training_set_itself_are_at_distance_zero(tmp_path):
     assert float(fit.callback_metrics["frechet_distance/identity_n128"]) == pytest.approx(
         0, abs=1e-9
     )
+
+
+def test_samples_take_all_classes_in_turn_whatever_is_drawn_at_a_time(tmp_path, monkeypatch):
+    seen = []
+
+    class Classes(DiffusionModule):
+        def sample(self, count, *, group, **options):
+            seen.append(group)
+            return torch.randn(count, 2)
+
+    monkeypatch.setattr(fid, "_BLOCK", 9)
+    watched = Classes(MLP(num_class_embeds=9), num_classes=8, sampler=Sampler(steps=2))
+    trainer(tmp_path, FrechetDistance(samples=20)).fit(watched, data())
+    assert torch.cat(seen[-3:]).tolist() == [i % 8 for i in range(20)]
+
+
+@pytest.mark.parametrize(("samples", "width"), [(16, 8), (3, 2)])
+def test_classes_are_columns_of_a_grid_that_has_a_sample_of_each(tmp_path, samples, width):
+    images = torch.zeros(samples, 1, 32, 32)
+    grid = SampleGrid(samples=samples, sample=lambda module, count: images)
+    fit = trainer(tmp_path, grid)
+    watched = DiffusionModule(MLP(num_class_embeds=9), num_classes=8)
+    fit.fit(watched, data())
+    path = min((tmp_path / "samples").glob("*.png"))
+    with Image.open(path) as picture:
+        assert picture.width == width * 33
 
 
 @pytest.mark.parametrize("channels", [1, 3])

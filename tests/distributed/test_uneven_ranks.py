@@ -4,6 +4,7 @@ Nothing hangs: a test that did would run into the time limit of its process grou
 """
 
 import itertools
+import time
 import warnings
 from datetime import timedelta
 
@@ -14,7 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_vr import CARV, MLP, STF, DiffusionModule
+from lightning_vr import CARV, MLP, STF, DiffusionModule, GradientVariance, TaylorCV
+from lightning_vr.callbacks import gradient_variance
 from lightning_vr.distributed import rank
 from lightning_vr.rng import generator
 from lightning_vr.timesteps import LogUniform
@@ -121,12 +123,12 @@ class Watched(DiffusionModule):
             raise
 
 
-def build(**slots):
+def build(kind=Watched, **slots):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = MLP(2, width=8, depth=1)
         nn.init.normal_(network.project_out.weight)
-    return Watched(
+    return kind(
         network,
         timesteps=LogUniform(0.05, 5.0),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01),
@@ -134,7 +136,7 @@ def build(**slots):
     )
 
 
-def fit(folder, module, data, **options):
+def fit(folder, module, data, *callbacks, **options):
     settings = {"max_epochs": 2, "num_sanity_val_steps": 0}
     Trainer(
         accelerator="cpu",
@@ -145,7 +147,8 @@ def fit(folder, module, data, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[Save(folder)],
+        callbacks=[Save(folder), *callbacks],
+        default_root_dir=folder,
         **(settings | options),
     ).fit(module, data)
     return results(folder)
@@ -191,6 +194,26 @@ def test_an_epoch_ends_with_the_shortest_rank_and_a_warning_says_so(kind, shorte
     assert all(str(counts[kind]) in text for text in told)
 
 
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_loaders_made_anew_are_looked_at_anew(kind, tmp_path):
+    data = PerRank([FEW, MANY], kind)
+    found = fit(tmp_path, build(), data, reload_dataloaders_every_n_epochs=1)
+    assert [positions(each) for each in found] == [2 * FEW, 2 * MANY[:2]]
+    assert_equal_weights(found)
+
+
+def test_streams_that_end_before_a_limit_on_the_batches_end_together(tmp_path):
+    data = PerRank([FEW, MANY], "stream")
+    found = fit(tmp_path, build(), data, max_epochs=1, limit_train_batches=10)
+    assert [positions(each) for each in found] == [FEW, MANY[:2]]
+
+
+def test_a_limit_on_the_batches_of_streams_holds(tmp_path):
+    data = PerRank([FEW, MANY], "stream")
+    found = fit(tmp_path, build(), data, max_epochs=1, limit_train_batches=1)
+    assert [positions(each) for each in found] == [FEW[:1], MANY[:1]]
+
+
 def test_a_fraction_of_an_epoch_is_one_of_the_shortest(tmp_path):
     data = PerRank([FEW, MANY])
     found = fit(tmp_path, build(), data, max_epochs=1, val_check_interval=0.5)
@@ -217,6 +240,49 @@ def test_of_batches_of_different_sizes_each_sample_is_its_own_reference_once(dra
         target = torch.cat([part["target"] for part in parts])
         torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-5)
         assert float((target - x0).norm()) > 0.1
+
+
+LARGE_AND_SMALL = [
+    [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]],
+    [[20, 21], [22, 23], [24, 25], [26]],
+]
+
+
+@pytest.mark.parametrize("every_n_steps", [1, None])
+def test_gradients_are_measured_on_as_many_samples_as_all_ranks_have(
+    every_n_steps, tmp_path, monkeypatch
+):
+    # as often as to measure in a few steps, by the cost that follows from the size of a batch
+    monkeypatch.setattr(gradient_variance, "_COST_SHARE", 20)
+    callback = GradientVariance(every_n_steps=every_n_steps, samples=4, noise_levels=2)
+    found = fit(tmp_path, build(), PerRank(LARGE_AND_SMALL), callback, max_epochs=1)
+    assert_equal_weights(found)
+    assert [each["steps"] for each in found] == [4, 4]
+
+
+def test_a_control_variate_is_fitted_on_batches_of_different_sizes(tmp_path):
+    control = TaylorCV(refit_every_n_steps=1, gate="open")
+    module = build(target=STF("batch"), control_variate=control)
+    found = fit(tmp_path, module, PerRank(LARGE_AND_SMALL), max_epochs=1)
+    assert_equal_weights(found)
+
+
+class Dear(Watched):
+    """Its `encode` takes longer than a step."""
+
+    def encode(self, batch):
+        time.sleep(0.02)
+        return super().encode(batch)
+
+
+def test_a_pilot_waits_until_all_ranks_have_samples_enough(tmp_path):
+    data = PerRank([MANY, [[0], [1], [2], [3]]])
+    found = fit(tmp_path, build(Dear, draws=CARV()), data, max_epochs=3)
+    assert_equal_weights(found)
+    # eight of the second rank's samples: the batches of two epochs
+    counts = [[len(batch["noised"]["t"]) for batch in each["batches"]] for each in found]
+    assert all(count == 1 for count in counts[1][:7])
+    assert counts[1][-1] > 1
 
 
 TARGETS = {"plain": lambda: None, "batch": lambda: STF("batch")}
