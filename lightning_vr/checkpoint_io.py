@@ -2,8 +2,8 @@
 
 A checkpoint is written beside its place, made durable and then moved there, which is atomic on one
 file system: a process that is killed at any moment leaves the former file or the new one. If the
-disk is full the run goes on with a warning, and nothing that the new checkpoint was to replace is
-removed before one has been written again.
+disk is full the run goes on with a warning, and what the new checkpoint was to replace stays until
+that one is written, or replaced by another.
 """
 
 import os
@@ -16,8 +16,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-_PARTIAL = ".partial"
-
 
 class DurableCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically, and survives a disk that cannot take one.
@@ -27,8 +25,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(self) -> None:
-        self._has_failed = False
-        self._replaced: list[Any] = []
+        # the last one, if it could not be written, and what stays in the place of such ones
+        self._failed: str | None = None
+        self._kept: list[tuple[str, Any]] = []
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -40,22 +39,29 @@ class DurableCheckpointIO(TorchCheckpointIO):
             else:
                 _write(checkpoint, Path(path))
         except OSError as error:
-            self._has_failed = True
+            self._failed = str(path)
             rank_zero_warn(
                 f"The checkpoint {path} could not be written ({error}): training goes on, and the "
                 f"checkpoints before it stay. Make room on the disk."
             )
             return
-        self._has_failed = False
-        while self._replaced:
-            super().remove_checkpoint(self._replaced.pop())
+        self._failed = None
+        self._remove_kept_for(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint, unless the one that replaces it could not be written."""
-        if self._has_failed:
-            self._replaced.append(path)
-        else:
-            super().remove_checkpoint(path)
+        if self._failed is not None:
+            self._kept.append((self._failed, path))
+            return
+        super().remove_checkpoint(path)
+        self._remove_kept_for(path)
+
+    def _remove_kept_for(self, path: Any) -> None:
+        """Remove what was kept because ``path`` could not be written: it is now, or is replaced."""
+        replaced = [old for failed, old in self._kept if failed == str(path)]
+        self._kept = [pair for pair in self._kept if pair[0] != str(path)]
+        for old in replaced:
+            self.remove_checkpoint(old)
 
 
 def use_durable_checkpoints(trainer: Trainer) -> None:
@@ -66,7 +72,8 @@ def use_durable_checkpoints(trainer: Trainer) -> None:
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + _PARTIAL)
+    # a name that nobody who looks for checkpoints takes for one
+    partial = path.with_name(f".{path.name.replace('ckpt', 'partial')}")
     try:
         with partial.open("wb") as file:
             torch.save(checkpoint, file)

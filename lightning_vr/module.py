@@ -45,11 +45,12 @@ from lightning_vr.objective import Objective
 from lightning_vr.precision import loss_scale
 from lightning_vr.predictions import PredictionType, check_prediction
 from lightning_vr.resampling import ResamplesPilot, resamples_pilot
-from lightning_vr.resuming import catch_up, restore_window, save_window, waiting_row
+from lightning_vr.resuming import Resuming
 from lightning_vr.rng import generator, seeded
 from lightning_vr.sampling import Sampler, evaluating
 from lightning_vr.schedules import EDM, Schedule
 from lightning_vr.sinks import forgive_loggers
+from lightning_vr.stopping import SharedStop
 from lightning_vr.timesteps import Density
 from lightning_vr.training_checks import (
     check_clean,
@@ -146,7 +147,8 @@ class DiffusionModule(LightningModule):
         self.register_load_state_dict_pre_hook(drop_control_variate)  # type: ignore[no-untyped-call]
 
         self._pilots: list[ResamplesPilot | ControlPilot] = []
-        self._resumed: dict[str, Any] = {}
+        self._resuming = Resuming()
+        self._stop = SharedStop()
         self.estimate: LossEstimate | None = None
         self.sample_shape: tuple[int, ...] | None = None
         self.seed: int | None = None
@@ -410,8 +412,9 @@ class DiffusionModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Let neither a full disk nor a logger end the run."""
+        """Let neither a full disk nor a logger end the run, and ranks stop together."""
         check_trainer(self)
+        self._stop.take_over(self.trainer)
         use_durable_checkpoints(self.trainer)
         forgive_loggers(self.trainer)
 
@@ -420,14 +423,18 @@ class DiffusionModule(LightningModule):
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         agree_on_batches(self.trainer)
-        restore_window(self, self._resumed.get("window"))
+        self._resuming.restore_gradients(self)
         check_ranks(self.draws, self.device)
         found = resamples_pilot(self), control_pilot(self)
         self._pilots = [pilot for pilot in found if pilot is not None]
         if self.target.bank_size != 0:
             fill_target(self)
-        catch_up(self.trainer, self._resumed.get("row"))
-        self._resumed = {}
+        self._resuming.catch_up(self.trainer)
+
+    def on_fit_end(self) -> None:
+        """Log what the last step was about to, if that is all that was left to do."""
+        if self._resuming.is_due:
+            self._resuming.end(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Look at the lengths of loaders that were made anew."""
@@ -437,14 +444,31 @@ class DiffusionModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let loggers count as the optimizer does, which an error in mid-batch may have undone."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+        self._resuming.has_backward_begun = False
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Note that gradients are about to change."""
+        self._resuming.has_backward_begun = True
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop here if any rank was asked to."""
+        self._stop.agree(self.trainer)
+
+    def on_validation_epoch_start(self) -> None:
+        """Note that a validation run has begun."""
+        self._resuming.is_validating = not self.trainer.sanity_checking
+
+    def on_validation_epoch_end(self) -> None:
+        """Note that the validation run has ended, and stop if any rank was asked to."""
+        self._resuming.is_validating = False
+        self._stop.agree(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed and gradients that wait, so that a resumed run repeats."""
         shape = None if self.sample_shape is None else list(self.sample_shape)
         checkpoint[STATE] = {"seed": self.seed, "sample_shape": shape}
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            checkpoint[STATE]["window"] = save_window(self, checkpoint)
-            checkpoint[STATE]["row"] = waiting_row(self.trainer)
+            checkpoint[STATE] |= self._resuming.state(self, checkpoint)
             checkpoint[STATE]["skipped"] = self._guard.skipped
         keep_learned(checkpoint)
         self._description.save(self, checkpoint)
@@ -454,7 +478,7 @@ class DiffusionModule(LightningModule):
         state = checkpoint.get(STATE, {})
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self.seed = state.get("seed")
-            self._resumed = state
+            self._resuming.load(state)
             self._guard.skipped = state.get("skipped", 0)
         self.sample_shape = tuple(state["sample_shape"]) if state.get("sample_shape") else None
 

@@ -4,6 +4,7 @@ import errno
 import re
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,6 +244,32 @@ class TestFullDisk:
         with pytest.warns(match="could not be written"):
             trainer(saved, limit_val_batches=0).fit(module(), DataLoader(Points(1.0), batch_size=8))
         assert [path.name for path in tmp_path.iterdir()] == ["epoch=1-step=8.ckpt"]
+
+    def test_the_best_stays_while_what_is_better_is_not_written(self, full, tmp_path):
+        files, (worse, better, best, last) = DurableCheckpointIO(), (tmp_path / n for n in "abcd")
+        files.save_checkpoint({"global_step": 4}, worse)
+        full |= {6}
+        with pytest.warns(match="could not be written"):
+            files.save_checkpoint({"global_step": 6}, better)
+        files.remove_checkpoint(worse)
+        full.clear()
+        files.save_checkpoint({"global_step": 6}, last)
+        assert worse.exists()
+        files.save_checkpoint({"global_step": 8}, best)
+        files.remove_checkpoint(better)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
+
+    def test_what_is_left_of_a_write_is_taken_for_no_checkpoint(self, tmp_path, monkeypatch):
+        names, save = [], torch.save
+
+        def write(checkpoint, file):
+            names.append(Path(file.name).name)
+            save(checkpoint, file)
+
+        monkeypatch.setattr(torch, "save", write)
+        DurableCheckpointIO().save_checkpoint({}, tmp_path / "hpc_ckpt_2.ckpt")
+        # SLURM restarts from the highest number of a name with this in it
+        assert not [name for name in names if "ckpt" in name]
 
     def test_a_write_beyond_a_real_limit_leaves_the_file_as_it_was(self, tmp_path):
         path = tmp_path / "last.ckpt"

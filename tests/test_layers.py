@@ -40,6 +40,7 @@ LAYERS = [
         "precision",
         "nonfinite",
         "resuming",
+        "stopping",
         "batch_counts",
         "checkpoint_io",
         "resampling",

@@ -1,10 +1,14 @@
 """A run that is stopped anywhere and resumed is the run that was not stopped, bit by bit."""
 
+import os
+import signal
+
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
 from same_runs import StopAt, StoppedError, assert_equal, logs
 from torch import nn
@@ -22,6 +26,9 @@ from lightning_vr import (
     TaylorCV,
 )
 from lightning_vr.data import EightGaussians
+
+# what saves is not what resumes
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 EPOCHS, BATCHES, WINDOW = 3, 5, 2
 
@@ -75,7 +82,9 @@ def watchers(slots):
     return [*callbacks, FrechetDistance(samples=40)]
 
 
-def fit(folder, *extra, slots="plain", kind=Random, ckpt_path=None, workers=0, **options):
+def fit(
+    folder, *extra, slots="plain", kind=Random, ckpt_path=None, workers=0, validation=8, **options
+):
     torch.manual_seed(5)  # what a resumed run must not depend on
     if ckpt_path is not None:
         torch.manual_seed(6)
@@ -84,14 +93,16 @@ def fit(folder, *extra, slots="plain", kind=Random, ckpt_path=None, workers=0, *
     trainer = Trainer(
         accelerator="cpu",
         logger=CSVLogger(folder, name=""),
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in extra),
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
         callbacks=[*watchers(slots), *extra],
         **(settings | options),
     )
-    data = EightGaussians(8, num_samples=8 * BATCHES + 3, num_validation=8, num_workers=workers)
+    data = EightGaussians(
+        8, num_samples=8 * BATCHES + 3, num_validation=validation, num_workers=workers
+    )
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     trainer.save_checkpoint(folder / "end.ckpt")
     return torch.load(folder / "end.ckpt", weights_only=True)
@@ -162,6 +173,132 @@ def test_stopped_with_what_estimators_learn(batch, slots, whole, tmp_path):
 @pytest.mark.parametrize("count", [1, 2])
 def test_stopped_after_validation_or_an_epoch(hook, count, whole, tmp_path):
     check(stop_and_resume(tmp_path, hook, count), whole("plain"))
+
+
+STEPS = {"max_epochs": -1, "max_steps": EPOCHS * BATCHES // WINDOW, "check_val_every_n_epoch": None}
+"""A run whose length is counted in steps, as the configurations count."""
+
+
+@pytest.fixture(scope="module")
+def whole_by_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("steps")
+    return fit(folder, **STEPS), logs(folder)
+
+
+@pytest.mark.parametrize(
+    ("hook", "count"),
+    [("on_train_batch_end", n) for n in (1, 4, 5, 6, 10)]
+    + [("on_train_epoch_end", 1), ("on_train_epoch_end", 2), ("on_validation_end", 2)],
+)
+def test_stopped_where_steps_are_counted(hook, count, whole_by_steps, tmp_path):
+    check(stop_and_resume(tmp_path, hook, count, **STEPS), whole_by_steps)
+
+
+class Terminate(Callback):
+    """Asks its own process to stop at the n-th call of a hook."""
+
+    def __init__(self, hook, count):
+        self.count = count
+        setattr(self, hook, self.ask)
+
+    def ask(self, trainer, *args):
+        self.count -= not trainer.sanity_checking
+        if self.count == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+LAST = "kept/last.ckpt"
+
+
+def saving(folder):
+    return ModelCheckpoint(
+        folder / "kept", save_last=True, save_on_exception=True, every_n_epochs=100
+    )
+
+
+def terminate_and_resume(folder, hook, count, **options):
+    with pytest.raises(SIGTERMException):
+        fit(folder, saving(folder), Terminate(hook, count), **options)
+    return fit(folder, ckpt_path=folder / LAST, **options), logs(folder)
+
+
+@pytest.mark.parametrize("options", [{}, STEPS], ids=["epochs", "steps"])
+@pytest.mark.parametrize("batch", [4, 5, 6])
+def test_asked_to_stop_in_a_batch(batch, options, whole, whole_by_steps, tmp_path):
+    found = terminate_and_resume(tmp_path, "on_train_batch_start", batch, **options)
+    check(found, whole_by_steps if options else whole("plain"))
+
+
+TWO_BATCHES = {"validation": 16}
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 5])
+def test_asked_to_stop_within_a_validation_run(batch, tmp_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    expected = fit(folder, **TWO_BATCHES), logs(folder)
+    found = terminate_and_resume(tmp_path, "on_validation_batch_start", batch, **TWO_BATCHES)
+    check(found, expected)
+
+
+class Fail(Callback):
+    """Fails once gradients of the n-th batch are there."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def on_after_backward(self, trainer, pl_module):
+        self.count -= 1
+        if self.count == 0:
+            raise StoppedError
+
+
+@pytest.mark.parametrize(("batch", "lost"), [(3, 0), (4, 1)])
+def test_a_gradient_of_a_batch_that_failed_is_not_kept(batch, lost, whole, tmp_path):
+    with pytest.raises(StoppedError):
+        fit(tmp_path, saving(tmp_path), Fail(batch))
+    window = torch.load(tmp_path / LAST, weights_only=True)["lightning_vr"]["window"]
+    if not lost:  # the first of a window: nothing waits, and it is taken again
+        assert window is None
+        check((fit(tmp_path, ckpt_path=tmp_path / LAST), logs(tmp_path)), whole("plain"))
+        return
+    assert (window["lost"], window["gradients"]) == (1, {})
+    with pytest.warns(UserWarning, match="gradients of 1 batches that waited are lost"):
+        fit(tmp_path, ckpt_path=tmp_path / LAST)
+
+
+class Refuse(Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise StoppedError
+
+
+def test_a_resume_that_is_refused_saves_what_it_was_to_resume_from(whole, tmp_path):
+    path = tmp_path / "stopped.ckpt"
+    with pytest.raises(StoppedError):
+        fit(tmp_path, StopAt("on_train_batch_end", 3, path))
+    with pytest.raises(StoppedError):
+        fit(tmp_path, saving(tmp_path), Refuse(), ckpt_path=path)
+    found = fit(tmp_path, ckpt_path=tmp_path / LAST), logs(tmp_path)
+    check(found, whole("plain"))
+
+
+def test_a_checkpoint_of_a_validation_run_that_was_made_up_for_asks_for_no_other(whole, tmp_path):
+    first, second = tmp_path / "first.ckpt", tmp_path / "second.ckpt"
+    with pytest.raises(StoppedError):
+        fit(tmp_path, StopAt("on_train_batch_end", 4, first))
+    with pytest.raises(StoppedError):
+        fit(tmp_path, StopAt("on_validation_end", 1, second), ckpt_path=first)
+    check((fit(tmp_path, ckpt_path=second), logs(tmp_path)), whole("plain"))
+
+
+def test_stopped_after_the_last_step_where_steps_are_counted(whole_by_steps, tmp_path):
+    # 2, 2 and 1 batches in the steps of an epoch
+    with pytest.warns(UserWarning, match="is of the run's last step"):
+        end, found = stop_and_resume(tmp_path, "on_train_batch_end", 12, **STEPS)
+    expected_end, expected = whole_by_steps
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_equal(end[part], expected_end[part], part)
+    assert found["6", "train/loss"] == expected["6", "train/loss"]
+    assert set(expected) - set(found) == {("6", "val/loss"), ("7", "frechet_distance/identity_n40")}
 
 
 def test_stopped_with_worker_processes(whole, tmp_path):

@@ -28,7 +28,13 @@ def last_checkpoint(trainer: Namespace) -> Path:
             f"Argument `ckpt_path` is 'last', but there is no checkpoints/last.ckpt in {folder}: "
             f"name the file, or train with a ModelCheckpoint(save_last=True)."
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    newest = max(found, key=lambda path: path.lstat().st_mtime)
+    if not newest.exists():
+        raise ValueError(
+            f"Argument `ckpt_path` is 'last', but {newest} is a link to {newest.readlink()}, which "
+            f"is not there: name the file."
+        )
+    return newest
 
 
 def model_settings(checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Settings together with ``--ckpt_path``: each takes effect or is refused, none is ignored."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,16 @@ def test_last_is_the_newest_run(run):
     run("fit", "--model.network.width=8")
     model = settings(run("validate", "--ckpt_path=last", network=[]))["model"]["init_args"]
     assert model["network"]["init_args"]["width"] == 8
+
+
+def test_a_link_to_what_is_not_there_is_refused_if_it_is_the_newest(run, refused):
+    folder = run("fit") / "checkpoints"
+    (folder.parent.parent / "version_1/checkpoints").mkdir(parents=True)
+    link = folder.parent.parent / "version_1/checkpoints/last.ckpt"
+    link.symlink_to(folder / "gone.ckpt")
+    assert "last.ckpt is a link to" in refused("validate", "--ckpt_path=last")
+    os.utime(link, (0, 0), follow_symlinks=False)
+    run("validate", "--ckpt_path=last", network=[])
 
 
 def test_last_looks_where_the_logger_writes(run, refused):

@@ -1,17 +1,21 @@
 """Two ranks that are stopped anywhere and resumed, on two ranks and on one."""
 
 import functools
+import os
+import signal
+import socket
 from datetime import timedelta
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
 from same_runs import StopAt
-from torch import nn
+from torch import multiprocessing, nn
 
 from lightning_vr import (
     CARV,
@@ -25,6 +29,8 @@ from lightning_vr import (
 from lightning_vr.data import EightGaussians
 
 pytestmark = [
+    # what saves is not what resumes
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
 ]
 
@@ -40,6 +46,19 @@ WIDE_ROUNDING = {"rtol": 1e-13, "atol": 0.0}
 # Gradients that wait in a window are saved as their mean over the ranks, and so are summed in
 # another order than float32 gradients that each rank has kept for itself.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-6}
+
+
+class Terminate(Callback):
+    """Asks one rank's process alone to stop, at the n-th call of a hook."""
+
+    def __init__(self, hook, count, rank):
+        self.count, self.rank = count, rank
+        setattr(self, hook, self.ask)
+
+    def ask(self, trainer, *args):
+        self.count -= not trainer.sanity_checking
+        if self.count == 0 and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Record(Callback):
@@ -77,18 +96,18 @@ def build():
     )
 
 
-def fit(folder, *extra, ranks=2, samples=SAMPLES, ckpt_path=None):
+def fit(folder, *extra, ranks=2, samples=SAMPLES, ckpt_path=None, start="fork"):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(5 if ckpt_path is None else 6)  # what a resumed run must not depend on
     watchers = [EMAWeightAveraging(decay=0.9), TargetVariance([4], noise_levels=3, samples=64)]
     trainer = Trainer(
         accelerator="cpu",
-        strategy=DDPStrategy(start_method="fork", timeout=LIMIT) if ranks > 1 else "auto",
+        strategy=DDPStrategy(start_method=start, timeout=LIMIT) if ranks > 1 else "auto",
         devices=ranks,
         max_epochs=EPOCHS,
         accumulate_grad_batches=WINDOW,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in extra),
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -207,3 +226,39 @@ def test_resumed_within_an_epoch_with_another_number_of_samples_it_is_refused(
     )
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, ranks=1, ckpt_path=path)
+
+
+def stopped_rank(rank, folder, port, terminate):
+    """A process as a launcher starts it: Lightning hears of no errors in those it forks itself."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "NODE_RANK": 0}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    saving = ModelCheckpoint(
+        folder / "kept", save_last=True, save_on_exception=True, every_n_epochs=100
+    )
+    with pytest.raises(SIGTERMException):
+        fit(folder, saving, terminate, start="popen")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("hook", "count", "steps"),
+    [
+        ("on_train_batch_start", 4, 2),  # the end of a window
+        ("on_train_batch_start", 2 * BATCHES - 2, 4),
+        ("on_before_optimizer_step", 2, 2),
+        ("on_validation_batch_start", 1, 3),  # after the first epoch
+    ],
+)
+def test_a_signal_to_one_rank_stops_both_at_the_end_of_the_batch_and_they_resume(
+    hook, count, steps, rank, whole, tmp_path
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (tmp_path, port, Terminate(hook, count, rank))
+    multiprocessing.start_processes(stopped_rank, arguments, nprocs=2, start_method="fork")
+    path = tmp_path / "kept/last.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == steps
+    (end, *_), (expected, *_) = fit(tmp_path, ckpt_path=path), whole
+    for part in ("state_dict", "optimizer_states"):
+        assert_alike(end[part], expected[part], part, **ROUNDING)
