@@ -22,6 +22,8 @@ from weakref import finalize
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import Precision
 from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -292,10 +294,10 @@ def cost(work: Workload, mode: Mode, ranks: int) -> Cost:
     )
 
 
-def seconds(work: Workload, mode: Mode, on: Machine, matmul: float) -> float:
+def seconds(work: Workload, mode: Mode, on: Machine) -> float:
     """What STF adds to a step: matrix products, then passes over memory, then what is sent."""
     hbm = on.hbm * on.bandwidth_efficiency
-    compute = cost(work, mode, on.gpus).flop / (matmul * on.matmul_efficiency)
+    compute = cost(work, mode, on.gpus).flop / (on.float32 * on.matmul_efficiency)
     products = max(compute, matrices(work, mode, on.gpus) / hbm)
     link = step_traffic(work, mode, on.gpus).seconds(on)
     return products + passes(work, mode, on.gpus) / hbm + link
@@ -386,6 +388,8 @@ def as_trainer(count: int, batch: int) -> Any:
     return SimpleNamespace(
         train_dataloader=DataLoader(range(count), batch_size=batch),
         strategy=strategy,
+        precision_plugin=Precision(),
+        lightning_module=LightningModule(),
         is_global_zero=False,
         progress_bar_callback=None,
     )
@@ -464,18 +468,18 @@ def aligned(rows: list[list[str]]) -> str:
 def row(work: Workload, mode: Mode, on: Machine) -> list[str]:
     """What a mode costs a rank; * where filling takes more memory than there is."""
     found = cost(work, mode, on.gpus)
-    exact, fast = (seconds(work, mode, on, peak) for peak in (on.float32, on.tf32))
+    taken = seconds(work, mode, on)
     references = visited(work, mode, on.gpus)[1] * (on.gpus if mode.sharded else 1)
     much = "*" if found.fill_peak > on.memory else ""
     numbers = [references / work.classes, found.bank / 1e9, found.fill_peak / 1e9]
-    numbers += [found.temporaries / 1e9, found.sent / 1e6, found.flop / 1e9, 1e3 * exact]
-    cells = [short(x) for x in (*numbers, 100 * exact * on.gpus / work.gpu_seconds, 1e3 * fast)]
+    numbers += [found.temporaries / 1e9, found.sent / 1e6, found.flop / 1e9, 1e3 * taken]
+    cells = [short(x) for x in (*numbers, 100 * taken * on.gpus / work.gpu_seconds)]
     cells[2] += much
     return [str(mode), *cells]
 
 
 HEAD = ["", "of own class", "bank GB", "to fill", "temporary GB", "sent MB", "GFLOP", "ms"]
-HEAD += ["% of that step", "ms in TF32"]
+HEAD += ["% of that step"]
 
 
 def table(work: Workload, on: Machine) -> str:

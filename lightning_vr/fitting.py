@@ -24,7 +24,7 @@ from lightning_vr.training_checks import check_derivatives, check_gradients
 from lightning_vr.types import Clean
 from lightning_vr.variance.gradients import parameter_groups
 from lightning_vr.variance.moments import widest_float
-from lightning_vr.variance.rows import mapped, tensors
+from lightning_vr.variance.rows import detached
 
 if TYPE_CHECKING:
     from lightning_vr.module import DiffusionModule
@@ -209,11 +209,6 @@ def describe_gate(module: "DiffusionModule", control: TaylorCV) -> str:
         f"on in {int(fit.is_open.sum())} of {control.bins} bins of the noise level, around s = "
         f"{levels}: {price}, and these bins are predicted to train {fit.saving:.2f} times as fast."
     )
-
-
-def detached(clean: Clean) -> Clean:
-    """Return samples without the graph of what made them."""
-    return Clean(**mapped(tensors(clean), lambda x: x.detach() if isinstance(x, Tensor) else x))
 
 
 def _levels(module: "DiffusionModule", control: TaylorCV) -> Tensor:

@@ -8,6 +8,7 @@ repeats what the uninterrupted one draws, and nothing that measures disturbs tra
 and a random ``encode`` torch's global generator is seeded by such a key while a batch is passed.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -42,7 +43,7 @@ from lightning_vr.fitting import ControlPilot, control_pilot
 from lightning_vr.networks import call_network
 from lightning_vr.nonfinite import FiniteGuard, OnNonFinite
 from lightning_vr.objective import Objective
-from lightning_vr.precision import loss_scale
+from lightning_vr.precision import loss_scale, loss_scaler, unscales_itself
 from lightning_vr.predictions import PredictionType, check_prediction
 from lightning_vr.resampling import ResamplesPilot, resamples_pilot
 from lightning_vr.resuming import Resuming
@@ -61,7 +62,7 @@ from lightning_vr.training_checks import (
     check_upstream,
 )
 from lightning_vr.types import UNLABELLED, Clean, LossEstimate, Noised, TargetEstimate
-from lightning_vr.variance.rows import Rows, tensors
+from lightning_vr.variance.rows import Rows, detached, tensors
 from lightning_vr.weightings import UnitWeighting, Weighting, check_positive
 
 
@@ -361,25 +362,29 @@ class DiffusionModule(LightningModule):
         with seeded(self.generator("global", self.global_step, micro_step)):
             estimate = self.loss(batch, source, share=share)
         control = None if estimate.control is None else estimate.control.detach()
-        self.estimate = replace(
-            estimate,
-            loss=estimate.loss.detach(),
-            per_draw=estimate.per_draw.detach(),
+        # an upstream in training has made all of it
+        self.estimate = LossEstimate(
+            estimate.loss.detach(),
+            estimate.per_draw.detach(),
+            detached(estimate.noised),
+            detached(estimate.target),
             control=control,
         )
         with torch.no_grad():
             self.draws.observe(self.estimate, self.objective)
         self._guard.add(self.estimate, micro_step)
         self.log(
-            "train/loss", estimate.loss.detach(), prog_bar=True, batch_size=len(estimate.per_draw)
+            "train/loss",
+            estimate.loss.detach(),
+            prog_bar=self._has_bar,
+            batch_size=len(estimate.per_draw),
         )
         return estimate.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Look for numbers that are not finite: stop, or leave the step out."""
         if not self._guard.check(self):
-            for parameter in self.parameters():
-                parameter.grad = None  # optimizers pass over such parameters
+            self._leave_out_step(optimizer)
             self.log("train/skipped_steps", float(self._guard.skipped))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -504,6 +509,21 @@ class DiffusionModule(LightningModule):
         """
         return load_module(cls, checkpoint_path, map_location, strict, kwargs)
 
+    @property
+    def _has_bar(self) -> bool:
+        """Whether a bar shows numbers: each of them makes the step wait for the device."""
+        return self.trainer.progress_bar_callback is not None
+
+    def _leave_out_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer pass over all parameters."""
+        # what scales losses for a fused optimizer looks for infinities only when it steps
+        scaled = loss_scaler(self.trainer) is not None and unscales_itself(optimizer)
+        for parameter in self.parameters():
+            if not scaled:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.fill_(math.inf)
+
     def _estimate(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
         return diffusion_loss(
             self.predict,
@@ -532,7 +552,7 @@ class DiffusionModule(LightningModule):
         self.log(
             f"{stage}/loss",
             estimate.loss,
-            prog_bar=True,
+            prog_bar=self._has_bar,
             sync_dist=True,
             batch_size=len(estimate.per_draw),
         )

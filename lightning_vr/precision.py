@@ -10,6 +10,11 @@ def loss_scaler(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def unscales_itself(optimizer: Any) -> bool:
+    """Tell whether an optimizer takes scaled gradients, as fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 def loss_scale(trainer: Trainer) -> float:
     """Return what the trainer multiplies losses by."""
     scaler = loss_scaler(trainer)

@@ -10,7 +10,10 @@ as slow and change nothing.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,9 @@ from lightning_vr.references import PlainReferences, References, columns
 
 _NEGLIGIBLE = -60.0
 """Log weight relative to the largest below which a weight is set to zero."""
+
+
+_OLD_FLAG = ("allow_tf32", False)
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,11 @@ class SoftmaxSums:
         a, b, c, d = (torch.zeros_like(queries.own_logit) for _ in range(4))
         sums = cls(queries.own_logit, a, b, c, d, torch.zeros_like(queries.scaled))
         chunks = references.chunks(chunk_size, len(queries.scaled), queries.scaled.dtype)
-        for start, rows, norms in chunks:
-            logits = (queries.scaled @ rows.T).addr_(queries.curvature, norms, alpha=-1)
-            _mask(logits, start, queries, references.group)
-            sums.add(logits, rows, norms)
+        with _without_tf32(queries.scaled.device):
+            for start, rows, norms in chunks:
+                logits = (queries.scaled @ rows.T).addr_(queries.curvature, norms, alpha=-1)
+                _mask(logits, start, queries, references.group)
+                sums.add(logits, rows, norms)
         return sums
 
     def add(self, logits: Tensor, rows: Tensor, squared_norms: Tensor) -> None:
@@ -133,6 +140,27 @@ def foreign(query_group: Tensor, reference_group: Tensor) -> Tensor:
         for wanted, given in zip(columns(query_group).T, columns(reference_group).T, strict=True)
     ]
     return torch.stack(found).any(dim=0) if len(found) > 1 else found[0]
+
+
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """Multiply matrices in float32 there, whatever ``set_float32_matmul_precision`` says.
+
+    Logits are small differences of large products: with the ten bits of TF32 weights come out wrong
+    by a factor at low noise.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul: Any = torch.backends.cuda.matmul
+    # up to torch 2.8 there is a flag alone, later versions refuse to read it where both were set
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else _OLD_FLAG
+    kept = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, kept)
 
 
 def _mask(logits: Tensor, start: int, queries: Queries, reference_group: Tensor | None) -> None:

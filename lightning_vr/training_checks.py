@@ -187,8 +187,13 @@ def check_optimization(optimizer: Optimizer, schedule: Any) -> None:
 
 
 def check_trainer(module: "DiffusionModule") -> None:
-    """Refuse a trainer that shards weights, and compilation of the whole module."""
+    """Refuse a trainer that shards weights, compilation of the whole module, and Apple's GPUs."""
     strategy = module.trainer.strategy
+    if strategy.root_device.type == "mps":
+        raise ValueError(
+            "Argument `accelerator` expected to have float64, in which times are drawn, but got "
+            "'mps': train with --trainer.accelerator cpu, or on another device."
+        )
     is_sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
     if is_sharded or getattr(strategy, "zero_stage_3", False):
         raise ValueError(

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
-    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
@@ -44,10 +43,14 @@ def training_batches(
     positions = _share(trainer, limit)
     batch_size = loader.batch_size or 64
     own = DataLoader(
-        Subset(loader.dataset, positions),
+        loader.dataset,
         batch_size=batch_size,
+        sampler=positions,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
     )
     is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     # a random upstream gives the same in a resumed run
@@ -92,7 +95,8 @@ def encoded_training_set(
     count, done, indexed = len(_share(trainer, limit)), 0, True
     found: dict[str, Tensor] = {}
     for at, batch in training_batches(trainer, title, limit):
-        clean = encode(at, batch)
+        with trainer.precision_plugin.forward_context():
+            clean = encode(at, batch)
         if clean.cond is not None and clean.cond_group is None:
             return None
         indexed = indexed and clean.index is not None

@@ -1,5 +1,7 @@
 """Draws that would not estimate the loss are refused when the module is built."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from lightning_vr import (
 )
 from lightning_vr.estimators.draws import IID
 from lightning_vr.rng import generator
-from lightning_vr.training_checks import check_ranks
+from lightning_vr.training_checks import check_ranks, check_trainer
 
 
 class Normalised(nn.Module):
@@ -77,3 +79,11 @@ def test_ranks_that_draw_differently_often_are_refused(monkeypatch):
     )
     with pytest.raises(ValueError, match=r"the same on all ranks, but got \[4, 2\]"):
         check_ranks(CARV(4), torch.device("cpu"))
+
+
+def test_a_device_without_float64_is_refused():
+    module = DiffusionModule(MLP(2, width=8))
+    strategy = SimpleNamespace(root_device=torch.device("mps"))
+    module._trainer = SimpleNamespace(strategy=strategy)
+    with pytest.raises(ValueError, match=r"`accelerator` expected to have float64.*'mps'"):
+        check_trainer(module)

@@ -12,6 +12,7 @@ from forks import exit_code
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 from torch.utils.data import DataLoader
@@ -143,6 +144,17 @@ class TestNonFinite:
         for callback in watch:
             state = callback.state_dict()
             assert "nan" not in str(state.get("removed", "")) + str(state.get("excess", ""))
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_skipping_goes_with_an_optimizer_that_takes_scaled_gradients(self, fused, points):
+        options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01, fused=fused)}
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        fit = trainer(Arm(), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        model = module(on_nonfinite="skip", **options)
+        with pytest.warns(match="The step is left out"):
+            fit.fit(model, points)
+        assert int(fit.callback_metrics["train/skipped_steps"]) == 2
+        assert all(p.isfinite().all() for p in model.parameters())
 
     def test_the_count_goes_on_after_a_resume(self, points, tmp_path):
         saved = ModelCheckpoint(tmp_path, save_last=True)

@@ -11,9 +11,19 @@ from torch.utils.data import (
     RandomSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
-from lightning_vr import MLP, STF, Clean, DiffusionModule, FrechetDistance, TargetVariance
+from lightning_vr import (
+    MLP,
+    STF,
+    Clean,
+    DiffusionModule,
+    FrechetDistance,
+    SampleGrid,
+    Sampler,
+    TargetVariance,
+)
 from lightning_vr.rng import generator
 from lightning_vr.timesteps import LogUniform
 
@@ -75,19 +85,46 @@ class Latent(DiffusionModule):
     def encode(self, batch):
         return Clean(self.vae(batch["x0"]), index=batch["index"])
 
+    def decode(self, x0):
+        return self.vae(x0.to(self.vae.weight.dtype))
 
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-@pytest.mark.parametrize("reader", ["all", "calibration", "variance", "distance"])
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+@pytest.mark.parametrize("reader", ["all", "calibration", "variance", "distance", "grid"])
 def test_an_upstream_gets_batches_in_the_precision_of_its_weights(reader, precision, tmp_path):
     targets = {"all": STF("all"), "calibration": STF("batch", min_noise_level="auto")}
     callbacks = {
         "variance": TargetVariance(noise_levels=3, samples=64),
         "distance": FrechetDistance(samples=20),
+        "grid": SampleGrid(samples=2),
     }
     chosen = [callbacks[reader]] if reader in callbacks else []
-    model = module(Latent, target=targets.get(reader))
+    model = module(Latent, target=targets.get(reader), sampler=Sampler(steps=2))
+    if precision == "bf16-mixed":
+        model.vae.to(torch.bfloat16)
     trainer = fit(model, *chosen, precision=precision, default_root_dir=tmp_path)
     assert trainer.global_step == COUNT // 8
+
+
+class Opened(Points):
+    """Points that a worker has to open first."""
+
+    is_open = False
+
+    def __getitem__(self, i):
+        assert self.is_open
+        return super().__getitem__(i)
+
+
+def open_points(worker):
+    get_worker_info().dataset.is_open = True
+
+
+def test_workers_start_as_those_of_the_training_loader_do():
+    loader = DataLoader(Opened(), batch_size=8, num_workers=1, worker_init_fn=open_points)
+    model = module(target=STF("all"))
+    fit(model, loader=loader, limit_val_batches=0)
+    assert len(model.target.bank) == COUNT
 
 
 def weighted():

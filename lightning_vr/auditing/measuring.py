@@ -201,7 +201,8 @@ class Measuring:
         until, number = self._progress() + _LEVEL_SHARE, 0
         pair = [self._encode(batch) for batch in next(self.batches)]
         is_enough = least(len(pair[0].x0), self.module.device) >= 2 * _LEVELS
-        is_per_sample = is_enough and self.measurement.obstacle(pair[0]) is None
+        is_possible = is_enough and self.measurement.obstacle(pair[0]) is None
+        is_per_sample = least(is_possible, self.module.device) == 1
         while self._agree(number == 0 or self._progress() < until):
             if number and number % _LEVELS == 0:
                 pair = [self._encode(batch) for batch in next(self.batches)]

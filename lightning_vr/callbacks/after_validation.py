@@ -90,15 +90,16 @@ class AfterValidation(Callback, ABC):
         They depend on the run's seed and these two alone. Classes, if there are any, are cycled
         over.
         """
-        if self.sample is None and isinstance(module, DiffusionModule):
-            numbers = torch.arange(start, start + count)
-            group = numbers % module.num_classes if module.num_classes else None
-            source = generator(module.run_seed, key, start, device=module.device)
-            return module.decode(module.sample(count, group=group, source=source))
-        assert self.sample is not None
-        with undisturbed(), torch.no_grad(), evaluating(module):
-            torch.manual_seed(generator(torch.initial_seed(), key, start).initial_seed())
-            return self.sample(module, count)
+        with module.trainer.precision_plugin.forward_context():
+            if self.sample is None and isinstance(module, DiffusionModule):
+                numbers = torch.arange(start, start + count)
+                group = numbers % module.num_classes if module.num_classes else None
+                source = generator(module.run_seed, key, start, device=module.device)
+                return module.decode(module.sample(count, group=group, source=source))
+            assert self.sample is not None
+            with undisturbed(), torch.no_grad(), evaluating(module):
+                torch.manual_seed(generator(torch.initial_seed(), key, start).initial_seed())
+                return self.sample(module, count)
 
 
 @contextmanager

@@ -106,10 +106,11 @@ class FrechetDistance(AfterValidation):
         return metric
 
     def _real(self, module: LightningModule, batch: Any) -> Tensor:
-        if self.clean is not None:
-            return self.clean(batch)
-        if isinstance(module, DiffusionModule):
-            return module.decode(module.clean(batch).x0)
+        with module.trainer.precision_plugin.forward_context():
+            if self.clean is not None:
+                return self.clean(batch)
+            if isinstance(module, DiffusionModule):
+                return module.decode(module.clean(batch).x0)
         raise ValueError(
             f"Argument `clean` is needed for a {type(module).__name__}: a function from a training "
             f"batch to real samples."

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_vr.batches import batch_size, take_rows
 from lightning_vr.distributed import all_reduce_sum, least, rank, world_size
-from lightning_vr.precision import loss_scale
+from lightning_vr.precision import loss_scale, unscales_itself
 from lightning_vr.rng import generator, seeded, undisturbed
 from lightning_vr.types import Clean
 from lightning_vr.variance.components import Components, two_batch_sizes
@@ -142,13 +142,17 @@ class NestedProbe(GradientProbe):
                 self.measurement.by_differences([clean, clean], "prepare")
             with _SameTensors():
                 obstacle = self.measurement.obstacle(clean)
-        self.is_per_sample = obstacle is None
-        if obstacle is None:
+        # an obstacle such as too little memory may stand on one rank alone
+        self.is_per_sample = self._least(obstacle is None) == 1
+        if self.is_per_sample:
             self.cost = _PER_SAMPLE_COST * 8 * self.samples / size
             rank_zero_info("GradientVariance measures per-sample gradients.")
         else:
             self.cost = 16.0  # two batches, four passes each, for the whole and for a bin
-            rank_zero_info(f"GradientVariance measures by differences of batches: {obstacle}.")
+            rank_zero_info(
+                f"GradientVariance measures by differences of batches: "
+                f"{obstacle or 'another rank cannot measure per sample'}."
+            )
 
     def kept(self) -> Any:
         return self._pair[-1]
@@ -163,7 +167,9 @@ class NestedProbe(GradientProbe):
         data: Any = self._data(batch)
         if data is None:
             return None
-        self.measurement.loss_scale = self.loss_scale
+        # what training differentiates is a mean over the batch, of which a row is the B-th part
+        rows = batch_size(batch) if self.is_per_sample and self.loss_scale > 1 else 1
+        self.measurement.loss_scale = self.loss_scale / rows
         with _SameTensors() if self.is_per_sample else nullcontext():
             whole, levels = self._measure(data, number)
         device = self.module.device
@@ -238,6 +244,8 @@ class MicroBatchProbe(GradientProbe):
             for parameter, group in zip(self._parameters, self.groups, strict=True)
             if parameter.grad is not None
         ]
+        if unscales_itself(self.trainer.optimizers[0]):
+            means = [(group, norm / self.loss_scale) for group, norm in means]
         found = two_batch_sizes(squares / count, self._by_group(means), count, sizes[0])
         # the last window of an epoch may be short; its batches do not compare
         counts = (count > 1) & (even == ranks) & (ranks * squared_size == size**2)

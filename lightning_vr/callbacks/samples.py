@@ -66,7 +66,7 @@ class SampleGrid(AfterValidation):
             return
         self._is_checked = True
         with torch.no_grad(), undisturbed():
-            shape = pl_module.decode(pl_module.sample(1)).shape[1:]
+            shape = self.draw(pl_module, 1, "shape").shape[1:]
         if not is_picture(tuple(shape)):
             raise MisconfigurationException(_no_picture(tuple(shape)))
 

@@ -57,7 +57,9 @@ class Chunks(nn.Module):
             found = function(part)
             losses.append(found.detach())
             scaled = found.sum() * (scale / count)
-            parts = torch.autograd.grad(scaled, inputs, allow_unused=True)
+            # as the trainer's backward is: parts of a network in float32 stay in float32
+            with torch.autocast(scaled.device.type, enabled=False):
+                parts = torch.autograd.grad(scaled, inputs, allow_unused=True)
             gradients = [_sum(a, b) for a, b in zip(gradients, parts, strict=True)]
         return torch.cat(losses), [None if g is None else g / scale for g in gradients]
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Bundle = TypeVar("Bundle")
 
 Rows = dict[str, Any]
 """What a loss needs of each draw: tensors ``(n, *)``, or dictionaries of these."""
@@ -55,6 +57,12 @@ def tensors(bundle: Any) -> Rows:
     """Return what a dataclass holds as rows; what is None is left out."""
     values = {field.name: getattr(bundle, field.name) for field in fields(bundle)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def detached(bundle: Bundle) -> Bundle:
+    """Return a dataclass of tensors without the graph of what made them."""
+    cut = mapped(tensors(bundle), lambda x: x.detach() if isinstance(x, Tensor) else x)
+    return type(bundle)(**cut)
 
 
 def leaves(rows: Rows) -> list[Tensor]:

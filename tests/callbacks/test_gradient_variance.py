@@ -28,6 +28,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from PIL import Image
 from torch import nn
@@ -728,3 +729,43 @@ def test_bfloat16_runs_as_before_and_is_measured(tmp_path, make, data, callback)
         totals.append(logged(folder).get("total"))
     assert ends[0] == ends[1]
     assert totals[1] == pytest.approx(totals[2], rel=0.5)
+
+
+class Scaled(MixedPrecision):
+    """float16 with a scale of losses: Lightning's own on a CPU is bfloat16."""
+
+    def __init__(self, scale):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+def fitted(folder, make, batch_size, scale):
+    fit = trainer(folder, each(), max_steps=3, plugins=[Scaled(scale)])
+    fit.fit(seeded(make), gaussians(batch_size=batch_size, num_samples=4 * batch_size))
+    return logged(folder)["total"]
+
+
+def test_at_a_scale_at_which_a_step_is_finite_measurements_are(tmp_path):
+    """A sample's gradient in float16 may be as many times that of its part of the batch's mean."""
+    totals = [fitted(tmp_path / str(s), diffusion, 256, 2.0**s) for s in (4, 17)]
+    assert totals[1] == pytest.approx(totals[0], rel=0.02)
+
+
+class Fused(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+
+
+class Unfused(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def test_gradients_that_a_fused_optimizer_takes_scaled_are_measured_as_others(tmp_path):
+    totals = []
+    for kind in (Unfused, Fused):
+        folder = tmp_path / kind.__name__
+        plugins = [Scaled(2.0**8)]
+        fit = trainer(folder, each(), max_steps=3, accumulate_grad_batches=2, plugins=plugins)
+        fit.fit(seeded(kind), labelled())
+        totals.append(logged(folder)["total"])
+    assert totals[1] == pytest.approx(totals[0], rel=0.02)

@@ -21,6 +21,7 @@ from lightning_vr.distributed import rank
 from lightning_vr.rng import generator
 from lightning_vr.timesteps import LogUniform
 from lightning_vr.types import Noised
+from lightning_vr.variance.gradients import GradientMeasurement
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
@@ -258,6 +259,18 @@ def test_gradients_are_measured_on_as_many_samples_as_all_ranks_have(
     found = fit(tmp_path, build(), PerRank(LARGE_AND_SMALL), callback, max_epochs=1)
     assert_equal_weights(found)
     assert [each["steps"] for each in found] == [4, 4]
+
+
+def test_what_hinders_one_rank_from_measuring_per_sample_hinders_all(tmp_path, monkeypatch):
+    seen = GradientMeasurement.obstacle
+    monkeypatch.setattr(
+        GradientMeasurement,
+        "obstacle",
+        lambda *arguments: "no memory" if rank() == 1 else seen(*arguments),
+    )
+    callback = GradientVariance(every_n_steps=1, samples=4, noise_levels=2)
+    found = fit(tmp_path, build(), PerRank([MANY, MANY]), callback, max_epochs=1)
+    assert_equal_weights(found)
 
 
 def test_a_control_variate_is_fitted_on_batches_of_different_sizes(tmp_path):

@@ -232,6 +232,31 @@ def test_under_autocast_it_is_plain_autograd_to_the_precision_of_bfloat16(source
     assert not all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
 
 
+class InFloat32(nn.Module):
+    """A network that leaves autocast for all that it does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.inner(x.float())
+
+
+def test_what_a_network_does_in_float32_is_differentiated_in_float32(source):
+    network, rows = InFloat32(), {"x": torch.randn(12, 8, generator=source)}
+
+    def losses(rows):
+        return network(rows["x"]).square().squeeze(1)
+
+    expected = gradients(losses(rows).mean(), network.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = mean_in_chunks(network, losses, rows, 5)
+    assert_same(gradients(loss, network.parameters()), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_checkpointed_networks_run_again_with_the_same_parameters(model, rows):
     def losses(rows):
         hidden = checkpoint(model.first, rows["x"], use_reentrant=False)
