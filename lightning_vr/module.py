@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -458,6 +459,16 @@ class DiffusionModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop here if any rank was asked to."""
         self._stop.agree(self.trainer)
+
+    def stop_if_asked(self) -> None:
+        """End what takes long at once if any rank was asked to; all ranks call it.
+
+        Raises:
+            SIGTERMException: If one was.
+        """
+        self._stop.agree(self.trainer)
+        if self.trainer.received_sigterm:
+            raise SIGTERMException
 
     def on_validation_epoch_start(self) -> None:
         """Note that a validation run has begun."""

@@ -37,6 +37,9 @@ _INSIDE = 1e-9
 
 _TINY = 1e-300
 
+_SHORT = 128
+"""Bins up to which sums are taken by a square matrix on the device, and no step waits for them."""
+
 _LEAST_SEEN = 8
 """Draws that every bin must have had before a learned proposal is used."""
 
@@ -56,7 +59,7 @@ class QuantileDensity:
         total = masses.sum()
         self.edges, self.left, self.right = edges, left / total, right / total
         self._masses = masses / total
-        cumulative = torch.cat([masses.new_zeros(1), masses.cumsum(0)])
+        cumulative = torch.cat([masses.new_zeros(1), _cumulated(masses)])
         self._cumulative = cumulative / cumulative[-1]
 
     def icdf(self, u: Tensor) -> Tensor:
@@ -285,6 +288,13 @@ class LearnedProposal(Proposal):
             self.table, self.observed = (
                 state[name].to(getattr(self, name), copy=True) for name in ("table", "observed")
             )
+
+
+def _cumulated(masses: Tensor) -> Tensor:
+    """Return sums up to each element, in an order that ``deterministic=True`` takes on a GPU."""
+    if len(masses) > _SHORT:
+        return masses.cpu().cumsum(0).to(masses.device)
+    return masses.expand(len(masses), -1).tril().sum(dim=1)
 
 
 def _histogram(heights: Tensor) -> QuantileDensity:

@@ -88,8 +88,9 @@ def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
     for logger in trainer.loggers:
         with training_goes_on(trainer, f"Numbers to {type(logger).__name__}"):
             logger.log_metrics(dict(numbers), step=trainer.global_step)
+    monitored = trainer.callback_metrics  # each look at it waits for the device
     for name, value in numbers.items():
-        trainer.callback_metrics[name] = torch.tensor(value)
+        monitored[name] = torch.tensor(value)
 
 
 def log_picture(trainer: Trainer, name: str, path: Path) -> None:

@@ -79,7 +79,9 @@ class Clean:
             return cls(x0, group=batch.get("label"), index=batch.get("index"))
         raise ValueError(
             f"The batch expected to be a tensor, (x, label) or a dictionary with 'image' or 'x0', "
-            f"but got {type(batch).__name__}: override `encode` to turn it into Clean(x0, ...)."
+            f"but got {type(batch).__name__}: override `encode` of a "
+            f"DiffusionModule to turn it into Clean(x0, ...), or give a callback on another module "
+            f"`clean`, a function from a batch to samples."
         )
 
 

@@ -288,6 +288,7 @@ class Measuring:
             return None
 
     def _agree(self, decision: bool) -> bool:
+        self.module.stop_if_asked()
         return bool(broadcast(torch.tensor(decision, device=self.module.device)))
 
     def _progress(self) -> float:

@@ -13,7 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_vr.batches import is_plain
@@ -236,8 +236,16 @@ class GradientVariance(Callback):
             self._probe.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table."""
-        if self.statistics is None or self.statistics.is_empty or not trainer.is_global_zero:
+        """Print the table, or that there is none."""
+        if self.statistics is None or not trainer.is_global_zero:
+            return
+        if self.statistics.is_empty and self._every > 1:
+            rank_zero_warn(
+                f"GradientVariance has measured nothing: it measures in about one step of "
+                f"{self._every}, first after {self._every // 2}, and the run had "
+                f"{trainer.global_step}. Pass `every_n_steps` for more."
+            )
+        if self.statistics.is_empty:
             return
         from rich.console import Console
 

@@ -12,13 +12,19 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_vr.data  # noqa: F401  # a short class name resolves once its class is imported
 from lightning_vr.checkpoints import STATE, check_complete, check_weights, read_checkpoint
 from lightning_vr.cli.errors import cause, is_wrong_setting, one_line
-from lightning_vr.cli.resume import changed_optimization, last_checkpoint, model_settings
+from lightning_vr.cli.resume import (
+    changed_network,
+    changed_optimization,
+    last_checkpoint,
+    model_settings,
+)
 from lightning_vr.cli.trainer import VRTrainer
 from lightning_vr.cli.trainer_settings import check_trainer_settings
 from lightning_vr.distributed import world_size
@@ -176,9 +182,18 @@ class VRCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Lightning lets a checkpoint's hyperparameters override the settings here
-        if self._checkpoint is None or self.config.subcommand != "fit":
+        if self._checkpoint is None:
             return
-        changes = changed_optimization(self._settings.model.as_dict(), self._checkpoint)
+        model = self._settings.model.as_dict()
+        for name, configured, saved in changed_network(model, self._checkpoint):
+            rank_zero_warn(
+                f"Setting `{name}` is {configured}, but {saved} in {self._settings.ckpt_path}, "
+                f"whose weights were trained with it: unless that is meant, use the config.yaml "
+                f"of their run."
+            )
+        if self.config.subcommand != "fit":
+            return
+        changes = changed_optimization(model, self._checkpoint)
         seed = self._checkpoint_seed()
         if seed is not None and self._settings.seed_everything != seed:
             changes.append(("seed_everything", self._settings.seed_everything, seed))
@@ -223,7 +238,7 @@ def main(args: ArgsType = None) -> None:
         VRCLI(args=args)
     except SIGTERMException:
         # Lightning would end with status 0, as if the job were done
-        sys.stderr.write("stopped by SIGTERM: --ckpt_path last goes on from the last checkpoint\n")
+        sys.stderr.write("stopped by SIGTERM: `fit --ckpt_path last` goes on where one was saved\n")
         raise SystemExit(128 + signal.SIGTERM) from None
     except Exception as error:
         wrong = cause(error)

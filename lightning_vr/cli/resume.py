@@ -10,8 +10,17 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning_vr.checkpoints import HYPERPARAMETERS, STATE
 from lightning_vr.configuration import describe, imported
 from lightning_vr.module import DiffusionModule
+from lightning_vr.predictions import PredictionType
+from lightning_vr.schedules import EDM, Schedule
 
-_TYPES = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable | None}
+_OPTIMIZATION = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable | None}
+_NETWORK = {
+    "schedule": Schedule,
+    "prediction": PredictionType,
+    "sigma_data": float,
+    "num_classes": int | None,
+}
+"""What a network is trained for: with another one its weights mean nothing."""
 
 
 def last_checkpoint(trainer: Namespace) -> Path:
@@ -52,8 +61,8 @@ def model_settings(checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:
         raise ValueError(
             f"The checkpoint {path} does not say how to rebuild its module: configure it."
         )
-    for name in _TYPES.keys() & described.keys():
-        if _parsed(name, described[name]) is None:
+    for name in _OPTIMIZATION.keys() & described.keys():
+        if _parsed(_OPTIMIZATION[name], described[name]) is None:
             del described[name]
     return {"class_path": class_path, "init_args": described}
 
@@ -65,30 +74,45 @@ def changed_optimization(
 
     Resuming restores their state, hyperparameters included, so that no change takes effect.
     """
+    return _changes(model, checkpoint, _OPTIMIZATION)
+
+
+def changed_network(
+    model: dict[str, Any], checkpoint: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Return (name, configured, saved) of what a checkpoint's weights were not trained for."""
+    return _changes(model, checkpoint, _NETWORK)
+
+
+def _changes(
+    model: dict[str, Any], checkpoint: dict[str, Any], types: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:
     saved = dict.fromkeys(checkpoint.get(STATE, {}).get("objects", []), "an object of Python's")
     saved |= checkpoint.get(HYPERPARAMETERS, {})
     changes = []
-    for name in _TYPES:
+    for name, kind in types.items():
         if name not in model["init_args"]:
             continue
         default = describe(inspect.signature(DiffusionModule).parameters[name].default)
-        now = _flat(model["init_args"][name], f"model.{name}")
-        then = saved.get(name, default)
-        then = _flat(_parsed(name, then) or then, f"model.{name}")
-        changes += [
-            (key, now.get(key), then.get(key))
-            for key in now | then
-            if now.get(key) != then.get(key)
-        ]
+        if kind is Schedule:
+            default = {"class_path": f"{EDM.__module__}.{EDM.__qualname__}"}
+        now, then = (
+            _flat(_parsed(kind, given) or given, f"model.{name}")
+            for given in (model["init_args"][name] or default, saved.get(name) or default)
+        )
+        changed = [key for key in now | then if now.get(key) != then.get(key)]
+        # of another class all else may differ
+        changed = [f"model.{name}"] if f"model.{name}" in changed else changed
+        changes += [(key, now.get(key), then.get(key)) for key in changed]
     return changes
 
 
-def _parsed(name: str, given: Any) -> Any:
-    """Return optimizer settings with all defaults, or None if they are none."""
+def _parsed(kind: Any, given: Any) -> Any:
+    """Return settings with all defaults, or None if they are none of their kind."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument(f"--{name}", type=_TYPES[name])
+    parser.add_argument("--given", type=kind)
     try:
-        return parser.parse_object({name: given}).as_dict()[name]
+        return parser.parse_object({"given": given}).as_dict()["given"]
     except ArgumentError:
         return None
 

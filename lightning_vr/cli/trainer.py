@@ -42,7 +42,7 @@ class VRTrainer(Trainer):
             datamodule: Its training data.
             candidates: A YAML file with a list of candidates, each with a name and the slots
                 (draws, target, control_variate) that it fills; what ships if not given.
-            budget: Seconds to spend.
+            budget: Seconds to spend; more where three repetitions of each candidate need them.
             ckpt_path: The checkpoint whose weights to audit: a file, or 'last' for that of the
                 newest run.
         """

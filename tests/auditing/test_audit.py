@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_vr import CARV, DSM, MLP, STF, Candidate, Clean, DiffusionModule, LogNormal, audit
@@ -219,6 +222,16 @@ def test_a_pilot_that_meets_no_finite_gradients_ends():
     rivals = [Candidate("auto", draws=CARV("auto"))]
     found = audit(model, data(), rivals, budget=1, progress=False)
     assert found.skipped["auto"] == "gradients are not finite"
+
+
+def test_an_audit_that_is_asked_to_stop_stops():
+    class Asked(DiffusionModule):
+        def encode(self, batch):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().encode(batch)
+
+    with pytest.raises(SIGTERMException):
+        audit(Asked(MLP(width=16, depth=1)), data(), [], budget=1000, progress=False)
 
 
 def test_what_cannot_be_audited_is_refused():

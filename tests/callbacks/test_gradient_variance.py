@@ -523,8 +523,9 @@ def test_every_name_is_one_that_loggers_take_and_every_number_is_finite(
     assert {f"gradient_variance/{name}" for name in logged(tmp_path)} == set(numbers)
 
 
-def test_before_anything_is_measured_nothing_is_written(tmp_path, capsys):
-    trainer(tmp_path, GradientVariance(), max_steps=2).fit(Classifier(), labelled())
+def test_before_anything_is_measured_nothing_is_written_and_a_warning_says_so(tmp_path, capsys):
+    with pytest.warns(UserWarning, match="has measured nothing.*the run had 2. Pass `every_n"):
+        trainer(tmp_path, GradientVariance(), max_steps=2).fit(Classifier(), labelled())
     assert not (tmp_path / "gradient_variance.csv").exists()
     assert "Gradient variance" not in capsys.readouterr().out
 

@@ -58,10 +58,10 @@ def test_without_a_configured_model_the_checkpoint_builds_it(run, trained):
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
 def test_settings_without_a_network_lie_on_top_of_the_checkpoint(command, run, trained):
-    flags = ["--model.sampler.steps=7", "--model.sigma_data=0.25", "--trainer.max_steps=3"]
+    flags = ["--model.sampler.steps=7", "--model.on_nonfinite=skip", "--trainer.max_steps=3"]
     model = settings(run(command, *flags, "--ckpt_path", trained, network=[]))["model"]["init_args"]
     assert (model["sampler"]["steps"], model["sampler"]["solver"]) == (7, "euler")
-    assert model["sigma_data"] == 0.25
+    assert model["on_nonfinite"] == "skip"
     assert model["target"]["init_args"]["references"] == 16
 
 
@@ -141,6 +141,25 @@ def test_last_is_the_newest_run(run):
     run("fit", "--model.network.width=8")
     model = settings(run("validate", "--ckpt_path=last", network=[]))["model"]["init_args"]
     assert model["network"]["init_args"]["width"] == 8
+
+
+@pytest.mark.parametrize(
+    ("flag", "setting"),
+    [
+        ("--model.schedule=VE", "model.schedule"),
+        ("--model.prediction=epsilon", "model.prediction"),
+        ("--model.sigma_data=0.7", "model.sigma_data"),
+    ],
+)
+def test_weights_that_were_trained_for_something_else_are_warned_of(flag, setting, run, trained):
+    with pytest.warns(UserWarning, match=rf"Setting `{setting}` is .*whose weights were trained"):
+        run("validate", "--ckpt_path", trained, flag)
+
+
+@pytest.mark.parametrize("flag", ["--model.schedule=EDM", "--model.sigma_data=0.5"])
+def test_what_weights_were_trained_for_may_be_said_again(flag, run, trained, recwarn):
+    run("validate", "--ckpt_path", trained, flag)
+    assert not [each for each in recwarn if "weights were trained" in str(each.message)]
 
 
 def test_a_link_to_what_is_not_there_is_refused_if_it_is_the_newest(run, refused):
