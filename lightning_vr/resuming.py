@@ -158,13 +158,15 @@ class Resuming:
 
     def end(self, trainer: Trainer) -> None:
         """Log what the last step was about to, where Lightning finds that no step is left."""
-        self._log_row(trainer)
+        loaded, loop = self._log_row(trainer), trainer.fit_loop.epoch_loop
         for logger in trainer.loggers:
             logger.save()
-        rank_zero_warn(
-            "The checkpoint is of the run's last step, so that training is over: a validation run "
-            "that was to follow is not made. Make it with `validate`."
-        )
+        is_due = loaded["row"] is not None and loop._should_check_val_fx(None)  # type: ignore[arg-type]
+        if is_due or loaded["unvalidated"]:
+            rank_zero_warn(
+                "The checkpoint is of the run's last step, so that training is over: the "
+                "validation run that was to follow is not made. Make it with `validate`."
+            )
 
     def _log_row(self, trainer: Trainer) -> dict[str, Any]:
         """Log the row that waited, if there is one, and return all that was loaded."""

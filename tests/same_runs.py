@@ -2,6 +2,8 @@
 
 import csv
 import math
+import os
+import signal
 
 import torch
 from lightning.pytorch import Callback
@@ -23,6 +25,19 @@ class StopAt(Callback):
         if self.count == 0:
             trainer.save_checkpoint(self.path)
             raise StoppedError
+
+
+class Terminate(Callback):
+    """Asks the process of one rank alone to stop, at the n-th call of a hook."""
+
+    def __init__(self, hook, count, rank=0):
+        self.count, self.rank = count, rank
+        setattr(self, hook, self.ask)
+
+    def ask(self, trainer, *args):
+        self.count -= not trainer.sanity_checking
+        if self.count == 0 and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def logs(folder):

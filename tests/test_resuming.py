@@ -1,8 +1,5 @@
 """A run that is stopped anywhere and resumed is the run that was not stopped, bit by bit."""
 
-import os
-import signal
-
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -10,7 +7,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
-from same_runs import StopAt, StoppedError, assert_equal, logs
+from same_runs import StopAt, StoppedError, Terminate, assert_equal, logs
 from torch import nn
 
 from lightning_vr import (
@@ -192,19 +189,6 @@ def whole_by_steps(tmp_path_factory):
 )
 def test_stopped_where_steps_are_counted(hook, count, whole_by_steps, tmp_path):
     check(stop_and_resume(tmp_path, hook, count, **STEPS), whole_by_steps)
-
-
-class Terminate(Callback):
-    """Asks its own process to stop at the n-th call of a hook."""
-
-    def __init__(self, hook, count):
-        self.count = count
-        setattr(self, hook, self.ask)
-
-    def ask(self, trainer, *args):
-        self.count -= not trainer.sanity_checking
-        if self.count == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 LAST = "kept/last.ckpt"

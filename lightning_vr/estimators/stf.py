@@ -47,7 +47,9 @@ class STF(Target):
 
     A bank holds one version of each sample. Where ``encode`` gives another one each time, by random
     augmentation or a random latent, the others in the bank are not exchangeable with the own one:
-    let the data set hold each augmented sample under an index of its own, or use ``"batch"``.
+    let the data set hold each augmented sample under an index of its own, or use ``"batch"``. It
+    holds all samples as if each were drawn equally often; samplers that weight or choose are
+    refused.
 
     Args:
         references: Where they come from. ``"batch"``: the batch of all ranks. A number n: the own

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import signal
 import socket
 from datetime import timedelta
 
@@ -14,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
-from same_runs import StopAt
+from same_runs import StopAt, Terminate
 from torch import multiprocessing, nn
 
 from lightning_vr import (
@@ -46,19 +45,6 @@ WIDE_ROUNDING = {"rtol": 1e-13, "atol": 0.0}
 # Gradients that wait in a window are saved as their mean over the ranks, and so are summed in
 # another order than float32 gradients that each rank has kept for itself.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-6}
-
-
-class Terminate(Callback):
-    """Asks one rank's process alone to stop, at the n-th call of a hook."""
-
-    def __init__(self, hook, count, rank):
-        self.count, self.rank = count, rank
-        setattr(self, hook, self.ask)
-
-    def ask(self, trainer, *args):
-        self.count -= not trainer.sanity_checking
-        if self.count == 0 and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Record(Callback):
