@@ -189,11 +189,6 @@ def check_optimization(optimizer: Optimizer, schedule: Any) -> None:
 def check_trainer(module: "DiffusionModule") -> None:
     """Refuse a trainer that shards weights, compilation of the whole module, and Apple's GPUs."""
     strategy = module.trainer.strategy
-    if strategy.root_device.type == "mps":
-        raise ValueError(
-            "Argument `accelerator` expected to have float64, in which times are drawn, but got "
-            "'mps': train with --trainer.accelerator cpu, or on another device."
-        )
     is_sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
     if is_sharded or getattr(strategy, "zero_stage_3", False):
         raise ValueError(
@@ -206,6 +201,11 @@ def check_trainer(module: "DiffusionModule") -> None:
             f"Argument `model` expected not to be compiled as a whole, whose steps log and draw by "
             f"keys, but got a compiled {type(module).__name__}: compile the network, as in "
             f"DiffusionModule(torch.compile(network))."
+        )
+    if strategy.root_device.type == "mps":
+        raise ValueError(
+            "Argument `accelerator` expected to have float64, in which times are drawn, but got "
+            "'mps': train with --trainer.accelerator cpu, or on another device."
         )
 
 

@@ -7,6 +7,9 @@ import yaml
 
 from lightning_vr.cli import main
 
+# two steps are too few
+pytestmark = pytest.mark.filterwarnings("ignore:GradientVariance has measured nothing")
+
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 BASE = Path(__file__).parents[2] / "configs/eight_gaussians.yaml"
 OVERLAYS = {"wandb"}

@@ -6,10 +6,12 @@ what each rank drew for them, and computes targets, losses, gradients and steps 
 
 import functools
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from matplotlib.figure import Figure
 from torch import nn
@@ -492,6 +494,7 @@ def test_the_gradient_variance_is_the_mean_of_what_ranks_measure_apart(name, ran
 def test_the_frechet_distance_is_that_of_all_samples_in_one_process(name, ranks, run):
     found, alone = run(name, ranks)
     nn.utils.vector_to_parameters(found[0]["steps"][-1]["weights"], alone.module.parameters())
+    alone.module._trainer = SimpleNamespace(precision_plugin=Precision())
     metric, callback = FrechetMetric(IdentityFeatures(2)), FrechetDistance(samples=GENERATED)
     metric.update(Points.x0, real=True)
     for start in range(0, GENERATED, 250):
