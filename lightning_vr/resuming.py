@@ -55,6 +55,9 @@ class Resuming:
             checkpoint: The checkpoint; what ranks have observed apart becomes their mean, and
                 averaged weights that are in place for a validation run go back to theirs.
         """
+        # what it takes for logged must outlast the process
+        for logger in module.trainer.loggers:
+            logger.save()
         if self._loaded:
             return self._loaded  # training has not begun since
         if self.is_validating:

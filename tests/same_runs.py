@@ -27,6 +27,16 @@ class StopAt(Callback):
             raise StoppedError
 
 
+class DieAt(StopAt):
+    """Saves a checkpoint at the n-th call of a hook, whereupon the process is no more."""
+
+    def stop(self, *args):
+        try:
+            super().stop(*args)
+        except StoppedError:
+            os._exit(9)
+
+
 class Terminate(Callback):
     """Asks the process of one rank alone to stop, at the n-th call of a hook."""
 

@@ -108,7 +108,7 @@ CASES = [
     for name in ESTIMATORS
     for features in COMBINATIONS
 ]
-CUDA_CASES = [case for case in CASES if "16-mixed" in case.values[1]]
+CUDA_CASES = CASES
 
 
 class Points(Dataset):

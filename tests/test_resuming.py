@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from forks import exit_code
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
-from same_runs import StopAt, StoppedError, Terminate, assert_equal, logs
+from same_runs import DieAt, StopAt, StoppedError, Terminate, assert_equal, logs
 from torch import nn
 
 from lightning_vr import (
@@ -170,6 +171,15 @@ def test_stopped_with_what_estimators_learn(batch, slots, whole, tmp_path):
 @pytest.mark.parametrize("count", [1, 2])
 def test_stopped_after_validation_or_an_epoch(hook, count, whole, tmp_path):
     check(stop_and_resume(tmp_path, hook, count), whole("plain"))
+
+
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("batch", [2, 3, 7, 8])
+def test_gone_as_soon_as_a_checkpoint_is_written(batch, whole, tmp_path):
+    """What a checkpoint takes for logged is in the files."""
+    path = tmp_path / "stopped.ckpt"
+    assert exit_code(lambda: fit(tmp_path, DieAt("on_train_batch_end", batch, path)), 60) == 9
+    check((fit(tmp_path, ckpt_path=path), logs(tmp_path)), whole("plain"))
 
 
 STEPS = {"max_epochs": -1, "max_steps": EPOCHS * BATCHES // WINDOW, "check_val_every_n_epoch": None}
