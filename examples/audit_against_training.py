@@ -22,7 +22,7 @@ from diffusers import UNet2DModel
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from lightning_vr import DSM, EDM, MLP, STF, VE, Candidate, DiffusionModule, audit
+from lightning_vr import DSM, EDM, STF, VE, Candidate, DiffusionModule, ResidualMLP, audit
 from lightning_vr.callbacks.after_validation import averaged_weights
 from lightning_vr.data import Digits, EightGaussians
 from lightning_vr.estimators.draws import Times
@@ -39,7 +39,7 @@ EVALUATIONS = 30
 
 def network(workload: str) -> torch.nn.Module:
     if workload == "eight_gaussians":
-        return MLP(2, width=128)
+        return ResidualMLP(2, width=128)
     return UNet2DModel(
         sample_size=8,
         in_channels=1,

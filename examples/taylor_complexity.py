@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_vr import MLP, VE, Clean, DiffusionModule
+from lightning_vr import VE, Clean, DiffusionModule, ResidualMLP
 from lightning_vr.data import EightGaussians
 from lightning_vr.estimators.draws import Times
 from lightning_vr.estimators.loss import diffusion_loss
@@ -94,7 +94,7 @@ def trained(width: int, depth: int, seed: int, steps: int) -> DiffusionModule:
     """Train a network as usual."""
     seed_everything(seed, verbose=False)
     module = DiffusionModule(
-        MLP(2, width=width, depth=depth),
+        ResidualMLP(2, width=width, depth=depth),
         schedule=VE(0.002, 1.0),
         prediction="epsilon",
         optimizer=partial(torch.optim.Adam, lr=1e-3),

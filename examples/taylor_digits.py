@@ -42,13 +42,13 @@ from lightning_vr import (
     CARV,
     DSM,
     EDM,
-    MLP,
     VE,
     Audit,
     Candidate,
     Clean,
     DiffusionModule,
     Noised,
+    ResidualMLP,
     Sampler,
     TargetEstimate,
     TaylorCV,
@@ -252,7 +252,7 @@ def audit_of_orders(options: argparse.Namespace) -> Audit:
     seed_everything(0, verbose=False)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)
     settings: Any = {"schedule": SCHEDULES[options.schedule](), "sigma_data": 0.6}
-    module = Shrunken(MLP(16, width=64), optimizer=optimizer, **settings)
+    module = Shrunken(ResidualMLP(16, width=64), optimizer=optimizer, **settings)
     data = Digits(batch_size=options.batch)
     fit(module, data, 4 * options.steps)
     rivals = [

@@ -38,10 +38,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_vr import (
     CARV,
-    MLP,
     VE,
     DiffusionModule,
     References,
+    ResidualMLP,
     TaylorCV,
     UnitWeighting,
     posterior_mean,
@@ -153,7 +153,7 @@ def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: i
     batch_size, slots = ARMS[arm]
     name, weight = workload
     module = DiffusionModule(
-        MLP(2, width=WIDTH),
+        ResidualMLP(2, width=WIDTH),
         schedule=VE(0.002, 1.0),
         prediction=weight,
         weighting=UnitWeighting(weight),

@@ -15,7 +15,7 @@ from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.taylor import TaylorCV
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.objective import Objective
 from lightning_vr.posterior import posterior_mean
 from lightning_vr.proposals import LearnedProposal, TableProposal, WeightProposal
@@ -36,7 +36,6 @@ __all__ = [
     "DSM",
     "EDM",
     "IID",
-    "MLP",
     "STF",
     "VE",
     "VP",
@@ -62,6 +61,7 @@ __all__ = [
     "Objective",
     "RectifiedFlow",
     "References",
+    "ResidualMLP",
     "SampleGrid",
     "Sampler",
     "TableProposal",

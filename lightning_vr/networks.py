@@ -1,5 +1,7 @@
 """Networks that ship with the package: a residual MLP for points.
 
+Its short name must be its own on the command line, and other libraries have an ``MLP``.
+
 Networks are called as ``network(x, t)`` with t in the range of a thousand, ``class_labels=`` if
 they are class-conditional, and a sample's further condition as keywords, as diffusers' models are;
 any ``nn.Module`` with that signature works.
@@ -18,7 +20,7 @@ _SHAPE_ERROR = re.compile(
 )
 
 
-class MLP(nn.Module):
+class ResidualMLP(nn.Module):
     """Residual multilayer perceptron on points, with sinusoidal time embedding.
 
     Args:

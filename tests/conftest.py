@@ -15,6 +15,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
     torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """Show a GPU to the tests that are for it alone: others fork, which CUDA does not survive."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def own_state():
     """Begin with the same seed; Lightning hands seeds and ports on through the environment."""

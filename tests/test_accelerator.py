@@ -18,13 +18,13 @@ from torch import multiprocessing
 
 from lightning_vr import (
     CARV,
-    MLP,
     STF,
     DiffusionModule,
     FrechetDistance,
     GradientVariance,
     LearnedProposal,
     References,
+    ResidualMLP,
     SampleGrid,
     TargetVariance,
     TaylorCV,
@@ -32,7 +32,7 @@ from lightning_vr import (
     posterior_mean,
 )
 from lightning_vr.cli import main
-from lightning_vr.data import Digits
+from lightning_vr.data import Digits, EightGaussians
 from lightning_vr.data.digits import digits
 from lightning_vr.rng import generator
 from lightning_vr.sharded import ShardedReferences
@@ -42,6 +42,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
     # what saves is not what resumes
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary"),
     # torch loads its compiler with it, nothing of ours
     pytest.mark.filterwarnings("ignore:.torch.jit.script.* is deprecated"),
 ]
@@ -73,9 +74,9 @@ def network():
         )
 
 
-def build(slots, compiled=False):
+def build(slots):
     return DiffusionModule(
-        torch.compile(network()) if compiled else network(),
+        network(),
         num_classes=10,
         label_dropout=0.1,
         sigma_data=0.75,
@@ -94,17 +95,12 @@ def watchers(slots, folder):
     ]
 
 
-def fit(folder, slots, *callbacks, compiled=False, ckpt_path=None, **options):
+def fit(folder, slots, *callbacks, ckpt_path=None, **options):
     torch.manual_seed(0)
-    module = build(slots, compiled)
+    module = build(slots)
     settings = {"max_steps": 7, "max_epochs": -1, "deterministic": True}
-    trainer = Trainer(
-        accelerator="gpu",
-        devices=1,
+    trainer = quiet_trainer(
         logger=CSVLogger(folder, name=""),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         log_every_n_steps=1,
         val_check_interval=4,
         check_val_every_n_epoch=None,
@@ -114,6 +110,17 @@ def fit(folder, slots, *callbacks, compiled=False, ckpt_path=None, **options):
     trainer.fit(module, Digits(batch_size=64), ckpt_path=ckpt_path, weights_only=True)
     trainer.save_checkpoint(folder / "end.ckpt")
     return torch.load(folder / "end.ckpt", weights_only=True, map_location="cpu")
+
+
+def quiet_trainer(**options):
+    return Trainer(
+        accelerator="gpu",
+        devices=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"logger": False} | options,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -128,9 +135,7 @@ def as_before():
 @pytest.mark.parametrize("slots", SLOTS)
 def test_a_run_is_bitwise_that_without_callbacks(tmp_path, slots, precision):
     bare = fit(tmp_path / "bare", slots, precision=precision)
-    watched = fit(
-        tmp_path / "watched", slots, *watchers(slots, tmp_path), precision=precision
-    )
+    watched = fit(tmp_path / "watched", slots, *watchers(slots, tmp_path), precision=precision)
     assert_equal(watched["state_dict"], bare["state_dict"])
     assert_equal(watched["optimizer_states"], bare["optimizer_states"])
     found = logs(tmp_path / "watched")
@@ -146,9 +151,7 @@ def test_a_run_that_is_stopped_and_resumed_is_bitwise_the_whole_one(tmp_path, sl
     stop = StopAt("on_train_batch_end", 7, path)
     with pytest.raises(StoppedError):
         fit(tmp_path / "parts", slots, *watchers(slots, tmp_path), stop, **options)
-    resumed = fit(
-        tmp_path / "parts", slots, *watchers(slots, tmp_path), ckpt_path=path, **options
-    )
+    resumed = fit(tmp_path / "parts", slots, *watchers(slots, tmp_path), ckpt_path=path, **options)
     for part in ("state_dict", "optimizer_states", "lightning_vr", "callbacks"):
         if part == "callbacks":
             whole[part] = {k: v for k, v in whole[part].items() if not k.startswith("StopAt")}
@@ -166,7 +169,7 @@ def test_no_training_step_waits_for_the_device(slots):
     module.target.fill(images, labels, indexed=True)
     index = torch.arange(64, device="cuda")
     batch = {"image": images[:64], "label": labels[:64], "index": index}
-    module.trainer = Trainer(accelerator="gpu", devices=1, logger=False, enable_progress_bar=False)
+    module.trainer = quiet_trainer()
     module.log = lambda *_, **__: None
     for _ in range(2):  # the first batch is checked
         module.training_step(batch, 0).backward()
@@ -184,32 +187,30 @@ def test_no_training_step_waits_for_the_device(slots):
 
 
 @pytest.mark.parametrize("slots", ["plain", "chunks"])
-def test_torchs_compiler_trains_as_without_it(tmp_path, slots):
-    options = {"deterministic": False, "max_steps": 3}
-    plain = fit(tmp_path / "plain", slots, **options)["current_model_state"]
-    compiled = fit(tmp_path / "compiled", slots, compiled=True, **options)["current_model_state"]
-    start = {f"network.{name}": value for name, value in network().state_dict().items()}
-    moved = torch.cat([(plain[name] - value).flatten() for name, value in start.items()])
-    wrong = torch.cat(
-        [
-            (compiled[name.replace("network.", "network._orig_mod.")] - plain[name]).flatten()
-            for name in start
-        ]
-    )
-    # Adam's first steps are of the gradient's sign
-    assert wrong.norm() < 2e-2 * moved.norm()
+def test_torchs_compiler_trains_as_without_it(slots):
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        points = ResidualMLP(2, width=32, depth=1)
+        start = torch.nn.utils.parameters_to_vector(points.parameters()).detach().clone()
+        module = DiffusionModule(
+            torch.compile(points) if compiled else points,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            **SLOTS[slots](),
+        )
+        module.seed = 0
+        quiet_trainer(max_steps=3).fit(
+            module, EightGaussians(64, num_samples=256, num_validation=64)
+        )
+        end = torch.nn.utils.parameters_to_vector(points.parameters()).detach().cpu()
+        found.append(end - start)
+    plain, compiled = found
+    assert (compiled - plain).norm() < 1e-3 * plain.norm()
+    assert plain.norm() > 0
 
 
 def test_an_audit_measures_on_the_device():
-    trainer = Trainer(
-        accelerator="gpu",
-        devices=1,
-        precision="bf16-mixed",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(precision="bf16-mixed")
     found = audit(build("plain"), Digits(batch_size=64), budget=5, trainer=trainer, progress=False)
     assert not any("functorch" in reason for reason in found.skipped.values())
     names = [each.name for each in found.estimators]
@@ -225,7 +226,7 @@ def test_an_audit_measures_on_the_device():
 def test_the_command_line_trains_there_by_itself(tmp_path, monkeypatch, config, pytestconfig):
     file = pytestconfig.rootpath / f"configs/{config}.yaml"
     monkeypatch.chdir(tmp_path)
-    short = "--trainer.max_steps=20 --trainer.precision=bf16-mixed --trainer.deterministic=true"
+    short = "--trainer.max_steps=50 --trainer.precision=bf16-mixed --trainer.deterministic=true"
     main(["fit", f"--config={file}", *short.split(), "--trainer.enable_progress_bar=false"])
     (run,) = tmp_path.glob("runs/*/version_0")
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
@@ -264,7 +265,7 @@ def test_weights_are_those_of_float64_whatever_precision_matrices_may_have(allow
 def test_memory_that_runs_out_for_single_gradients_leaves_the_way_by_batches(tmp_path):
     """What per-sample gradients take is tried, not known."""
     torch.cuda.empty_cache()
-    wide = DiffusionModule(MLP(2, width=4096, depth=2))
+    wide = DiffusionModule(ResidualMLP(2, width=4096, depth=2))
     size = 4 * sum(p.numel() for p in wide.parameters())
     whole = torch.cuda.get_device_properties(0).total_memory
     # weights, gradients, Adam's two and a few copies, but no dozen of gradients
@@ -272,17 +273,10 @@ def test_memory_that_runs_out_for_single_gradients_leaves_the_way_by_batches(tmp
         min(1.0, (torch.cuda.memory_reserved() + 14 * size) / whole)
     )
     try:
-        from lightning_vr.data import EightGaussians
-
-        trainer = Trainer(
-            accelerator="gpu",
-            devices=1,
+        trainer = quiet_trainer(
             max_steps=4,
             max_epochs=-1,
             logger=CSVLogger(tmp_path, name=""),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             log_every_n_steps=1,
             callbacks=[GradientVariance(every_n_steps=2, noise_levels=2)],
         )

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_vr import MLP, STF, VP, DiffusionModule, LogNormal, Sampler
+from lightning_vr import STF, VP, DiffusionModule, LogNormal, ResidualMLP, Sampler
 from lightning_vr.cli import VRCLI
 from lightning_vr.data import Digits, EightGaussians
 
@@ -18,7 +18,7 @@ class Fixed(DiffusionModule):
     """Builds its own network, one that no configuration could rebuild."""
 
     def __init__(self, width: int = 8):
-        network = MLP(width=width, depth=1)
+        network = ResidualMLP(width=width, depth=1)
         network.blocks[0][2] = nn.ReLU()
         super().__init__(network)
         self.width = width
@@ -63,7 +63,7 @@ class Hiding(DiffusionModule):
 class Outer(LightningModule):
     def __init__(self, inner_width: int):
         super().__init__()
-        self.inner = DiffusionModule(MLP(width=inner_width))
+        self.inner = DiffusionModule(ResidualMLP(width=inner_width))
 
 
 class Local(nn.Module):
@@ -79,7 +79,7 @@ class Local(nn.Module):
 
 
 def network():
-    return MLP(width=8, depth=1)
+    return ResidualMLP(width=8, depth=1)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_what_was_reloaded_reloads_again(saved):
 
 def test_a_module_of_the_command_line_reloads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--model.network=MLP", "--model.network.width=8", "--model.target=STF"]
+    flags = ["--model.network=ResidualMLP", "--model.network.width=8", "--model.target=STF"]
     flags += ["--model.optimizer=SGD", "--model.optimizer.lr=0.1", "--model.sampler.steps=3"]
     flags += ["--data=EightGaussians", "--trainer.accelerator=cpu", "--trainer.max_steps=1"]
     flags += ["--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=0"]
@@ -166,7 +166,7 @@ def test_a_module_of_the_command_line_reloads(tmp_path, monkeypatch):
         lambda: Keywords(3.0, network=network(), schedule=VP()),
         lambda: Positional(network(), VP()),
         lambda: Unfollowed(network=network(), schedule=VP()),
-        lambda: Saving(MLP(width=4), network=network()),
+        lambda: Saving(ResidualMLP(width=4), network=network()),
         lambda: DiffusionModule(Local(3, Local(2))),
     ],
     ids=["own", "keywords", "positional", "unfollowed", "saving", "network"],
@@ -243,22 +243,24 @@ def test_an_object_that_no_configuration_rebuilds_is_named_and_can_be_given(name
 
 
 def test_a_network_outside_of_the_weights_must_be_given_again(saved):
-    path = saved(Hiding(MLP(width=4), network=network()))
+    path = saved(Hiding(ResidualMLP(width=4), network=network()))
     with pytest.raises(ValueError, match="`encoder`"):
         Hiding.load_from_checkpoint(path)
-    encoder = MLP(width=4)
+    encoder = ResidualMLP(width=4)
     assert Hiding.load_from_checkpoint(path, encoder=encoder).encoder[0] is encoder
 
 
 def test_weights_that_do_not_fit_are_one_line(saved):
     with pytest.raises(ValueError, match=r"`network\..*\(8, 2\) there and \(16, 2\)"):
-        DiffusionModule.load_from_checkpoint(saved(everything()), network=MLP(width=16, depth=1))
+        DiffusionModule.load_from_checkpoint(
+            saved(everything()), network=ResidualMLP(width=16, depth=1)
+        )
 
 
 def test_strictness_is_a_choice(saved):
     path = saved(everything())
     again = DiffusionModule.load_from_checkpoint(
-        path, network=MLP(width=8, depth=1, num_class_embeds=3), strict=False
+        path, network=ResidualMLP(width=8, depth=1, num_class_embeds=3), strict=False
     )
     assert again.network.embed_class is not None
 

@@ -9,11 +9,11 @@ from torch import nn
 from lightning_vr import (
     CARV,
     DSM,
-    MLP,
     STF,
     Clean,
     DiffusionModule,
     LearnedProposal,
+    ResidualMLP,
     TableProposal,
 )
 from lightning_vr.estimators.draws import IID
@@ -44,22 +44,22 @@ def test_normalisation_that_couples_no_draws_is_not_refused(draws):
 
 
 def test_clipping_of_single_draws_with_several_of_a_sample_is_refused():
-    network = MLP(2, width=8)
+    network = ResidualMLP(2, width=8)
     next(network.parameters()).grad_sample = None  # as Opacus prepares a network
-    with pytest.raises(ValueError, match=r"clipped draw by draw, as MLP is prepared for"):
+    with pytest.raises(ValueError, match=r"clipped draw by draw, as ResidualMLP is prepared for"):
         DiffusionModule(network, draws=CARV(2))
     DiffusionModule(network, draws=CARV(1))
 
 
 def test_a_proposal_that_misses_part_of_the_loss_is_refused():
     with pytest.raises(ValueError, match="TableProposal is zero at times from"):
-        DiffusionModule(MLP(2, width=8), draws=CARV(2, TableProposal([1, 0, 1])))
-    DiffusionModule(MLP(2, width=8), draws=CARV(2, LearnedProposal()))
+        DiffusionModule(ResidualMLP(2, width=8), draws=CARV(2, TableProposal([1, 0, 1])))
+    DiffusionModule(ResidualMLP(2, width=8), draws=CARV(2, LearnedProposal()))
 
 
 class Trunk(DiffusionModule):
     def __init__(self, target):
-        super().__init__(MLP(2, width=8), target=target)
+        super().__init__(ResidualMLP(2, width=8), target=target)
         self.trunk = nn.Linear(2, 2)
 
     def encode(self, batch):
@@ -82,7 +82,7 @@ def test_ranks_that_draw_differently_often_are_refused(monkeypatch):
 
 
 def test_a_device_without_float64_is_refused():
-    module = DiffusionModule(MLP(2, width=8))
+    module = DiffusionModule(ResidualMLP(2, width=8))
     strategy = SimpleNamespace(root_device=torch.device("mps"))
     module._trainer = SimpleNamespace(strategy=strategy)
     with pytest.raises(ValueError, match=r"`accelerator` expected to have float64.*'mps'"):

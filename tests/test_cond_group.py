@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_vr import CARV, MLP, STF, Clean, DiffusionModule, TargetVariance
+from lightning_vr import CARV, STF, Clean, DiffusionModule, ResidualMLP, TargetVariance
 from lightning_vr.estimators.draws import IID
 from lightning_vr.rng import generator
 from lightning_vr.training_checks import check_clean
@@ -19,7 +19,7 @@ def samples(**options):
 
 
 def test_rows_and_draws_of_samples_carry_the_numbers_of_their_conditions():
-    module = DiffusionModule(MLP(2, width=4))
+    module = DiffusionModule(ResidualMLP(2, width=4))
     assert samples().rows(slice(1, 3)).cond_group.tolist() == [1, 3]
     assert samples().repeated(2).cond_group.tolist() == [3, 3, 1, 1, 3, 3, 0, 0]
     for draws in (IID(), CARV(1), CARV(2)):

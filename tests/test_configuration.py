@@ -14,7 +14,6 @@ from lightning_vr import (
     DSM,
     EDM,
     IID,
-    MLP,
     STF,
     VE,
     VP,
@@ -28,6 +27,7 @@ from lightning_vr import (
     LogUniform,
     MinSNRWeighting,
     RectifiedFlow,
+    ResidualMLP,
     Sampler,
     TableProposal,
     TaylorCV,
@@ -103,8 +103,8 @@ def _objects():
         CARV(1, LearnedProposal(floor=0.2), scope="sample", chunk_size=3),
         *(TaylorCV(), TaylorCV(1, "rademacher", probes=2, gate=(0.0, 0.3), coefficient=1.0)),
         *(UnitWeighting("v", 0.5), EDMWeighting(), MinSNRWeighting(3.0), LogNormalWeighting()),
-        *(Sampler(steps=4), MLP(width=8), MLP(width=8, num_class_embeds=3)),
-        *(Numeric(), Nested(Nested(MLP(width=8))), Plain(Plain(1.5), [Plain(None)])),
+        *(Sampler(steps=4), ResidualMLP(width=8), ResidualMLP(width=8, num_class_embeds=3)),
+        *(Numeric(), Nested(Nested(ResidualMLP(width=8))), Plain(Plain(1.5), [Plain(None)])),
         DiffusersSchedule(diffusers.FlowMatchEulerDiscreteScheduler()),
         diffusers.UNet2DModel(**UNET),
         diffusers.DDPMScheduler(beta_end=0.01),
@@ -164,13 +164,13 @@ def test_plain_values_and_callables_are_described(value, described):
 
 
 def swapped():
-    network = MLP(width=8)
+    network = ResidualMLP(width=8)
     network.blocks[0][2] = nn.ReLU()
     return network
 
 
 def extended():
-    network = MLP(width=8)
+    network = ResidualMLP(width=8)
     network.adapter = nn.Linear(2, 2)
     return network
 
@@ -199,13 +199,13 @@ def test_what_does_not_rebuild_is_named_and_not_guessed(value):
 
 
 def test_an_import_path_leads_back():
-    assert import_path(MLP) == "lightning_vr.networks.MLP"
-    shadowed = type("MLP", (MLP,), {"__module__": "lightning_vr.networks"})
+    assert import_path(ResidualMLP) == "lightning_vr.networks.ResidualMLP"
+    shadowed = type("ResidualMLP", (ResidualMLP,), {"__module__": "lightning_vr.networks"})
     with pytest.raises(UndescribableError):
         import_path(shadowed)
 
 
-@pytest.mark.parametrize("make", [lambda: MLP(width=8), Numeric], ids=["meta", "real"])
+@pytest.mark.parametrize("make", [lambda: ResidualMLP(width=8), Numeric], ids=["meta", "real"])
 def test_describing_moves_no_random_state(make):
     value = make()
     torch.manual_seed(0)
@@ -216,7 +216,7 @@ def test_describing_moves_no_random_state(make):
 
 def test_describing_a_big_network_takes_a_fraction_of_building_it():
     start = time.perf_counter()
-    network = MLP(width=2048, depth=8)
+    network = ResidualMLP(width=2048, depth=8)
     built = time.perf_counter() - start
     start = time.perf_counter()
     describe(network)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from lightning_vr import CARV, MLP, STF, VE, Clean, DiffusionModule, TaylorCV
+from lightning_vr import CARV, STF, VE, Clean, DiffusionModule, ResidualMLP, TaylorCV
 from lightning_vr.data import EightGaussians
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.rng import generator
@@ -22,7 +22,7 @@ def trained(order):
     """A network that has seen 32 points a step for 500 steps, and its held-out points."""
     seed_everything(0, verbose=False)
     module = DiffusionModule(
-        MLP(2, width=32, depth=2),
+        ResidualMLP(2, width=32, depth=2),
         schedule=VE(0.002, 1.0),
         prediction="epsilon",
         control_variate=TaylorCV(order, gate="open", bins=4, refit_every_n_steps=25),

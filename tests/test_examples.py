@@ -9,7 +9,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from lightning_vr import MLP, DiffusionModule, Sampler
+from lightning_vr import DiffusionModule, ResidualMLP, Sampler
 from lightning_vr.data import Digits
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -21,7 +21,7 @@ class Flat(torch.nn.Module):
     def __init__(self, num_class_embeds):
         super().__init__()
         self.num_class_embeds = num_class_embeds
-        self.network = MLP(64, width=16, depth=1, num_class_embeds=num_class_embeds)
+        self.network = ResidualMLP(64, width=16, depth=1, num_class_embeds=num_class_embeds)
 
     def forward(self, x, t, class_labels):
         return self.network(x.flatten(1), t, class_labels).reshape(x.shape)

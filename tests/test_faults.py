@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 
 from lightning_vr import (
     CARV,
-    MLP,
     STF,
     DiffusionModule,
     GradientVariance,
     LearnedProposal,
+    ResidualMLP,
     SampleGrid,
     TargetVariance,
     TaylorCV,
@@ -75,7 +75,7 @@ ESTIMATORS = {
 def module(estimator="plain", **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=8, depth=1)
+        network = ResidualMLP(2, width=8, depth=1)
         nn.init.normal_(network.project_out.weight, std=0.3)
     options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01)} | options
     return DiffusionModule(network, **ESTIMATORS[estimator](), **options)
@@ -196,7 +196,7 @@ class TestNonFinite:
             def predict(self, x, noised):
                 return self.network(x, noised.t) + noised.cond["shift"]
 
-        model = Conditional(MLP(2, width=8, depth=1))
+        model = Conditional(ResidualMLP(2, width=8, depth=1))
         with pytest.raises(ValueError, match=f"sample {SPOILT}.*is not finite"):
             trainer().fit(model, DataLoader(Points(1.0), batch_size=8))
 

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_vr import (
     CARV,
-    MLP,
     Clean,
     Cosine,
     DiffusionModule,
     LogUniform,
+    ResidualMLP,
     TaylorCV,
     Uniform,
     UnitWeighting,
@@ -56,7 +56,7 @@ def module(control=None, network=None, **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if network is None:
-            network = MLP(2, width=8, depth=1)
+            network = ResidualMLP(2, width=8, depth=1)
             nn.init.normal_(network.project_out.weight, std=0.3)
     options.setdefault("timesteps", LogUniform(0.01, 10.0))
     options.setdefault("optimizer", lambda parameters: torch.optim.SGD(parameters, lr=1e-3))
@@ -338,7 +338,7 @@ def test_with_nothing_to_learn_nothing_is_measured(monkeypatch, gate):
 
 def untrained(control):
     """Of what it regresses on at low noise, all is noise, and at high noise the sample."""
-    return module(control, MLP(2, width=8, depth=1), timesteps=LogUniform(0.001, 1000.0))
+    return module(control, ResidualMLP(2, width=8, depth=1), timesteps=LogUniform(0.001, 1000.0))
 
 
 def test_what_is_fitted_is_what_training_takes(costing):
@@ -394,7 +394,7 @@ def test_what_it_costs_is_timed_and_an_order_more_costs_more():
     found = {}
     for order in (0, 2):
         control = TaylorCV(order, bins=2, refit_every_n_steps=10)
-        fit(module(control, MLP(2, width=64, depth=2)), steps=1, batch_size=64)
+        fit(module(control, ResidualMLP(2, width=64, depth=2)), steps=1, batch_size=64)
         found[order] = sum(control.fit.cost)
         assert control.pilot["seconds"] > 0
         assert control.pilot["spent"] > 3

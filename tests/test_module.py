@@ -15,7 +15,7 @@ from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.loss import ControlVariate, diffusion_loss, network_output
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.objective import Objective
 from lightning_vr.rng import generator
 from lightning_vr.sampling import Sampler, evaluating
@@ -59,7 +59,7 @@ class Plain(nn.Module):
 def network(num_class_embeds=None):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = MLP(2, width=16, depth=1, num_class_embeds=num_class_embeds)
+        net = ResidualMLP(2, width=16, depth=1, num_class_embeds=num_class_embeds)
         nn.init.normal_(net.project_out.weight, std=0.1)
     return net
 
@@ -695,12 +695,12 @@ def test_edm_defaults_are_those_of_the_paper():
 
 def test_a_class_embedding_without_room_for_the_dropped_label_is_refused():
     with pytest.raises(ValueError, match="num_class_embeds=10, but 10 classes and the dropped"):
-        DiffusionModule(MLP(num_class_embeds=10), num_classes=10)
+        DiffusionModule(ResidualMLP(num_class_embeds=10), num_classes=10)
 
 
 def test_noise_levels_of_the_sampler_are_checked_when_the_module_is_built():
     with pytest.raises(ValueError, match="0 < min < max, but got 90 and 80"):
-        DiffusionModule(MLP(), sampler=Sampler(noise_level_min=90.0))
+        DiffusionModule(ResidualMLP(), sampler=Sampler(noise_level_min=90.0))
 
 
 def test_a_module_copies_whatever_its_optimizer_holds_on_to():
@@ -711,7 +711,7 @@ def test_a_module_copies_whatever_its_optimizer_holds_on_to():
         def __call__(self, parameters):
             return torch.optim.SGD(parameters, lr=0.5)
 
-    module = DiffusionModule(MLP(), optimizer=Holds())
+    module = DiffusionModule(ResidualMLP(), optimizer=Holds())
     copied = copy.deepcopy(module)
     assert copied.optimizer is module.optimizer
     assert copied.configure_optimizers().defaults["lr"] == 0.5

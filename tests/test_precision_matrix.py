@@ -39,13 +39,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_vr import (
     CARV,
-    MLP,
     STF,
     Clean,
     DiffusersSchedule,
     DiffusionModule,
     LearnedProposal,
     Noised,
+    ResidualMLP,
     TargetEstimate,
     TaylorCV,
 )
@@ -160,7 +160,7 @@ def an_expensive_encode(monkeypatch):
 def start():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=16, depth=1)
+        network = ResidualMLP(2, width=16, depth=1)
         nn.init.normal_(network.project_out.weight, std=0.3)
     return [p.detach().bfloat16().float() for p in network.parameters()]
 
@@ -168,7 +168,7 @@ def start():
 @functools.cache
 def shared_network(checkpointed, compiled):
     """One network for all cases: it is compiled once for each precision and kind of pass."""
-    network = MLP(2, width=16, depth=1)
+    network = ResidualMLP(2, width=16, depth=1)
     if compiled:
         network = torch.compile(network, backend=Compiled.backend, dynamic=True)
     return Checkpointed(network) if checkpointed else network
@@ -548,7 +548,7 @@ class TestBfloat16:
         found = []
         for context in (Precision().forward_context, HalfPrecision("bf16-true").forward_context):
             module = DiffusionModule(
-                MLP(2, width=8, num_class_embeds=3),
+                ResidualMLP(2, width=8, num_class_embeds=3),
                 num_classes=2,
                 label_dropout=0.3,
                 draws=CARV(2, LearnedProposal()),
@@ -567,7 +567,7 @@ class TestBfloat16:
 
     def test_tables_keep_their_precision(self):
         module = DiffusionModule(
-            MLP(2, width=8),
+            ResidualMLP(2, width=8),
             schedule=DiffusersSchedule(diffusers.DDPMScheduler()),
             prediction="epsilon",
             draws=CARV(2, LearnedProposal(bins=2)),
@@ -580,7 +580,7 @@ class TestBfloat16:
         assert float(module.draws.proposal.table[2].sum()) == 2 * SAMPLES
 
     def test_an_mlp_tells_times_apart_as_it_does_in_float32(self):
-        network, t = MLP(2, width=16), torch.linspace(900, 901, 5)
+        network, t = ResidualMLP(2, width=16), torch.linspace(900, 901, 5)
         seen = []
         network.embed_time.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         for dtype in (torch.float32, torch.bfloat16):
@@ -657,6 +657,6 @@ class TestRefused:
             module.on_fit_start()
 
     def test_a_compiled_network_without_room_for_dropped_labels(self):
-        network = torch.compile(MLP(2, width=8, num_class_embeds=2), backend="eager")
+        network = torch.compile(ResidualMLP(2, width=8, num_class_embeds=2), backend="eager")
         with pytest.raises(ValueError, match="num_class_embeds=2, but 2 classes and the dropped"):
             DiffusionModule(network, num_classes=2)

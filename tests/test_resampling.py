@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_vr import CARV, MLP, Clean, DiffusionModule
+from lightning_vr import CARV, Clean, DiffusionModule, ResidualMLP
 from lightning_vr.resampling import ResamplesPilot
 from lightning_vr.rng import generator
 from lightning_vr.variance.accounting import CostModel, best_resamples
@@ -30,7 +30,7 @@ class Points(Dataset):
 def module(draws, kind=DiffusionModule, **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=16, depth=1)
+        network = ResidualMLP(2, width=16, depth=1)
         nn.init.normal_(network.project_out.weight, std=0.1)
     options.setdefault("optimizer", lambda parameters: torch.optim.SGD(parameters, lr=1e-2))
     return kind(network, draws=draws, **options)
@@ -200,7 +200,7 @@ def test_the_pilot_finds_closed_form_components(z_score):
 
     class Model(DiffusionModule):
         def __init__(self):
-            super().__init__(MLP(2, width=4, depth=1), draws=CARV(scope="none"))
+            super().__init__(ResidualMLP(2, width=4, depth=1), draws=CARV(scope="none"))
             self.w = nn.Parameter(torch.zeros(2))
 
         def losses(self, rows):

@@ -13,13 +13,13 @@ from torch import nn
 
 from lightning_vr import (
     CARV,
-    MLP,
     STF,
     Clean,
     DiffusionModule,
     FrechetDistance,
     GradientVariance,
     LearnedProposal,
+    ResidualMLP,
     TargetVariance,
     TaylorCV,
 )
@@ -36,7 +36,7 @@ class Noisy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner = MLP(2, width=8, depth=1, num_class_embeds=9)
+        self.inner = ResidualMLP(2, width=8, depth=1, num_class_embeds=9)
         self.dropout = nn.Dropout(0.2)
 
     def forward(self, x, t, class_labels=None):

@@ -15,11 +15,11 @@ from torch.utils.data import (
 )
 
 from lightning_vr import (
-    MLP,
     STF,
     Clean,
     DiffusionModule,
     FrechetDistance,
+    ResidualMLP,
     SampleGrid,
     Sampler,
     TargetVariance,
@@ -40,7 +40,7 @@ class Points(Dataset):
 
 
 def module(kind=DiffusionModule, **slots):
-    return kind(MLP(2, width=8, depth=1), timesteps=LogUniform(0.05, 50.0), **slots)
+    return kind(ResidualMLP(2, width=8, depth=1), timesteps=LogUniform(0.05, 50.0), **slots)
 
 
 def fit(model, *callbacks, loader=None, **options):

@@ -109,8 +109,8 @@ class VRCLI(LightningCLI):
             self._parse_without_network(args, error)
         if missing is None and self._settings.model is None:
             missing = ValueError(
-                "Argument `model` is missing: give a network, as in --model.network MLP, or a "
-                "configuration file, or the --ckpt_path of a run."
+                "Argument `model` is missing: give a network, as in --model.network ResidualMLP, "
+                "or a configuration file, or the --ckpt_path of a run."
             )
         path = self._checkpoint_path()
         if path is None:

@@ -32,7 +32,7 @@ _TRANSLATIONS = {
         r"Argument `trainer.callbacks` has \1 twice with equal settings: leave one of them out."
     ),
     r"optimizer got an empty parameter list": (
-        "Argument `network` has no parameters that train: use another, such as MLP."
+        "Argument `network` has no parameters that train: use another, such as ResidualMLP."
     ),
     r"Invalid (learning rate|beta|epsilon|momentum|weight_decay)([^:]*): (.*)": (
         r"Argument `model.optimizer` got an invalid \1\2, \3: use a number of 0 or more, below 1 "

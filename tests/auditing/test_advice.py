@@ -170,7 +170,7 @@ def parsed(tmp_path, *documents):
     return VRCLI(args=flags, run=False).model
 
 
-BASE = "model:\n  class_path: DiffusionModule\n  init_args:\n    network: MLP\n"
+BASE = "model:\n  class_path: DiffusionModule\n  init_args:\n    network: ResidualMLP\n"
 
 
 def test_the_lines_to_paste_select_the_estimator(tmp_path):

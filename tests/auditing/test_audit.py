@@ -15,7 +15,17 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from lightning_vr import CARV, DSM, MLP, STF, Candidate, Clean, DiffusionModule, LogNormal, audit
+from lightning_vr import (
+    CARV,
+    DSM,
+    STF,
+    Candidate,
+    Clean,
+    DiffusionModule,
+    LogNormal,
+    ResidualMLP,
+    audit,
+)
 from lightning_vr.auditing import measuring
 from lightning_vr.data import EightGaussians
 from lightning_vr.data.dataset import InMemoryDataset
@@ -28,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*`max_epochs`")
 
 def module(target=None, **settings):
     torch.manual_seed(0)
-    network = MLP(width=16, depth=1)
+    network = ResidualMLP(width=16, depth=1)
     torch.nn.init.normal_(network.project_out.weight, std=0.1)
     optimizer = functools.partial(torch.optim.Adam, lr=1e-2)
     return DiffusionModule(network, target=target, optimizer=optimizer, **settings)
@@ -167,7 +177,7 @@ def test_candidates_that_have_no_references_are_left_out_and_named():
             return Clean(batch["x0"], cond={"class_labels": batch["index"] % 3})
 
     torch.manual_seed(0)
-    model = Conditional(MLP(width=16, depth=1, num_class_embeds=3))
+    model = Conditional(ResidualMLP(width=16, depth=1, num_class_embeds=3))
     found = audit(model, data(), [Candidate("few", target=STF(8))], budget=1, progress=False)
     assert [m.name for m in found.estimators] == ["current"]
     assert "condition" in found.skipped["few"]
@@ -217,7 +227,7 @@ def test_in_float16_a_scale_of_losses_is_found_at_which_gradients_are_finite(few
 
 def test_a_pilot_that_meets_no_finite_gradients_ends():
     torch.manual_seed(0)
-    model = Dear(MLP(width=16, depth=1), draws=CARV("auto"))
+    model = Dear(ResidualMLP(width=16, depth=1), draws=CARV("auto"))
     torch.nn.init.constant_(model.network.project_out.weight, torch.nan)
     rivals = [Candidate("auto", draws=CARV("auto"))]
     found = audit(model, data(), rivals, budget=1, progress=False)
@@ -231,7 +241,7 @@ def test_an_audit_that_is_asked_to_stop_stops():
             return super().encode(batch)
 
     with pytest.raises(SIGTERMException):
-        audit(Asked(MLP(width=16, depth=1)), data(), [], budget=1000, progress=False)
+        audit(Asked(ResidualMLP(width=16, depth=1)), data(), [], budget=1000, progress=False)
 
 
 def test_what_cannot_be_audited_is_refused():

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_vr import MLP, VE, Candidate, DiffusionModule, TaylorCV, audit
+from lightning_vr import VE, Candidate, DiffusionModule, ResidualMLP, TaylorCV, audit
 from lightning_vr.auditing.report import page
 from lightning_vr.control_measurement import ControlMeasurement
 from lightning_vr.data.dataset import InMemoryDataset
@@ -31,7 +31,7 @@ class Points(LightningDataModule):
 def module(network=None, **settings):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = network or MLP(2, width=16, depth=1)
+        network = network or ResidualMLP(2, width=16, depth=1)
         nn.init.normal_(network.project_out.weight, std=0.1)
     times = LogUniform(0.002, 0.02)
     return DiffusionModule(
@@ -95,7 +95,7 @@ def test_what_lacks_derivatives_is_left_out_and_says_what_to_change():
         def backward(ctx, cotangent):
             return cotangent
 
-    class Network(MLP):
+    class Network(ResidualMLP):
         def forward(self, x, t):
             return super().forward(Opaque.apply(x), t)
 

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from lightning_vr import (
     CARV,
     IID,
-    MLP,
     Candidate,
     Clean,
     DiffusionModule,
     LearnedProposal,
+    ResidualMLP,
     audit,
     timing,
 )
@@ -88,7 +88,7 @@ def upstream(draws=None, work=0):
 
 def module(draws=None, network=None):
     torch.manual_seed(0)
-    network = network or MLP(width=16, depth=1)
+    network = network or ResidualMLP(width=16, depth=1)
     torch.nn.init.normal_(network.project_out.weight, std=0.1)
     return DiffusionModule(network, draws=draws)
 
@@ -207,7 +207,7 @@ def test_draws_that_choose_k_are_measured_at_the_k_that_they_would_choose(measur
 
 
 def test_draws_that_do_not_fit_the_network_are_left_out_and_named():
-    network = MLP(width=16, depth=1)
+    network = ResidualMLP(width=16, depth=1)
     network.add_module("unused", nn.BatchNorm1d(16))
     found = audit(
         module(network=network),

@@ -12,7 +12,7 @@ from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.taylor import TaylorCV
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.proposals import WeightProposal
 from lightning_vr.schedules import VP
 from lightning_vr.weightings import EDMWeighting, MinSNRWeighting
@@ -24,7 +24,7 @@ BOTH = ["STF(1024), strata, q learned", "STF(1024), pairs", "STF(1024), 4 resamp
 
 
 def candidates(size=2000, **settings):
-    return {c.name: c for c in default_candidates(DiffusionModule(MLP(), **settings), size)}
+    return {c.name: c for c in default_candidates(DiffusionModule(ResidualMLP(), **settings), size)}
 
 
 def names(size=2000, **settings):
@@ -71,7 +71,7 @@ def test_a_control_variate_is_compared_with_none():
     found = candidates(control_variate=TaylorCV())
     own = [name for name in found if "Taylor" in name or "control" in name]
     assert own == ["no control variate", "Taylor 0, all draws"]
-    module = DiffusionModule(MLP(), control_variate=TaylorCV())
+    module = DiffusionModule(ResidualMLP(), control_variate=TaylorCV())
     with found["no control variate"].in_place(module):
         assert module.control_variate is None
     assert isinstance(module.control_variate, TaylorCV)
@@ -140,7 +140,7 @@ def test_names_must_tell_candidates_apart():
 
 
 def test_a_candidate_is_in_the_slots_for_a_while_only():
-    module = DiffusionModule(MLP())
+    module = DiffusionModule(ResidualMLP())
     own, other = module.target, STF(16)
     with Candidate("a", target=other).in_place(module):
         assert module.target is other

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
-from lightning_vr import MLP, DiffusionModule, FrechetDistance, SampleGrid, Sampler
+from lightning_vr import DiffusionModule, FrechetDistance, ResidualMLP, SampleGrid, Sampler
 from lightning_vr.callbacks import fid
 from lightning_vr.callbacks.samples import save_picture
 from lightning_vr.data import EightGaussians
@@ -23,7 +23,9 @@ FRECHET = "frechet_distance/identity_n40"
 def module():
     torch.manual_seed(0)
     optimizer = functools.partial(torch.optim.Adam, lr=1e-2)
-    return DiffusionModule(MLP(width=16, depth=1), optimizer=optimizer, sampler=Sampler(steps=4))
+    return DiffusionModule(
+        ResidualMLP(width=16, depth=1), optimizer=optimizer, sampler=Sampler(steps=4)
+    )
 
 
 def data():
@@ -187,7 +189,7 @@ def test_samples_take_all_classes_in_turn_whatever_is_drawn_at_a_time(tmp_path, 
             return torch.randn(count, 2)
 
     monkeypatch.setattr(fid, "_BLOCK", 9)
-    watched = Classes(MLP(num_class_embeds=9), num_classes=8, sampler=Sampler(steps=2))
+    watched = Classes(ResidualMLP(num_class_embeds=9), num_classes=8, sampler=Sampler(steps=2))
     trainer(tmp_path, FrechetDistance(samples=20)).fit(watched, data())
     assert torch.cat(seen[-3:]).tolist() == [i % 8 for i in range(20)]
 
@@ -197,7 +199,7 @@ def test_classes_are_columns_of_a_grid_that_has_a_sample_of_each(tmp_path, sampl
     images = torch.zeros(samples, 1, 32, 32)
     grid = SampleGrid(samples=samples, sample=lambda module, count: images)
     fit = trainer(tmp_path, grid)
-    watched = DiffusionModule(MLP(num_class_embeds=9), num_classes=8)
+    watched = DiffusionModule(ResidualMLP(num_class_embeds=9), num_classes=8)
     fit.fit(watched, data())
     path = min((tmp_path / "samples").glob("*.png"))
     with Image.open(path) as picture:
@@ -231,7 +233,7 @@ def test_samples_that_make_no_picture_are_refused_at_the_first_step(tmp_path):
 
     grid = trainer(tmp_path, SampleGrid())
     with pytest.raises(MisconfigurationException, match=r"but got \(3,\): override `decode`"):
-        grid.fit(InThree(MLP(width=16, depth=1), sampler=Sampler(steps=2)), data())
+        grid.fit(InThree(ResidualMLP(width=16, depth=1), sampler=Sampler(steps=2)), data())
     assert grid.global_step == 1
 
 

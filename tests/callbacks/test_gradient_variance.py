@@ -33,7 +33,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from PIL import Image
 from torch import nn
 
-from lightning_vr import MLP, STF, VP, DiffusersSchedule, DiffusionModule
+from lightning_vr import STF, VP, DiffusersSchedule, DiffusionModule, ResidualMLP
 from lightning_vr.callbacks.gradient_probes import GradientProbe
 from lightning_vr.callbacks.gradient_variance import GradientVariance
 from lightning_vr.callbacks.target_variance import TargetVariance
@@ -57,7 +57,7 @@ def trainer(folder, *callbacks, **settings):
 
 def diffusion(target=None, compiled=False):
     torch.manual_seed(0)
-    network = MLP(width=16, depth=1)
+    network = ResidualMLP(width=16, depth=1)
     return DiffusionModule(
         torch.compile(network, backend=Compiled.backend) if compiled else network,
         target=target,

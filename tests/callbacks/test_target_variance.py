@@ -17,7 +17,17 @@ from matplotlib import pyplot
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lightning_vr import EDM, IID, MLP, STF, VP, Clean, DiffusionModule, LogUniform, posterior_mean
+from lightning_vr import (
+    EDM,
+    IID,
+    STF,
+    VP,
+    Clean,
+    DiffusionModule,
+    LogUniform,
+    ResidualMLP,
+    posterior_mean,
+)
 from lightning_vr.callbacks import target_variance
 from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.data import EightGaussians
@@ -30,7 +40,7 @@ SETTINGS = {"noise_levels": 6, "samples": 128, "references": [4]}
 
 def module(target=None, num_classes=None, **settings):
     torch.manual_seed(0)
-    network = MLP(width=16, depth=1, num_class_embeds=num_classes and num_classes + 1)
+    network = ResidualMLP(width=16, depth=1, num_class_embeds=num_classes and num_classes + 1)
     optimizer = functools.partial(torch.optim.Adam, lr=1e-2)
     return DiffusionModule(
         network, target=target, num_classes=num_classes, optimizer=optimizer, **settings
@@ -367,7 +377,7 @@ class Captioned(DiffusionModule):
 def test_with_a_continuous_condition_nothing_is_measured_and_the_log_says_why(tmp_path, caplog):
     torch.manual_seed(0)
     callback = TargetVariance(**SETTINGS)
-    trainer(tmp_path, callback, max_steps=2).fit(Captioned(MLP(width=16, depth=1)), data())
+    trainer(tmp_path, callback, max_steps=2).fit(Captioned(ResidualMLP(width=16, depth=1)), data())
     assert callback.curve is None
     assert "no two samples are exchangeable" in caplog.text
     assert [callback.state_dict()[name] for name in ("curve", "removed", "excess")] == [None] * 3
@@ -422,7 +432,7 @@ class Exact(DiffusionModule):
 def test_the_exact_denoiser_has_no_excess_loss_in_a_run(tmp_path):
     torch.manual_seed(0)
     exact = Exact(
-        MLP(width=4, depth=1),
+        ResidualMLP(width=4, depth=1),
         schedule=VP(),
         prediction="v",
         weighting=MinSNRWeighting(),

@@ -7,7 +7,14 @@ import yaml
 from lightning_vr.cli import main
 
 POINTS = ["--data", "EightGaussians", "--data.num_samples", "512", "--data.num_validation", "64"]
-NETWORK = ["--model.network", "MLP", "--model.network.width", "16", "--model.network.depth", "1"]
+NETWORK = [
+    "--model.network",
+    "ResidualMLP",
+    "--model.network.width",
+    "16",
+    "--model.network.depth",
+    "1",
+]
 SHORT = [
     "--trainer.accelerator=cpu",
     "--trainer.max_steps=2",

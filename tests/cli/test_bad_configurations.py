@@ -10,7 +10,7 @@ import pytest
 from commands import NETWORK, POINTS, SHORT
 from torch import nn
 
-from lightning_vr import MLP
+from lightning_vr import ResidualMLP
 from lightning_vr.cli import main
 
 
@@ -36,7 +36,7 @@ class Bad(NamedTuple):
     data: list[str] = POINTS
 
 
-class Normalised(MLP):
+class Normalised(ResidualMLP):
     """A network that couples the draws of a batch."""
 
     def __init__(self):
@@ -92,10 +92,10 @@ NORMALISED = ["--model.network", f"{__name__}.Normalised"]
 MODEL = [
     fit("--model.network.width=wide", "model.network.width", "int"),
     fit("--model.network.width=3", "`width`", "even"),
-    fit("--model.network.width=10000000", "MLP", "use smaller sizes"),
+    fit("--model.network.width=10000000", "ResidualMLP", "use smaller sizes"),
     fit("--model.network.num_class_embeds=0", "`num_class_embeds`", "at least 1"),
     fit("--model.network.dimension=3", "`network`", "shape of the data"),
-    fit("--model.network=Mlp", "model.network", "use MLP"),
+    fit("--model.network=ResidualMlp", "model.network", "use ResidualMLP"),
     fit("--model.network=diffusers.Unet2DModel", "model.network", "use diffusers.UNet2DModel"),
     fit("--model.network.widht=16", "'widht'", "use width"),
     fit("--model.network=torch.nn.Linear", "in_features", "set model.network.in_features"),
@@ -212,7 +212,7 @@ TRAINER = [
     fit("--trainer.gradient_clip_val=-1", "trainer.gradient_clip_val", "at least 0"),
     fit("--trainer.logger.save_dir=taken", "trainer.logger.save_dir", "folder"),
     fit("--seed_everything=-1", "seed_everything", "use 0"),
-    fit("--modle.network=MLP", "modle.network", "use model.network"),
+    fit("--modle.network=ResidualMLP", "modle.network", "use model.network"),
     fit("--batch_size=16", "batch_size", "use data.batch_size"),
 ]
 
@@ -249,10 +249,10 @@ CALLBACKS = [
 FILES = [
     file("model: [", "`config`", "mend the YAML"),
     file("- a\n- b", "`config`", "file of settings"),
-    file("network: MLP", "network", "use model.network"),
+    file("network: ResidualMLP", "network", "use model.network"),
     file("trainer: {max_step: 5}", "trainer.max_step", "use trainer.max_steps"),
     file(
-        "model: {init_args: {network: {class_path: MLP, width: 32}}}",
+        "model: {init_args: {network: {class_path: ResidualMLP, width: 32}}}",
         "model.network",
         "under `init_args`",
     ),
@@ -264,7 +264,7 @@ FILES = [
 OTHERS = [
     Bad("--ckpt_path=bad.yaml", "`ckpt_path`", "whole file", yaml="a: 1", command="validate"),
     Bad("--ckpt_path=truncated.ckpt", "`ckpt_path`", "whole file", command="validate"),
-    Bad("", "`model`", "--model.network MLP", command="validate", network=[]),
+    Bad("", "`model`", "--model.network ResidualMLP", command="validate", network=[]),
     Bad("", "`data`", "test --data Digits", command="test", data=[]),
     Bad("", "`ckpt_path`", "trained module", command="predict"),
     Bad("--num_samples=0", "num_samples", "above 0", command="predict"),

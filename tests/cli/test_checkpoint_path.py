@@ -10,7 +10,7 @@ import yaml
 from commands import NETWORK, run_in
 from lightning.pytorch import Trainer, seed_everything
 
-from lightning_vr import MLP, STF, DiffusionModule
+from lightning_vr import STF, DiffusionModule, ResidualMLP
 from lightning_vr.data import EightGaussians
 
 
@@ -202,7 +202,7 @@ def test_a_run_of_python_goes_on_at_the_command_line(network, run, folder):
         limit_val_batches=0,
     )
     seed_everything(5)
-    trainer.fit(DiffusionModule(MLP(width=16, depth=1)), EightGaussians(num_samples=512))
+    trainer.fit(DiffusionModule(ResidualMLP(width=16, depth=1)), EightGaussians(num_samples=512))
     trainer.save_checkpoint("python.ckpt", weights_only=False)
 
     flags = ["--ckpt_path=python.ckpt", "--trainer.max_steps=3"]

@@ -24,7 +24,7 @@ CONFIG = {
     "model": {
         "class_path": "DiffusionModule",
         "init_args": {
-            "network": {"class_path": "MLP", "init_args": {"width": 8, "depth": 1}},
+            "network": {"class_path": "ResidualMLP", "init_args": {"width": 8, "depth": 1}},
             "target": {"class_path": "STF", "init_args": {"references": 16}},
             "draws": {
                 "class_path": "CARV",

@@ -24,7 +24,7 @@ SETTINGS = {
     "model": {
         "class_path": "DiffusionModule",
         "init_args": {
-            "network": {"class_path": "MLP", "init_args": {"width": 16, "depth": 1}},
+            "network": {"class_path": "ResidualMLP", "init_args": {"width": 16, "depth": 1}},
             "target": {"class_path": "STF", "init_args": {"references": "all", "sharded": True}},
         },
     },

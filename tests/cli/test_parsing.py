@@ -7,7 +7,7 @@ import pytest
 import yaml
 from commands import NETWORK, POINTS, SHORT, write
 
-from lightning_vr import DSM, MLP, STF, DiffusionModule
+from lightning_vr import DSM, STF, DiffusionModule, ResidualMLP
 from lightning_vr.cli import VRCLI, main
 
 
@@ -28,7 +28,7 @@ def test_short_class_names_are_enough(folder):
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert {"TargetVariance", "SampleGrid"} <= set(names)
     assert isinstance(cli.model, DiffusionModule)
-    assert isinstance(cli.model.network, MLP)
+    assert isinstance(cli.model.network, ResidualMLP)
     assert (type(cli.model.target), cli.model.target.references) == (STF, 16)
 
 
@@ -131,7 +131,7 @@ def test_what_is_missing_is_named(refused):
         main([])
 
 
-class Failing(MLP):
+class Failing(ResidualMLP):
     """A network with a bug, in its constructor or in training."""
 
     def __init__(self, when: str):

@@ -9,12 +9,13 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from lightning_vr import MLP, DiffusionModule, audit
+from lightning_vr import DiffusionModule, ResidualMLP, audit
 from lightning_vr.data import EightGaussians
 
 FLAGS = """
-    --model.network MLP --model.network.width 16 --data EightGaussians --data.num_samples 512
-    --data.batch_size 32 --trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp
+    --model.network ResidualMLP --model.network.width 16
+    --data EightGaussians --data.num_samples 512 --data.batch_size 32
+    --trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp
     --budget 3
 """
 
@@ -44,4 +45,4 @@ def test_two_ranks_measure_together_and_one_of_them_writes(tmp_path):
 def test_processes_that_cannot_return_a_result_are_refused():
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", logger=False)
     with pytest.raises(MisconfigurationException, match="strategy='ddp'"):
-        audit(DiffusionModule(MLP()), EightGaussians(), trainer=trainer)
+        audit(DiffusionModule(ResidualMLP()), EightGaussians(), trainer=trainer)

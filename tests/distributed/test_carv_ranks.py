@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.proposals import LearnedProposal
 from lightning_vr.rng import generator
 from lightning_vr.schedules import VE
@@ -61,7 +61,7 @@ class Save(Callback):
 def module(draws):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=8, depth=1)
+        network = ResidualMLP(2, width=8, depth=1)
         torch.nn.init.normal_(network.project_out.weight)
     return DiffusionModule(
         network,

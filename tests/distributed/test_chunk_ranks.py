@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_vr import CARV, MLP, Clean, DiffusionModule
+from lightning_vr import CARV, Clean, DiffusionModule, ResidualMLP
 from lightning_vr.distributed import rank
 from lightning_vr.rng import generator
 
@@ -22,7 +22,7 @@ class Trunk(DiffusionModule):
     def __init__(self, folder, chunk_size):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            network, trunk = MLP(2, width=8, depth=1), nn.Linear(2, 2)
+            network, trunk = ResidualMLP(2, width=8, depth=1), nn.Linear(2, 2)
             nn.init.normal_(network.project_out.weight, std=0.3)
         super().__init__(
             network,

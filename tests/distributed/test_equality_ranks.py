@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_vr import (
     CARV,
-    MLP,
     STF,
     Clean,
     DiffusionModule,
     FrechetDistance,
     GradientVariance,
     LearnedProposal,
+    ResidualMLP,
     TargetVariance,
     TaylorCV,
 )
@@ -84,7 +84,7 @@ class Network(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
-        self.inner = MLP(2, width=8, depth=1, num_class_embeds=classes and classes + 1)
+        self.inner = ResidualMLP(2, width=8, depth=1, num_class_embeds=classes and classes + 1)
         nn.init.normal_(self.inner.project_out.weight)
 
     def forward(self, x, t, class_labels=None, angle=None):

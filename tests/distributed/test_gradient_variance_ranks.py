@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_vr import MLP, STF, VP, DiffusionModule
+from lightning_vr import STF, VP, DiffusionModule, ResidualMLP
 from lightning_vr.callbacks.gradient_variance import GradientVariance
 from lightning_vr.rng import generator
 
@@ -47,7 +47,7 @@ def plain_loss(module, x0, noise, t):
 def diffusion(target=None):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(3, width=8, depth=1)
+        network = ResidualMLP(3, width=8, depth=1)
     optimizer = functools.partial(torch.optim.SGD, lr=0.1)
     return DiffusionModule(network, target=target, optimizer=optimizer)
 

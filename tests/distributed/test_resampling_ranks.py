@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_vr import CARV, MLP, DiffusionModule
+from lightning_vr import CARV, DiffusionModule, ResidualMLP
 from lightning_vr.distributed import rank
 from lightning_vr.resampling import ResamplesPilot
 from lightning_vr.rng import generator
@@ -28,7 +28,7 @@ def test_ranks_average_what_they_find_and_take_the_same_k(tmp_path, monkeypatch)
     monkeypatch.setattr(ResamplesPilot, "_seconds", lambda *_: (4.0 + 10 * rank(), 1.0))
     monkeypatch.setattr(ResamplesPilot, "_pass_seconds", lambda *_: (0.0, 1.0))
     monkeypatch.setattr(ResamplesPilot, "_components", lambda _: (1.0 + 2 * rank(), 32.0))
-    model = Saved(MLP(2, width=8, depth=1), draws=CARV())
+    model = Saved(ResidualMLP(2, width=8, depth=1), draws=CARV())
     model.folder = tmp_path
     Trainer(
         accelerator="cpu",

@@ -18,10 +18,10 @@ from torch import multiprocessing, nn
 
 from lightning_vr import (
     CARV,
-    MLP,
     STF,
     DiffusionModule,
     LearnedProposal,
+    ResidualMLP,
     TargetVariance,
     TaylorCV,
 )
@@ -68,7 +68,7 @@ class Record(Callback):
 def build():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=8, depth=1, num_class_embeds=9)
+        network = ResidualMLP(2, width=8, depth=1, num_class_embeds=9)
         nn.init.normal_(network.project_out.weight, std=0.3)
     return DiffusionModule(
         network,

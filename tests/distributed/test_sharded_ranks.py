@@ -13,7 +13,7 @@ from lightning_vr.distributed import world_size
 from lightning_vr.estimators.draws import noise_samples
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.posterior import Posterior, posterior_mean
 from lightning_vr.references import References
 from lightning_vr.rng import generator
@@ -368,7 +368,7 @@ class Save(Callback):
 def mlp():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=8, depth=1, num_class_embeds=3)
+        network = ResidualMLP(2, width=8, depth=1, num_class_embeds=3)
         torch.nn.init.normal_(network.project_out.weight)
     return network
 

@@ -10,7 +10,15 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_vr import MLP, Clean, Cosine, DiffusionModule, TaylorCV, Uniform, UnitWeighting
+from lightning_vr import (
+    Clean,
+    Cosine,
+    DiffusionModule,
+    ResidualMLP,
+    TaylorCV,
+    Uniform,
+    UnitWeighting,
+)
 from lightning_vr.control_measurement import ControlMeasurement
 from lightning_vr.distributed import rank
 from lightning_vr.estimators.control_fit import Findings
@@ -59,7 +67,7 @@ def fitted(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         torch.manual_seed(5)
         model = Saved(
-            MLP(2, width=8, depth=1),
+            ResidualMLP(2, width=8, depth=1),
             timesteps=LogUniform(0.001, 1000.0),
             control_variate=CONTROLS[name](),
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01),

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.rng import generator
 
 pytestmark = [
@@ -29,7 +29,7 @@ class Points(Dataset):
 def module():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=8, depth=1, num_class_embeds=3)
+        network = ResidualMLP(2, width=8, depth=1, num_class_embeds=3)
         torch.nn.init.normal_(network.project_out.weight)
     return DiffusionModule(
         network,

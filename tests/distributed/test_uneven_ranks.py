@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_vr import CARV, MLP, STF, DiffusionModule, GradientVariance, TaylorCV
+from lightning_vr import CARV, STF, DiffusionModule, GradientVariance, ResidualMLP, TaylorCV
 from lightning_vr.callbacks import gradient_variance
 from lightning_vr.distributed import rank
 from lightning_vr.resampling import ResamplesPilot
@@ -127,7 +127,7 @@ class Watched(DiffusionModule):
 def build(**slots):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=8, depth=1)
+        network = ResidualMLP(2, width=8, depth=1)
         nn.init.normal_(network.project_out.weight)
     return Watched(
         network,

@@ -10,7 +10,7 @@ from lightning_vr.estimators.draws import IID, Share
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.estimators.stf import STF
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.objective import Objective
 from lightning_vr.proposals import LearnedProposal, TableProposal, WeightProposal
 from lightning_vr.rng import generator
@@ -189,7 +189,7 @@ def test_arguments_that_mean_nothing_are_refused(options, message):
 
 def test_a_proposal_that_misses_part_of_the_loss_is_refused_when_the_module_is_built():
     with pytest.raises(ValueError, match="TableProposal is zero at times"):
-        DiffusionModule(MLP(2, width=4, depth=1), draws=CARV(1, TableProposal([1.0, 0.0])))
+        DiffusionModule(ResidualMLP(2, width=4, depth=1), draws=CARV(1, TableProposal([1.0, 0.0])))
 
 
 TIMES = LogUniform(0.1, 10.0)
@@ -400,7 +400,7 @@ def test_importance_sampling_has_the_variance_of_the_closed_form(proposal, of_t,
 def module(draws, **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=8, depth=1, num_class_embeds=3)
+        network = ResidualMLP(2, width=8, depth=1, num_class_embeds=3)
         torch.nn.init.normal_(network.project_out.weight)
     return DiffusionModule(network, num_classes=2, draws=draws, **options)
 

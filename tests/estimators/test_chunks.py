@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.chunks import mean_in_chunks
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.rng import generator
 from lightning_vr.types import Clean
 
@@ -295,7 +295,7 @@ LABELS = torch.randint(2, (48,), generator=SOURCE)
 def module(kind, chunk_size, **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=8, depth=1, num_class_embeds=3)
+        network = ResidualMLP(2, width=8, depth=1, num_class_embeds=3)
         nn.init.normal_(network.project_out.weight)
     optimizer = functools.partial(torch.optim.SGD, lr=0.05)
     draws = CARV(4, chunk_size=chunk_size, **options)
@@ -365,7 +365,7 @@ def test_the_parts_of_a_condition_are_cut_into_chunks_too(source):
     for size in (None, 5):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            network = MLP(2, width=8, depth=1)
+            network = ResidualMLP(2, width=8, depth=1)
             nn.init.normal_(network.project_out.weight)
         model = Conditioned(network, draws=CARV(4, chunk_size=size))
         estimate = model.loss(x0, generator(1))

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import IID
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.proposals import LearnedProposal
 from lightning_vr.rng import generator
 
@@ -22,7 +22,7 @@ POINTS = torch.randn(32, 2, generator=generator("points of slots"))
 def module(draws):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=8, depth=1)
+        network = ResidualMLP(2, width=8, depth=1)
     optimizer = functools.partial(torch.optim.SGD, lr=0.1)
     return DiffusionModule(network, draws=draws, optimizer=optimizer)
 

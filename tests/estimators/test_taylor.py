@@ -17,7 +17,7 @@ from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.taylor import TaylorCV
 from lightning_vr.estimators.taylor_terms import constant_term, taylor_terms
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.rng import generator
 from lightning_vr.timesteps import LogUniform
 from lightning_vr.types import Clean
@@ -33,7 +33,7 @@ orders = pytest.mark.parametrize("order", [0, 1, 2])
 def module(control=None, width=8, dtype=WIDE, **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLP(2, width=width, depth=1)
+        network = ResidualMLP(2, width=width, depth=1)
         torch.nn.init.normal_(network.project_out.weight)
     options.setdefault("timesteps", LogUniform(0.01, 10.0))
     return DiffusionModule(network, control_variate=control, **options).to(dtype)

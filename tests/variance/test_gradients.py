@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_vr.estimators.draws import IID
 from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import MLP
+from lightning_vr.networks import ResidualMLP
 from lightning_vr.noisy_losses import DiffusionLoss, GivenLoss
 from lightning_vr.rng import generator
 from lightning_vr.schedules import VP
@@ -34,7 +34,7 @@ CLASSES = 3
 
 
 def mlp():
-    network = MLP(2, width=8, depth=1, num_class_embeds=CLASSES + 1)
+    network = ResidualMLP(2, width=8, depth=1, num_class_embeds=CLASSES + 1)
     nn.init.normal_(network.project_out.weight, std=0.3)
     return network
 
@@ -69,7 +69,7 @@ def dit():
 
 
 NETWORKS = {
-    "MLP": (mlp, (2,)),
+    "ResidualMLP": (mlp, (2,)),
     "UNet": (unet, (1, 8, 8)),
     "UNet with attention": (lambda: unet("AttnDownBlock2D", "AttnUpBlock2D"), (1, 8, 8)),
     "DiT": (dit, (1, 8, 8)),
@@ -102,7 +102,7 @@ def case(request):
         network, VP(), "v", num_classes=CLASSES, label_dropout=0.3 if shape == (2,) else 0.0
     )
     # label dropout inside of DiT draws from the global state, in training alone
-    return module.train(request.param == "MLP"), data(3, shape)
+    return module.train(request.param == "ResidualMLP"), data(3, shape)
 
 
 def row_of(rows, i):
