@@ -3,7 +3,6 @@
 Compared with the same on the CPU, or with a run of the device that is bitwise repeatable.
 """
 
-import warnings
 from datetime import timedelta
 
 import pytest
@@ -33,7 +32,6 @@ from lightning_vr import (
 )
 from lightning_vr.cli import main
 from lightning_vr.data import Digits, EightGaussians
-from lightning_vr.data.digits import digits
 from lightning_vr.rng import generator
 from lightning_vr.sharded import ShardedReferences
 
@@ -158,34 +156,6 @@ def test_a_run_that_is_stopped_and_resumed_is_bitwise_the_whole_one(tmp_path, sl
         assert_equal(resumed[part], whole[part], part)
 
 
-@pytest.mark.parametrize("slots", SLOTS)
-def test_no_training_step_waits_for_the_device(slots):
-    """Up to the optimizer's step, before which one look tells whether gradients are finite."""
-    images, labels = (x.cuda() for x in digits())
-    module = build(slots).cuda()
-    module.seed = 0
-    if module.control_variate is not None:
-        pytest.skip("its pilot is to come first")
-    module.target.fill(images, labels, indexed=True)
-    index = torch.arange(64, device="cuda")
-    batch = {"image": images[:64], "label": labels[:64], "index": index}
-    module.trainer = quiet_trainer()
-    module.log = lambda *_, **__: None
-    for _ in range(2):  # the first batch is checked
-        module.training_step(batch, 0).backward()
-        module.draws.advance()
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            module.training_step(batch, 0).backward()
-            module.draws.advance()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert [f"{w.filename}:{w.lineno} {w.message}" for w in caught] == []
-
-
 @pytest.mark.parametrize("slots", ["plain", "chunks"])
 def test_torchs_compiler_trains_as_without_it(slots):
     found = []
@@ -260,30 +230,6 @@ def test_weights_are_those_of_float64_whatever_precision_matrices_may_have(allow
     torch.testing.assert_close(found.ess.double(), exact.ess, rtol=1e-2, atol=1e-3)
     cpu = posterior_mean(xt.cpu(), 1.0, sigma.cpu(), x0.cpu())
     torch.testing.assert_close(found.mean.cpu(), cpu.mean, rtol=1e-3, atol=1e-3)
-
-
-def test_memory_that_runs_out_for_single_gradients_leaves_the_way_by_batches(tmp_path):
-    """What per-sample gradients take is tried, not known."""
-    torch.cuda.empty_cache()
-    wide = DiffusionModule(ResidualMLP(2, width=4096, depth=2))
-    size = 4 * sum(p.numel() for p in wide.parameters())
-    whole = torch.cuda.get_device_properties(0).total_memory
-    # weights, gradients, Adam's two and a few copies, but no dozen of gradients
-    torch.cuda.set_per_process_memory_fraction(
-        min(1.0, (torch.cuda.memory_reserved() + 14 * size) / whole)
-    )
-    try:
-        trainer = quiet_trainer(
-            max_steps=4,
-            max_epochs=-1,
-            logger=CSVLogger(tmp_path, name=""),
-            log_every_n_steps=1,
-            callbacks=[GradientVariance(every_n_steps=2, noise_levels=2)],
-        )
-        trainer.fit(wide, EightGaussians(32, num_samples=256, num_validation=32))
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert any("gradient_variance" in name for _, name in logs(tmp_path))
 
 
 def _on_rank(rank, folder):

@@ -1,0 +1,24 @@
+"""Audits whose budget is a number of looks at the clock, the same on every machine."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lightning_vr.auditing import measuring
+
+
+class Clock:
+    """Time that passes by a second at each look."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def looks(monkeypatch):
+    """Count budgets in looks: what is measured, and how often, is not left to the machine."""
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=Clock()))
