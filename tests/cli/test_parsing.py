@@ -159,17 +159,14 @@ def test_the_traceback_of_a_wrong_setting_can_be_seen(run, monkeypatch):
 
 
 def test_importing_the_package_and_asking_for_help_is_light():
-    """In a process of its own: what is imported, and the time beyond that of Lightning."""
+    """In a process of its own: what takes long to import comes when it is needed."""
     code = """
-import sys, time
+import sys
 heavy = {"diffusers", "wandb", "matplotlib", "sklearn"}
-start = time.perf_counter()
 import lightning.pytorch
-lightning = time.perf_counter() - start
 # torchmetrics, which Lightning imports, imports matplotlib where it is installed
 theirs = heavy & set(sys.modules)
 assert theirs <= {"matplotlib"}
-start = time.perf_counter()
 import lightning_vr
 assert heavy & set(sys.modules) == theirs, set(sys.modules) & heavy
 from lightning_vr.cli import main
@@ -177,9 +174,7 @@ try:
     main(["--help"])
 except SystemExit as exit_:
     assert exit_.code == 0
-ours = time.perf_counter() - start
 assert heavy & set(sys.modules) == theirs, set(sys.modules) & heavy
-assert ours < 0.5 * lightning, (ours, lightning)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
