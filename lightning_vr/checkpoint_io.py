@@ -6,8 +6,6 @@ disk is full the run goes on with a warning, and what the new checkpoint was to 
 that one is written, or replaced by another.
 """
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_vr.whole_files import replacing
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -71,18 +71,10 @@ def use_durable_checkpoints(trainer: Trainer) -> None:
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # a name that nobody who looks for checkpoints takes for one
-    partial = path.with_name(f".{path.name.replace('ckpt', 'partial')}")
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         # torch's writer complains of positions after a write has failed
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None

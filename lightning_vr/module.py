@@ -34,6 +34,7 @@ from lightning_vr.checks import (
     check_network,
     check_times,
 )
+from lightning_vr.csv_logs import keep_csv_logs_whole
 from lightning_vr.distributed import broadcast, rank, world_size
 from lightning_vr.estimators.chunks import mean_in_chunks
 from lightning_vr.estimators.draws import IID, WHOLE, Draws, Share, Times
@@ -422,6 +423,7 @@ class DiffusionModule(LightningModule):
         check_trainer(self)
         self._stop.take_over(self.trainer)
         use_durable_checkpoints(self.trainer)
+        keep_csv_logs_whole(self.trainer)
         forgive_loggers(self.trainer)
 
     def on_train_start(self) -> None:

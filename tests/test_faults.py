@@ -1,10 +1,13 @@
 """Bad numbers, a full disk, loggers that raise: said clearly, and nothing trained is lost."""
 
+import csv
 import errno
+import os
 import re
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +214,56 @@ def tensors_of(state):
             yield from tensors_of(value)
         elif isinstance(value, torch.Tensor):
             yield value
+
+
+class NewNames(Callback):
+    """Logs numbers whose names change with every other step."""
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.logger.log_metrics({f"number_{trainer.global_step // 2}": 1.5}, trainer.global_step)
+
+
+class TestCSVLog:
+    @pytest.fixture
+    def end(self, monkeypatch):
+        """What to do in the middle of writing rows, and of which."""
+        end, write = SimpleNamespace(of=lambda rows: False, by=None), csv.DictWriter.writerows
+
+        def writerows(writer, rows):
+            rows = list(rows)
+            if end.of(rows):
+                writer.writer.writerow(["half"])
+                end.by()
+            write(writer, rows)
+
+        monkeypatch.setattr(csv.DictWriter, "writerows", writerows)
+        return end
+
+    @staticmethod
+    def rows(folder):
+        logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+        trainer(NewNames(), logger=logger).fit(module(), DataLoader(Points(1.0), batch_size=8))
+        return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+
+    @pytest.mark.parametrize("step", [4, 5], ids=["more columns", "as many"])
+    def test_rows_that_a_full_disk_does_not_take_come_with_the_next(self, tmp_path, end, step):
+        def no_room():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        expected = self.rows(tmp_path / "whole")
+        end.of, end.by = lambda rows: rows[-1]["step"] == step, no_room
+        with pytest.warns(match="`CSVLogger.* failed .*No space left.*training goes on"):
+            assert self.rows(tmp_path / "full") == expected
+        assert len(expected) > 8
+
+    def test_a_process_that_ends_while_it_writes_more_columns_leaves_the_rows_before(
+        self, tmp_path, end
+    ):
+        end.of, end.by = lambda rows: len(rows) > 3, lambda: os._exit(9)
+        assert exit_code(lambda: self.rows(tmp_path), seconds=60) == 9
+        rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+        assert {row["step"] for row in rows} >= {"1", "2", "3"}
+        assert all(float(row["number_1"]) == 1.5 for row in rows if row["number_1"])
 
 
 class TestFullDisk:

@@ -12,7 +12,7 @@ import lightning_vr
 
 PACKAGE = Path(lightning_vr.__file__).parent
 TENSOR_LAYERS = [
-    ["types", "rng", "distributed", "networks", "batches", "timing", "compilation"],
+    ["types", "rng", "distributed", "networks", "batches", "timing", "compilation", "whole_files"],
     [
         "timesteps",
         "schedules",
@@ -43,6 +43,7 @@ LAYERS = [
         "stopping",
         "batch_counts",
         "checkpoint_io",
+        "csv_logs",
         "resampling",
         "training_set",
         "sinks",
