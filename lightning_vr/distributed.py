@@ -119,6 +119,16 @@ def gather_objects(found: Any) -> list[Any]:
     return everyone
 
 
+def part() -> None:
+    """Leave the process group once all ranks are done; all of them call it.
+
+    What gloo does at the end of a process may wait for ranks that have gone, or abort.
+    """
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def ranks_save_together() -> bool:
     """Tell whether all ranks are saving, not one alone in an error of its own.
 

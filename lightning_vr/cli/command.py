@@ -27,7 +27,7 @@ from lightning_vr.cli.resume import (
 )
 from lightning_vr.cli.trainer import VRTrainer
 from lightning_vr.cli.trainer_settings import check_trainer_settings
-from lightning_vr.distributed import world_size
+from lightning_vr.distributed import part, world_size
 from lightning_vr.module import DiffusionModule
 
 _LOADERS = {
@@ -236,6 +236,7 @@ def main(args: ArgsType = None) -> None:
     """
     try:
         VRCLI(args=args)
+        part()
     except SIGTERMException:
         # Lightning would end with status 0, as if the job were done
         sys.stderr.write("stopped by SIGTERM: `fit --ckpt_path last` goes on where one was saved\n")

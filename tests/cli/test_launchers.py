@@ -94,7 +94,7 @@ def run_in(folder, *commands, environments=None):
         subprocess.Popen(
             each,
             cwd=folder,
-            env={**own, "OMP_NUM_THREADS": "1", **environment},
+            env={**own, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -185,7 +185,7 @@ def weights(folder):
 @pytest.mark.parametrize("name", [name for name in JOBS if "raises" not in name])
 def test_two_processes_train_to_the_same_weights_however_they_are_started(name, jobs):
     folder, statuses, said = jobs(name)
-    assert set(statuses) == {0}, said
+    assert set(statuses) == {0}, "\n".join(said)
     assert sum(each.count("MEMBER: 2/2") for each in said) == 1
     found, expected = weights(folder), weights(jobs("lightning")[0])
     assert found.keys() == expected.keys()
