@@ -7,6 +7,7 @@ numbers. What the eight would send to each other is left out on both sides.
 """
 
 import statistics
+from functools import partial
 
 import torch
 from scale_on_paper import (
@@ -25,6 +26,7 @@ from scale_on_paper import (
 
 from lightning_vr import References, posterior_mean
 from lightning_vr.rng import generator
+from lightning_vr.timing import timed
 
 GPUS, ROUNDS = 8, 5
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
@@ -43,20 +45,23 @@ def milliseconds(work: Workload, mode: Mode, device: torch.device) -> float:
     noise = torch.randn(count, work.dim, generator=source, device=device)
     xt = torch.addcmul(rows[own], sigma[:, None], noise)
     del noise
-    taken = []
-    for _ in range(ROUNDS + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        posterior_mean(
-            xt, 1.0, sigma, prepared, own=rows[own], exclude=own, query_group=labels[own]
-        )
-        end.record()
-        torch.cuda.synchronize()
-        taken.append(start.elapsed_time(end))
-    return statistics.median(taken[1:])  # the first one warms up
+    call = partial(
+        posterior_mean,
+        xt,
+        1.0,
+        sigma,
+        prepared,
+        own=rows[own],
+        exclude=own,
+        query_group=labels[own],
+    )
+    taken = [timed(call, device)[1] for _ in range(ROUNDS + 1)]
+    return 1e3 * statistics.median(taken[1:])  # the first one warms up
 
 
 def main():
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device here")
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(device)
     bandwidth = next((value for chip, value in BANDWIDTHS.items() if chip in name), None)

@@ -5,7 +5,7 @@
 
 Of W ranks each has b = B/W draws of d numbers. The formulas, explained in ``scale_on_paper.md``,
 are those of what the code does: ``--check`` counts bytes, memory and FLOP at small sizes. Times
-follow from them and from data sheets; none has been measured on a GPU.
+follow from them and from data sheets; ``scale_on_gpu.py`` compares them with a GPU.
 """
 
 import argparse

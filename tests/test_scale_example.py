@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_vr import posterior_mean
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "scale_on_paper.py"
 
 
@@ -109,3 +111,20 @@ def test_tables_are_printed(monkeypatch, capsys):
         assert sum(line.startswith(f"| {mode} ") for line in lines) == 6
     page = EXAMPLE.with_suffix(".md").read_text()
     assert [line for line in lines if line and line not in page] == []
+
+
+def test_what_is_timed_is_a_ranks_part_of_the_queries_and_references(paper, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    example = runpy.run_path(str(EXAMPLE.with_name("scale_on_gpu.py")), run_name="scale_on_gpu")
+    calls = []
+
+    def spy(xt, alpha, sigma, references, **options):
+        calls.append((len(xt), len(references)))
+        return posterior_mean(xt, alpha, sigma, references, **options)
+
+    monkeypatch.setitem(example["milliseconds"].__globals__, "posterior_mean", spy)
+    work = paper.Workload("small", 640, 12, 32, 4)
+    for mode, sizes in {("all", False): (4, 640), ("all", True): (32, 80)}.items():
+        assert example["milliseconds"](work, paper.Mode(*mode), torch.device("cpu")) > 0
+        assert set(calls) == {sizes}
+        calls.clear()
