@@ -1,4 +1,4 @@
-"""On a CUDA device: nothing that measures disturbs training, stopping changes nothing, steps go on.
+"""On a CUDA device: nothing that measures disturbs training, and stopping changes nothing.
 
 Compared with the same on the CPU, or with a run of the device that is bitwise repeatable.
 """
@@ -83,7 +83,7 @@ def build(slots):
     )
 
 
-def watchers(slots, folder):
+def watchers(slots):
     measured = TargetVariance(references=[16], noise_levels=3, samples=64)
     return [
         GradientVariance(every_n_steps=2, samples=4, noise_levels=2),
@@ -133,7 +133,7 @@ def as_before():
 @pytest.mark.parametrize("slots", SLOTS)
 def test_a_run_is_bitwise_that_without_callbacks(tmp_path, slots, precision):
     bare = fit(tmp_path / "bare", slots, precision=precision)
-    watched = fit(tmp_path / "watched", slots, *watchers(slots, tmp_path), precision=precision)
+    watched = fit(tmp_path / "watched", slots, *watchers(slots), precision=precision)
     assert_equal(watched["state_dict"], bare["state_dict"])
     assert_equal(watched["optimizer_states"], bare["optimizer_states"])
     found = logs(tmp_path / "watched")
@@ -144,12 +144,12 @@ def test_a_run_is_bitwise_that_without_callbacks(tmp_path, slots, precision):
 @pytest.mark.parametrize("slots", SLOTS)
 def test_a_run_that_is_stopped_and_resumed_is_bitwise_the_whole_one(tmp_path, slots):
     options = {"accumulate_grad_batches": 2, "precision": "bf16-mixed"}
-    whole = fit(tmp_path / "whole", slots, *watchers(slots, tmp_path), **options)
+    whole = fit(tmp_path / "whole", slots, *watchers(slots), **options)
     path = tmp_path / "stopped.ckpt"
     stop = StopAt("on_train_batch_end", 7, path)
     with pytest.raises(StoppedError):
-        fit(tmp_path / "parts", slots, *watchers(slots, tmp_path), stop, **options)
-    resumed = fit(tmp_path / "parts", slots, *watchers(slots, tmp_path), ckpt_path=path, **options)
+        fit(tmp_path / "parts", slots, *watchers(slots), stop, **options)
+    resumed = fit(tmp_path / "parts", slots, *watchers(slots), ckpt_path=path, **options)
     for part in ("state_dict", "optimizer_states", "lightning_vr", "callbacks"):
         if part == "callbacks":
             whole[part] = {k: v for k, v in whole[part].items() if not k.startswith("StopAt")}
