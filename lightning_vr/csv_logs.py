@@ -60,6 +60,6 @@ def _append(path: Path, columns: list[str], rows: Sequence[Mapping[str, Any]]) -
     try:
         with path.open("a", newline="") as file:
             csv.DictWriter(file, columns).writerows(rows)
-    except OSError:
-        os.truncate(path, size)  # a part of a row may have found room
+    except BaseException:
+        os.truncate(path, size)  # a part may be written, and all come with the next
         raise

@@ -421,6 +421,7 @@ class DiffusionModule(LightningModule):
     def on_fit_start(self) -> None:
         """Let neither a full disk nor a logger end the run, and ranks stop together."""
         check_trainer(self)
+        self._resuming.begin(self.trainer)
         self._stop.take_over(self.trainer)
         use_durable_checkpoints(self.trainer)
         keep_csv_logs_whole(self.trainer)
@@ -452,7 +453,7 @@ class DiffusionModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let loggers count as the optimizer does, which an error in mid-batch may have undone."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
-        self._resuming.has_backward_begun = False
+        self._resuming.has_validated = self._resuming.has_backward_begun = False
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Note that gradients are about to change."""
@@ -472,13 +473,9 @@ class DiffusionModule(LightningModule):
         if self.trainer.received_sigterm:
             raise SIGTERMException
 
-    def on_validation_epoch_start(self) -> None:
-        """Note that a validation run has begun."""
-        self._resuming.is_validating = not self.trainer.sanity_checking
-
     def on_validation_epoch_end(self) -> None:
         """Note that the validation run has ended, and stop if any rank was asked to."""
-        self._resuming.is_validating = False
+        self._resuming.has_validated = not self.trainer.sanity_checking
         self._stop.agree(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_vr.averages import AveragedWeights
 from lightning_vr.distributed import all_reduce_mean, ranks_save_together
 from lightning_vr.proposals import LearnedProposal
 
@@ -29,14 +30,16 @@ class Resuming:
     """What a module keeps in the checkpoints of a fit, and makes good when one is resumed.
 
     Attributes:
-        is_validating: Whether a validation run has begun and not ended.
+        has_validated: Whether the validation run that follows a training batch has ended.
         has_backward_begun: Whether gradients hold part of a batch that is being trained on.
     """
 
     def __init__(self) -> None:
-        self.is_validating = False
+        self.has_validated = False
         self.has_backward_begun = False
+        self._averages = AveragedWeights()
         self._loaded: dict[str, Any] = {}
+        self._has_just_loaded = False
 
     @property
     def is_due(self) -> bool:
@@ -46,6 +49,15 @@ class Resuming:
     def load(self, state: dict[str, Any]) -> None:
         """Take what ``state`` returned when the checkpoint was saved."""
         self._loaded = {name: state.get(name) for name in _SAVED}
+        self._has_just_loaded = True
+
+    def begin(self, trainer: Trainer) -> None:
+        """Forget what an earlier fit has left; call it when a fit begins, after its checkpoint."""
+        self.has_validated = self.has_backward_begun = False
+        if not self._has_just_loaded:
+            self._loaded = {}
+        self._has_just_loaded = False
+        self._averages.watch(trainer)
 
     def state(self, module: "DiffusionModule", checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return what is to be kept; all ranks call it.
@@ -53,19 +65,18 @@ class Resuming:
         Args:
             module: A module that is fitting.
             checkpoint: The checkpoint; what ranks have observed apart becomes their mean, and
-                averaged weights that are in place for a validation run go back to theirs.
+                averaged weights that are in place go back to theirs.
         """
         # what it takes for logged must outlast the process
         for logger in module.trainer.loggers:
             logger.save()
         if self._loaded:
             return self._loaded  # training has not begun since
-        if self.is_validating:
-            _exchange_averages(module, checkpoint)
+        self._averages.put_right(module, checkpoint)
         return {
             "window": self._window(module, checkpoint),
             "row": _waiting_row(module.trainer),
-            "unvalidated": self.is_validating,
+            "unvalidated": module.trainer.validating and not self.has_validated,
         }
 
     @torch.no_grad()
@@ -76,7 +87,11 @@ class Resuming:
         waiting, trainer = _waiting_batches(module.trainer), module.trainer
         if waiting == 0:
             return None
-        mean = all_reduce_mean if ranks_save_together() else _own
+        device = trainer.strategy.root_device  # after a fit the module is on the CPU
+
+        def mean(x: Tensor) -> Tensor:
+            return all_reduce_mean(x.to(device)) if ranks_save_together() else x
+
         for name, part in module.named_modules():
             if isinstance(part, LearnedProposal):
                 shared = part.get_extra_state() | {"observed": mean(part.observed)}
@@ -184,19 +199,10 @@ def _waiting_batches(trainer: Trainer) -> int:
     """Return how many batches of an accumulation window have passed, 0 between two windows."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     done = progress.current.processed
-    is_last = progress.is_last_batch and progress.current.started == done
+    # the last batch is known to be that before training on it begins
+    is_last = progress.is_last_batch and progress.current.ready == done
     is_end = is_last or done == trainer.num_training_batches
     return 0 if is_end else done % trainer.accumulate_grad_batches
-
-
-def _exchange_averages(module: "DiffusionModule", checkpoint: dict[str, Any]) -> None:
-    """Put right what ``WeightAveraging`` takes for the weights that train while it validates."""
-    averaged, trained = checkpoint["state_dict"], checkpoint.get("current_model_state")
-    if trained is None:
-        return
-    for name in dict(module.named_parameters()) | dict(module.named_buffers()):
-        if name in averaged:
-            averaged[name], trained[name] = trained[name], averaged[name]
 
 
 def _waiting_row(trainer: Trainer) -> dict[str, Any] | None:
@@ -239,7 +245,3 @@ def _end_epoch(trainer: Trainer) -> None:
     if 0 < missing < float("inf"):
         for count in ("ready", "started", "processed", "completed"):
             setattr(progress, count, getattr(progress, count) + int(missing))
-
-
-def _own(x: Tensor) -> Tensor:
-    return x

@@ -39,6 +39,7 @@ LAYERS = [
         "checkpoints",
         "precision",
         "nonfinite",
+        "averages",
         "resuming",
         "stopping",
         "batch_counts",

@@ -81,12 +81,20 @@ def watchers(slots):
 
 
 def fit(
-    folder, *extra, slots="plain", kind=Random, ckpt_path=None, workers=0, validation=8, **options
+    folder,
+    *extra,
+    slots="plain",
+    kind=Random,
+    module=None,
+    ckpt_path=None,
+    workers=0,
+    validation=8,
+    **options,
 ):
     torch.manual_seed(5)  # what a resumed run must not depend on
     if ckpt_path is not None:
         torch.manual_seed(6)
-    module = build(kind, slots)
+    module = module or build(kind, slots)
     settings = {"max_epochs": EPOCHS, "accumulate_grad_batches": WINDOW, "val_check_interval": 2}
     trainer = Trainer(
         accelerator="cpu",
@@ -167,10 +175,50 @@ def test_stopped_with_what_estimators_learn(batch, slots, whole, tmp_path):
     check(found, whole(slots))
 
 
-@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "on_validation_start",
+        # once averaged weights are in place, and once they are not any more
+        "on_validation_epoch_start",
+        "on_validation_epoch_end",
+        "on_validation_end",
+        "on_train_epoch_end",
+    ],
+)
 @pytest.mark.parametrize("count", [1, 2])
-def test_stopped_after_validation_or_an_epoch(hook, count, whole, tmp_path):
+def test_stopped_around_validation_or_after_an_epoch(hook, count, whole, tmp_path):
     check(stop_and_resume(tmp_path, hook, count), whole("plain"))
+
+
+def test_a_run_that_has_ended_goes_on_from_the_weights_that_trained(whole, tmp_path):
+    """Not from their average, which is in place then."""
+    end = fit(tmp_path, max_epochs=1)
+    assert any(
+        not torch.equal(value, end["current_model_state"][name])
+        for name, value in end["state_dict"].items()
+        if name.startswith("network.")
+    )
+    check((fit(tmp_path, ckpt_path=tmp_path / "end.ckpt"), logs(tmp_path)), whole("plain"))
+
+
+def test_a_fit_that_ended_within_validation_leaves_nothing_to_the_next(whole, tmp_path):
+    path, module = tmp_path / "stopped.ckpt", build(Random, "plain")
+    with pytest.raises(StoppedError):
+        fit(tmp_path, StopAt("on_train_batch_end", 1, path))
+    with pytest.raises(StoppedError):
+        fit(tmp_path / "other", StopAt("on_validation_batch_end", 1, tmp_path / "x"), module=module)
+    module.train()
+    check((fit(tmp_path, ckpt_path=path, module=module), logs(tmp_path)), whole("plain"))
+
+
+@pytest.mark.parametrize("batch", [3, 4, 5, 8, 10])
+def test_stopped_as_a_batch_begins_in_windows_that_an_epoch_cuts_short(
+    batch, tmp_path, tmp_path_factory
+):
+    options, folder = {"accumulate_grad_batches": 3}, tmp_path_factory.mktemp("whole")
+    expected = fit(folder, **options), logs(folder)
+    check(stop_and_resume(tmp_path, "on_train_batch_start", batch, **options), expected)
 
 
 @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
