@@ -129,6 +129,10 @@ def part() -> None:
         dist.destroy_process_group()
 
 
+class SharedError(ValueError):
+    """An error that all ranks raise at the same place."""
+
+
 def ranks_save_together() -> bool:
     """Tell whether all ranks are saving, not one alone in an error of its own.
 
@@ -136,4 +140,4 @@ def ranks_save_together() -> bool:
     ``SystemExit``, reaches all ranks.
     """
     kind = sys.exc_info()[0]
-    return world_size() == 1 or kind is None or issubclass(kind, SystemExit)
+    return world_size() == 1 or kind is None or issubclass(kind, (SystemExit, SharedError))

@@ -53,7 +53,7 @@ from lightning_vr.rng import generator, seeded
 from lightning_vr.sampling import Sampler, evaluating
 from lightning_vr.schedules import EDM, Schedule
 from lightning_vr.sinks import forgive_loggers
-from lightning_vr.stopping import SharedStop
+from lightning_vr.stopping import SharedStop, save_alone
 from lightning_vr.timesteps import Density
 from lightning_vr.training_checks import (
     check_clean,
@@ -483,6 +483,7 @@ class DiffusionModule(LightningModule):
         shape = None if self.sample_shape is None else list(self.sample_shape)
         checkpoint[STATE] = {"seed": self.seed, "sample_shape": shape}
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            save_alone(self._trainer)
             checkpoint[STATE] |= self._resuming.state(self, checkpoint)
             checkpoint[STATE]["skipped"] = self._guard.skipped
         keep_learned(checkpoint)

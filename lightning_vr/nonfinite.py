@@ -13,7 +13,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_vr.distributed import all_reduce_sum, gather_objects, rank, world_size
+from lightning_vr.distributed import (
+    SharedError,
+    all_reduce_sum,
+    gather_objects,
+    rank,
+    world_size,
+)
 from lightning_vr.precision import loss_scaler
 from lightning_vr.types import LossEstimate, Noised
 
@@ -74,15 +80,15 @@ class FiniteGuard:
         """Return whether the step may be made; all ranks call it, before the optimizer's step.
 
         Raises:
-            ValueError: If it may not and steps are not to be skipped.
+            SharedError: If it may not and steps are not to be skipped.
         """
         if self._is_sound(module):
             return True
         message = self._message(module)
         if self.action == "raise":
-            raise ValueError(
-                f"{message} What was trained until then is in the last checkpoint; "
-                f"`on_nonfinite='skip'` leaves such steps out."
+            raise SharedError(
+                f"{message} What was trained until then is in the last checkpoint, if there is "
+                f"one; `on_nonfinite='skip'` leaves such steps out."
             )
         if self.skipped == 0:
             rank_zero_warn(f"{message} The step is left out, as will be others like it.")

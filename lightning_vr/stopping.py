@@ -5,12 +5,13 @@ collective, and each rank ends where it sees the signal first: others wait for i
 handler takes a note, and the ranks agree on it after each training batch and each validation run.
 """
 
+import sys
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_vr.distributed import all_reduce_sum, world_size
+from lightning_vr.distributed import all_reduce_sum, ranks_save_together, world_size
 
 
 class SharedStop:
@@ -40,3 +41,22 @@ class SharedStop:
         asked = torch.tensor([float(self._is_asked)], device=trainer.strategy.root_device)
         if float(all_reduce_sum(asked)) > 0:
             trainer._signal_connector.received_sigterm = True
+
+
+def save_alone(trainer: Trainer) -> None:
+    """Let a rank that fails alone save and end: it would wait for others, which are elsewhere."""
+    kind = sys.exc_info()[0]
+    is_error = kind is not None and issubclass(kind, Exception)
+    if not is_error or ranks_save_together() or trainer.state.stage is None:
+        return
+    strategy: Any = trainer.strategy
+    strategy.barrier = _no_wait
+    strategy.broadcast = strategy.reduce = strategy.reduce_boolean_decision = _own
+
+
+def _no_wait(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _own(found: Any, *_: Any, **__: Any) -> Any:
+    return found

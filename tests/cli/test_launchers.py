@@ -64,7 +64,7 @@ class Failing:
 
     def __call__(self, samples):
         self.count += 1
-        if self.count == 3:
+        if self.count == int(os.environ["BROKEN_BATCH"]):
             raise OSError("the disk is gone")
         return self.function(samples)
 """
@@ -150,17 +150,22 @@ def srun(folder):
     return run_in(folder, task, task, environments=[slurm(rank, port) for rank in range(2)])
 
 
-def one_machine(folder, flags=(), launcher=()):
-    environment = {"BROKEN_RANK": "1", "PYTHONPATH": str(folder)}
+def one_machine(folder, flags=(), launcher=(), broken=(1, 3)):
+    rank, batch = (str(number) for number in broken)
+    environment = {"BROKEN_RANK": rank, "BROKEN_BATCH": batch, "PYTHONPATH": str(folder)}
     one = command("--trainer.devices=2", *flags, launcher=launcher)
     return run_in(folder, one, environments=[environment])
 
 
 RAISES = "--data=broken.Broken"
+SAVES = "--trainer.callbacks.save_on_exception=true"
 TORCHRUN = torchrun("--standalone", "--nproc_per_node=2")
 JOBS = {
     "lightning": one_machine,
     "lightning, raises": partial(one_machine, flags=[RAISES]),
+    # once training has begun, after the five batches that fill the bank
+    "raises and saves": partial(one_machine, flags=[RAISES, SAVES], broken=(1, 8)),
+    "first raises and saves": partial(one_machine, flags=[RAISES, SAVES], broken=(0, 8)),
     "torchrun": partial(one_machine, launcher=TORCHRUN),
     "torchrun, raises": partial(one_machine, flags=[RAISES], launcher=TORCHRUN),
     "torchrun, two nodes": two_nodes,
@@ -198,4 +203,8 @@ def test_a_rank_that_raises_ends_the_job(name, jobs):
     folder, (status,), (said,) = jobs(name)
     assert status != 0
     assert "the disk is gone" in said
-    assert not list(folder.glob("runs/**/last.ckpt"))
+    saved = list(folder.glob("runs/**/last.ckpt"))
+    if "saves" not in name:
+        assert not saved
+    elif "first" in name:
+        assert torch.load(saved[0], weights_only=True)["global_step"] == 1
