@@ -56,7 +56,8 @@ class ControlMeasurement:
         control: The control variate in its slot.
 
     Attributes:
-        seconds: What each pass of the last ``find`` took.
+        seconds: What each pass of the last ``find`` took, with an even share of what lies between
+            the passes: draws and inner products.
     """
 
     def __init__(self, module: "DiffusionModule", control: TaylorCV) -> None:
@@ -73,20 +74,10 @@ class ControlMeasurement:
             source: Gives generators by key.
         """
         self.seconds = []
-        resamples = self.module.draws.draws_per_sample
-        wanted = math.ceil(_LEAST_DRAWS * self.control.bins / (2 * resamples))
-        some = clean.rows(slice(0, max(wanted, len(clean.x0) // 2)))
-        # all ranks draw equally often: the smallest batch says how often
-        size = least(len(some.x0), self.module.device)
-        units = [
-            self._pairs(some, partial(source, "pairs", unit))
-            for unit in range(math.ceil(wanted / size))
-        ]
-        rows = concatenated(units)
-        in_step = len(clean.x0) * resamples * self._parts_of_step
-        found = self._by_bin(rows, row_count(rows) / in_step)
-        moment = found.loss_squares.sum() + self._rest(units[0], in_step)
-        return Findings(*(self.over_ranks(x) for x in found._replace(second_moment=moment)))
+        found, total = timed(partial(self._find, clean, source), self.module.device)
+        between = (total - sum(self.seconds)) / len(self.seconds)
+        self.seconds = [seconds + between for seconds in self.seconds]
+        return found
 
     def cost(
         self, clean: Clean, encode: Callable[[], Any], source: Source
@@ -127,6 +118,22 @@ class ControlMeasurement:
         """Return the mean of numbers over the ranks, float64; all must call it."""
         device = self.module.device
         return all_reduce_mean(values.to(device, widest_float(device))).cpu().double()
+
+    def _find(self, clean: Clean, source: Source) -> Findings:
+        resamples = self.module.draws.draws_per_sample
+        wanted = math.ceil(_LEAST_DRAWS * self.control.bins / (2 * resamples))
+        some = clean.rows(slice(0, max(wanted, len(clean.x0) // 2)))
+        # all ranks draw equally often: the smallest batch says how often
+        size = least(len(some.x0), self.module.device)
+        units = [
+            self._pairs(some, partial(source, "pairs", unit))
+            for unit in range(math.ceil(wanted / size))
+        ]
+        rows = concatenated(units)
+        in_step = len(clean.x0) * resamples * self._parts_of_step
+        found = self._by_bin(rows, row_count(rows) / in_step)
+        moment = found.loss_squares.sum() + self._rest(units[0], in_step)
+        return Findings(*(self.over_ranks(x) for x in found._replace(second_moment=moment)))
 
     @property
     def _loss(self) -> DiffusionLoss:
@@ -219,9 +226,7 @@ class ControlMeasurement:
     def _in_groups(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
         """Return the inner product of two gradients, in each group of parameters."""
         found = torch.zeros(max(self._groups) + 1, dtype=torch.float64)
-        for group, x, y in zip(self._groups, a, b, strict=True):
-            found[group] += _product([x], [y])
-        return found
+        return found.index_add(0, torch.tensor(self._groups), _products(a, b))
 
     def _unsigned(self, rows: Rows) -> Tensor:
         noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
@@ -271,5 +276,10 @@ class ControlMeasurement:
 
 
 def _product(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    total = sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
-    return torch.tensor(total, dtype=torch.float64)
+    return _products(a, b).sum()
+
+
+def _products(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Return the inner product of each parameter's gradients, read from a device all at once."""
+    found = torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)])
+    return found.cpu().double()

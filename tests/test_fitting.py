@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_vr import (
@@ -204,6 +206,52 @@ def test_coefficients_are_those_of_gradients_by_plain_autograd(order, by_group):
             torch.testing.assert_close(
                 control.fit.coefficients[b, n], expected, rtol=1e-3, atol=1e-3
             )
+
+
+class Reads(TorchDispatchMode):
+    """Counts where single numbers are read, as a device makes the host wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ == "_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+def test_numbers_that_a_pilot_reads_are_not_more_for_more_parameters(by_group):
+    counts = []
+    for depth in (1, 4):
+        control = TaylorCV(1, bins=2, gate="open", by_group=by_group)
+        model = module(control, ResidualMLP(2, width=8, depth=depth))
+        model._trainer = trainer_of()
+        with Reads() as reads:
+            ControlMeasurement(model, control).find(Clean(Points().x0), generator)
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+def test_the_time_of_a_pilot_is_that_of_all_it_does(monkeypatch):
+    """Also of inner products, which here take much longer than the passes."""
+    inner_products, calls = ControlMeasurement._in_groups, []
+
+    def slow(measurement, *gradients):
+        time.sleep(0.02)
+        calls.append(gradients)
+        return inner_products(measurement, *gradients)
+
+    monkeypatch.setattr(ControlMeasurement, "_in_groups", slow)
+    control = TaylorCV(bins=2, gate="open")
+    model = module(control)
+    model._trainer = trainer_of()
+    measurement = ControlMeasurement(model, control)
+    start = time.perf_counter()
+    measurement.find(Clean(Points().x0), generator)
+    taken = time.perf_counter() - start
+    assert 0.02 * len(calls) <= sum(measurement.seconds) <= taken
+    assert min(measurement.seconds) >= 0.02 * len(calls) / len(measurement.seconds)
 
 
 def test_a_coefficient_comes_out_without_error_where_the_noise_is_explained_fully():

@@ -17,7 +17,7 @@ from lightning_vr.auditing.report import table
 from lightning_vr.auditing.run import audit as run_audit
 from lightning_vr.callbacks.samples import is_picture, save_picture
 from lightning_vr.checkpoints import load_training_weights, read_checkpoint
-from lightning_vr.distributed import all_gather_rows
+from lightning_vr.distributed import all_gather_numbers, all_gather_rows
 from lightning_vr.module import DiffusionModule
 from lightning_vr.sinks import run_folder
 
@@ -110,12 +110,20 @@ class VRTrainer(Trainer):
 
 
 class _SampleWriter(Callback):
-    """Gathers the samples of all ranks and writes them to the run's folder."""
+    """Gathers the samples of all ranks, batch by batch, and writes them to the run's folder."""
 
     def __init__(self, num_classes: int | None) -> None:
         self.num_classes = num_classes
         self._samples: list[Tensor] = []
         self._positions: list[Tensor] = []
+        self._nothing: list[Tensor] = []
+        self._batches_left = 0
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # the last ranks may have a batch less than the first
+        own = int(sum(trainer.num_predict_batches))
+        counts = all_gather_numbers([own], pl_module.device)
+        self._batches_left = max(count for (count,) in counts)
 
     def on_predict_batch_end(
         self,
@@ -126,15 +134,16 @@ class _SampleWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._samples.append(outputs)
-        self._positions.append(batch["index"])
+        self._nothing = [x.new_empty(0, *x.shape[1:]) for x in (outputs, batch["index"])]
+        self._gather(trainer, outputs, batch["index"])
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        order = all_gather_rows(torch.cat(self._positions)).argsort()
-        samples = all_gather_rows(torch.cat(self._samples))[order].float().cpu()
+        while self._batches_left:
+            self._gather(trainer, *self._nothing)
         folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
+        samples = self._in_order()
         names = ["samples.npz"]
         arrays: dict[str, Any] = {"samples": samples.numpy()}
         if self.num_classes is not None:
@@ -144,3 +153,21 @@ class _SampleWriter(Callback):
             names.append("samples.png")
             save_picture(samples, folder / "samples.png", columns=self.num_classes)
         print(f"{len(samples)} samples in {folder}: {', '.join(names)}")
+
+    def _gather(self, trainer: Trainer, samples: Tensor, positions: Tensor) -> None:
+        """Take in a batch of each rank; all ranks must call it equally often."""
+        self._batches_left -= 1
+        samples, positions = all_gather_rows(samples), all_gather_rows(positions)
+        # many samples fit into the memory of a host alone, and that once
+        if trainer.is_global_zero:
+            self._samples.append(samples.float().cpu())
+            self._positions.append(positions.cpu())
+
+    def _in_order(self) -> Tensor:
+        """Return all samples in the order of the requests, and let go of the batches."""
+        places = torch.cat(self._positions).argsort().argsort()
+        found = torch.empty(len(places), *self._samples[0].shape[1:], dtype=torch.float32)
+        for where in reversed(torch.split(places, [len(x) for x in self._samples])):
+            found[where] = self._samples.pop()
+        self._positions.clear()
+        return found

@@ -88,6 +88,26 @@ class Cost(NamedTuple):
     marginal: float
 
 
+class DeviceCopy:
+    """Keeps the copy of a tensor on a device until another tensor takes the place of the first.
+
+    A copy from the CPU makes the host wait for the device. It is no state: a checkpoint, a deep
+    copy and another process make one of their own.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, torch.device, torch.dtype, Tensor] | None = None
+
+    def of(self, source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return what ``source.to(device, dtype)`` does; nobody may change it in place."""
+        if self._kept is None or self._kept[0] is not source or self._kept[1:3] != (device, dtype):
+            self._kept = source, device, dtype, source.to(device, dtype)
+        return self._kept[3]
+
+    def __reduce__(self) -> tuple[type["DeviceCopy"], tuple[()]]:
+        return DeviceCopy, ()
+
+
 class ControlFit:
     """Coefficients and open bins; all on the CPU, in float64, and the same on all ranks.
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_vr.estimators.control_fit import ControlFit
+from lightning_vr.estimators.control_fit import ControlFit, DeviceCopy
 from lightning_vr.estimators.gradient_scale import with_scaled_gradients
 from lightning_vr.estimators.loss import ControlVariate, Network, network_output
 from lightning_vr.estimators.taylor_terms import (
@@ -107,6 +107,7 @@ class TaylorCV(ControlVariate):
         self.refit_every_n_steps = refit_every_n_steps
         self.fit = ControlFit(bins, on_values=control == "objective", coefficient=coefficient)
         self.pilot: dict[str, float] | None = None
+        self._coefficients, self._is_open = DeviceCopy(), DeviceCopy()
 
     @property
     def parts(self) -> int:
@@ -183,10 +184,12 @@ class TaylorCV(ControlVariate):
         if self.is_closed:
             return torch.zeros(0, dtype=torch.int64, device=noised.t.device)
         if self.gate == "auto":
-            is_open = self.fit.is_open.to(noised.t.device)[self.bin(noised.t, objective)]
+            table = self._is_open.of(self.fit.is_open, noised.t.device, torch.bool)
+            is_open = table[self.bin(noised.t, objective)]
         else:
             low, high = self.gate
             is_open = (noised.noise_level >= low) & (noised.noise_level <= high)
+        # the host must wait for their number: without it no row could be left out of the pass
         return is_open.nonzero()[:, 0]
 
     def _in_one_batch(
@@ -203,7 +206,7 @@ class TaylorCV(ControlVariate):
     ) -> Tensor:
         """Return the sum of the terms of each draw, times their coefficients, ``(B,)``."""
         bins = self.bin(noised.t, objective)
-        beta = self.fit.coefficients.to(noised.t)
+        beta = self._coefficients.of(self.fit.coefficients, noised.t.device, noised.t.dtype)
         if beta.shape[1] > 1:
             control = self._by_group(network, noised, objective, bins)
         else:

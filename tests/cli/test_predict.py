@@ -1,9 +1,15 @@
 """``predict``: samples of a trained module as arrays and as a picture."""
 
+import weakref
+
 import numpy as np
 import pytest
+import torch
 from commands import NETWORK, run_in, write
 from PIL import Image
+
+from lightning_vr import DiffusionModule
+from lightning_vr.cli.trainer import _SampleWriter
 
 FEW = ["--model.sampler.steps=3"]
 LAST = "checkpoints/last.ckpt"
@@ -118,6 +124,55 @@ def test_two_processes_write_all_samples_in_order_and_differ(run, trained):
     assert samples["samples"].shape == (7, 2)
     assert samples["labels"].tolist() == list(range(7))
     assert len(np.unique(samples["samples"], axis=0)) == 7
+
+
+@pytest.mark.parametrize(("devices", "num_samples"), [(1, 5), (2, 5), (2, 7), (2, 8), (2, 9)])
+def test_each_sample_is_where_its_request_is(run, points, monkeypatch, devices, num_samples):
+    """Also where the last batch of a rank is short, or missing, as with 5 and 9 samples."""
+
+    def where(module, batch, batch_idx):
+        return batch["index"][:, None].float().expand(-1, 2)
+
+    monkeypatch.setattr(DiffusionModule, "predict_step", where)
+    several = [f"--trainer.devices={devices}", "--trainer.strategy=ddp_fork"]
+    flags = [*points, f"--num_samples={num_samples}", "--batch_size=2", *several[: 2 * devices - 2]]
+    samples = arrays(run("predict", *flags, network=[], data=[]))["samples"]
+    assert samples.tolist() == [[i, i] for i in range(num_samples)]
+
+
+def test_between_batches_no_sample_stays_where_it_was_made(run, points, monkeypatch):
+    """Samples in bfloat16, that one on the CPU too can tell from those that are kept."""
+    made, alive = [], []
+
+    def draw(module, batch, batch_idx):
+        alive.append(sum(sample() is not None for sample in made))
+        found = batch["index"][:, None].bfloat16().expand(-1, 2)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(DiffusionModule, "predict_step", draw)
+    flags = [*points, "--num_samples=9", "--batch_size=2"]
+    samples = arrays(run("predict", *flags, network=[], data=[]))["samples"]
+    assert alive == [0] * 5
+    assert samples.dtype == np.float32
+    assert samples.tolist() == [[i, i] for i in range(9)]
+
+
+def test_the_samples_of_two_processes_are_kept_by_one_on_the_cpu(run, points, monkeypatch, folder):
+    """A spy looks at what the writer of each rank holds before it writes."""
+    write_samples = _SampleWriter.on_predict_epoch_end
+
+    def spy(writer, trainer, module):
+        kept = [(str(x.device), x.dtype, len(x)) for x in writer._samples]
+        torch.save(kept, folder / f"kept{trainer.global_rank}.pt")
+        write_samples(writer, trainer, module)
+
+    monkeypatch.setattr(_SampleWriter, "on_predict_epoch_end", spy)
+    several = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+    flags = [*points, *FEW, *several, "--num_samples=7", "--batch_size=2"]
+    run("predict", *flags, network=[], data=[])
+    kept = [torch.load(folder / f"kept{rank}.pt") for rank in range(2)]
+    assert kept == [[("cpu", torch.float32, 4), ("cpu", torch.float32, 3)], []]
 
 
 def test_what_predict_cannot_do_is_one_line(refused, points):

@@ -1,15 +1,18 @@
 """The Taylor control variate in the loss: where it runs, with which coefficients, without bias."""
 
+import copy
 import itertools
 import math
+import pickle
 from dataclasses import replace
 
 import numpy
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_vr.estimators.carv import CARV
-from lightning_vr.estimators.control_fit import Cost, Findings
+from lightning_vr.estimators.control_fit import Cost, DeviceCopy, Findings
 from lightning_vr.estimators.draws import IID, noise_samples
 from lightning_vr.estimators.dsm import own_sample
 from lightning_vr.estimators.loss import diffusion_loss
@@ -20,8 +23,9 @@ from lightning_vr.module import DiffusionModule
 from lightning_vr.networks import ResidualMLP
 from lightning_vr.rng import generator
 from lightning_vr.timesteps import LogUniform
-from lightning_vr.types import Clean
+from lightning_vr.types import Clean, Noised
 from lightning_vr.variance.gradients import parameter_groups
+from lightning_vr.variance.rows import mapped, tensors
 
 # torch 2.13 loads its forward-mode derivatives with it, nothing of ours
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -123,6 +127,59 @@ def test_each_bin_and_part_has_its_coefficient(order):
     assert len(bins.unique()) == 3
     expected = -(control.fit.coefficients[bins, 0] * terms).sum(dim=1)
     torch.testing.assert_close(regress(model, noised).control, expected)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies that are made of a control variate's coefficients."""
+
+    def __init__(self, control):
+        super().__init__()
+        self.control, self.count = control, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_copy = func.overloadpacket.__name__ == "_to_copy"
+        self.count += is_copy and args[0] is self.control.fit.coefficients
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gate", ["open", (0.1, 1.0), "auto"], ids=str)
+@orders
+def test_coefficients_are_copied_to_the_device_once_for_each_fit(order, gate):
+    """Times in float32 have them copied on a CPU too."""
+    control = with_coefficients(TaylorCV(order, bins=3, gate=gate))
+    control.fit.is_open = torch.tensor([True, False, True])
+    model = module(control, dtype=torch.float32)
+    noised = Noised(**mapped(tensors(draws_of(model, 30)), lambda x: x.float()))
+    with Copies(control) as copies:
+        for fits in (1, 2):
+            found = [regress(model, noised).control for _ in range(3)]
+            assert copies.count == fits
+            assert found[0].any()
+            assert all(torch.equal(x, found[0]) for x in found)
+            with_coefficients(control, key=fits)
+
+
+def test_what_is_loaded_takes_the_place_of_what_was_copied():
+    control = with_coefficients(TaylorCV(bins=3, gate=(0.1, 1.0)), key=1)
+    model = module(control)
+    noised = draws_of(model, 30)
+    expected, state = regress(model, noised).control, control.get_extra_state()
+    with_coefficients(control, key=2)
+    assert not torch.equal(regress(model, noised).control, expected)
+    control.set_extra_state(state)
+    assert torch.equal(regress(model, noised).control, expected)
+
+
+def test_a_copy_on_a_device_is_kept_for_one_tensor_and_is_no_state():
+    first, second = torch.tensor([True, False]), torch.tensor([True, True])
+    copies, there = DeviceCopy(), (torch.device("meta"), torch.bool)
+    kept = copies.of(first, *there)
+    assert kept.device.type == "meta"
+    assert copies.of(first, *there) is kept
+    assert torch.equal(copies.of(first, torch.device("cpu"), torch.bool), first)
+    assert torch.equal(copies.of(second, torch.device("cpu"), torch.bool), second)
+    for another in (copy.deepcopy(copies), pickle.loads(pickle.dumps(copies))):
+        assert vars(another) == vars(DeviceCopy())
 
 
 @pytest.mark.parametrize("options", [{"gate": (0.1, 1.0)}, {"gate": "open", "by_group": True}])
