@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
@@ -29,7 +30,15 @@ _LOGGER_METHODS = (
 
 def run_folder(trainer: Trainer) -> Path:
     """Return the folder of this run, made if need be. All ranks must call it."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    logger = trainer.logger
+    if logger is None or isinstance(logger, (CSVLogger, TensorBoardLogger)):
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+    else:
+        # its log_dir is shared by all runs: this one's checkpoints lie below, where Lightning says
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        own = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+        # only rank zero has the experiment, which may give name and version
+        folder = trainer.strategy.broadcast(own)
     with training_goes_on(trainer, f"The folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -25,6 +25,7 @@ from lightning_vr.cli.resume import (
     last_checkpoint,
     model_settings,
 )
+from lightning_vr.cli.saved_config import SaveRunConfig
 from lightning_vr.cli.trainer import VRTrainer
 from lightning_vr.cli.trainer_settings import check_trainer_settings
 from lightning_vr.distributed import part, world_size
@@ -62,7 +63,7 @@ class VRCLI(LightningCLI):
             "subclass_mode_data": True,
             "auto_configure_optimizers": False,
             "seed_everything_default": 0,
-            "save_config_kwargs": {"overwrite": True},
+            "save_config_callback": SaveRunConfig,
             "trainer_class": VRTrainer,
             "trainer_defaults": {"logger": _LOGGER},
             "parser_kwargs": {
@@ -231,8 +232,8 @@ def main(args: ArgsType = None) -> None:
         args: The arguments, in place of those of the process.
 
     Raises:
-        SystemExit: With status 2 and one line on stderr if a setting is wrong, with status 143 if
-            the process is asked to stop.
+        SystemExit: With status 2 and one line on stderr if a setting is wrong. If the process is
+            asked to stop, with status 143 where it is the main one of its node, with 0 elsewhere.
     """
     try:
         VRCLI(args=args)
@@ -240,7 +241,9 @@ def main(args: ArgsType = None) -> None:
     except SIGTERMException:
         # Lightning would end with status 0, as if the job were done
         sys.stderr.write("stopped by SIGTERM: `fit --ckpt_path last` goes on where one was saved\n")
-        raise SystemExit(128 + signal.SIGTERM) from None
+        # where it started the others it would kill this one, still ending, if they ended with 143
+        is_main = os.environ.get("LOCAL_RANK", "0") == "0"
+        raise SystemExit(128 + signal.SIGTERM if is_main else 0) from None
     except Exception as error:
         wrong = cause(error)
         if os.environ.get("LIGHTNING_VR_TRACEBACK") or not is_wrong_setting(wrong):

@@ -1,11 +1,14 @@
 """What ``--ckpt_path`` names, and what of it the settings agree with."""
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.loggers import WandbLogger
 
 from lightning_vr.checkpoints import HYPERPARAMETERS, STATE
 from lightning_vr.configuration import describe, imported
@@ -24,18 +27,18 @@ _NETWORK = {
 
 
 def last_checkpoint(trainer: Namespace) -> Path:
-    """Return the newest ``last`` checkpoint of all runs that share the configured folder."""
-    logger = trainer.logger[0] if isinstance(trainer.logger, list) else trainer.logger
-    folder = Path(trainer.default_root_dir or ".")
-    if isinstance(logger, Namespace):
-        folder = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
+    """Return the newest ``last`` checkpoint of all runs that share the configured folders."""
+    folder = _runs_folder(trainer)
+    own = _checkpoint_folders(trainer)
     found = [
         path for up in ("", "*/", "*/*/") for path in folder.glob(f"{up}checkpoints/last*.ckpt")
     ]
+    found += [path for each in own for path in each.glob("last*.ckpt")]
     if not found:
+        others = "".join(f" and no last.ckpt in {each}" for each in own)
         raise ValueError(
-            f"Argument `ckpt_path` is 'last', but there is no checkpoints/last.ckpt in {folder}: "
-            f"name the file, or train with a ModelCheckpoint(save_last=True)."
+            f"Argument `ckpt_path` is 'last', but there is no checkpoints/last.ckpt in "
+            f"{folder}{others}: name the file, or train with a ModelCheckpoint(save_last=True)."
         )
     newest = max(found, key=lambda path: path.lstat().st_mtime)
     if not newest.exists():
@@ -44,6 +47,41 @@ def last_checkpoint(trainer: Namespace) -> Path:
             f"is not there: name the file."
         )
     return newest
+
+
+def _runs_folder(trainer: Namespace) -> Path:
+    """Return where Lightning makes a folder for each run, as the first logger has it."""
+    root = Path(trainer.default_root_dir or ".").expanduser()
+    loggers = [each for each in _listed(trainer.logger) if isinstance(each, Namespace)]
+    if not loggers:
+        return root
+    settings = _arguments(loggers[0])
+    name = settings.get("name")
+    if _is_a(loggers[0], WandbLogger):
+        # runs lie by their project there, and `name` is what a run is shown as
+        name = settings.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")
+    return Path(settings.get("save_dir") or settings.get("dir") or root) / (name or "")
+
+
+def _checkpoint_folders(trainer: Namespace) -> list[Path]:
+    """Return the folders that ModelCheckpoints are told to write to, whatever the logger."""
+    checkpoints = [each for each in _listed(trainer.callbacks) if _is_a(each, ModelCheckpoint)]
+    given = [_arguments(each).get("dirpath") for each in checkpoints]
+    return [Path(each).expanduser() for each in given if each]
+
+
+def _listed(setting: Any) -> list[Any]:
+    return setting if isinstance(setting, list) else [setting]
+
+
+def _arguments(setting: Namespace) -> dict[str, Any]:
+    given = setting.get("init_args")
+    return given.as_dict() if given else {}
+
+
+def _is_a(setting: Any, kind: type) -> bool:
+    found = imported(setting.class_path) if isinstance(setting, Namespace) else None
+    return isinstance(found, type) and issubclass(found, kind)
 
 
 def model_settings(checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:

@@ -65,7 +65,9 @@ def test_a_run_folder_that_exists_is_no_obstacle(run, folder):
     main(["fit", *flags])
     with pytest.warns(UserWarning, match="exists and is not empty"):
         main(["fit", *flags, "--model.sigma_data=0.25"])
-    assert "sigma_data: 0.25" in (folder / "runs/version_0/config.yaml").read_text()
+    run = folder / "runs/version_0"
+    assert "sigma_data: 0.25" in (run / "config_1.yaml").read_text()
+    assert "sigma_data: 0.25" not in (run / "config.yaml").read_text()
 
 
 def test_a_module_of_ones_own_is_named_by_its_path(folder, monkeypatch):
