@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     options = parser.parse_args()
 
-    module = DiffusionModule.load_from_checkpoint(options.checkpoint)
+    module = DiffusionModule.load_from_checkpoint(options.checkpoint, map_location="cpu")
     labels = torch.arange(options.samples) % 10
     samples = module.sample(options.samples, group=labels, progress=True)
 

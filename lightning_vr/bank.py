@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.estimators.dsm import Target
+from lightning_vr.estimators.stf import STF
 from lightning_vr.training_checks import check_clean
 from lightning_vr.training_set import check_equal_chances, encoded_training_set
 from lightning_vr.types import Clean
@@ -31,6 +32,8 @@ def fill_target(module: "DiffusionModule") -> None:
         return clean
 
     target = module.target
+    if isinstance(target, STF):
+        target.bank = None  # an earlier fit's, beside which there may be no room
     if target.bank_size is None:
         check_equal_chances(module.trainer)
     clean = encoded_training_set(

@@ -14,6 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_vr.sinks import is_training
 from lightning_vr.whole_files import replacing
 
 
@@ -25,6 +26,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(self) -> None:
+        # where it is known, checkpoints that are saved outside of training fail as usual
+        self.trainer: Trainer | None = None
         # the last one, if it could not be written, and what stays in the place of such ones
         self._failed: str | None = None
         self._kept: list[tuple[str, Any]] = []
@@ -39,10 +42,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
             else:
                 _write(checkpoint, Path(path))
         except OSError as error:
+            if self.trainer is not None and not is_training(self.trainer):
+                raise
             self._failed = str(path)
             rank_zero_warn(
                 f"The checkpoint {path} could not be written ({error}): training goes on, and the "
-                f"checkpoints before it stay. Make room on the disk."
+                f"checkpoints before it stay."
             )
             return
         self._failed = None
@@ -68,6 +73,8 @@ def use_durable_checkpoints(trainer: Trainer) -> None:
     """Put ``DurableCheckpointIO`` in place of Lightning's plain one, and of no other."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
+        trainer.strategy.checkpoint_io.trainer = trainer
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

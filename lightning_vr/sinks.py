@@ -44,6 +44,11 @@ def run_folder(trainer: Trainer) -> Path:
     return folder
 
 
+def is_training(trainer: Trainer) -> bool:
+    """Tell whether a trainer is within a fit, also in an error that ends it."""
+    return trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None
+
+
 @contextmanager
 def training_goes_on(trainer: Trainer, what: str) -> Iterator[None]:
     """Turn what is raised into a warning while a trainer is fitting. No collective in it.
@@ -55,7 +60,7 @@ def training_goes_on(trainer: Trainer, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if trainer.state.fn != TrainerFn.FITTING:
+        if not is_training(trainer):
             raise
         rank_zero_warn(
             f"{what} could not be written ({type(error).__name__}: {error}): training goes on."
@@ -63,15 +68,15 @@ def training_goes_on(trainer: Trainer, what: str) -> Iterator[None]:
 
 
 def forgive_loggers(trainer: Trainer) -> None:
-    """Let the loggers of ``trainer`` warn, once for each of their methods, where they raise."""
+    """Let the loggers warn where they raise in training, once for each of their methods."""
     for logger in trainer.loggers:
         for name in _LOGGER_METHODS:
             method = getattr(logger, name, None)
             if method is not None and name not in vars(logger):
-                setattr(logger, name, _forgiving(method))
+                setattr(logger, name, _forgiving(method, trainer))
 
 
-def _forgiving(method: Callable[..., Any]) -> Callable[..., Any]:
+def _forgiving(method: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
     has_warned = False
 
     @functools.wraps(method)
@@ -80,6 +85,8 @@ def _forgiving(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(*args, **kwargs)
         except Exception as error:
+            if not is_training(trainer):
+                raise
             if not has_warned:
                 rank_zero_warn(
                     f"`{method.__qualname__}` failed ({type(error).__name__}: {error}): training "

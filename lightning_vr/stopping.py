@@ -1,8 +1,9 @@
-"""A signal to stop that all ranks take at the end of the same batch.
+"""Signals to stop or to save that all ranks take at the end of the same batch.
 
-Lightning's handler broadcasts from wherever its rank happens to be, also from within another
-collective, and each rank ends where it sees the signal first: others wait for it for ever. Here the
-handler takes a note, and the ranks agree on it after each training batch and each validation run.
+Lightning's handlers broadcast and save from wherever their rank happens to be, also from within
+another collective or between an optimizer's step and its count, and each rank ends where it sees
+SIGTERM first: others wait for it for ever. Here the handlers take a note, and the ranks agree on it
+after each training batch and each validation run.
 """
 
 import sys
@@ -15,32 +16,43 @@ from lightning_vr.distributed import all_reduce_sum, ranks_save_together, world_
 
 
 class SharedStop:
-    """Whether this rank was asked to stop, and what the ranks make of it."""
+    """Whether this rank was asked to stop or to save, and what the ranks make of it."""
 
     def __init__(self) -> None:
-        self._is_asked = False
+        self._stop_asked = self._save_asked = False
 
     def take_over(self, trainer: Trainer) -> None:
-        """Handle SIGTERM in Lightning's place; call it before that registers its handler."""
-        self._is_asked = False
+        """Handle signals in Lightning's place; call it before that registers its handlers."""
+        self._stop_asked = self._save_asked = False
+        connector: Any = trainer._signal_connector
+
+        def note_save(*_: Any) -> None:
+            self._save_asked = True
+
+        connector._slurm_sigusr_handler_fn = note_save  # SLURM's, ahead of its time limit
         if trainer.world_size == 1:
             return
 
-        def note(signum: Any, _: Any) -> None:
+        def note_stop(signum: Any, _: Any) -> None:
             launcher: Any = trainer.strategy.launcher
-            if launcher is not None and not self._is_asked:
+            if launcher is not None and not self._stop_asked:
                 launcher.kill(signum)
-            self._is_asked = True
+            self._stop_asked = True
 
-        trainer._signal_connector._sigterm_notifier_fn = note  # type: ignore[method-assign]
+        connector._sigterm_notifier_fn = note_stop
 
     def agree(self, trainer: Trainer) -> None:
-        """Let Lightning stop on all ranks if one was asked to; all of them call it."""
-        if world_size() == 1:
-            return
-        asked = torch.tensor([float(self._is_asked)], device=trainer.strategy.root_device)
-        if float(all_reduce_sum(asked)) > 0:
-            trainer._signal_connector.received_sigterm = True
+        """Let Lightning save or stop on all ranks if one was asked to; all of them call it."""
+        stop, save = self._stop_asked, self._save_asked
+        if world_size() > 1:
+            asked = torch.tensor([float(stop), float(save)], device=trainer.strategy.root_device)
+            stop, save = (all_reduce_sum(asked) > 0).tolist()
+        connector: Any = trainer._signal_connector
+        if save:
+            self._save_asked = False
+            type(connector)._slurm_sigusr_handler_fn(connector, "to save and be queued again", None)
+        if stop:
+            connector.received_sigterm = True
 
 
 def save_alone(trainer: Trainer) -> None:

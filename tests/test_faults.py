@@ -324,6 +324,13 @@ class TestFullDisk:
         files.remove_checkpoint(better)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
 
+    def test_a_checkpoint_that_is_saved_after_training_fails_as_usual(self, full, tmp_path):
+        fit = trainer(max_epochs=1)
+        fit.fit(module(), DataLoader(Points(1.0), batch_size=8))
+        full |= {4}
+        with pytest.raises(OSError, match="No space left"):
+            fit.save_checkpoint(tmp_path / "end.ckpt")
+
     def test_what_is_left_of_a_write_is_taken_for_no_checkpoint(self, tmp_path, monkeypatch):
         names, save = [], torch.save
 
@@ -405,6 +412,15 @@ def test_a_failing_logger_is_told_of_once_for_each_of_its_methods(recwarn):
     told = [str(w.message) for w in recwarn if "no route" in str(w.message)]
     assert len(told) == len(set(told))
     assert any("`Raising.log_metrics` failed (ConnectionError: no route)" in each for each in told)
+
+
+def test_after_training_a_logger_that_raises_is_an_error_again():
+    logger, data = Raising(), EightGaussians(16, num_samples=64, num_validation=16)
+    fit = trainer(logger=logger, max_epochs=1)
+    with pytest.warns(match="failed .ConnectionError"):
+        fit.fit(module(), data)
+    with pytest.raises(ConnectionError):
+        fit.validate(module(), data, verbose=False)
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch):

@@ -1,11 +1,15 @@
 """A run that is stopped anywhere and resumed is the run that was not stopped, bit by bit."""
 
+import os
+import signal
+
 import pytest
 import torch
 from forks import exit_code
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
 from same_runs import DieAt, StopAt, StoppedError, Terminate, assert_equal, logs
@@ -269,6 +273,37 @@ def terminate_and_resume(folder, hook, count, **options):
 def test_asked_to_stop_in_a_batch(batch, options, whole, whole_by_steps, tmp_path):
     found = terminate_and_resume(tmp_path, "on_train_batch_start", batch, **options)
     check(found, whole_by_steps if options else whole("plain"))
+
+
+class Requeue(Callback):
+    """Sends what SLURM sends ahead of its time limit, before the n-th optimizer step."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def on_before_optimizer_step(self, *args):
+        self.count -= 1
+        if self.count == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_queued_again_by_slurm_in_mid_step(step, whole, tmp_path, monkeypatch):
+    task = {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "NTASKS": "1", "NTASKS_PER_NODE": "1"}
+    for name, value in (task | {"NNODES": "1", "JOB_ID": "4711", "JOB_NAME": "job"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    called = []
+    monkeypatch.setattr(signal_connector, "call", lambda command: called.append(command) or 0)
+    options = {"default_root_dir": tmp_path, "devices": 1, "num_nodes": 1}
+    fit(tmp_path / "first", Requeue(step), **options)
+    assert called == [["scontrol", "requeue", "4711"]]
+    # found in the root folder, as when the job is back
+    resumed = fit(tmp_path / "second", **options)
+    for part in PARTS:
+        assert_equal(resumed[part], whole("plain")[0][part], part)
+    written, expected = logs(tmp_path / "second"), whole("plain")[1]
+    assert written.items() <= expected.items()
+    assert 0 < len(written) < len(expected)
 
 
 TWO_BATCHES = {"validation": 16}

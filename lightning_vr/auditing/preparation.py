@@ -22,12 +22,14 @@ from lightning_vr.control_measurement import ControlMeasurement
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.chunks import mean_in_chunks
 from lightning_vr.estimators.draws import Draws
+from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.taylor import TaylorCV
 from lightning_vr.fitting import describe_gate
 from lightning_vr.module import DiffusionModule
 from lightning_vr.noisy_losses import DiffusionLoss
 from lightning_vr.proposals import LearnedProposal
 from lightning_vr.resampling import resamples_pilot
+from lightning_vr.sharded import Bank
 from lightning_vr.training_checks import check_clean, check_derivatives
 from lightning_vr.training_set import check_equal_chances, encoded_training_set
 from lightning_vr.types import Clean, LossEstimate, Noised, TargetEstimate
@@ -74,7 +76,7 @@ def fill_targets(
         check_clean(clean, module.num_classes, positions)
         return clean
 
-    skipped, filled = {}, set()
+    skipped: dict[str, str] = {}
     needs = [c for c in candidates if c.target is not None and c.target.bank_size != 0]
     try:
         check_equal_chances(trainer)
@@ -82,6 +84,7 @@ def fill_targets(
         reason = "training samples do not come equally often"
         return {c.name: reason for c in needs}
     read: dict[bool, Clean | None] = {}
+    banks: dict[bool, Bank] = {}
     for candidate in sorted(needs, key=lambda c: c.target is not None and c.target.sharded):
         assert candidate.target is not None
         sharded = candidate.target.sharded
@@ -94,9 +97,12 @@ def fill_targets(
             skipped[candidate.name] = "samples have a condition beyond class labels"
         elif data.index is None and getattr(candidate.target, "references", None) == "all":
             skipped[candidate.name] = "batches carry no sample indices"
-        elif candidate.target not in filled:
+        elif isinstance(candidate.target, STF) and sharded in banks:
+            candidate.target.take(banks[sharded], indexed=data.index is not None)
+        else:
             fill(candidate.target, data)
-            filled.add(candidate.target)
+            if isinstance(candidate.target, STF) and candidate.target.bank is not None:
+                banks[sharded] = candidate.target.bank
     return skipped
 
 

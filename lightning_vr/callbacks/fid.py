@@ -71,6 +71,7 @@ class FrechetDistance(AfterValidation):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse samples that the features do not fit, by a look at one for each rank."""
         super().on_train_start(trainer, pl_module)
+        self._metric = None  # of an earlier fit's data
         with torch.no_grad():
             for _, batch in training_batches(trainer, "Looking at the data", world_size()):
                 real = self._real(pl_module, batch)

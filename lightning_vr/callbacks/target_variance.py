@@ -129,6 +129,11 @@ class TargetVariance(Callback):
         self._excess, self._excess_state = None, None
         self._is_reported, self._logged_step = False, -1
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what a checkpoint brought to the device, where the ranks add it up."""
+        if self._removed is not None:
+            self._removed.to(pl_module.device)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:

@@ -105,7 +105,15 @@ class STF(Target):
         cond_group: Tensor | None = None,
         is_share: bool = False,
     ) -> None:
-        bank = self._prepare(Clean(x0, group, cond_group=cond_group), is_share)
+        self.take(self._prepare(Clean(x0, group, cond_group=cond_group), is_share), indexed=indexed)
+
+    def take(self, bank: Bank, *, indexed: bool) -> None:
+        """Take references that are prepared, and that other targets may hold as well.
+
+        Args:
+            bank: All samples of the training set, shared out if the target is sharded.
+            indexed: Whether the batches carry the samples' positions in the training set.
+        """
         if self.references != "batch":
             self._check_bank(len(bank), indexed)
             self.bank, self._indexed, self._has_compared = bank, indexed, False

@@ -99,6 +99,22 @@ def test_a_run_with_the_callbacks_ends_in_bitwise_the_same_weights(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+class Enlarging(DiffusionModule):
+    def decode(self, x0):
+        return 100 * x0
+
+
+def test_a_second_fit_is_compared_with_its_own_training_set(tmp_path):
+    found, used = [], FrechetDistance(samples=40)
+    trainer(tmp_path / "first", used).fit(module(), data())
+    for callback in (used, FrechetDistance(samples=40)):
+        torch.manual_seed(0)
+        other = trainer(tmp_path / str(len(found)), callback)
+        other.fit(Enlarging(ResidualMLP(width=16, depth=1), sampler=Sampler(steps=4)), data())
+        found.append(float(other.callback_metrics[FRECHET]))
+    assert found[0] == found[1]
+
+
 def test_the_number_reaches_the_csv_under_a_name_with_features_and_count(tmp_path):
     trainer(tmp_path, FrechetDistance(samples=40)).fit(module(), data())
     header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
