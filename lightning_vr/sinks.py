@@ -72,8 +72,9 @@ def forgive_loggers(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         for name in _LOGGER_METHODS:
             method = getattr(logger, name, None)
-            if method is not None and name not in vars(logger):
-                setattr(logger, name, _forgiving(method, trainer))
+            if method is not None:
+                # an earlier trainer's may be there
+                setattr(logger, name, _forgiving(getattr(method, "forgiven", method), trainer))
 
 
 def _forgiving(method: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
@@ -94,6 +95,7 @@ def _forgiving(method: Callable[..., Any], trainer: Trainer) -> Callable[..., An
                 )
             has_warned = True
 
+    call.forgiven = method  # type: ignore[attr-defined]
     return call
 
 

@@ -7,12 +7,18 @@ after each training batch and each validation run.
 """
 
 import sys
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch.distributed.distributed_c10d import _get_default_store
 
-from lightning_vr.distributed import all_reduce_sum, ranks_save_together, world_size
+from lightning_vr.distributed import all_reduce_sum, rank, ranks_save_together, world_size
+
+_SECONDS_TO_HEAR = 10
+"""How long a rank that fails waits to hear that the first one has, too."""
 
 
 class SharedStop:
@@ -55,19 +61,44 @@ class SharedStop:
             connector.received_sigterm = True
 
 
+class _FailedBarrier:
+    """Where ranks that fail wait for the first one's files, if that one fails, too.
+
+    Other ranks may be in a collective that ends only when these ranks are gone, so that they do not
+    meet by one: they tell by the store.
+    """
+
+    def __init__(self) -> None:
+        self._store = _get_default_store()
+        self._met = 0
+        self._tell()
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        self._met += 1
+        self._tell()
+        if rank() > 0:
+            with suppress(RuntimeError):  # the first one has not failed, or is gone
+                self._store.wait([self._key(0)], timedelta(seconds=_SECONDS_TO_HEAR))
+                self._store.wait([self._key(self._met)])
+
+    def _tell(self) -> None:
+        if rank() == 0:
+            self._store.set(self._key(self._met), "")
+
+    def _key(self, number: int) -> str:
+        return f"lightning_vr/failed/{number}"
+
+
 def save_alone(trainer: Trainer) -> None:
-    """Let a rank that fails alone save and end: it would wait for others, which are elsewhere."""
+    """Let a rank save and end in an error of its own, whatever the others do."""
     kind = sys.exc_info()[0]
     is_error = kind is not None and issubclass(kind, Exception)
+    strategy: Any = trainer.strategy
     if not is_error or ranks_save_together() or trainer.state.stage is None:
         return
-    strategy: Any = trainer.strategy
-    strategy.barrier = _no_wait
-    strategy.broadcast = strategy.reduce = strategy.reduce_boolean_decision = _own
-
-
-def _no_wait(*_: Any, **__: Any) -> None:
-    pass
+    if not isinstance(strategy.barrier, _FailedBarrier):
+        strategy.barrier = _FailedBarrier()
+        strategy.broadcast = strategy.reduce = strategy.reduce_boolean_decision = _own
 
 
 def _own(found: Any, *_: Any, **__: Any) -> Any:

@@ -421,6 +421,8 @@ def test_after_training_a_logger_that_raises_is_an_error_again():
         fit.fit(module(), data)
     with pytest.raises(ConnectionError):
         fit.validate(module(), data, verbose=False)
+    with pytest.warns(match="failed .ConnectionError"):
+        trainer(logger=logger, max_epochs=1).fit(module(), data)
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch):

@@ -45,17 +45,28 @@ SETTINGS = {
 }
 
 BROKEN = """
+import functools
 import os
+import time
+
+import torch
 
 from lightning_vr.data import EightGaussians
 
 
 class Broken(EightGaussians):
     def train_dataloader(self):
-        loader = super().train_dataloader()
-        if self.trainer.global_rank == int(os.environ["BROKEN_RANK"]):
+        loader, rank = super().train_dataloader(), str(self.trainer.global_rank)
+        if rank in os.environ["BROKEN_RANK"]:
             loader.collate_fn = Failing(loader.collate_fn)
+        if os.environ["BROKEN_RANK"] == "01" and rank == "0":
+            torch.save = functools.partial(slow, torch.save)
         return loader
+
+
+def slow(save, *arguments):  # longer than Lightning lets a rank live whose other has ended
+    time.sleep(8)
+    save(*arguments)
 
 
 class Failing:
@@ -166,6 +177,9 @@ JOBS = {
     # once training has begun, after the five batches that fill the bank
     "raises and saves": partial(one_machine, flags=[RAISES, SAVES], broken=(1, 8)),
     "first raises and saves": partial(one_machine, flags=[RAISES, SAVES], broken=(0, 8)),
+    "first raises and saves, as others": partial(
+        one_machine, flags=[RAISES, SAVES], broken=("01", 8)
+    ),
     "torchrun": partial(one_machine, launcher=TORCHRUN),
     "torchrun, raises": partial(one_machine, flags=[RAISES], launcher=TORCHRUN),
     "torchrun, two nodes": two_nodes,
