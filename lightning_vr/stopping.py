@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_vr.distributed import all_reduce_sum, rank, ranks_save_together, world_size
+from lightning_vr.sinks import is_training
 
 _SECONDS_TO_HEAR = 10
 """How long a rank that fails waits to hear that the first one has, too."""
@@ -91,10 +92,9 @@ class _FailedBarrier:
 
 def save_alone(trainer: Trainer) -> None:
     """Let a rank save and end in an error of its own, whatever the others do."""
-    kind = sys.exc_info()[0]
-    is_error = kind is not None and issubclass(kind, Exception)
     strategy: Any = trainer.strategy
-    if not is_error or ranks_save_together() or trainer.state.stage is None:
+    is_error = isinstance(sys.exc_info()[1], Exception)
+    if not is_error or ranks_save_together() or not is_training(trainer):
         return
     if not isinstance(strategy.barrier, _FailedBarrier):
         strategy.barrier = _FailedBarrier()
