@@ -17,14 +17,7 @@ from diffusers import UNet2DModel
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_vr import (
-    VP,
-    FrechetDistance,
-    GradientVariance,
-    SampleGrid,
-    Sampler,
-    TargetVariance,
-)
+from lightning_vr import VP, FrechetDistance, GradientVariance, SampleGrid, Sampler, TargetVariance
 from lightning_vr.data import Digits
 from lightning_vr.metrics import DigitFeatures
 

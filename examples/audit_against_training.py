@@ -23,13 +23,12 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_every
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from lightning_vr import DSM, EDM, STF, VE, Candidate, DiffusionModule, ResidualMLP, audit
-from lightning_vr.callbacks.after_validation import averaged_weights
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import Clean, Times
 from lightning_vr.data import Digits, EightGaussians
-from lightning_vr.estimators.draws import Times
-from lightning_vr.estimators.dsm import Target
-from lightning_vr.rng import generator
-from lightning_vr.sampling import evaluating
-from lightning_vr.types import Clean
+from lightning_vr.estimators.targets import Target
+from lightning_vr.lifecycle.weight_averaging import averaged_weights
+from lightning_vr.process.sampling import evaluating
 
 WORKLOADS = {"digits_edm": 750, "digits_ve": 750, "eight_gaussians": 3000}
 """Names and steps of training; the held-out loss is measured thirty times."""

@@ -38,17 +38,17 @@ from torch.nn.functional import interpolate, mse_loss
 from torch.utils.data import DataLoader
 
 from lightning_vr import CARV, DiffusionModule
+from lightning_vr.core.types import Clean
 from lightning_vr.data import Digits
-from lightning_vr.noisy_losses import DiffusionLoss
-from lightning_vr.proposals import LearnedProposal
-from lightning_vr.types import Clean
+from lightning_vr.estimators.proposals import LearnedProposal
+from lightning_vr.training.noisy_losses import DiffusionLoss
 from lightning_vr.variance.accounting import (
     CostModel,
     effective_compute_multiplier,
     relative_efficiency,
 )
 from lightning_vr.variance.bootstrap import Interval, bootstrap
-from lightning_vr.variance.gradients import GradientMeasurement
+from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 LATENT_SIDE = 8
 LATENT_SPREAD = 0.5

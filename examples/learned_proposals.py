@@ -18,10 +18,11 @@ from diffusers import UNet2DModel
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_vr import EDM, VE, VP, DiffusionModule, RectifiedFlow
+from lightning_vr.core.gradients import parameter_groups
+from lightning_vr.core.rng import generator
 from lightning_vr.data import Digits
-from lightning_vr.noisy_losses import DiffusionLoss
-from lightning_vr.rng import generator
-from lightning_vr.variance.gradients import GradientMeasurement, parameter_groups
+from lightning_vr.training.noisy_losses import DiffusionLoss
+from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 BINS, FLOOR = 16, 0.1
 

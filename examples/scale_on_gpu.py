@@ -25,8 +25,8 @@ from scale_on_paper import (
 )
 
 from lightning_vr import References, posterior_mean
-from lightning_vr.rng import generator
-from lightning_vr.timing import timed
+from lightning_vr.core.devices import timed
+from lightning_vr.core.rng import generator
 
 GPUS, ROUNDS = 8, 5
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}

@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_vr import DSM, STF, Clean, Noised
-from lightning_vr.bank import fill
-from lightning_vr.rng import generator
-from lightning_vr.training_set import encoded_training_set
+from lightning_vr.core.rng import generator
+from lightning_vr.lifecycle.training_set import encoded_training_set
+from lightning_vr.training.reference_bank import fill
 
 FLOAT, INTEGER = 4, 8  # bytes
 LOGITS = 1 << 20  # of one chunk, by default

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from matplotlib import pyplot
 
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import WHOLE
 from lightning_vr.estimators.carv import stratify
-from lightning_vr.estimators.draws import WHOLE
-from lightning_vr.rng import generator
 
 SAMPLES, RESAMPLES = 8, 4
 

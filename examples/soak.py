@@ -24,7 +24,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from lightning_vr.callbacks import samples
+from lightning_vr.callbacks import sample_grid as samples
 from lightning_vr.cli import VRCLI
 
 CONFIG = Path(__file__).parent.parent / "configs/digits_stf.yaml"

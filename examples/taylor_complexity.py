@@ -40,13 +40,12 @@ from torch.func import functional_call, jacrev, vmap
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_vr import VE, Clean, DiffusionModule, ResidualMLP
+from lightning_vr.core.rng import generator
+from lightning_vr.core.rows import Rows, mapped, tensors
+from lightning_vr.core.types import Noised, TargetEstimate, Times
 from lightning_vr.data import EightGaussians
-from lightning_vr.estimators.draws import Times
 from lightning_vr.estimators.loss import diffusion_loss
-from lightning_vr.estimators.taylor_terms import taylor_terms
-from lightning_vr.rng import generator
-from lightning_vr.types import Noised, TargetEstimate
-from lightning_vr.variance.rows import Rows, mapped, tensors
+from lightning_vr.estimators.taylor.terms import taylor_terms
 
 NETWORKS = [(width, depth) for width in (16, 64, 256) for depth in (1, 2, 4, 8)][:-1]
 """Widths and depths; the last, left out, would take as long as all others together."""

@@ -54,14 +54,14 @@ from lightning_vr import (
     TaylorCV,
     audit,
 )
-from lightning_vr.callbacks.after_validation import averaged_weights
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import Times
 from lightning_vr.data import Digits
-from lightning_vr.estimators.draws import Times
 from lightning_vr.estimators.loss import diffusion_loss
-from lightning_vr.estimators.taylor_terms import taylor_terms
+from lightning_vr.estimators.taylor.terms import taylor_terms
+from lightning_vr.lifecycle.weight_averaging import averaged_weights
 from lightning_vr.metrics import DigitFeatures, FrechetMetric
-from lightning_vr.rng import generator
-from lightning_vr.sampling import evaluating
+from lightning_vr.process.sampling import evaluating
 from lightning_vr.variance.bootstrap import Interval, bootstrap, ratio
 
 SCHEDULES = {"EDM": EDM, "VE": VE}

@@ -6,9 +6,10 @@ from unittest import mock
 
 import pytest
 import torch
+from ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
 
-from lightning_vr.predictions import PredictionType
-from lightning_vr.schedules import EDM, VE, VP, Cosine, RectifiedFlow
+from lightning_vr.process.predictions import PredictionType
+from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start

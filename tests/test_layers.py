@@ -1,4 +1,4 @@
-"""A file imports only from lower layers (DESIGN, section 3); within a layer there are no cycles."""
+"""The rooms of the package and what they may import (a floor imports from lower floors alone)."""
 
 import ast
 import subprocess
@@ -6,139 +6,119 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 import lightning_vr
 
 PACKAGE = Path(lightning_vr.__file__).parent
-TENSOR_LAYERS = [
-    ["types", "rng", "distributed", "networks", "batches", "timing", "compilation", "whole_files"],
-    [
-        "timesteps",
-        "schedules",
-        "diffusers_schedule",
-        "predictions",
-        "weightings",
-        "objective",
-        "proposals",
-        "references",
-        "sharded",
-        "softmax_sums",
-        "posterior",
-    ],
-    ["estimators", "variance"],
+FLOORS = [
+    {"core"},
+    {"process"},
+    {"posterior", "data", "metrics"},
+    {"estimators"},
+    {"variance", "lifecycle"},
+    {"training"},
+    {"callbacks"},
+    {"auditing"},
+    {"cli"},
 ]
-LAYERS = [
-    *TENSOR_LAYERS,
-    [
-        "sampling",
-        "metrics",
-        "module",
-        "noisy_losses",
-        "configuration",
-        "checkpoints",
-        "precision",
-        "nonfinite",
-        "averages",
-        "resuming",
-        "stopping",
-        "batch_counts",
-        "checkpoint_io",
-        "csv_logs",
-        "resampling",
-        "training_set",
-        "sinks",
-        "fitting",
-        "control_measurement",
-        "bank",
-        "checks",
-        "training_checks",
-    ],
-    ["callbacks", "data"],
-    ["auditing"],
-    ["cli", "__main__", "__init__"],
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# run by hand to make the weights that ship: it stands above all, and nothing may import it
-SCRIPTS = {"lightning_vr.metrics.digit_classifier"}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+TENSOR_ROOMS = ("core", "process", "posterior", "estimators", "variance", "training/diffusion.py")
+FRAMEWORKS = {"lightning", "pytorch_lightning", "diffusers", "torchmetrics", "sklearn"}
 LOGGERS = {"wandb", "tensorboard", "mlflow", "comet_ml", "neptune", "matplotlib"}
-FORBIDDEN = LOGGERS | {"lightning", "pytorch_lightning", "diffusers", "torchmetrics", "sklearn"}
+MAY_IMPORT_DIFFUSERS = "process/diffusers_schedule.py"
 
-
-def room(path):
-    """The file's or folder's name directly under the package."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def dotted(path):
-    """The module's dotted name."""
+    """The dotted name of a file's module."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts).removesuffix(".__init__")
 
 
-def level(name):
-    return len(LAYERS) if name in SCRIPTS else LEVEL[(name + ".__init__").split(".")[1]]
+MODULES = {dotted(path) for path in FILES}
 
 
-def is_type_checking(node):
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+def room(module):
+    """The room of a module of the package, "" for what stands at the top."""
+    return (module + "..").split(".")[1]
 
 
 def imports(path):
-    """Every module that a file imports, also inside functions, but not for type checkers alone."""
-    nodes, found = [ast.parse(path.read_text())], []
-    while nodes:
-        node = nodes.pop()
+    """Every module that a file imports, also inside functions and for type checkers alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
             # `from package import module` names a module, `from module import name` does not
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            known = [name for name in names if name in MODULES]
-            found += known or [node.module]
-        if not is_type_checking(node):
-            nodes += ast.iter_child_nodes(node)
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & MODULES) or {node.module}
     return found
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
-MODULES = {dotted(path) for path in FILES}
-every_file = pytest.mark.parametrize("path", FILES, ids=dotted)
+IMPORTS = {dotted(path): imports(path) for path in FILES}
+INSIDE = {module: found & MODULES for module, found in IMPORTS.items() if room(module) in FLOOR}
 
 
-@every_file
-def test_every_file_has_a_layer(path):
-    assert room(path) in LEVEL
+def test_nothing_stands_loose_at_the_top_of_the_package():
+    names = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert names == {"__init__.py", "__main__.py", "py.typed", *FLOOR}
 
 
-@every_file
-def test_a_file_imports_only_from_its_own_and_lower_layers(path):
-    for name in MODULES.intersection(imports(path)):
-        if name == "lightning_vr":
-            assert room(path) == "__main__", f"{path.name} imports the package's root"
-        else:
-            assert level(name) <= level(dotted(path)), f"{path.name} imports {name}"
+def test_a_file_imports_from_its_own_room_and_lower_floors_alone():
+    upward = [
+        f"{module} imports {imported}"
+        for module, found in INSIDE.items()
+        for imported in found
+        if room(module) != room(imported)
+        and FLOOR[room(module)] <= FLOOR.get(room(imported), len(FLOORS))
+    ]
+    assert not upward
 
 
-def test_imports_have_no_cycle():
-    graph = {dotted(path): MODULES.intersection(imports(path)) for path in FILES}
-    order = list(TopologicalSorter(graph).static_order())
-    assert order.index("lightning_vr.types") < order.index("lightning_vr.module")
+def test_imports_have_no_circle():
+    order = list(TopologicalSorter(INSIDE).static_order())  # raises CycleError, which names it
+    assert order.index("lightning_vr.core.types") < order.index("lightning_vr.training.module")
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if LEVEL.get(room(p), 99) < len(TENSOR_LAYERS)], ids=dotted
-)
-def test_tensor_layers_import_no_lightning_logger_or_diffusers(path):
-    assert not FORBIDDEN.intersection(name.split(".")[0] for name in imports(path))
+def test_rooms_of_tensors_import_no_lightning_diffusers_or_logger():
+    wrong = {
+        f"{path}: {name}"
+        for path, name in (
+            (path.relative_to(PACKAGE).as_posix(), name.partition(".")[0])
+            for path in FILES
+            for name in IMPORTS[dotted(path)]
+        )
+        if path.startswith(TENSOR_ROOMS) and name in FRAMEWORKS | LOGGERS
+    }
+    assert wrong <= {f"{MAY_IMPORT_DIFFUSERS}: diffusers"}
+
+
+def test_rooms_of_tensors_import_no_room_that_imports_lightning():
+    lightning_rooms = {"data", "metrics", "lifecycle"}
+    wrong = {
+        f"{path.relative_to(PACKAGE)}: {name}"
+        for path in FILES
+        for name in IMPORTS[dotted(path)] & MODULES
+        if path.relative_to(PACKAGE).as_posix().startswith(TENSOR_ROOMS)
+        and room(name) in lightning_rooms
+    }
+    assert not wrong
 
 
 def test_importing_the_package_pulls_in_no_heavy_library_that_lightning_does_not():
     heavy = {"diffusers", "wandb", "matplotlib", "sklearn", "datasets", "torch_fidelity"}
     code = (
-        "import sys, lightning.pytorch; before = set(sys.modules); import lightning_vr;"
+        "import sys, lightning.pytorch; before = set(sys.modules);"
+        "from lightning_vr import *;"
         f"print({heavy} & (set(sys.modules) - before))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_files_are_short():
+    lengths = {dotted(path): len(path.read_text().splitlines()) for path in FILES}
+    assert not {module: n for module, n in lengths.items() if n > 320}
+    assert lengths["lightning_vr.training.module"] <= 240

@@ -10,11 +10,11 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from lightning_vr.configuration import UndescribableError, describe
 from lightning_vr.estimators.draws import Draws
-from lightning_vr.estimators.dsm import Target
 from lightning_vr.estimators.loss import ControlVariate
-from lightning_vr.module import DiffusionModule
+from lightning_vr.estimators.targets import Target
+from lightning_vr.lifecycle.configuration import UndescribableError, describe
+from lightning_vr.training.module import DiffusionModule
 
 SLOTS = ("draws", "target", "control_variate")
 

@@ -16,25 +16,25 @@ from lightning.pytorch import Trainer
 from torch.func import functional_call
 
 from lightning_vr.auditing.candidates import Candidate
-from lightning_vr.bank import fill
-from lightning_vr.checks import check_control_variate, check_draws
-from lightning_vr.control_measurement import ControlMeasurement
+from lightning_vr.core.gradients import mean_in_chunks
+from lightning_vr.core.rows import leaves, row_count
+from lightning_vr.core.types import Clean, LossEstimate, Noised, TargetEstimate
 from lightning_vr.estimators.carv import CARV
-from lightning_vr.estimators.chunks import mean_in_chunks
 from lightning_vr.estimators.draws import Draws
+from lightning_vr.estimators.proposals import LearnedProposal
 from lightning_vr.estimators.stf import STF
-from lightning_vr.estimators.taylor import TaylorCV
-from lightning_vr.fitting import describe_gate
-from lightning_vr.module import DiffusionModule
-from lightning_vr.noisy_losses import DiffusionLoss
-from lightning_vr.proposals import LearnedProposal
-from lightning_vr.resampling import resamples_pilot
-from lightning_vr.sharded import Bank
-from lightning_vr.training_checks import check_clean, check_derivatives
-from lightning_vr.training_set import check_equal_chances, encoded_training_set
-from lightning_vr.types import Clean, LossEstimate, Noised, TargetEstimate
-from lightning_vr.variance.gradients import Source
-from lightning_vr.variance.rows import leaves, row_count
+from lightning_vr.estimators.taylor.control_variate import TaylorCV
+from lightning_vr.lifecycle.training_set import check_equal_chances, encoded_training_set
+from lightning_vr.posterior.sharded_references import Bank
+from lightning_vr.training.checks import check_clean, check_control_variate, check_draws
+from lightning_vr.training.control_measurement import ControlMeasurement
+from lightning_vr.training.control_pilot import describe_gate
+from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.noisy_losses import DiffusionLoss
+from lightning_vr.training.reference_bank import fill
+from lightning_vr.training.resamples_pilot import resamples_pilot
+from lightning_vr.training.training_checks import check_derivatives
+from lightning_vr.variance.gradient_measurement import Source
 
 _LEAST_SEEN = 16
 """Draws that each bin of a learned proposal must have had, twice what makes it leave p."""

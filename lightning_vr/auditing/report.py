@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_vr.callbacks.gradient_variance_report import PARTS, draw_components
-from lightning_vr.sinks import level_names
+from lightning_vr.lifecycle.loggers import level_names
 from lightning_vr.variance.bootstrap import Interval
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from lightning_vr.configuration import imported
+from lightning_vr.lifecycle.configuration import imported
 from lightning_vr.variance.accounting import (
     CostModel,
     best_resamples,
@@ -19,7 +19,7 @@ from lightning_vr.variance.accounting import (
 )
 from lightning_vr.variance.bootstrap import Interval
 from lightning_vr.variance.components import Components
-from lightning_vr.variance.statistics import GradientStatistics
+from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 _LEAST_GAIN = 1.05
 """Below this multiplier nobody should change a configuration, however sure it is."""

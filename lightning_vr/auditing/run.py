@@ -10,10 +10,10 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_vr.auditing.candidates import Candidate, check_candidates
-from lightning_vr.auditing.measuring import Measuring
+from lightning_vr.auditing.measurement import Measuring
 from lightning_vr.auditing.result import Audit
-from lightning_vr.module import DiffusionModule
-from lightning_vr.rng import undisturbed
+from lightning_vr.core.rng import undisturbed
+from lightning_vr.training.module import DiffusionModule
 
 
 def audit(

@@ -6,20 +6,19 @@ after all of that, whatever the order; here the averaged weights are put in plac
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_vr.module import DiffusionModule
-from lightning_vr.rng import generator, undisturbed
-from lightning_vr.sampling import evaluating
+from lightning_vr.core.rng import generator, undisturbed
+from lightning_vr.lifecycle.weight_averaging import averaged_weights
+from lightning_vr.process.sampling import evaluating
+from lightning_vr.training.module import DiffusionModule
 
 SampleFunction = Callable[[LightningModule, int], Tensor]
 """``(module, count) -> samples (count, *)``, for modules that are not ours."""
@@ -100,25 +99,3 @@ class AfterValidation(Callback, ABC):
             with undisturbed(), torch.no_grad(), evaluating(module):
                 torch.manual_seed(generator(torch.initial_seed(), key, start).initial_seed())
                 return self.sample(module, count)
-
-
-@contextmanager
-def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Put the weights of a ``WeightAveraging`` callback into ``module``, once it has averaged any.
-
-    Call it where the callback does not have them in place itself: outside of validation epochs.
-    """
-    averaging = [
-        callback
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging)
-        and callback._average_model is not None
-        and bool(callback._average_model.n_averaged > 0)
-    ]
-    for callback in averaging[:1]:
-        callback._swap_models(module)
-    try:
-        yield
-    finally:
-        for callback in averaging[:1]:
-            callback._swap_models(module)

@@ -13,14 +13,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_vr.callbacks import excess_loss_report as report
-from lightning_vr.estimators.dsm import DSM
+from lightning_vr.core.types import LossEstimate
 from lightning_vr.estimators.stf import STF
-from lightning_vr.module import DiffusionModule
-from lightning_vr.sinks import log_picture, run_folder, training_goes_on
-from lightning_vr.training_set import training_loader
-from lightning_vr.types import LossEstimate
-from lightning_vr.variance.curves import TargetVarianceCurve
-from lightning_vr.variance.excess import ExcessLoss, IrreducibleVariance
+from lightning_vr.estimators.targets import DSM
+from lightning_vr.lifecycle.loggers import log_picture, run_folder, training_goes_on
+from lightning_vr.lifecycle.training_set import training_loader
+from lightning_vr.training.module import DiffusionModule
+from lightning_vr.variance.excess_loss import ExcessLoss, IrreducibleVariance
+from lightning_vr.variance.target_curves import TargetVarianceCurve
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.callbacks.target_variance_report import numbers as numbers_by_level
-from lightning_vr.variance.excess import ExcessLoss, LossParts
+from lightning_vr.variance.excess_loss import ExcessLoss, LossParts
 
 
 def numbers(excess: ExcessLoss) -> dict[str, float]:

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_vr.batches import batch_size, take_rows
-from lightning_vr.distributed import all_reduce_sum, least, rank, world_size
-from lightning_vr.precision import loss_scale, unscales_itself
-from lightning_vr.rng import generator, seeded, undisturbed
-from lightning_vr.types import Clean
+from lightning_vr.core.batches import batch_size, take_rows
+from lightning_vr.core.devices import widest_float
+from lightning_vr.core.distributed import all_reduce_sum, least, rank, world_size
+from lightning_vr.core.gradients import parameter_groups
+from lightning_vr.core.rng import generator, seeded, undisturbed
+from lightning_vr.core.types import Clean
+from lightning_vr.lifecycle.precision import loss_scale, unscales_itself
 from lightning_vr.variance.components import Components, two_batch_sizes
-from lightning_vr.variance.gradients import GradientMeasurement, NoisyLoss, parameter_groups
-from lightning_vr.variance.moments import widest_float
+from lightning_vr.variance.gradient_measurement import GradientMeasurement, NoisyLoss
 
 _PER_SAMPLE_COST = 5.0
 """Cost of a per-sample gradient over that of one draw in a batch, as measured on a U-Net."""

@@ -16,7 +16,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_vr.batches import is_plain
 from lightning_vr.callbacks import gradient_variance_report as report
 from lightning_vr.callbacks.gradient_probes import (
     GradientProbe,
@@ -25,14 +24,15 @@ from lightning_vr.callbacks.gradient_probes import (
     trainable_names,
 )
 from lightning_vr.callbacks.half_batches import HalfBatchProbe
-from lightning_vr.module import DiffusionModule
-from lightning_vr.noisy_losses import DiffusionLoss, GivenLoss, LossFunction
-from lightning_vr.schedules import Schedule
-from lightning_vr.sinks import log_numbers, log_picture, run_folder, training_goes_on
-from lightning_vr.types import Clean
+from lightning_vr.core.batches import is_plain
+from lightning_vr.core.types import Clean
+from lightning_vr.lifecycle.loggers import log_numbers, log_picture, run_folder, training_goes_on
+from lightning_vr.process.schedules import Schedule
+from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.noisy_losses import DiffusionLoss, GivenLoss, LossFunction
 from lightning_vr.variance.components import Components
-from lightning_vr.variance.gradients import NoisyLoss
-from lightning_vr.variance.statistics import GradientStatistics
+from lightning_vr.variance.gradient_measurement import NoisyLoss
+from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 _MEMORY = 0.9
 """What the weight of all earlier measurements is multiplied by at each new one."""

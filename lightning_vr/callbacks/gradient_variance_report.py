@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_vr.sinks import level_names
+from lightning_vr.lifecycle.loggers import level_names
 from lightning_vr.variance.components import Components
-from lightning_vr.variance.statistics import GradientStatistics
+from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

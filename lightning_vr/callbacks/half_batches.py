@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_vr.batches import batch_size, take_rows
 from lightning_vr.callbacks.gradient_probes import GradientProbe, Measured, with_total
-from lightning_vr.rng import undisturbed
+from lightning_vr.core.batches import batch_size, take_rows
+from lightning_vr.core.rng import undisturbed
 from lightning_vr.variance.components import two_batch_sizes
 
 

@@ -1,10 +1,10 @@
 """TargetVariance: how noisy the regression target is at each noise level, and what STF removes.
 
-Once, when training starts, V_DSM, V_STF, ESS and D are measured on the training set
-(``lightning_vr.variance.targets``: theory, units, sources). During training the variance that the
+Once, when training starts, V_DSM, V_STF, ESS and D are measured on the training set (theory, units
+and sources: ``lightning_vr.variance.target_measurement``). During training the variance that the
 target removes is read off its weights: the mean of ``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF by the
 law of total variance, and costs nothing. The loss less its irreducible part, the variance of the
-target, is how far the network is from its optimum (``lightning_vr.variance.excess``).
+target, is how far the network is from its optimum (``lightning_vr.variance.excess_loss``).
 """
 
 import logging
@@ -18,17 +18,17 @@ from torch import Tensor
 
 from lightning_vr.callbacks import excess_loss
 from lightning_vr.callbacks import target_variance_report as report
+from lightning_vr.core.types import Clean, LossEstimate
 from lightning_vr.estimators.stf import STF
-from lightning_vr.module import DiffusionModule
-from lightning_vr.references import References
-from lightning_vr.schedules import Schedule
-from lightning_vr.sinks import log_numbers, log_picture, run_folder, training_goes_on
-from lightning_vr.training_set import encoded_training_set, training_loader
-from lightning_vr.types import Clean, LossEstimate
-from lightning_vr.variance.curves import TargetVarianceCurve
-from lightning_vr.variance.excess import ExcessLoss
-from lightning_vr.variance.removed import RemovedVariance
-from lightning_vr.variance.targets import measure_target_variance, noise_level_grid
+from lightning_vr.lifecycle.loggers import log_numbers, log_picture, run_folder, training_goes_on
+from lightning_vr.lifecycle.training_set import encoded_training_set, training_loader
+from lightning_vr.posterior.references import References
+from lightning_vr.process.schedules import Schedule
+from lightning_vr.training.module import DiffusionModule
+from lightning_vr.variance.excess_loss import ExcessLoss
+from lightning_vr.variance.removed_variance import RemovedVariance
+from lightning_vr.variance.target_curves import TargetVarianceCurve
+from lightning_vr.variance.target_measurement import measure_target_variance, noise_level_grid
 
 log = logging.getLogger(__name__)
 

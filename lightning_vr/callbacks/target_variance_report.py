@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_vr.sinks import level_names
-from lightning_vr.variance.curves import Measured, TargetVarianceCurve
+from lightning_vr.lifecycle.loggers import level_names
+from lightning_vr.variance.target_curves import Measured, TargetVarianceCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_vr.data  # noqa: F401  # a short class name resolves once its class is imported
-from lightning_vr.checkpoints import STATE, check_complete, check_weights, read_checkpoint
 from lightning_vr.cli.errors import cause, is_wrong_setting, one_line
 from lightning_vr.cli.resume import (
     changed_network,
@@ -27,9 +26,10 @@ from lightning_vr.cli.resume import (
 )
 from lightning_vr.cli.saved_config import SaveRunConfig
 from lightning_vr.cli.trainer import VRTrainer
-from lightning_vr.cli.trainer_settings import check_trainer_settings
-from lightning_vr.distributed import part, world_size
-from lightning_vr.module import DiffusionModule
+from lightning_vr.cli.trainer_checks import check_trainer_settings
+from lightning_vr.core.distributed import part, world_size
+from lightning_vr.lifecycle.checkpoints import STATE, check_complete, check_weights, read_checkpoint
+from lightning_vr.training.module import DiffusionModule
 
 _LOADERS = {
     "fit": "train_dataloader",

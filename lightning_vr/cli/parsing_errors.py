@@ -5,8 +5,8 @@ import re
 import sys
 from dataclasses import dataclass, field
 
-from lightning_vr.cli.names import ANY_BASE, close_names, close_settings, subclass_names
-from lightning_vr.configuration import imported
+from lightning_vr.cli.close_names import ANY_BASE, close_names, close_settings, subclass_names
+from lightning_vr.lifecycle.configuration import imported
 
 _FUNCTION = re.compile(
     r"Type typing\.[^\n]* expects a function or a callable class:"

@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import WandbLogger
 
-from lightning_vr.checkpoints import HYPERPARAMETERS, STATE
-from lightning_vr.configuration import describe, imported
-from lightning_vr.module import DiffusionModule
-from lightning_vr.predictions import PredictionType
-from lightning_vr.schedules import EDM, Schedule
+from lightning_vr.lifecycle.checkpoints import HYPERPARAMETERS, STATE
+from lightning_vr.lifecycle.configuration import describe, imported
+from lightning_vr.process.predictions import PredictionType
+from lightning_vr.process.schedules import EDM, Schedule
+from lightning_vr.training.module import DiffusionModule
 
 _OPTIMIZATION = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable | None}
 _NETWORK = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lightning_vr.sinks import run_folder
+from lightning_vr.lifecycle.loggers import run_folder
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from lightning_vr.auditing.candidates import read_candidates
 from lightning_vr.auditing.report import table
 from lightning_vr.auditing.run import audit as run_audit
-from lightning_vr.callbacks.samples import is_picture, save_picture
-from lightning_vr.checkpoints import load_training_weights, read_checkpoint
-from lightning_vr.distributed import all_gather_numbers, all_gather_rows
-from lightning_vr.module import DiffusionModule
-from lightning_vr.sinks import run_folder
+from lightning_vr.callbacks.pictures import is_picture, save_picture
+from lightning_vr.core.distributed import all_gather_numbers, all_gather_rows
+from lightning_vr.lifecycle.checkpoints import load_training_weights, read_checkpoint
+from lightning_vr.lifecycle.loggers import run_folder
+from lightning_vr.training.module import DiffusionModule
 
 
 class VRTrainer(Trainer):

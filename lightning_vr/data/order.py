@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_vr.rng import generator
+from lightning_vr.core.rng import generator
 
 
 class EpochOrder(DistributedSampler[Any]):

@@ -25,11 +25,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_vr.estimators.draws import WHOLE, Draws, Share, Times, open_uniform
-from lightning_vr.objective import Objective
-from lightning_vr.proposals import Proposal
-from lightning_vr.schedules import Schedule, expand
-from lightning_vr.types import Clean, LossEstimate, Noised
+from lightning_vr.core.types import WHOLE, Clean, LossEstimate, Noised, Share, Times
+from lightning_vr.estimators.draws import Draws, open_uniform
+from lightning_vr.estimators.proposals import Proposal
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.schedules import Schedule, expand
 
 Scope = Literal["auto", "none", "sample", "global", "nested"]
 

@@ -15,12 +15,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_vr.estimators.draws import WHOLE, Draws, Share
+from lightning_vr.core.rows import in_chunks, tensors
+from lightning_vr.core.types import WHOLE, Clean, Noised, Share
+from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import loss_weight
-from lightning_vr.objective import Objective
-from lightning_vr.schedules import expand
-from lightning_vr.types import Clean, Noised
-from lightning_vr.variance.rows import in_chunks, tensors
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.schedules import expand
 
 
 def distillation_loss(

@@ -5,49 +5,15 @@ whole of its noise is what the other estimators remove parts of.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lightning_vr.core.types import WHOLE, Clean, LossEstimate, Noised, Share, Times
 from lightning_vr.estimators.slot import Slot
-from lightning_vr.objective import Objective
-from lightning_vr.schedules import Schedule, expand
-from lightning_vr.types import Clean, LossEstimate, Noised
-
-
-class Times(NamedTuple):
-    """Times of draws, each ``(K·B,)``; those of one sample stand next to each other.
-
-    Attributes:
-        t: Times.
-        weight: Importance weights p/q.
-        loss_weight: Products of importance weight and the loss weight ``λ b²``, where they are
-            known as one number, or None.
-    """
-
-    t: Tensor
-    weight: Tensor
-    loss_weight: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of an optimizer step that one batch is: steps span ranks and accumulation.
-
-    Attributes:
-        number: Which part, ``0 .. count - 1``.
-        count: Number of parts, of equally many samples each.
-        shared: Generator in the same state for all parts; None if there is one part only.
-    """
-
-    number: int = 0
-    count: int = 1
-    shared: torch.Generator | None = None
-
-
-WHOLE = Share()
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.schedules import Schedule, expand
 
 
 class Draws(Slot, ABC):

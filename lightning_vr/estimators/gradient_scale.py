@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_vr.core.gradients import parameter_groups
+from lightning_vr.core.types import Noised
 from lightning_vr.estimators.loss import Network
-from lightning_vr.types import Noised
-from lightning_vr.variance.gradients import parameter_groups
 
 
 def with_scaled_gradients(network: Network, scales: Sequence[float]) -> Network:

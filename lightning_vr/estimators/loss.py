@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_vr.core.types import LossEstimate, Noised, TargetEstimate
 from lightning_vr.estimators.slot import Slot
-from lightning_vr.objective import Objective
-from lightning_vr.schedules import expand
-from lightning_vr.types import LossEstimate, Noised, TargetEstimate
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.schedules import expand
 
 Network = Callable[[Tensor, Noised], Tensor]
 """The raw network: ``(scaled x_t (B, *), noised) -> output (B, *)``."""

@@ -21,13 +21,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_vr.distributed import all_gather_rows, rank, row_offset, world_size
-from lightning_vr.estimators.dsm import Target, own_sample
-from lightning_vr.posterior import posterior_mean
-from lightning_vr.references import References
-from lightning_vr.rng import generator as keyed_generator
-from lightning_vr.sharded import Bank, ShardedReferences
-from lightning_vr.types import Clean, Noised, TargetEstimate
+from lightning_vr.core.distributed import all_gather_rows, rank, row_offset, world_size
+from lightning_vr.core.rng import generator as keyed_generator
+from lightning_vr.core.types import Clean, Noised, TargetEstimate
+from lightning_vr.estimators.targets import Target, own_sample
+from lightning_vr.posterior.posterior_mean import posterior_mean
+from lightning_vr.posterior.references import References
+from lightning_vr.posterior.sharded_references import Bank, ShardedReferences
 
 log = logging.getLogger(__name__)
 

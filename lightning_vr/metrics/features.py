@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_vr.rng import generator
+from lightning_vr.core.rng import generator
 
 DIGIT_WEIGHTS = Path(__file__).with_name("digit_classifier.pt")
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_vr.rng import generator
+from lightning_vr.core.rng import generator
 
 
 class Interval(NamedTuple):

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_vr.distributed import all_reduce_mean
+from lightning_vr.core.distributed import all_reduce_mean
 
 DRAWS_PER_UNIT = 4
 """Draws of a unit in the order (t, z), (t, z'), (t', z''), (t', z''')."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_vr.core.devices import widest_float
 from lightning_vr.variance.components import DRAWS_PER_UNIT, Components, NestedSums
-from lightning_vr.variance.moments import widest_float
 
 
 class GradientSums:

@@ -14,11 +14,6 @@ import torch
 from torch import Tensor
 
 
-def widest_float(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on a device that has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 class Moments:
     """Mean and standard error of measurements of one shape; each element has weights of its own.
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_vr.auditing import measuring
+from lightning_vr.auditing import measurement as measuring
 
 
 class Clock:

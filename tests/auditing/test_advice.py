@@ -11,14 +11,14 @@ from lightning_vr.auditing import Audit, Candidate
 from lightning_vr.auditing.report import page, table
 from lightning_vr.auditing.result import Measured
 from lightning_vr.cli.command import VRCLI
-from lightning_vr.configuration import describe
 from lightning_vr.estimators.carv import CARV
+from lightning_vr.estimators.proposals import LearnedProposal, TableProposal
 from lightning_vr.estimators.stf import STF
-from lightning_vr.proposals import LearnedProposal, TableProposal
+from lightning_vr.lifecycle.configuration import describe
 from lightning_vr.variance.accounting import CostModel
 from lightning_vr.variance.bootstrap import Interval
 from lightning_vr.variance.components import Components
-from lightning_vr.variance.statistics import GradientStatistics
+from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 
 def components(data=1.0, timestep=2.0, noise=7.0, squared_mean=0.1):

@@ -25,10 +25,11 @@ from lightning_vr import (
     ResidualMLP,
     audit,
 )
+from lightning_vr.core.gradients import parameter_groups
 from lightning_vr.data import EightGaussians
 from lightning_vr.data.dataset import InMemoryDataset
-from lightning_vr.noisy_losses import DiffusionLoss
-from lightning_vr.variance.gradients import GradientMeasurement, parameter_groups
+from lightning_vr.training.noisy_losses import DiffusionLoss
+from lightning_vr.variance.gradient_measurement import GradientMeasurement
 from lightning_vr.variance.moments import Moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*`max_epochs`")

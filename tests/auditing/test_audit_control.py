@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from lightning_vr import VE, Candidate, DiffusionModule, ResidualMLP, TaylorCV, audit
 from lightning_vr.auditing.report import page
-from lightning_vr.control_measurement import ControlMeasurement
 from lightning_vr.data.dataset import InMemoryDataset
-from lightning_vr.estimators.control_fit import Cost
-from lightning_vr.timesteps import LogUniform
+from lightning_vr.estimators.taylor.coefficients import Cost
+from lightning_vr.process.timesteps import LogUniform
+from lightning_vr.training.control_measurement import ControlMeasurement
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*`max_epochs`")
 

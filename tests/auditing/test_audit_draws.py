@@ -19,14 +19,14 @@ from lightning_vr import (
     LearnedProposal,
     ResidualMLP,
     audit,
-    timing,
 )
 from lightning_vr.auditing.report import page
-from lightning_vr.auditing.timing import cost_model
+from lightning_vr.auditing.step_timing import cost_model
+from lightning_vr.core import devices as timing
 from lightning_vr.data import EightGaussians
 from lightning_vr.data.dataset import InMemoryDataset
-from lightning_vr.proposals import TableProposal
-from lightning_vr.variance.gradients import GradientMeasurement
+from lightning_vr.estimators.proposals import TableProposal
+from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*`max_epochs`")
 

@@ -5,17 +5,17 @@ from jsonargparse import ArgumentError
 
 from lightning_vr.auditing import Candidate
 from lightning_vr.auditing.candidates import check_candidates, read_candidates
-from lightning_vr.auditing.defaults import default_candidates
+from lightning_vr.auditing.default_candidates import default_candidates
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import IID
-from lightning_vr.estimators.dsm import DSM
+from lightning_vr.estimators.proposals import WeightProposal
 from lightning_vr.estimators.stf import STF
-from lightning_vr.estimators.taylor import TaylorCV
-from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import ResidualMLP
-from lightning_vr.proposals import WeightProposal
-from lightning_vr.schedules import VP
-from lightning_vr.weightings import EDMWeighting, MinSNRWeighting
+from lightning_vr.estimators.targets import DSM
+from lightning_vr.estimators.taylor.control_variate import TaylorCV
+from lightning_vr.process.networks import ResidualMLP
+from lightning_vr.process.schedules import VP
+from lightning_vr.process.weightings import EDMWeighting, MinSNRWeighting
+from lightning_vr.training.module import DiffusionModule
 
 TARGETS = ['STF("batch")', "STF(256)", "STF(1024)", 'STF("all")']
 DRAWS = ["strata", "strata, q learned", "pairs", "2 resamples", "4 resamples"]

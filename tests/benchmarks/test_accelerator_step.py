@@ -6,7 +6,7 @@ from diffusers import UNet2DModel
 from lightning.pytorch import Trainer
 
 from lightning_vr import CARV, DSM, STF, DiffusionModule, LearnedProposal
-from lightning_vr.rng import generator
+from lightning_vr.core.rng import generator
 
 pytestmark = [
     pytest.mark.gpu,

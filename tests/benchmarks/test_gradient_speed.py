@@ -11,11 +11,12 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from lightning_vr import Clean, DiffusionModule
+from lightning_vr.core.gradients import parameter_groups
+from lightning_vr.core.rng import generator
+from lightning_vr.core.rows import interleaved, mapped
 from lightning_vr.data.digits import digits
-from lightning_vr.noisy_losses import DiffusionLoss
-from lightning_vr.rng import generator
-from lightning_vr.variance.gradients import GradientMeasurement, parameter_groups
-from lightning_vr.variance.rows import interleaved, mapped
+from lightning_vr.training.noisy_losses import DiffusionLoss
+from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 # both libraries hook layers whose inputs need no gradient
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_vr.posterior import posterior_mean
-from lightning_vr.references import References
+from lightning_vr.posterior.posterior_mean import posterior_mean
+from lightning_vr.posterior.references import References
 
 QUERIES, COUNT, DIM = 64, 4096, 3072
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from lightning_vr.distributed import all_gather_rows
-from lightning_vr.posterior import posterior_mean
-from lightning_vr.references import References
-from lightning_vr.sharded import ShardedReferences
+from lightning_vr.core.distributed import all_gather_rows
+from lightning_vr.posterior.posterior_mean import posterior_mean
+from lightning_vr.posterior.references import References
+from lightning_vr.posterior.sharded_references import ShardedReferences
 
 RANKS, QUERIES, COUNT, DIM, ROUNDS = 2, 64, 8192, 3072, 5
 NUMBER = 4  # bytes

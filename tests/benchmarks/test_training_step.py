@@ -8,15 +8,15 @@ from lightning.pytorch import Trainer
 
 from lightning_vr.data.digits import digits
 from lightning_vr.estimators.carv import CARV
-from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.loss import ControlVariate, network_output
+from lightning_vr.estimators.proposals import LearnedProposal
 from lightning_vr.estimators.stf import STF
-from lightning_vr.estimators.taylor import TaylorCV
-from lightning_vr.estimators.taylor_terms import clean_points, first_term
-from lightning_vr.fitting import control_pilot
-from lightning_vr.module import DiffusionModule
-from lightning_vr.proposals import LearnedProposal
-from lightning_vr.resampling import resamples_pilot
+from lightning_vr.estimators.targets import DSM
+from lightning_vr.estimators.taylor.control_variate import TaylorCV
+from lightning_vr.estimators.taylor.terms import clean_points, first_term
+from lightning_vr.training.control_pilot import control_pilot
+from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.resamples_pilot import resamples_pilot
 
 BATCH_SIZE = 128
 
@@ -110,8 +110,8 @@ def test_keyed_generators_and_strata_against_one_stream(compare, monkeypatch):
 
     def other():
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_vr.module.seeded", lambda source: nullcontext())
-            patch.setattr("lightning_vr.module.generator", lambda *_, **__: None)
+            patch.setattr("lightning_vr.training.module.seeded", lambda source: nullcontext())
+            patch.setattr("lightning_vr.training.module.generator", lambda *_, **__: None)
             plain()
 
     ours, other = compare(

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 from lightning_vr import DiffusionModule, FrechetDistance, ResidualMLP, SampleGrid, Sampler
-from lightning_vr.callbacks import fid
-from lightning_vr.callbacks.samples import save_picture
+from lightning_vr.callbacks import frechet_distance as fid
+from lightning_vr.callbacks.pictures import save_picture
 from lightning_vr.data import EightGaussians
 from lightning_vr.metrics import IdentityFeatures, RandomConvFeatures
 

@@ -38,7 +38,7 @@ from lightning_vr.callbacks.gradient_probes import GradientProbe
 from lightning_vr.callbacks.gradient_variance import GradientVariance
 from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.data import EightGaussians
-from lightning_vr.variance.statistics import GradientStatistics
+from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 PARTS = ("data", "timestep", "noise")
 

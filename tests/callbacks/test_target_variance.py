@@ -30,10 +30,10 @@ from lightning_vr import (
 )
 from lightning_vr.callbacks import target_variance
 from lightning_vr.callbacks.target_variance import TargetVariance
+from lightning_vr.core.types import WHOLE, Times
 from lightning_vr.data import EightGaussians
-from lightning_vr.estimators.draws import WHOLE, Times
-from lightning_vr.predictions import prediction
-from lightning_vr.weightings import MinSNRWeighting
+from lightning_vr.process.predictions import prediction
+from lightning_vr.process.weightings import MinSNRWeighting
 
 SETTINGS = {"noise_levels": 6, "samples": 128, "references": [4]}
 

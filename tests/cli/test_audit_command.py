@@ -15,7 +15,7 @@ BUDGET = "--budget=2"
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Few references, as there are few samples."""
-    monkeypatch.setattr("lightning_vr.auditing.defaults._REFERENCES", (64,))
+    monkeypatch.setattr("lightning_vr.auditing.default_candidates._REFERENCES", (64,))
 
 
 def test_an_audit_writes_its_findings_and_prints_advice(run, capsys):

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_vr.cli import VRCLI, main
-from lightning_vr.sinks import run_folder
+from lightning_vr.lifecycle.loggers import run_folder
 
 FLAGS = [*NETWORK, *POINTS, *SHORT]
 

@@ -5,19 +5,19 @@ import numpy
 import pytest
 import torch
 
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import UNLABELLED, Clean, LossEstimate, Share, TargetEstimate
 from lightning_vr.estimators.carv import CARV
-from lightning_vr.estimators.draws import IID, Share
+from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.loss import diffusion_loss
+from lightning_vr.estimators.proposals import LearnedProposal, TableProposal, WeightProposal
 from lightning_vr.estimators.stf import STF
-from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import ResidualMLP
-from lightning_vr.objective import Objective
-from lightning_vr.proposals import LearnedProposal, TableProposal, WeightProposal
-from lightning_vr.rng import generator
-from lightning_vr.schedules import EDM, VE
-from lightning_vr.timesteps import LogUniform, Truncated, Uniform
-from lightning_vr.types import UNLABELLED, Clean, LossEstimate, TargetEstimate
-from lightning_vr.weightings import EDMWeighting, UnitWeighting, Weighting
+from lightning_vr.process.networks import ResidualMLP
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.schedules import EDM, VE
+from lightning_vr.process.timesteps import LogUniform, Truncated, Uniform
+from lightning_vr.process.weightings import EDMWeighting, UnitWeighting, Weighting
+from lightning_vr.training.module import DiffusionModule
 
 WIDE = torch.float64
 PLAIN = Objective(VE(), Uniform(0, 1), UnitWeighting("x0"), "x0")

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import Clean
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.distillation import distillation_loss
 from lightning_vr.estimators.draws import IID
-from lightning_vr.objective import Objective
-from lightning_vr.proposals import WeightProposal
-from lightning_vr.rng import generator
-from lightning_vr.schedules import VP
-from lightning_vr.timesteps import Uniform
-from lightning_vr.types import Clean
-from lightning_vr.weightings import MinSNRWeighting
+from lightning_vr.estimators.proposals import WeightProposal
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.schedules import VP
+from lightning_vr.process.timesteps import Uniform
+from lightning_vr.process.weightings import MinSNRWeighting
 
 OBJECTIVE = Objective(VP(), Uniform(0.05, 0.95), MinSNRWeighting(), "x0")
 

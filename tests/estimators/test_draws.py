@@ -3,13 +3,13 @@ import math
 import pytest
 import torch
 
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import Clean
 from lightning_vr.estimators.draws import IID, open_uniform
-from lightning_vr.objective import Objective
-from lightning_vr.rng import generator
-from lightning_vr.schedules import EDM, VP
-from lightning_vr.timesteps import LogNormal, Uniform
-from lightning_vr.types import Clean
-from lightning_vr.weightings import UnitWeighting
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.schedules import EDM, VP
+from lightning_vr.process.timesteps import LogNormal, Uniform
+from lightning_vr.process.weightings import UnitWeighting
 
 
 def draw(clean, seed=0, schedule=None, timesteps=None):

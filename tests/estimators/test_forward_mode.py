@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import jvp
 
-from lightning_vr.estimators.forward_mode import forward_mode
+from lightning_vr.estimators.taylor.forward_mode import forward_mode
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 CPU = torch.device("cpu")

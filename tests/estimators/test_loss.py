@@ -2,14 +2,14 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import Clean, TargetEstimate
 from lightning_vr.estimators.draws import noise_samples
 from lightning_vr.estimators.loss import ControlVariate, diffusion_loss, network_output
-from lightning_vr.objective import Objective
-from lightning_vr.predictions import prediction
-from lightning_vr.rng import generator
-from lightning_vr.schedules import VE, VP
-from lightning_vr.types import Clean, TargetEstimate
-from lightning_vr.weightings import EDMWeighting, UnitWeighting
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.predictions import prediction
+from lightning_vr.process.schedules import VE, VP
+from lightning_vr.process.weightings import EDMWeighting, UnitWeighting
 
 
 def problem(count=6, shape=(3,), dtype=torch.float32, schedule=None):

@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
+from lightning_vr.core.rng import generator
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import IID
-from lightning_vr.module import DiffusionModule
-from lightning_vr.networks import ResidualMLP
-from lightning_vr.proposals import LearnedProposal
-from lightning_vr.rng import generator
+from lightning_vr.estimators.proposals import LearnedProposal
+from lightning_vr.process.networks import ResidualMLP
+from lightning_vr.training.module import DiffusionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 

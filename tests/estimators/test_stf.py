@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import UNLABELLED, Clean
 from lightning_vr.estimators.draws import noise_samples
-from lightning_vr.estimators.dsm import DSM
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.estimators.stf import STF
-from lightning_vr.objective import Objective
-from lightning_vr.posterior import posterior_mean
-from lightning_vr.rng import generator
-from lightning_vr.schedules import EDM
-from lightning_vr.timesteps import LogUniform
-from lightning_vr.types import UNLABELLED, Clean
-from lightning_vr.weightings import UnitWeighting
+from lightning_vr.estimators.targets import DSM
+from lightning_vr.posterior.posterior_mean import posterior_mean
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.schedules import EDM
+from lightning_vr.process.timesteps import LogUniform
+from lightning_vr.process.weightings import UnitWeighting
 
 WIDE = torch.float64
 EDGES = torch.tensor([-math.inf, -1.5, -0.5, 0.5, 1.5, math.inf], dtype=WIDE)

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import Noised, TargetEstimate
 from lightning_vr.estimators.loss import diffusion_loss, loss_weight
-from lightning_vr.estimators.taylor_terms import (
+from lightning_vr.estimators.taylor.terms import (
     clean_points,
     constant_term,
     first_term,
     taylor_terms,
 )
-from lightning_vr.objective import Objective
-from lightning_vr.predictions import prediction
-from lightning_vr.rng import generator
-from lightning_vr.schedules import Cosine
-from lightning_vr.timesteps import Uniform
-from lightning_vr.types import Noised, TargetEstimate
-from lightning_vr.weightings import EDMWeighting
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.predictions import prediction
+from lightning_vr.process.schedules import Cosine
+from lightning_vr.process.timesteps import Uniform
+from lightning_vr.process.weightings import EDMWeighting
 
 # torch 2.13 loads its forward-mode derivatives with it, nothing of ours
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

@@ -21,15 +21,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_vr.rng import generator
-from lightning_vr.types import Clean
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import Clean
 from lightning_vr.variance.components import (
     Components,
     NestedSums,
     nested_components,
     two_batch_sizes,
 )
-from lightning_vr.variance.gradients import GradientMeasurement, NoisyLoss
+from lightning_vr.variance.gradient_measurement import GradientMeasurement, NoisyLoss
 from lightning_vr.variance.moments import Moments
 
 LIMIT = 4.0

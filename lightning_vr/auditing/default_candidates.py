@@ -1,0 +1,102 @@
+"""The candidates of an audit that is given none: the estimators that ship."""
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_vr.auditing.candidates import Candidate, settings
+from lightning_vr.estimators.carv import CARV
+from lightning_vr.estimators.draws import IID, Draws
+from lightning_vr.estimators.proposals import LearnedProposal, WeightProposal
+from lightning_vr.estimators.stf import STF
+from lightning_vr.estimators.targets import DSM, Target
+from lightning_vr.estimators.taylor.control_variate import TaylorCV
+from lightning_vr.training.module import DiffusionModule
+
+_REFERENCES = (256, 1024, 4096)
+
+_LARGEST_BANK = 100_000
+
+_COMBINED = ("strata, q learned", "pairs", "4 resamples")
+"""Draws that are measured with STF too."""
+
+_LEAST_SPREAD = 0.01
+"""Relative spread of the loss weight below which it gives no proposal but the base density."""
+
+
+def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
+    """Return the estimators that ship, less the module's own.
+
+    A target keeps the module's draws, and draws keep its target. Some draws come with an STF too,
+    that with most references that are drawn, unless the module has an STF, which all draws are then
+    measured with. Resamples are there whatever ``encode`` costs, so that the audit can say that
+    they do not pay.
+
+    The control variate of order 0 is measured for all draws, and where its gate opens.
+
+    A bank of a large training set takes long to encode: name candidates with one in a list of your
+    own.
+
+    Args:
+        module: The module to audit.
+        size: Number of samples in its training set.
+    """
+    targets, draws = _targets(size), _draws(module)
+    own_target, own_draws = settings(module.target), settings(module.draws)
+    found = [Candidate(n, target=x) for n, x in targets.items() if settings(x) != own_target]
+    found += [Candidate(n, draws=x) for n, x in draws.items() if settings(x) != own_draws]
+    found += _control_variates(module)
+    if isinstance(module.target, STF):
+        return found
+    drawn = [name for name in targets if name not in ("DSM", 'STF("batch")', 'STF("all")')]
+    with_references = drawn[-1] if drawn else list(targets)[-1]
+    # what is learned with one target is not what would be with another: draws of its own
+    again = _draws(module)
+    return found + [
+        Candidate(f"{with_references}, {n}", again[n], targets[with_references]) for n in _COMBINED
+    ]
+
+
+def _targets(size: int) -> dict[str, Target]:
+    found: dict[str, Target] = {"DSM": DSM(), 'STF("batch")': STF("batch")}
+    if size <= _LARGEST_BANK:
+        found |= {f"STF({n})": STF(n) for n in _REFERENCES if n < size}
+        found['STF("all")'] = STF("all")
+    else:
+        rank_zero_info(
+            f"The audit leaves out targets with a bank of all {size} training samples: name them "
+            f"in `candidates`."
+        )
+    return found
+
+
+def _control_variates(module: DiffusionModule) -> list[Candidate]:
+    """Return that of order 0, which any network can have, for all draws and where it pays."""
+    found = [
+        Candidate("Taylor 0, all draws", control_variate=TaylorCV(gate="open")),
+        Candidate("Taylor 0", control_variate=TaylorCV()),
+    ]
+    own = module.control_variate
+    if own is None:
+        return found
+    others = [c for c in found if c.config()["control_variate"] != settings(own)]
+    return [Candidate("no control variate", control_variate="none"), *others]
+
+
+def _draws(module: DiffusionModule) -> dict[str, Draws]:
+    found: dict[str, Draws] = {"IID": IID(), "strata": CARV(1)}
+    if _has_varying_weight(module):
+        found["strata, q = weight"] = CARV(1, WeightProposal())
+    return found | {
+        "strata, q learned": CARV(1, LearnedProposal()),
+        "pairs": CARV(2, antithetic=True),
+        "2 resamples": CARV(2),
+        "4 resamples": CARV(4),
+    }
+
+
+def _has_varying_weight(module: DiffusionModule) -> bool:
+    """Return whether the weight on the network's error depends on t where p has its mass."""
+    objective = module.objective
+    middle = (torch.arange(100, dtype=torch.float64, device=module.device) + 0.5) / 100
+    weight = objective.weight(objective.timesteps.icdf(middle))
+    return bool(weight.max() - weight.min() > _LEAST_SPREAD * weight.mean())

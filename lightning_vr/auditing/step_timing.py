@@ -1,0 +1,163 @@
+"""Seconds of a training step: encoding, draws, forward, backward and optimizer.
+
+Passes are timed where their gradients are measured, so that all of an audit's passes tell the time,
+in turns of the candidates over the whole of it: what else the machine does then falls on all alike.
+Loading of data is left out: it is hidden behind the step where workers keep up.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_vr.auditing.candidates import Candidate
+from lightning_vr.core.devices import timed
+from lightning_vr.core.rows import Rows
+from lightning_vr.core.types import Clean
+from lightning_vr.training.module import DiffusionModule
+from lightning_vr.variance.accounting import CostModel
+from lightning_vr.variance.components import DRAWS_PER_UNIT
+from lightning_vr.variance.gradient_measurement import GradientMeasurement
+
+_ROUNDS = 15
+
+
+class TimedMeasurement(GradientMeasurement):
+    """Measures gradients, and the seconds that each takes."""
+
+    def __init__(self, *args: Any, device: torch.device, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.device = device
+        self._draw_seconds: list[float] = []
+        self._pass_seconds: list[float] = []
+
+    def gradient(self, rows: Rows, *key: int | str) -> list[Tensor]:
+        """Return the gradient of the mean loss of rows, and note the time."""
+        found, seconds = timed(partial(super().gradient, rows, *key), self.device)
+        self._pass_seconds.append(seconds)
+        return found
+
+    def reset_seconds(self) -> None:
+        """Forget all times."""
+        self._pass_seconds, self._draw_seconds = [], []
+
+    def step_seconds(self) -> float:
+        """Return the least seconds of draws, forward and backward since they were reset.
+
+        All passes do the same work: what makes one take longer is the rest of the machine.
+        """
+        return min(self._pass_seconds) + min(self._draw_seconds)
+
+    def _draws(
+        self, clean: Clean, key: tuple[int | str, ...], low: float, high: float
+    ) -> list[Rows]:
+        found, seconds = timed(partial(super()._draws, clean, key, low, high), self.device)
+        self._draw_seconds.append(seconds / DRAWS_PER_UNIT)
+        return found
+
+
+class StepTimer:
+    """Times what candidates share, and passes over parts of a batch.
+
+    Args:
+        trainer: A trainer that is about to train.
+        module: Its module.
+        measurement: Takes the gradients.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: DiffusionModule, measurement: GradientMeasurement
+    ) -> None:
+        self.trainer, self.module, self.measurement = trainer, module, measurement
+
+    def warm_up(self, candidates: list[Candidate], clean: Clean) -> None:
+        """Take a step with each candidate: the first is slow."""
+        for candidate in candidates:
+            with candidate.in_place(self.module):
+                self._step(clean)
+
+    def measure(
+        self, clean: Clean, encode: Callable[[], Any], goes_on: Callable[[], bool]
+    ) -> tuple[float, CostModel]:
+        """Return the seconds of encoding and optimizer, and a model of the current step's.
+
+        Args:
+            clean: An encoded batch.
+            encode: Encodes it.
+            goes_on: Asked before each round, the first two excepted.
+        """
+        whole = len(clean.x0)
+        parts = sorted({max(1, whole // k) for k in (1, 2, 4)})
+        names: list[int | str] = [*parts, "encode", "optimizer"]
+        times: dict[int | str, list[float]] = {name: [] for name in names}
+        for i in range(_ROUNDS + 1):
+            if i > 1 and not goes_on():
+                break
+            for rows in parts:
+                step = partial(self._step, clean.rows(slice(0, rows)))
+                times[rows].append(timed(step, self.module.device)[1])
+            times["encode"].append(timed(encode, self.module.device)[1])
+            times["optimizer"].append(self._time_optimizer())
+
+        # the first round warms up
+        median = {name: statistics.median(found[1:]) for name, found in times.items()}
+        encoding, optimizer = median["encode"], median["optimizer"]
+        passes = {samples: median[samples] for samples in parts}
+        resamples = self.module.draws.draws_per_sample
+        return encoding + optimizer, cost_model(passes, encoding, optimizer, resamples)
+
+    def _step(self, clean: Clean) -> list[Tensor]:
+        loss, source = self.measurement.loss, self.measurement.source
+        times = loss.times(clean, source("timing", "times"), 0.0, 1.0)
+        rows = loss.draw(clean, times, source("timing", "noise"))
+        return self.measurement.gradient(rows, "timing")
+
+    def _time_optimizer(self) -> float:
+        """Time a step on gradients of zero, and put the weights back."""
+        optimizer = self.trainer.optimizers[0]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        kept = [p.detach().clone() for p in parameters]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        _, seconds = timed(optimizer.step, self.module.device)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+        return seconds
+
+
+def cost_model(
+    passes: dict[int, float], encode: float, optimizer: float, resamples: int = 1
+) -> CostModel:
+    """Fit a model to the seconds of the parts of a step.
+
+    Args:
+        passes: Seconds of forward and backward by number of samples, up to the whole batch.
+        encode: Seconds to encode the whole batch.
+        optimizer: Seconds of the optimizer's step.
+        resamples: Draws of each sample in ``passes``.
+    """
+    whole = max(passes)
+    encoding = encode / whole
+    if whole < 4:
+        return CostModel(optimizer, encoding, passes[whole] / (whole * resamples))
+    # a pass takes as long however its rows are made up of samples and resamples of them
+    shapes = [
+        (rows // k, k, seconds)
+        for rows, seconds in ((n * resamples, seconds) for n, seconds in passes.items())
+        for k in (1, 2)
+        if rows % k == 0
+    ]
+    fitted = CostModel.fit(
+        [samples for samples, _, _ in shapes],
+        [k for _, k, _ in shapes],
+        [seconds + optimizer for _, _, seconds in shapes],
+    )
+    # encoding was timed by itself: a fit could take it for fixed
+    return replace(fitted, upstream=fitted.upstream + encoding)

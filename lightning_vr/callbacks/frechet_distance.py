@@ -1,0 +1,134 @@
+"""FrechetDistance: how far the model's samples are from the training set, during training.
+
+The squared Fréchet distance between Gaussians fitted to features of both (Heusel et al. 2017, arXiv
+1706.08500). It depends on the features and on the number of samples, and compares only at equal
+ones, so both stand in the metric's name; it is an FID with ``InceptionFeatures`` alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
+from lightning_vr.core.distributed import rank, world_size
+from lightning_vr.lifecycle.loggers import log_numbers
+from lightning_vr.lifecycle.training_set import training_batches
+from lightning_vr.metrics import Features, FrechetMetric, IdentityFeatures, RandomConvFeatures
+from lightning_vr.training.module import DiffusionModule
+
+_BLOCK = 250
+"""Samples per draw. Their noise depends on the block alone, whatever the number of ranks."""
+
+
+class FrechetDistance(AfterValidation):
+    """Logs ``frechet_distance/<features>_n<samples>`` after validation.
+
+    The real side is the training set, read once. Averaged weights are measured where a
+    ``WeightAveraging`` callback keeps some, whatever the order of the callbacks. The value can be
+    monitored by ``ModelCheckpoint``.
+
+    Args:
+        features: The space to compare in. By default a fixed random convolution for images, and the
+            points themselves for points.
+        samples: Number of generated samples, over all ranks.
+        real_samples: At most so many of the training set, evenly spaced; all if not given.
+        every_n_validations: Measure after every n-th validation run of a fit.
+        sample: A function ``(module, count) -> samples`` for modules that are no DiffusionModule.
+        clean: A function from a training batch to real samples, for such modules.
+
+    Raises:
+        ValueError: If there are fewer samples than features, so that no covariance has full rank.
+    """
+
+    def __init__(
+        self,
+        features: Features | None = None,
+        samples: int = 1000,
+        real_samples: int | None = None,
+        every_n_validations: int = 1,
+        sample: SampleFunction | None = None,
+        clean: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        super().__init__(sample, every_n_validations)
+        self.features = features
+        self.samples = samples
+        self.real_samples = real_samples
+        self.clean = clean
+        self._metric: FrechetMetric | None = None
+        if features is not None:
+            self._check_counts(features)
+
+    @property
+    def state_key(self) -> str:
+        """Tell two instances with different features or counts apart."""
+        name = None if self.features is None else self.features.name
+        return self._generate_state_key(features=name, samples=self.samples)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse samples that the features do not fit, by a look at one for each rank."""
+        super().on_train_start(trainer, pl_module)
+        self._metric = None  # of an earlier fit's data
+        with torch.no_grad():
+            for _, batch in training_batches(trainer, "Looking at the data", world_size()):
+                real = self._real(pl_module, batch)
+                (self.features or self._default_features(real)).check_images(real)
+
+    def measure(self, trainer: Trainer, module: LightningModule) -> None:
+        """Sample, compare with the training set and log."""
+        metric = self._metric or self._read_training_set(trainer, module)
+        self._metric = metric
+        metric.reset(keep_real=True)
+        starts = range(rank() * _BLOCK, self.samples, world_size() * _BLOCK)
+        is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        for start in tqdm(
+            starts, "Sampling", leave=False, delay=1, disable=None if is_shown else True
+        ):
+            samples = self.draw(module, min(_BLOCK, self.samples - start), "frechet", start)
+            metric.update(samples, real=False)
+        name = f"frechet_distance/{metric.features.name}_n{self.samples}"
+        log_numbers(trainer, {name: float(metric.compute())})
+
+    def _read_training_set(self, trainer: Trainer, module: LightningModule) -> FrechetMetric:
+        metric = None
+        with torch.no_grad():
+            for _, batch in training_batches(
+                trainer, "Reading the training set", self.real_samples
+            ):
+                real = self._real(module, batch)
+                if metric is None:
+                    metric = FrechetMetric(self.features or self._default_features(real))
+                    metric.to(real.device)
+                metric.update(real, real=True)
+        assert metric is not None, "a DataLoader over an empty training set yields no batch"
+        return metric
+
+    def _real(self, module: LightningModule, batch: Any) -> Tensor:
+        with module.trainer.precision_plugin.forward_context():
+            if self.clean is not None:
+                return self.clean(batch)
+            if isinstance(module, DiffusionModule):
+                return module.decode(module.clean(batch).x0)
+        raise ValueError(
+            f"Argument `clean` is needed for a {type(module).__name__}: a function from a training "
+            f"batch to real samples."
+        )
+
+    def _default_features(self, real: Tensor) -> Features:
+        features: Features = IdentityFeatures(real[0].numel())
+        if real.ndim == 4:
+            features = RandomConvFeatures(channels=real.shape[1])
+        self._check_counts(features)
+        return features
+
+    def _check_counts(self, features: Features) -> None:
+        for name, count in (("samples", self.samples), ("real_samples", self.real_samples)):
+            if count is not None and count <= features.dimension:
+                raise ValueError(
+                    f"Argument `{name}` expected to be more than {features.dimension}, the number "
+                    f"of features of {features.name!r}, but got {count}: take more samples or "
+                    f"smaller features."
+                )

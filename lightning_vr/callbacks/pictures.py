@@ -1,0 +1,71 @@
+"""Samples as pictures: images in a grid, points in the plane as a scatter plot."""
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+_SMALLEST_TILE = 40
+
+
+def save_picture(samples: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write images ``(B, C, H, W)`` in [-1, 1] as a grid, points ``(B, 2)`` as a scatter plot.
+
+    Args:
+        samples: Images with 1 or 3 channels, or points in the plane.
+        path: The PNG to write; its folder is made.
+        columns: Number of columns of the grid; a square if not given.
+
+    Raises:
+        ValueError: If samples are neither.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = samples.detach().float().cpu()
+    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+        _grid(samples, columns or math.ceil(math.sqrt(len(samples)))).save(path)
+    elif samples.ndim == 2 and samples.shape[1] == 2:
+        _scatter(samples, path)
+    else:
+        raise ValueError(_no_picture(tuple(samples.shape[1:])))
+
+
+def is_picture(shape: tuple[int, ...]) -> bool:
+    """Return whether samples of ``shape`` are what ``save_picture`` can draw."""
+    return (len(shape) == 3 and shape[0] in (1, 3)) or shape == (2,)
+
+
+def _no_picture(shape: tuple[int, ...]) -> str:
+    return (
+        f"Samples expected to be images (1 or 3, H, W) or points (2,), but got {shape}: override "
+        f"`decode` to turn them into pictures, or leave SampleGrid out."
+    )
+
+
+def _grid(images: Tensor, columns: int) -> Image.Image:
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    tiles = images.new_ones(rows * columns, channels, height + 1, width + 1)
+    tiles[:count, :, :height, :width] = images.clamp(-1, 1)
+
+    wall = tiles.reshape(rows, columns, channels, height + 1, width + 1)
+    wall = wall.permute(0, 3, 1, 4, 2).reshape(rows * (height + 1), columns * (width + 1), channels)
+    pixels = ((wall + 1) * 127.5).round().to(torch.uint8).squeeze(-1).numpy()
+    picture = Image.fromarray(pixels)
+    scale = max(1, _SMALLEST_TILE // max(height, width))
+    size = (picture.width * scale, picture.height * scale)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def _scatter(points: Tensor, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=4, linewidths=0, alpha=0.6)
+    axes.set_aspect("equal")
+    axes.set_xlabel("$x_1$")
+    axes.set_ylabel("$x_2$")
+    axes.set_title(f"{len(points)} samples")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,84 @@
+"""SampleGrid: what the model draws, the same noise at every look, as pictures."""
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
+from lightning_vr.callbacks.pictures import _no_picture, is_picture, save_picture
+from lightning_vr.core.rng import undisturbed
+from lightning_vr.lifecycle.loggers import log_picture, run_folder, training_goes_on
+from lightning_vr.training.module import DiffusionModule
+
+
+class SampleGrid(AfterValidation):
+    """Writes samples as a picture after validation, to ``samples/`` in the run's folder.
+
+    Images make a grid, one column per class if there are classes; points in the plane make a
+    scatter plot. The noise is the same each time, so that one sees samples grow. Loggers that can
+    show pictures get them too.
+
+    Args:
+        samples: How many.
+        every_n_validations: Draw after every n-th validation run of a fit.
+        sample: A function ``(module, count) -> samples`` for modules that are no DiffusionModule;
+            images in [-1, 1].
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[SampleGrid(samples=64)], logger=False)
+    """
+
+    def __init__(
+        self,
+        samples: int = 100,
+        every_n_validations: int = 1,
+        sample: SampleFunction | None = None,
+    ) -> None:
+        super().__init__(sample, every_n_validations)
+        if samples < 1:
+            raise ValueError(f"Argument `samples` expected to be at least 1, but got {samples}.")
+        self.samples = samples
+        self._is_checked = False
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Refuse samples that make no picture, once their shape is known."""
+        if (
+            self._is_checked
+            or self.sample is not None
+            or not isinstance(pl_module, DiffusionModule)
+        ):
+            return
+        self._is_checked = True
+        with torch.no_grad(), undisturbed():
+            shape = self.draw(pl_module, 1, "shape").shape[1:]
+        if not is_picture(tuple(shape)):
+            raise MisconfigurationException(_no_picture(tuple(shape)))
+
+    def measure(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw the samples and write their picture."""
+        stage = trainer.state.fn or TrainerFn.FITTING
+        is_fit = stage == TrainerFn.FITTING
+        name = f"step_{trainer.global_step:08d}" if is_fit else stage.value
+        path = run_folder(trainer) / "samples" / f"{name}.png"
+        samples = self.draw(module, self.samples, "grid")
+        if trainer.is_global_zero:
+            with training_goes_on(trainer, f"The samples {path}"):
+                save_picture(samples, path, columns=_columns(module, len(samples)))
+                log_picture(trainer, "samples", path)
+
+
+def _columns(module: LightningModule, count: int) -> int | None:
+    """Return the number of classes, so that each has a column, if there is a sample of each."""
+    classes = getattr(module, "num_classes", None)
+    return classes if classes and classes <= count else None

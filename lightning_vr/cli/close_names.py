@@ -1,0 +1,62 @@
+"""What could have been meant by a name that nothing has."""
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_vr.data.images import ImageDataModule
+from lightning_vr.training.module import DiffusionModule
+
+ANY_BASE = (nn.Module, Optimizer, LRScheduler)
+"""Where a class is sought if the parser does not say below which base."""
+
+
+def close_names(name: str, names: Iterable[str]) -> list[str]:
+    """Return at most three of ``names`` that are close to ``name``, the closest first."""
+    lower = {known.lower(): known for known in names if not known.startswith("_")}
+    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.8)
+    return [lower[each] for each in near if near[0] != name.lower() or each == near[0]]
+
+
+def close_settings(name: str) -> list[str]:
+    """Return settings that ``name`` may stand for: misspelt, or at another level."""
+    known = _known_settings()
+    section, _, rest = name.partition(".")
+    inside = [each.removeprefix(f"{section}.") for each in known if each.startswith(f"{section}.")]
+    if inside:
+        return [f"{section}.{each}" for each in close_names(rest, inside)]
+    return [each for each in known if each.endswith(f".{section}")] or close_names(name, known)
+
+
+def subclass_names(bases: Iterable[Any]) -> list[str]:
+    """Return the short names of the public, concrete classes below ``bases``."""
+    kinds = [kind for base in bases if isinstance(base, type) for kind in _below(base)]
+    return [
+        kind.__name__
+        for kind in dict.fromkeys(kinds)
+        if not kind.__name__.startswith("_") and not inspect.isabstract(kind)
+    ]
+
+
+def _known_settings() -> list[str]:
+    sections = {"trainer": Trainer, "model": DiffusionModule, "data": ImageDataModule}
+    return ["trainer", "model", "data", "config", "ckpt_path", "seed_everything"] + [
+        f"{section}.{name}"
+        for section, kind in sections.items()
+        for name in inspect.signature(kind).parameters
+    ]
+
+
+def _below(kind: type) -> list[type]:
+    if kind is type(None) or kind in (int, float, str, bool, list, tuple, dict, object):
+        return []
+    children: list[type] = type.__subclasses__(kind)
+    # what a library calls its bases is none to be used
+    own = [kind] if kind.__module__.startswith("lightning_vr.") else []
+    return [*own, *(each for child in children for each in [child, *_below(child)])]

@@ -1,0 +1,207 @@
+"""What flows through one training step, as frozen bundles of tensors.
+
+``Clean`` leaves ``encode``, ``Noised`` leaves the draws, ``TargetEstimate`` the target and
+``LossEstimate`` the loss. Shapes: ``x`` is ``(B, *)``; ``t``, ``alpha``, ``sigma`` are ``(B,)``.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+UNLABELLED = -1
+"""The group of a row whose label is dropped or unknown: every reference is exchangeable with it."""
+
+
+@dataclass(frozen=True)
+class Clean:
+    """Clean samples, as the upstream ``encode`` gives them.
+
+    Attributes:
+        x0: Samples that diffusion noises, ``(B, *)``.
+        group: Class labels ``(B,)``, int64, that the network is conditioned on, or None.
+            Samples of one group are exchangeable.
+        cond: Any further condition of the network (text, an image), as keyword arguments of the
+            network or None. Samples with a condition have no exchangeable references, unless
+            ``cond_group`` tells which have the same.
+        index: Positions in the training set ``(B,)``, int64, or None.
+        cond_group: A number for each condition ``(B,)``, int64, not negative, or None. Samples
+            that share it and their class are exchangeable: augmentations that the network is told
+            of (Karras et al. 2022, arXiv 2206.00364, appendix F.2), prompts that repeat.
+    """
+
+    x0: Tensor
+    group: Tensor | None = None
+    cond: dict[str, Any] | None = None
+    index: Tensor | None = None
+    cond_group: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor | None:
+        """What exchangeable samples share: classes ``(B,)``, or ``(B, k)`` with ``cond_group``."""
+        return _labels(self.group, self.cond_group)
+
+    def rows(self, index: Any) -> "Clean":
+        """Return the samples at ``index``, a slice or positions ``(n,)``."""
+        group = None if self.group is None else self.group[index]
+        cond = None if self.cond is None else {k: v[index] for k, v in self.cond.items()}
+        own = None if self.index is None else self.index[index]
+        cond_group = None if self.cond_group is None else self.cond_group[index]
+        return Clean(self.x0[index], group, cond, own, cond_group)
+
+    def repeated(self, count: int) -> "Clean":
+        """Return ``count`` copies of each sample next to each other."""
+        if count == 1:
+            return self
+        index = torch.arange(len(self.x0), device=self.x0.device)
+        return self.rows(index.repeat_interleave(count))
+
+    @classmethod
+    def from_batch(cls, batch: Any) -> "Clean":
+        """Read the usual batches.
+
+        Args:
+            batch: A tensor, ``(x,)``, ``(x, label)``, or a dictionary with ``"image"`` or ``"x0"``
+                and, if there are any, ``"label"`` and ``"index"``.
+
+        Raises:
+            ValueError: If the batch is none of these.
+        """
+        if isinstance(batch, Clean):
+            return batch
+        if isinstance(batch, Tensor):
+            return cls(batch)
+        if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+            return cls(batch[0], group=batch[1] if len(batch) > 1 else None)
+        if isinstance(batch, dict) and ("x0" in batch or "image" in batch):
+            x0 = batch["x0"] if "x0" in batch else batch["image"]
+            return cls(x0, group=batch.get("label"), index=batch.get("index"))
+        raise ValueError(
+            f"The batch expected to be a tensor, (x, label) or a dictionary with 'image' or 'x0', "
+            f"but got {type(batch).__name__}: override `encode` of a "
+            f"DiffusionModule to turn it into Clean(x0, ...), or give a callback on another module "
+            f"`clean`, a function from a batch to samples."
+        )
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Draws of ``(index, t, noise)``: ``xt = alpha * x0 + sigma * noise``, with importance weights.
+
+    Attributes:
+        xt: Noised samples ``(B, *)``.
+        x0: The clean samples that made them ``(B, *)``.
+        noise: Standard normal noise ``(B, *)``.
+        t: Times ``(B,)``.
+        alpha: Scale of the sample ``(B,)``.
+        sigma: Scale of the noise ``(B,)``.
+        weight: Importance weights p/q ``(B,)``, never self-normalised.
+        group: Class labels ``(B,)`` as the network sees them, ``UNLABELLED`` where dropped, or
+            None.
+        cond: Further condition of the network, or None.
+        index: Positions in the training set ``(B,)``, or None.
+        loss_weight: Product of importance weight and the weight ``λ b²`` on the squared error of
+            the network's output ``(B,)``, or None where that is not known as one number.
+        probes: Random directions ``(B, m, *)`` that a control variate measures traces along, or
+            None.
+        cond_group: A number for each condition ``(B,)``, or None.
+    """
+
+    xt: Tensor
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    weight: Tensor
+    group: Tensor | None = None
+    cond: dict[str, Any] | None = None
+    index: Tensor | None = None
+    loss_weight: Tensor | None = None
+    probes: Tensor | None = None
+    cond_group: Tensor | None = None
+
+    @property
+    def noise_level(self) -> Tensor:
+        """``sigma / alpha``, shape ``(B,)``: the axis that all schedules share."""
+        return self.sigma / self.alpha
+
+    @property
+    def labels(self) -> Tensor | None:
+        """What references must share: classes ``(B,)``, or ``(B, k)`` with ``cond_group``."""
+        return _labels(self.group, self.cond_group)
+
+
+@dataclass(frozen=True)
+class TargetEstimate:
+    """An estimate of ``E[x0 | xt]``.
+
+    Attributes:
+        x0: The estimate ``(B, *)``.
+        ess: Effective number of references ``(B,)``; 1 for the sample itself.
+        spread: ``tr Cov`` of x0 under the reference weights ``(B,)``, x0 units squared. Its mean
+            is the target variance that the estimate removes.
+    """
+
+    x0: Tensor
+    ess: Tensor
+    spread: Tensor
+
+
+@dataclass(frozen=True)
+class LossEstimate:
+    """An unbiased estimate of the diffusion loss.
+
+    Attributes:
+        loss: Scalar to differentiate: the mean of ``per_draw`` and of ``control``.
+        per_draw: Weighted squared error of each draw ``(B,)``.
+        noised: The draws.
+        target: What the network regressed on.
+        control: The term of a control variate for each draw ``(B,)``, or None.
+    """
+
+    loss: Tensor
+    per_draw: Tensor
+    noised: Noised
+    target: TargetEstimate
+    control: Tensor | None = None
+
+
+def _labels(group: Tensor | None, cond_group: Tensor | None) -> Tensor | None:
+    if cond_group is None:
+        return group
+    return torch.stack([x for x in (group, cond_group) if x is not None], dim=1)
+
+
+class Times(NamedTuple):
+    """Times of draws, each ``(K·B,)``; those of one sample stand next to each other.
+
+    Attributes:
+        t: Times.
+        weight: Importance weights p/q.
+        loss_weight: Products of importance weight and the loss weight ``λ b²``, where they are
+            known as one number, or None.
+    """
+
+    t: Tensor
+    weight: Tensor
+    loss_weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of an optimizer step that one batch is: steps span ranks and accumulation.
+
+    Attributes:
+        number: Which part, ``0 .. count - 1``.
+        count: Number of parts, of equally many samples each.
+        shared: Generator in the same state for all parts; None if there is one part only.
+    """
+
+    number: int = 0
+    count: int = 1
+    shared: torch.Generator | None = None
+
+
+WHOLE = Share()

@@ -1,0 +1,88 @@
+"""Checkpoints that are whole or not there, and a full disk that does not end a run.
+
+A checkpoint is written beside its place, made durable and then moved there, which is atomic on one
+file system: a process that is killed at any moment leaves the former file or the new one. If the
+disk is full the run goes on with a warning, and what the new checkpoint was to replace stays until
+that one is written, or replaced by another.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_vr.lifecycle.atomic_files import replacing
+from lightning_vr.lifecycle.loggers import is_training
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints atomically, and survives a disk that cannot take one.
+
+    A ``DiffusionModule`` puts it in place of Lightning's plain one; for other modules give it to
+    the trainer: ``Trainer(plugins=[DurableCheckpointIO()])``.
+    """
+
+    def __init__(self) -> None:
+        # where it is known, checkpoints that are saved outside of training fail as usual
+        self.trainer: Trainer | None = None
+        # the last one, if it could not be written, and what stays in the place of such ones
+        self._failed: str | None = None
+        self._kept: list[tuple[str, Any]] = []
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint, or warn that the disk does not take it."""
+        try:
+            if "://" in str(path) or storage_options is not None:
+                super().save_checkpoint(checkpoint, path, storage_options)
+            else:
+                _write(checkpoint, Path(path))
+        except OSError as error:
+            if self.trainer is not None and not is_training(self.trainer):
+                raise
+            self._failed = str(path)
+            rank_zero_warn(
+                f"The checkpoint {path} could not be written ({error}): training goes on, and the "
+                f"checkpoints before it stay."
+            )
+            return
+        self._failed = None
+        self._remove_kept_for(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint, unless the one that replaces it could not be written."""
+        if self._failed is not None:
+            self._kept.append((self._failed, path))
+            return
+        super().remove_checkpoint(path)
+        self._remove_kept_for(path)
+
+    def _remove_kept_for(self, path: Any) -> None:
+        """Remove what was kept because ``path`` could not be written: it is now, or is replaced."""
+        replaced = [old for failed, old in self._kept if failed == str(path)]
+        self._kept = [pair for pair in self._kept if pair[0] != str(path)]
+        for old in replaced:
+            self.remove_checkpoint(old)
+
+
+def use_durable_checkpoints(trainer: Trainer) -> None:
+    """Put ``DurableCheckpointIO`` in place of Lightning's plain one, and of no other."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
+        trainer.strategy.checkpoint_io.trainer = trainer
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    try:
+        with replacing(path) as file:
+            torch.save(checkpoint, file)
+    except BaseException as error:
+        # torch's writer complains of positions after a write has failed
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

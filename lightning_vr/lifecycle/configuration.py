@@ -1,0 +1,158 @@
+"""Objects as configurations, so that a module built in Python reloads like one built by the CLI.
+
+A Lightning checkpoint of a CLI run holds ``{"class_path": ..., "init_args": ...}`` and needs no
+code to reload. ``describe`` writes the same for live objects: diffusers models know their config,
+and a class that keeps each constructor argument under its own name can be read back. What was read
+is believed only if it is a fixed point: the object rebuilt from it, by the parser that reloads
+checkpoints and without memory for its weights, must read the same and have the same structure. What
+cannot be described is named, never guessed.
+"""
+
+import functools
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from lightning_vr.core.rng import undisturbed
+
+
+class UndescribableError(ValueError):
+    """An object that no configuration can rebuild."""
+
+
+def describe(value: Any) -> Any:
+    """Return ``value`` as nested primitives and ``class_path`` dictionaries.
+
+    Partials, classes and functions, which only their caller's type hint can tell from instances and
+    text, are described where they are the value or an item of it, not inside of another object.
+
+    Raises:
+        UndescribableError: If it cannot be rebuilt from a configuration.
+    """
+    return _walk(value, _describe_leaf)
+
+
+def import_path(target: Callable[..., Any]) -> str:
+    """Return the dotted path that imports ``target``.
+
+    Raises:
+        UndescribableError: If it is a lambda or local, so that no import finds it.
+    """
+    path = f"{target.__module__}.{target.__qualname__}"
+    if imported(path) is not target:
+        raise UndescribableError(f"{path} cannot be imported")
+    return path
+
+
+def imported(path: str) -> Any:
+    """Return what the dotted ``path`` names in the modules imported so far, or None."""
+    names = path.split(".")
+    for cut in range(len(names) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(names[:cut]))
+        if found is not None:
+            for name in names[cut:]:
+                found = getattr(found, name, None)
+            return found
+    return None
+
+
+def rebuild(kind: type, init_args: dict[str, Any]) -> Any:
+    """Return the live object of a class and its described arguments."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, fail_untyped=False)
+    return kind(**parser.instantiate(parser.parse_object(init_args)).as_dict())
+
+
+def _walk(value: Any, describe_leaf: Callable[[Any], Any]) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_walk(item, describe_leaf) for item in value]
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise UndescribableError("a dictionary with keys that are no strings")
+        return {key: _walk(item, describe_leaf) for key, item in value.items()}
+    return describe_leaf(value)
+
+
+def _describe_leaf(value: Any) -> Any:
+    if isinstance(value, functools.partial):
+        if value.args:
+            raise UndescribableError("a partial with positional arguments")
+        return {"class_path": import_path(value.func), "init_args": describe(value.keywords)}
+    if isinstance(value, type) or inspect.isroutine(value):
+        return import_path(value)
+    described = _read(value)
+    _check_rebuilds(value, described)
+    return described
+
+
+def _read(value: Any) -> dict[str, Any]:
+    """Read the constructor's arguments back from the object."""
+    kind = type(value)
+    config = getattr(value, "config", None)
+    kept = dict(config if isinstance(config, Mapping) else getattr(value, "__dict__", {}))
+    if isinstance(value, nn.Module) and not isinstance(config, Mapping):
+        kept.update(value.named_children())
+    args = {}
+    for parameter in _parameters(kind):
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL or parameter.name not in kept:
+            raise UndescribableError(f"{kind.__name__} does not keep its `{parameter.name}`")
+        args[parameter.name] = _walk(kept[parameter.name], _read)
+    return {"class_path": import_path(kind), "init_args": args}
+
+
+def _parameters(kind: type) -> list[inspect.Parameter]:
+    inherited = {"__init__": (object, nn.Module), "__new__": (object,)}
+    if all(
+        any(getattr(kind, name) is getattr(base, name) for base in bases)
+        for name, bases in inherited.items()
+    ):
+        return []
+    try:
+        return list(inspect.signature(kind).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise UndescribableError(f"{kind.__name__} has no signature") from error
+
+
+def _check_rebuilds(value: Any, described: dict[str, Any]) -> None:
+    try:
+        with undisturbed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = _rebuild_lightly(value, described["init_args"])
+        is_same = _read(again) == described and _structure(again) == _structure(value)
+    except Exception as error:
+        raise UndescribableError(f"{type(value).__name__} does not rebuild: {error}") from error
+    if not is_same:
+        raise UndescribableError(f"{type(value).__name__} rebuilds differently")
+
+
+def _rebuild_lightly(value: Any, init_args: dict[str, Any]) -> Any:
+    if isinstance(value, nn.Module) and any(True for _ in value.parameters()):
+        try:
+            with torch.device("meta"):
+                return rebuild(type(value), init_args)
+        except Exception:  # a constructor that computes with numbers, as timm's do
+            return rebuild(type(value), init_args)
+    return rebuild(type(value), init_args)
+
+
+def _structure(value: Any) -> Any:
+    if not isinstance(value, nn.Module):
+        return type(value)
+    shapes = {name: getattr(x, "shape", None) for name, x in value.state_dict().items()}
+    return shapes, {name: type(part) for name, part in value.named_modules()}

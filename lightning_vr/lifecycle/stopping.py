@@ -1,0 +1,105 @@
+"""Signals to stop or to save that all ranks take at the end of the same batch.
+
+Lightning's handlers broadcast and save from wherever their rank happens to be, also from within
+another collective or between an optimizer's step and its count, and each rank ends where it sees
+SIGTERM first: others wait for it for ever. Here the handlers take a note, and the ranks agree on it
+after each training batch and each validation run.
+"""
+
+import sys
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch.distributed.distributed_c10d import _get_default_store
+
+from lightning_vr.core.distributed import all_reduce_sum, rank, ranks_save_together, world_size
+from lightning_vr.lifecycle.loggers import is_training
+
+_SECONDS_TO_HEAR = 10
+"""How long a rank that fails waits to hear that the first one has, too."""
+
+
+class SharedStop:
+    """Whether this rank was asked to stop or to save, and what the ranks make of it."""
+
+    def __init__(self) -> None:
+        self._stop_asked = self._save_asked = False
+
+    def take_over(self, trainer: Trainer) -> None:
+        """Handle signals in Lightning's place; call it before that registers its handlers."""
+        self._stop_asked = self._save_asked = False
+        connector: Any = trainer._signal_connector
+
+        def note_save(*_: Any) -> None:
+            self._save_asked = True
+
+        connector._slurm_sigusr_handler_fn = note_save  # SLURM's, ahead of its time limit
+        if trainer.world_size == 1:
+            return
+
+        def note_stop(signum: Any, _: Any) -> None:
+            launcher: Any = trainer.strategy.launcher
+            if launcher is not None and not self._stop_asked:
+                launcher.kill(signum)
+            self._stop_asked = True
+
+        connector._sigterm_notifier_fn = note_stop
+
+    def agree(self, trainer: Trainer) -> None:
+        """Let Lightning save or stop on all ranks if one was asked to; all of them call it."""
+        stop, save = self._stop_asked, self._save_asked
+        if world_size() > 1:
+            asked = torch.tensor([float(stop), float(save)], device=trainer.strategy.root_device)
+            stop, save = (all_reduce_sum(asked) > 0).tolist()
+        connector: Any = trainer._signal_connector
+        if save:
+            self._save_asked = False
+            type(connector)._slurm_sigusr_handler_fn(connector, "to save and be queued again", None)
+        if stop:
+            connector.received_sigterm = True
+
+
+class _FailedBarrier:
+    """Where ranks that fail wait for the first one's files, if that one fails, too.
+
+    Other ranks may be in a collective that ends only when these ranks are gone, so that they do not
+    meet by one: they tell by the store.
+    """
+
+    def __init__(self) -> None:
+        self._store = _get_default_store()
+        self._met = 0
+        self._tell()
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        self._met += 1
+        self._tell()
+        if rank() > 0:
+            with suppress(RuntimeError):  # the first one has not failed, or is gone
+                self._store.wait([self._key(0)], timedelta(seconds=_SECONDS_TO_HEAR))
+                self._store.wait([self._key(self._met)])
+
+    def _tell(self) -> None:
+        if rank() == 0:
+            self._store.set(self._key(self._met), "")
+
+    def _key(self, number: int) -> str:
+        return f"lightning_vr/failed/{number}"
+
+
+def save_alone(trainer: Trainer) -> None:
+    """Let a rank save and end in an error of its own, whatever the others do."""
+    strategy: Any = trainer.strategy
+    is_error = isinstance(sys.exc_info()[1], Exception)
+    if not is_error or ranks_save_together() or not is_training(trainer):
+        return
+    if not isinstance(strategy.barrier, _FailedBarrier):
+        strategy.barrier = _FailedBarrier()
+        strategy.broadcast = strategy.reduce = strategy.reduce_boolean_decision = _own
+
+
+def _own(found: Any, *_: Any, **__: Any) -> Any:
+    return found

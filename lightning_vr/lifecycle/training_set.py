@@ -1,0 +1,169 @@
+"""One pass over the training set in its own order, for banks and reference statistics.
+
+The pass leaves training undisturbed: it has a loader of its own, and the global random states are
+restored. Under DDP each rank reads every W-th sample.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from tqdm.auto import tqdm
+
+from lightning_vr.core.distributed import all_gather_rows, rank, world_size
+from lightning_vr.core.rng import generator, seeded, undisturbed
+from lightning_vr.core.types import Clean
+
+
+def training_batches(
+    trainer: Trainer, title: str, limit: int | None = None
+) -> Iterator[tuple[Tensor, Any]]:
+    """Yield ``(positions, batch)`` over the training set in order, this rank's share.
+
+    Shows a progress bar if it takes longer than a second.
+
+    Args:
+        trainer: A trainer that is fitting.
+        title: What the progress bar says.
+        limit: Stop after about this many samples over all ranks, evenly spaced, or None for all.
+
+    Raises:
+        ValueError: If the training data is not one map-style data set behind one DataLoader.
+    """
+    loader = training_loader(trainer)
+    positions = _share(trainer, limit)
+    batch_size = loader.batch_size or 64
+    own = DataLoader(
+        loader.dataset,
+        batch_size=batch_size,
+        sampler=positions,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+    is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    # a random upstream gives the same in a resumed run
+    source = generator("training set", rank(), device=trainer.strategy.root_device)
+    with undisturbed(), seeded(source):
+        # tqdm starts the loader when it is made, and a loader that starts draws a seed
+        bar = tqdm(own, title, leave=False, delay=1, disable=None if is_shown else True)
+        for i, batch in enumerate(bar):
+            at = torch.tensor(positions[i * batch_size : (i + 1) * batch_size])
+            yield at, handed_over(trainer, batch)
+
+
+def handed_over(trainer: Trainer, batch: Any) -> Any:
+    """Return a batch as training gets it: in the trainer's precision, through the hooks, moved."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def encoded_training_set(
+    trainer: Trainer,
+    encode: Callable[[Tensor, Any], Clean],
+    title: str,
+    limit: int | None = None,
+    *,
+    is_share: bool = False,
+) -> Clean | None:
+    """Return the encoded training set of all ranks, in its own order, on the device of each.
+
+    Args:
+        trainer: A trainer that is fitting.
+        encode: Turns ``(positions, batch)`` into clean samples.
+        title: What the progress bar says.
+        limit: At most so many samples, evenly spaced, or None for all.
+        is_share: Whether to return what this rank has read alone: of W ranks every W-th sample.
+
+    Returns:
+        Samples, their labels if they have any, and their positions as indices if every batch
+        carries indices; None if the samples have a condition that no other is known to share.
+    """
+    device = trainer.strategy.root_device
+    count, done, indexed = len(_share(trainer, limit)), 0, True
+    found: dict[str, Tensor] = {}
+    for at, batch in training_batches(trainer, title, limit):
+        with trainer.precision_plugin.forward_context():
+            clean = encode(at, batch)
+        if clean.cond is not None and clean.cond_group is None:
+            return None
+        indexed = indexed and clean.index is not None
+        parts = {"x0": clean.x0, "group": clean.group, "cond_group": clean.cond_group, "index": at}
+        for name, part in parts.items():
+            if part is None:
+                continue
+            # a list of parts, put together at the end, would take the memory twice
+            if name not in found:
+                found[name] = part.new_empty(count, *part.shape[1:], device=device)
+            found[name][done : done + len(at)] = part.detach()
+        done += len(at)
+    if not is_share:
+        order = all_gather_rows(found["index"]).argsort()
+        found = {name: all_gather_rows(part)[order] for name, part in found.items()}
+    return Clean(
+        found["x0"],
+        found.get("group"),
+        index=found["index"] if indexed else None,
+        cond_group=found.get("cond_group"),
+    )
+
+
+def check_equal_chances(trainer: Trainer) -> None:
+    """Refuse a loader that does not give every sample of its data set equally often.
+
+    A sampler of another kind than torch's is taken at its word.
+
+    Raises:
+        ValueError: If the bank of the whole data set would not be what training sees.
+    """
+    loader = training_loader(trainer)
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if isinstance(sampler, DistributedSamplerWrapper):
+        sampler = sampler.dataset._sampler  # type: ignore[attr-defined]
+    if isinstance(sampler, (SubsetRandomSampler, WeightedRandomSampler)):
+        raise ValueError(
+            f"Argument `references` expected a training set whose samples come equally often, but "
+            f"its loader has a {type(sampler).__name__}, so that a bank of all of them would give "
+            f"another mean: wrap the data in torch.utils.data.Subset, or use references='batch'."
+        )
+    overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit > 0:
+        raise ValueError(
+            f"Argument `overfit_batches` expected to be 0 with a bank of the whole training set, "
+            f"but got {overfit}: wrap the data in torch.utils.data.Subset, or use "
+            f"references='batch'."
+        )
+
+
+def _share(trainer: Trainer, limit: int | None) -> list[int]:
+    """Return the positions that this rank reads, of about ``limit`` evenly spaced ones."""
+    size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+    count = size if limit is None else min(limit, size)
+    return [i * size // count for i in range(count)][rank() :: world_size()]
+
+
+def training_loader(trainer: Trainer) -> DataLoader[Any]:
+    """Return the one loader of the training set, the data module's when not fitting, or refuse."""
+    loader = trainer.train_dataloader
+    data = getattr(trainer, "datamodule", None)
+    if loader is None and data is not None:
+        loader = data.train_dataloader()
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"Argument `train_dataloaders` expected to be one DataLoader of a map-style data set, "
+            f"whose samples have positions, but got {type(loader).__name__}: "
+            f"use STF(references='batch') and switch off what reads the whole training set."
+        )
+    return loader

@@ -1,0 +1,212 @@
+"""The posterior mean of x0 given x_t under a set of references: a streamed softmax.
+
+Under ``x_t = alpha x0 + sigma noise`` and x0 uniform on references ``r_1 .. r_n``,
+
+    E[x0 | x_t] = Σ_k w_k r_k,   w = softmax(ℓ),
+    ℓ_k = (alpha/sigma²) x_t·r_k - (alpha²/2sigma²) ‖r_k‖²
+
+(‖x_t‖² is common to all k and drops out). It is the target of Stable Target Fields (Xu, Tong and
+Jaakkola 2023, arXiv 2302.00670, equation 5) and, with the whole data set as references, the exact
+minimiser of denoising score matching on it.
+
+Two matrix products and a softmax by running maximum and sum: memory is B·chunk + B·d, never B·n·d,
+and chunked equals dense up to rounding.
+
+If the sample that made x_t is given as ``own``, the mean is formed as a shift from it, weighted by
+the other references alone, so that at low noise the shift and the spread keep their relative
+precision.
+
+References may be shared out over ranks (``sharded``): each sums its part for the queries of all.
+The rank that asks adds ``own``, of which the others know the logit alone.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_vr.posterior.references import PlainReferences, References, check_samples, columns
+from lightning_vr.posterior.sharded_references import Bank, ShardedReferences, sums_over_ranks
+from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums
+
+
+class Posterior(NamedTuple):
+    """The posterior of x0 given x_t under the references.
+
+    Attributes:
+        mean: ``E[x0 | x_t]``, ``(B, *)``.
+        ess: Effective number of references ``(Σ w)² / Σ w²``, ``(B,)``.
+        spread: ``tr Cov[x0 | x_t]``, x0 units squared, ``(B,)``.
+        log_evidence: ``log p(x_t)``, the references equally likely, ``(B,)``; rounding errors are
+            relative to ``‖x_t‖² / 2 sigma²``, which is large at low noise.
+    """
+
+    mean: Tensor
+    ess: Tensor
+    spread: Tensor
+    log_evidence: Tensor
+
+
+@torch.no_grad()
+def posterior_mean(
+    xt: Tensor,
+    alpha: Tensor | float,
+    sigma: Tensor | float,
+    references: Tensor | Bank,
+    *,
+    own: Tensor | None = None,
+    exclude: Tensor | None = None,
+    query_group: Tensor | None = None,
+    reference_group: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Posterior:
+    """Return mean, effective sample size, spread and evidence of x0 given x_t.
+
+    Computed in float32, or float64 if an input is, whatever autocast says; without gradient.
+
+    With references that are shared out over ranks all ranks must call it, each with queries of its
+    own, as many as it has: one that has none calls it with B of 0.
+
+    Args:
+        xt: Noised samples ``(B, *)``.
+        alpha: Scale of the sample, ``(B,)`` or a number.
+        sigma: Scale of the noise, ``(B,)`` or a number, positive.
+        references: ``(n, *)``, or prepared by ``References.prepare`` for many calls, or shared
+            out over ranks by ``ShardedReferences.prepare``.
+        own: The samples that made x_t ``(B, *)``: each a reference of its own row, besides
+            ``references``.
+        exclude: For each row the position of one reference that it must not use ``(B,)``, int64,
+            -1 for none: where a copy of ``own`` stands.
+        query_group: Labels of the rows ``(B,)``; a negative one uses all references. With k labels
+            of each row ``(B, k)`` a reference must have each that is not negative.
+        reference_group: Labels of the references ``(n,)`` or ``(n, k)``; taken from prepared ones
+            if not given.
+        chunk_size: Number of references at a time; by default what keeps temporaries at a few MB.
+
+    Raises:
+        ValueError: On complex or integer samples, shapes that do not fit, a number sigma that is
+            not positive, a row that is left without a reference, or ranks whose queries differ in
+            more than their number.
+    """
+    if len(xt) > 0 or not isinstance(references, ShardedReferences):
+        check_samples("xt", xt)
+    prepared = _as_references(xt, references, reference_group)
+    _check(xt, sigma, prepared, own, query_group, chunk_size)
+    dtype = _work_dtype(xt.dtype, prepared.held.centre.dtype)
+    with torch.autocast(xt.device.type, enabled=False):
+        centre = prepared.held.centre.to(dtype)
+        alpha = _per_row(alpha, xt, dtype)
+        precision = _per_row(sigma, xt, dtype) ** -2
+        query = xt.flatten(1).to(dtype) - alpha[:, None] * centre
+        slope, curvature = alpha * precision, 0.5 * alpha**2 * precision
+
+        pivot = query.new_zeros(1, 1) if own is None else own.flatten(1).to(dtype) - centre
+        pivot_norm = torch.linalg.vecdot(pivot, pivot)
+        own_logit = slope * torch.linalg.vecdot(query, pivot) - curvature * pivot_norm
+        own_logit = own_logit if own is not None else torch.full_like(slope, -math.inf)
+
+        queries = Queries(slope[:, None] * query, curvature, own_logit, exclude, query_group)
+        if isinstance(prepared, ShardedReferences):
+            sums = sums_over_ranks(prepared, queries, chunk_size)
+        else:
+            sums = SoftmaxSums.over(prepared, queries, chunk_size)
+
+        if own is None and query_group is not None:
+            _check_every_row_has_a_reference(sums.count, query_group)
+        base = centre if own is None else own.flatten(1).to(dtype)
+        log_density = -0.5 * precision * torch.linalg.vecdot(query, query)
+        log_density += 0.5 * query.shape[1] * torch.log(precision / (2 * math.pi))
+        return _finish(sums, own_logit, pivot, pivot_norm, base, log_density, xt)
+
+
+def _finish(
+    sums: SoftmaxSums,
+    own_logit: Tensor,
+    pivot: Tensor,
+    pivot_norm: Tensor,
+    base: Tensor,
+    log_density: Tensor,
+    xt: Tensor,
+) -> Posterior:
+    own_weight = torch.exp(own_logit - sums.maximum)
+    weight = sums.weight + own_weight
+
+    shift = (sums.rows - sums.weight[:, None] * pivot) / weight[:, None]
+    ess = weight**2 / (sums.weight_squared + own_weight**2)
+    second = sums.squared_norms - 2 * torch.linalg.vecdot(pivot, sums.rows)
+    second = (second + sums.weight * pivot_norm) / weight
+    spread = (second - torch.linalg.vecdot(shift, shift)).clamp(min=0)
+    count = sums.count + (own_logit > -math.inf)
+    log_evidence = sums.maximum + torch.log(weight) - torch.log(count) + log_density
+    return Posterior((base + shift).reshape(xt.shape), ess, spread, log_evidence)
+
+
+def _check_every_row_has_a_reference(count: Tensor, query_group: Tensor) -> None:
+    if bool((count == 0).any()):
+        row = int((count == 0).nonzero()[0])
+        raise ValueError(
+            f"Argument `query_group` leaves row {row} (group {query_group[row].tolist()}) without "
+            f"a reference: give references of that group, or `own`."
+        )
+
+
+def _as_references(
+    xt: Tensor, references: Tensor | Bank, group: Tensor | None
+) -> References | PlainReferences | ShardedReferences:
+    if isinstance(references, ShardedReferences):
+        if group is not None:
+            raise ValueError(
+                "Argument `reference_group` expected to be None with references that are shared "
+                "out, which carry their labels: give them to `ShardedReferences.prepare`."
+            )
+        return references
+    if isinstance(references, References):
+        if group is None:
+            return references
+        return References(references.rows, references.squared_norms, references.centre, group)
+    check_samples("references", references)
+    return PlainReferences(references.flatten(1), group, _work_dtype(xt.dtype, references.dtype))
+
+
+def _work_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _per_row(value: Tensor | float, xt: Tensor, dtype: torch.dtype) -> Tensor:
+    row = torch.as_tensor(value, dtype=dtype, device=xt.device)
+    return row.reshape(-1).expand(len(xt))
+
+
+def _check(
+    xt: Tensor,
+    sigma: Tensor | float,
+    references: References | PlainReferences | ShardedReferences,
+    own: Tensor | None,
+    query_group: Tensor | None,
+    chunk_size: int | None,
+) -> None:
+    held = references.held
+    if xt.shape[1:].numel() != len(held.centre):
+        raise ValueError(
+            f"Argument `references` expected to have {xt.shape[1:].numel()} values per row, as "
+            f"`xt` {tuple(xt.shape)} has, but got {len(held.centre)}."
+        )
+    if own is not None and own.shape != xt.shape:
+        raise ValueError(
+            f"Argument `own` expected to have the shape of `xt`, {tuple(xt.shape)}, "
+            f"but got {tuple(own.shape)}."
+        )
+    if isinstance(sigma, (int, float)) and not 0 < sigma < math.inf:
+        raise ValueError(f"Argument `sigma` expected to be positive and finite, but got {sigma}.")
+    if query_group is not None and held.group is None:
+        raise ValueError("Argument `query_group` needs `reference_group`: the references' labels.")
+    if query_group is not None and held.group is not None:
+        asked, known = columns(query_group).shape, columns(held.group).shape
+        if asked != (len(xt), known[1]):
+            raise ValueError(
+                f"Argument `query_group` expected to have {len(xt)} rows of {known[1]} labels, as "
+                f"the references have, but got {tuple(query_group.shape)}."
+            )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"Argument `chunk_size` expected to be at least 1, but got {chunk_size}.")

@@ -1,0 +1,175 @@
+"""Running sums of a softmax over references, by which its parts are computed and put together.
+
+For logits ℓ_k and their maximum M so far the sums are those of ``w_k = e^(ℓ_k - M)``, w_k²,
+``w_k r_k`` and ``w_k ‖r_k‖²``. A new maximum M' scales them by ``e^(M - M')``, and sums over two
+parts of the references add up once both are scaled to the larger maximum (Milakov and Gimelshein
+2018, arXiv 1805.02867).
+
+Weights below e^-60 are set to zero: as denormal numbers they make the second matrix product twice
+as slow and change nothing.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_vr.posterior.references import PlainReferences, References, columns
+
+_NEGLIGIBLE = -60.0
+"""Log weight relative to the largest below which a weight is set to zero."""
+
+
+_OLD_FLAG = ("allow_tf32", False)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What references need to know of x_t to be summed over.
+
+    Attributes:
+        scaled: ``(alpha/sigma²) x_t``, centred as the references, ``(B, d)``.
+        curvature: ``alpha²/2sigma²``, ``(B,)``.
+        own_logit: Logit of the own sample, which is no part of the sums, or -inf ``(B,)``.
+        exclude: Position of one reference that the row must not use, or -1 ``(B,)``; or None.
+        group: Labels of the rows ``(B,)`` or ``(B, k)``, or None.
+    """
+
+    scaled: Tensor
+    curvature: Tensor
+    own_logit: Tensor
+    exclude: Tensor | None
+    group: Tensor | None
+
+
+@dataclass
+class SoftmaxSums:
+    """Sums over references for each of B queries.
+
+    Attributes:
+        maximum: Largest logit, that of the own sample among them, ``(B,)``.
+        weight: ``Σ w``, ``(B,)``.
+        weight_squared: ``Σ w²``, ``(B,)``.
+        squared_norms: ``Σ w ‖r‖²``, ``(B,)``.
+        count: Number of references that are not masked, ``(B,)``.
+        rows: ``Σ w r``, ``(B, d)``.
+    """
+
+    maximum: Tensor
+    weight: Tensor
+    weight_squared: Tensor
+    squared_norms: Tensor
+    count: Tensor
+    rows: Tensor
+
+    @classmethod
+    def over(
+        cls, references: References | PlainReferences, queries: Queries, chunk_size: int | None
+    ) -> "SoftmaxSums":
+        """Sum over references, ``chunk_size`` at a time."""
+        a, b, c, d = (torch.zeros_like(queries.own_logit) for _ in range(4))
+        sums = cls(queries.own_logit, a, b, c, d, torch.zeros_like(queries.scaled))
+        chunks = references.chunks(chunk_size, len(queries.scaled), queries.scaled.dtype)
+        with _without_tf32(queries.scaled.device):
+            for start, rows, norms in chunks:
+                logits = (queries.scaled @ rows.T).addr_(queries.curvature, norms, alpha=-1)
+                _mask(logits, start, queries, references.group)
+                sums.add(logits, rows, norms)
+        return sums
+
+    def add(self, logits: Tensor, rows: Tensor, squared_norms: Tensor) -> None:
+        """Add references by their ``logits (B, c)``, which are overwritten."""
+        self.count += (logits > -math.inf).sum(1)
+        finite = self._raise_maximum(logits.amax(1))
+        # where exp underflows it takes thirty times as long
+        weights = logits.sub_(finite[:, None]).clamp_(min=_NEGLIGIBLE - 1).exp_()
+        weights = torch.threshold_(weights, math.exp(_NEGLIGIBLE), 0)
+
+        self.weight += weights.sum(1)
+        self.weight_squared += torch.linalg.vecdot(weights, weights)
+        self.squared_norms.addmv_(weights, squared_norms)
+        self.rows.addmm_(weights, rows)
+
+    def merge(self, other: "SoftmaxSums") -> None:
+        """Add the sums over other references, which are scaled to the common maximum."""
+        self._raise_maximum(other.maximum)
+        other._raise_maximum(self.maximum)
+        self.weight += other.weight
+        self.weight_squared += other.weight_squared
+        self.squared_norms += other.squared_norms
+        self.count += other.count
+        self.rows += other.rows
+
+    def packed(self) -> Tensor:
+        """Return the sums of each query as one row, ``(B, 5 + d)``."""
+        scalars = [self.maximum, self.weight, self.weight_squared, self.squared_norms, self.count]
+        return torch.cat([torch.stack(scalars, dim=1), self.rows], dim=1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> "SoftmaxSums":
+        """Return the sums that ``packed`` has made rows of, in their memory."""
+        maximum, weight, weight_squared, squared_norms, count = packed[:, :5].unbind(dim=1)
+        return cls(maximum, weight, weight_squared, squared_norms, count, packed[:, 5:])
+
+    def _raise_maximum(self, other: Tensor) -> Tensor:
+        """Scale to the maximum with ``other (B,)``; return that, and 0 where it is -inf."""
+        maximum = torch.maximum(self.maximum, other)
+        finite = torch.where(maximum == -math.inf, 0, maximum)
+        decay = torch.exp(self.maximum - finite)
+        self.maximum = maximum
+        self.weight *= decay
+        self.weight_squared *= decay**2
+        self.squared_norms *= decay
+        self.rows *= decay[:, None]
+        return finite
+
+
+def foreign(query_group: Tensor, reference_group: Tensor) -> Tensor:
+    """Return which of c references each row must not use for its labels, ``(B, c)``.
+
+    Args:
+        query_group: Labels of the rows ``(B,)`` or ``(B, k)``; negative ones match all.
+        reference_group: Labels of the references ``(c,)`` or ``(c, k)``.
+    """
+    found = [
+        (wanted[:, None] != given) & (wanted[:, None] >= 0)
+        for wanted, given in zip(columns(query_group).T, columns(reference_group).T, strict=True)
+    ]
+    return torch.stack(found).any(dim=0) if len(found) > 1 else found[0]
+
+
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """Multiply matrices in float32 there, whatever ``set_float32_matmul_precision`` says.
+
+    Logits are small differences of large products: with the ten bits of TF32 weights come out wrong
+    by a factor at low noise.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul: Any = torch.backends.cuda.matmul
+    # up to torch 2.8 there is a flag alone, later versions refuse to read it where both were set
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else _OLD_FLAG
+    kept = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, kept)
+
+
+def _mask(logits: Tensor, start: int, queries: Queries, reference_group: Tensor | None) -> None:
+    if queries.exclude is not None:
+        position = queries.exclude - start
+        inside = (position >= 0) & (position < logits.shape[1])
+        position = position.clamp(0, logits.shape[1] - 1)[:, None]
+        kept = torch.where(inside[:, None], -math.inf, logits.gather(1, position))
+        logits.scatter_(1, position, kept)
+    if queries.group is not None and reference_group is not None:
+        part = reference_group[start : start + logits.shape[1]]
+        logits.masked_fill_(foreign(queries.group, part), -math.inf)

@@ -1,0 +1,52 @@
+"""What is learned: the loss as an expectation, however it is estimated.
+
+    L = E_{t ~ p} E_{x0, noise} [ λ(t) ‖x0_hat - x0‖² / d ]
+
+The residual is formed in the network's own space, where the squared error carries ``λ b²``
+(``predictions.py``).
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from lightning_vr.process.predictions import Prediction, PredictionType, prediction
+from lightning_vr.process.schedules import Schedule
+from lightning_vr.process.timesteps import Density, Truncated
+from lightning_vr.process.weightings import Weighting
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The diffusion loss as an expectation over times.
+
+    Attributes:
+        schedule: Scales of sample and noise.
+        timesteps: The density p(t) that the loss is an expectation over.
+        weighting: Loss weight λ(t) in x0 space.
+        prediction: What the network predicts.
+        sigma_data: Standard deviation of the data, for ``prediction="edm"``.
+        whole: The objective that this one is a part of, or None.
+    """
+
+    schedule: Schedule
+    timesteps: Density
+    weighting: Weighting
+    prediction: PredictionType = "edm"
+    sigma_data: float = 0.5
+    whole: "Objective | None" = None
+
+    def coefficients(self, t: Tensor) -> Prediction:
+        """Return the map from the network's output to x0_hat at times ``t (B,)``."""
+        return prediction(self.prediction, self.schedule, t, self.sigma_data)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Return ``λ b²``, the weight on the squared error of the network's output, ``(B,)``."""
+        weight: Tensor = self.weighting(self.schedule, t) * self.coefficients(t).b ** 2
+        return weight
+
+    def between(self, low: float, high: float) -> "Objective":
+        """Return the mean of the loss between two quantiles of p(t)."""
+        if (low, high) == (0, 1):
+            return self
+        return replace(self, timesteps=Truncated(self.timesteps, low, high), whole=self)

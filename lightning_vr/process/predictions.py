@@ -1,0 +1,106 @@
+"""What the network predicts, as an affine map to x0.
+
+Every prediction type is a linear function of (x0, noise), ``p x0 + q noise``, with coefficients
+that depend on t alone. With ``x_t = alpha x0 + sigma noise`` that gives the map
+``x0_hat = a x_t + b output`` with ``b = sigma / (sigma p - alpha q)`` and
+``a = -q / (sigma p - alpha q)``, so that targets, weights and estimators live in x0 space and are
+written once. A target estimate D in place of x0 becomes ``p x0 + q noise + (D - x0) / b``: nothing
+cancels at low noise, where ``(x_t - alpha x0) / sigma`` would.
+
+==========  ===========================================  =============================
+prediction  p x0 + q noise                               source
+==========  ===========================================  =============================
+x0          x0
+epsilon     noise                                        Ho et al. 2020, 2006.11239
+v           alpha noise - sigma x0                       Salimans, Ho 2022, 2202.00512
+score       -noise / sigma                               Song et al. 2021, 2011.13456
+velocity    alpha' x0 + sigma' noise                     Liu et al. 2022, 2209.03003
+edm         (sigma/sigma_d x0 - alpha sigma_d noise)/n   Karras et al. 2022, 2206.00364
+==========  ===========================================  =============================
+
+with ``n = sqrt(sigma² + alpha² sigma_d²)``, the standard deviation of x_t for data of standard
+deviation sigma_d. It is the raw network F of EDM's preconditioning, written for every alpha; with
+it the network's input is scaled by ``1 / n``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_vr.process.schedules import Schedule, expand
+
+PredictionType = Literal["x0", "epsilon", "v", "score", "velocity", "edm"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Coefficients of one prediction type at the times of a batch, each ``(B,)``.
+
+    Attributes:
+        p: Coefficient of x0 in what the network predicts.
+        q: Coefficient of the noise in what the network predicts.
+        a: Coefficient of x_t in x0_hat.
+        b: Coefficient of the network's output in x0_hat.
+        input_scale: Factor on x_t before it enters the network.
+    """
+
+    p: Tensor
+    q: Tensor
+    a: Tensor
+    b: Tensor
+    input_scale: Tensor
+
+    def x0_hat(self, xt: Tensor, output: Tensor) -> Tensor:
+        """Return the denoised sample from the network's output, both ``(B, *)``."""
+        return expand(self.a, xt) * xt + expand(self.b, xt) * output
+
+    def output(self, x0: Tensor, noise: Tensor, target: Tensor) -> Tensor:
+        """Return the output whose x0_hat is ``target``, given the draw that made x_t.
+
+        Args:
+            x0: The clean sample ``(B, *)``.
+            noise: The noise ``(B, *)``.
+            target: An estimate of E[x0 | x_t] ``(B, *)``; x0 itself for plain score matching.
+        """
+        shift = (target - x0) / expand(self.b, x0)
+        return expand(self.p, x0) * x0 + expand(self.q, x0) * noise + shift
+
+
+def prediction(
+    kind: PredictionType, schedule: Schedule, t: Tensor, sigma_data: float = 0.5
+) -> Prediction:
+    """Return the coefficients of prediction type ``kind`` at times ``t (B,)``.
+
+    Raises:
+        ValueError: If ``kind`` is no prediction type.
+    """
+    check_prediction(kind)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    norm = torch.sqrt(sigma**2 + (alpha * sigma_data) ** 2)
+    zero, one = torch.zeros_like(t), torch.ones_like(t)
+    if kind == "x0":
+        p, q = one, zero
+    elif kind == "epsilon":
+        p, q = zero, one
+    elif kind == "v":
+        p, q = -sigma, alpha
+    elif kind == "score":
+        p, q = zero, -1 / sigma
+    elif kind == "velocity":
+        p, q = schedule.alpha_derivative(t), schedule.sigma_derivative(t)
+    else:
+        p, q = sigma / (sigma_data * norm), -alpha * sigma_data / norm
+    determinant = sigma * p - alpha * q
+    input_scale = 1 / norm if kind == "edm" else one
+    return Prediction(p, q, -q / determinant, sigma / determinant, input_scale)
+
+
+def check_prediction(kind: str) -> None:
+    """Refuse what is no prediction type."""
+    if kind not in get_args(PredictionType):
+        allowed = ", ".join(get_args(PredictionType))
+        raise ValueError(
+            f"Argument `prediction` expected to be one of {allowed}, but got {kind!r}."
+        )

@@ -1,0 +1,199 @@
+"""Solvers of the probability-flow ODE in x0 space.
+
+In ``z = x_t / alpha`` and ``s = sigma / alpha`` every schedule's ODE is ``dz/ds = (z - x0_hat) /
+s`` (Song et al. 2021, arXiv 2011.13456, equation 13; Karras et al. 2022, arXiv 2206.00364, equation
+4), and its right-hand side is the noise estimate ``eps = (x_t - alpha x0_hat) / sigma``. A step to
+(alpha', sigma'), written without dividing by alpha, is
+
+    Euler: x' = alpha' x0_hat + sigma' eps                               (DDIM)
+    Heun:  x' = alpha' x0_hat + sigma' eps + (sigma' - alpha' s) (eps' - eps) / 2
+
+with eps' at the end of the Euler step. For alpha = 1 Heun's is algorithm 1 of Karras et al. without
+churn. The last step, to s = 0, returns x0_hat.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_vr.process.schedules import Schedule
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""``(x_t (B, *), t (B,)) -> x0_hat (B, *)``."""
+
+ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any] | None], Tensor]
+"""``(x_t, t, class labels or None, condition or None) -> x0_hat``."""
+
+LARGEST_NOISE_LEVEL = 1000.0
+
+_ROUNDING = 1e-4
+"""Relative error of a bound that somebody has copied from a table."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How samples are drawn.
+
+    Attributes:
+        solver: ``"heun"`` takes 2·steps - 1 evaluations of the network, ``"euler"`` steps.
+        steps: Number of noise levels, from the largest to the smallest.
+        grid: ``"polynomial"`` is Karras et al.'s (equation 5), ``"exponential"`` has equal ratios.
+        rho: Exponent of the polynomial grid; larger spends more steps at low noise.
+        noise_level_min: Smallest noise level sigma/alpha; by default the schedule's.
+        noise_level_max: Largest noise level; by default the schedule's, at most 1000.
+        guidance: Scale of classifier-free guidance; 1 is none (Ho and Salimans 2022, 2207.12598).
+    """
+
+    solver: Literal["heun", "euler"] = "heun"
+    steps: int = 18
+    grid: Literal["polynomial", "exponential"] = "polynomial"
+    rho: float = 7.0
+    noise_level_min: float | None = None
+    noise_level_max: float | None = None
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.solver not in ("heun", "euler"):
+            raise ValueError(
+                f"Argument `solver` expected to be 'heun' or 'euler', but got {self.solver!r}."
+            )
+        if self.grid not in ("polynomial", "exponential"):
+            raise ValueError(
+                f"Argument `grid` expected to be 'polynomial' or 'exponential', "
+                f"but got {self.grid!r}."
+            )
+        if self.steps < 2:
+            raise ValueError(f"Argument `steps` expected to be at least 2, but got {self.steps}.")
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"Argument `rho` expected to be positive, but got {self.rho}.")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(
+                f"Argument `guidance` expected to be 0 or more, but got {self.guidance}."
+            )
+
+    def noise_levels(self, schedule: Schedule) -> Tensor:
+        """Return the grid ``(steps,)``, falling, float64, without the final 0.
+
+        Raises:
+            ValueError: If the bounds are not 0 < min < max, or outside of the schedule.
+        """
+        ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+        lowest, highest = (float(level) for level in schedule.noise_level(ends))
+        low = lowest if self.noise_level_min is None else self.noise_level_min
+        high = self.noise_level_max
+        high = min(highest, LARGEST_NOISE_LEVEL) if high is None else high
+        if not 0 < low < high:
+            raise ValueError(
+                f"Arguments `noise_level_min` and `noise_level_max` expected to satisfy "
+                f"0 < min < max, but got {low:g} and {high:g}."
+            )
+        if not lowest * (1 - _ROUNDING) <= low < high <= highest * (1 + _ROUNDING):
+            raise ValueError(
+                f"Arguments `noise_level_min` and `noise_level_max` expected to lie between "
+                f"{lowest:g} and {highest:g}, where {type(schedule).__name__} has noise, but got "
+                f"{low:g} and {high:g}: leave them out, or widen the schedule."
+            )
+        ramp = torch.linspace(0, 1, self.steps, dtype=torch.float64)
+        if self.grid == "exponential":
+            return high * (low / high) ** ramp
+        inverse = 1 / self.rho
+        grid: Tensor = (high**inverse + ramp * (low**inverse - high**inverse)) ** self.rho
+        return grid
+
+    def solve(
+        self, denoiser: Denoiser, schedule: Schedule, noise: Tensor, *, progress: bool = False
+    ) -> Tensor:
+        """Carry standard normal ``noise (B, *)`` to samples ``(B, *)``.
+
+        The state is float64 where the device has it, as rounding adds up over the steps; the
+        denoiser sees the dtype of ``noise``.
+
+        Args:
+            denoiser: Estimates x0 from x_t and t.
+            schedule: The schedule that the denoiser was trained with.
+            noise: Standard normal numbers.
+            progress: Whether to show a progress bar if it takes longer than a second.
+        """
+        wide = torch.float32 if noise.device.type == "mps" else torch.float64
+        times = schedule.time(self.noise_levels(schedule).to(noise.device, wide))
+        alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+
+        def x0_and_noise(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            t = times[i].to(noise.dtype).expand(len(x))
+            x0 = denoiser(x.to(noise.dtype), t).to(wide)
+            return x0, (x - alpha[i] * x0) / sigma[i]
+
+        x = sigma[0] * noise.to(wide)
+        steps = range(self.steps - 1)
+        for i in tqdm(steps, "Sampling", leave=False, delay=1, disable=None if progress else True):
+            x0, eps = x0_and_noise(x, i)
+            x = alpha[i + 1] * x0 + sigma[i + 1] * eps
+            if self.solver == "heun":
+                _, next_eps = x0_and_noise(x, i + 1)
+                step = sigma[i + 1] - alpha[i + 1] * sigma[i] / alpha[i]
+                x = x + step * (next_eps - eps) / 2
+        x0, _ = x0_and_noise(x, self.steps - 1)
+        return x0.to(noise.dtype)
+
+    def draw(
+        self,
+        denoise: ConditionalDenoiser,
+        schedule: Schedule,
+        noise: Tensor,
+        *,
+        group: Tensor | None = None,
+        cond: dict[str, Any] | None = None,
+        batch_size: int = 256,
+        progress: bool = False,
+    ) -> Tensor:
+        """Carry ``noise (B, *)`` to guided samples ``(B, *)``, some at a time.
+
+        Args:
+            denoise: Estimates x0 from x_t, t, class labels (None is unconditional), condition.
+            schedule: The schedule that it was trained with.
+            noise: Standard normal numbers.
+            group: Class labels ``(B,)``, or None.
+            cond: Further condition, one row per sample in each value.
+            batch_size: How many at a time.
+            progress: Whether to show a progress bar if it takes longer than a second.
+        """
+        parts = []
+        for start in range(0, len(noise), batch_size):
+            rows = slice(start, start + batch_size)
+            labels = None if group is None else group[rows]
+            some = {name: value[rows] for name, value in (cond or {}).items()} or None
+            denoiser = self._guided(denoise, labels, some)
+            parts.append(self.solve(denoiser, schedule, noise[rows], progress=progress))
+        return torch.cat(parts) if parts else noise
+
+    def _guided(
+        self,
+        denoise: ConditionalDenoiser,
+        group: Tensor | None,
+        cond: dict[str, Any] | None,
+    ) -> Denoiser:
+        def denoiser(xt: Tensor, t: Tensor) -> Tensor:
+            conditional = denoise(xt, t, group, cond)
+            if self.guidance == 1 or group is None:
+                return conditional
+            return torch.lerp(denoise(xt, t, None, cond), conditional, self.guidance)
+
+        return denoiser
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put ``module`` in evaluation mode, and each of its parts back into its own mode after."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,109 @@
+"""Loss weights λ(t), stated once in x0 space: ``loss = λ ‖x0_hat - x0‖²``.
+
+A weight that the literature states for a prediction type becomes a weight in x0 space through that
+type's Jacobian b, ``λ = w / b²``: unit weight on epsilon is ``λ = alpha²/sigma² = 1/s²``, on x0
+it is 1. One weight then means one objective whatever the network predicts, which is where the
+v-prediction of min-SNR went wrong in many trainers.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lightning_vr.process.predictions import PredictionType, check_prediction, prediction
+from lightning_vr.process.schedules import Schedule
+
+
+class Weighting(nn.Module, ABC):
+    """A loss weight λ(t) in x0 space."""
+
+    @abstractmethod
+    def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """Return λ at times ``t (B,)``, shape ``(B,)``."""
+
+
+class EDMWeighting(Weighting):
+    """λ = (s² + sigma_data²) / (s sigma_data)²: unit weight on EDM's raw network output.
+
+    Karras et al. 2022, arXiv 2206.00364, table 1. Written with ``s = sigma / alpha``, so it holds
+    for every schedule.
+
+    Args:
+        sigma_data: Standard deviation of the data.
+    """
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        check_positive("sigma_data", sigma_data)
+        self.sigma_data = sigma_data
+
+    def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
+        inverse_level = schedule.alpha(t) / schedule.sigma(t)
+        return inverse_level**2 + self.sigma_data**-2
+
+
+class MinSNRWeighting(Weighting):
+    """λ = min(SNR, gamma) with SNR = alpha² / sigma² (Hang et al. 2023, arXiv 2303.09556).
+
+    Args:
+        gamma: Largest weight; the paper uses 5.
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        super().__init__()
+        check_positive("gamma", gamma)
+        self.gamma = gamma
+
+    def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return ((schedule.alpha(t) / schedule.sigma(t)) ** 2).clamp(max=self.gamma)
+
+
+class UnitWeighting(Weighting):
+    """Weight 1 on the squared error of one prediction type: λ = 1 / b².
+
+    Args:
+        prediction: The prediction type whose error counts equally at all times.
+        sigma_data: Standard deviation of the data; for ``prediction="edm"`` only.
+    """
+
+    def __init__(self, prediction: PredictionType = "epsilon", sigma_data: float = 0.5) -> None:
+        super().__init__()
+        check_prediction(prediction)
+        check_positive("sigma_data", sigma_data)
+        self.prediction = prediction
+        self.sigma_data = sigma_data
+
+    def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return prediction(self.prediction, schedule, t, self.sigma_data).b ** -2
+
+
+class LogNormalWeighting(Weighting):
+    """A bell over log noise level on top of unit epsilon weight: λ = N(log s; mean, std) / s².
+
+    The noise levels in the middle, where images take shape, count most (Choi et al. 2022, arXiv
+    2204.00227; Karras et al. 2022 put the same bell into the density of t instead).
+
+    Args:
+        mean: Centre of the bell in log noise level.
+        std: Width of the bell in log noise level.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+        super().__init__()
+        check_positive("std", std)
+        if not -math.inf < mean < math.inf:
+            raise ValueError(f"Argument `mean` expected to be finite, but got {mean}.")
+        self.mean, self.std = mean, std
+
+    def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
+        log_level = torch.log(schedule.sigma(t) / schedule.alpha(t))
+        bell = torch.exp(-0.5 * ((log_level - self.mean) / self.std) ** 2)
+        return bell / (self.std * math.sqrt(2 * math.pi)) * torch.exp(-2 * log_level)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a value that is not a positive finite number."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"Argument `{name}` expected to be positive and finite, but got {value}.")

@@ -1,0 +1,284 @@
+"""What a Taylor control variate explains of a module's gradients, and what it costs.
+
+The inner products that ``estimators.control_fit`` needs are taken in bins of the noise level,
+between gradients of batches by ordinary backward passes. Each time is drawn with two noises, z and
+z', and each gradient is the difference of the two: as ``E[c | x, t] = 0``,
+
+    E⟨g(z) - g(z'), c(z) - c(z')⟩ = 2 E⟨g, c⟩,      E‖c(z) - c(z')‖² = 2 E‖c‖²,
+
+while what samples and times do to g cancels and does not blur what the noise does. Where the
+control variate explains the noise fully, its coefficient comes out without error. Two random
+vectors of effective dimension ``d_eff`` are orthogonal up to ``1 / sqrt(d_eff)``, however many
+draws each is the mean of: so a few draws for each bin do, and a measurement takes about as long as
+two steps with the control variate. Samples of small batches are drawn several times.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_vr.core.devices import timed, widest_float
+from lightning_vr.core.distributed import all_reduce_mean, least, world_size
+from lightning_vr.core.gradients import aliases, gradients_in_chunks, parameter_groups
+from lightning_vr.core.rows import Rows, concatenated, mapped, row_count
+from lightning_vr.core.types import Clean, Noised, TargetEstimate
+from lightning_vr.estimators.loss import diffusion_loss
+from lightning_vr.estimators.taylor.coefficients import Cost, Findings
+from lightning_vr.estimators.taylor.control_variate import TaylorCV
+from lightning_vr.estimators.taylor.terms import constant_term
+from lightning_vr.lifecycle.precision import loss_scale
+from lightning_vr.training.noisy_losses import DiffusionLoss
+from lightning_vr.variance.gradient_measurement import Source
+
+if TYPE_CHECKING:
+    from lightning_vr.training.module import DiffusionModule
+
+_LEAST_DRAWS = 16
+"""Draws for each bin, up to which samples are drawn again."""
+
+_ROUNDS, _MOST_ROUNDS, _TIMING_SECONDS = 2, 5, 0.2
+"""Rounds of timing: short steps, which anything delays, are timed more often."""
+
+Function = Callable[[Rows], Tensor]
+"""From rows to a number for each ``(n,)``."""
+
+
+class ControlMeasurement:
+    """Measures a control variate on a module.
+
+    Args:
+        module: A module that is training.
+        control: The control variate in its slot.
+
+    Attributes:
+        seconds: What each pass of the last ``find`` took, with an even share of what lies between
+            the passes: draws and inner products.
+    """
+
+    def __init__(self, module: "DiffusionModule", control: TaylorCV) -> None:
+        self.module, self.control = module, control
+        self.seconds: list[float] = []
+        groups = parameter_groups(module)[1]
+        self._groups = groups if control.by_group else [0] * len(groups)
+
+    def find(self, clean: Clean, source: Source) -> Findings:
+        """Return what explains what, the same on all ranks; all must call it.
+
+        Args:
+            clean: B clean samples.
+            source: Gives generators by key.
+        """
+        self.seconds = []
+        found, total = timed(partial(self._find, clean, source), self.module.device)
+        between = (total - sum(self.seconds)) / len(self.seconds)
+        self.seconds = [seconds + between for seconds in self.seconds]
+        return found
+
+    def cost(
+        self, clean: Clean, encode: Callable[[], Any], source: Source
+    ) -> tuple[Cost, float, float]:
+        """Time steps without the control variate, with it for half of the bins, and for all.
+
+        Args:
+            clean: An encoded batch.
+            encode: Encodes it.
+            source: Gives generators by key.
+
+        Returns:
+            What it costs, the seconds of a step without it, and those that timing took; the same
+            on all ranks.
+        """
+        rows, number = self._draw(clean, source), torch.arange(self.control.bins)
+        half = number % 2 == 0
+        masks = (number < 0, half, number >= 0)
+        calls: list[Callable[[], Any]] = [partial(self._with_gate, mask, rows) for mask in masks]
+        calls.append(encode)
+        times: list[list[float]] = []
+        while len(times) < _ROUNDS or (
+            len(times) < _MOST_ROUNDS and sum(map(sum, times)) < _TIMING_SECONDS
+        ):
+            times.append([timed(call, self.module.device)[1] for call in calls])
+        found = torch.tensor(times, dtype=torch.float64)
+        least, spent = self.over_ranks(found.min(dim=0).values), self.over_ranks(found.sum())
+        plain, some, whole, encoding = least.tolist()
+        bins = self.control.bin(rows["noised"]["t"], self.module.objective)
+        share = float(self.over_ranks(half[bins.cpu()].double().mean()))
+        step, total = plain + encoding, max(0.0, whole - plain)
+        # of a line through both, with neither part below zero
+        fixed = (some - plain - share * total) / max(1 - share, 1e-3)
+        fixed = min(max(0.0, fixed), total)
+        return Cost(fixed / step, (total - fixed) / step), step, float(spent)
+
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """Return the mean of numbers over the ranks, float64; all must call it."""
+        device = self.module.device
+        return all_reduce_mean(values.to(device, widest_float(device))).cpu().double()
+
+    def _find(self, clean: Clean, source: Source) -> Findings:
+        resamples = self.module.draws.draws_per_sample
+        wanted = math.ceil(_LEAST_DRAWS * self.control.bins / (2 * resamples))
+        some = clean.rows(slice(0, max(wanted, len(clean.x0) // 2)))
+        # all ranks draw equally often: the smallest batch says how often
+        size = least(len(some.x0), self.module.device)
+        units = [
+            self._pairs(some, partial(source, "pairs", unit))
+            for unit in range(math.ceil(wanted / size))
+        ]
+        rows = concatenated(units)
+        in_step = len(clean.x0) * resamples * self._parts_of_step
+        found = self._by_bin(rows, row_count(rows) / in_step)
+        moment = found.loss_squares.sum() + self._rest(units[0], in_step)
+        return Findings(*(self.over_ranks(x) for x in found._replace(second_moment=moment)))
+
+    @property
+    def _loss(self) -> DiffusionLoss:
+        """The module's loss; made when it is used, as nothing kept may hold on to the trainer."""
+        return DiffusionLoss(self.module, self.module.trainer.precision_plugin.forward_context)
+
+    @property
+    def _parts_of_step(self) -> int:
+        """Batches of an optimizer step: ranks times accumulated ones."""
+        return world_size() * int(self.module.trainer.accumulate_grad_batches)
+
+    @torch.no_grad()
+    def _draw(self, clean: Clean, source: Source) -> Rows:
+        """Draw as a step does."""
+        times = self._loss.times(clean, source("times"), 0.0, 1.0)
+        return self._loss.draw(clean, times, source("noise"))
+
+    @torch.no_grad()
+    def _pairs(self, clean: Clean, source: Source) -> Rows:
+        """Draw times, and two noises for each, with signs: first all of the one, then the other."""
+        times = self._loss.times(clean, source("times"), 0.0, 1.0)
+        parts = []
+        for number, sign in enumerate((1.0, -1.0)):
+            rows = self._loss.draw(clean, times, source("noise", number))
+            parts.append({**rows, "sign": torch.full_like(rows["noised"]["t"], sign)})
+        return concatenated(parts)
+
+    def _rest(self, rows: Rows, in_step: int) -> Tensor:
+        """Return what is in ``E‖g‖²`` of a step besides noise: samples, times and the mean.
+
+        Products of gradients with independent noise on the same times have ``‖E g‖²`` and what
+        samples and times add in them, those of different samples ``‖E g‖²`` alone. Both come of the
+        draws that the rest is measured on, so that rare large ones are in all of it or in none.
+
+        Args:
+            rows: Pairs.
+            in_step: Draws of an optimizer step.
+        """
+        count = row_count(rows) // 2
+        samples = count // self.module.draws.draws_per_sample
+        cut = count // samples * (samples // 2)
+        ends = [(0, cut), (cut, count)] if cut else [(0, count)]
+        halves = [
+            [
+                self._gradient(self._unsigned, mapped(rows, lambda x: x[noise + i : noise + j]))[1]  # noqa: B023
+                for noise in (0, count)
+            ]
+            for i, j in ends
+        ]
+        same = torch.stack([_product(*half) for half in halves]).mean()
+        if not cut:
+            return same
+        across = torch.stack([_product(a, b) for a in halves[0] for b in halves[1]]).mean()
+        return across + (same - across) * (count / 2) / in_step
+
+    def _by_bin(self, rows: Rows, scale: float) -> Findings:
+        """Return the products of each bin's part of a gradient, for a step of another size.
+
+        Args:
+            rows: N draws with signs, each time with two noises.
+            scale: N over the draws of a step.
+        """
+        control, count = self.control, row_count(rows)
+        bins = control.bin(rows["noised"]["t"], self.module.objective)
+        found = Findings.nothing(control.bins, max(self._groups) + 1, control.parts)
+        for b in range(control.bins):
+            index = (bins == b).nonzero()[:, 0]
+            if not len(index):
+                continue
+            some = mapped(rows, lambda x: x[index])  # noqa: B023
+            share = len(index) / count
+            factor = scale * share**2
+            values, gradient = self._gradient(self._signed, some)
+            parts = [
+                self._gradient(partial(self._part, part), some) for part in range(control.parts)
+            ]
+            for k, (_, own) in enumerate(parts):
+                found.products[b, :, k] = factor * self._in_groups(gradient, own)
+                for j, (_, other) in enumerate(parts):
+                    found.squares[b, :, k, j] = factor * self._in_groups(own, other)
+            found.loss_squares[b] = factor * _product(gradient, gradient)
+            found.share[b] = share
+            loss = some["sign"] * values
+            explained = some["sign"] * sum(terms for terms, _ in parts)
+            explained = explained + constant_term(Noised(**some["noised"]), self.module.objective)
+            found.value_products[b] = ((loss - loss.mean()) * explained).sum()
+            found.value_squares[b] = explained.square().sum()
+        return found
+
+    def _in_groups(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """Return the inner product of two gradients, in each group of parameters."""
+        found = torch.zeros(max(self._groups) + 1, dtype=torch.float64)
+        return found.index_add(0, torch.tensor(self._groups), _products(a, b))
+
+    def _unsigned(self, rows: Rows) -> Tensor:
+        noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
+        with self._loss.precision():
+            module = self.module
+            return diffusion_loss(module.predict, noised, target, module.objective).per_draw
+
+    def _signed(self, rows: Rows) -> Tensor:
+        found: Tensor = self._unsigned(rows) * rows["sign"]
+        return found
+
+    def _part(self, part: int, rows: Rows) -> Tensor:
+        noised = Noised(**rows["noised"])
+        with self._loss.precision():
+            terms = self.control.terms(self.module.predict, noised, self.module.objective)
+        found: Tensor = terms[:, part] * rows["sign"]
+        return found
+
+    def _with_gate(self, is_open: Tensor, rows: Rows) -> None:
+        """Take the gradient of a step with the gate open in some bins."""
+        kept, self.control.fit.is_open = self.control.fit.is_open, is_open
+        try:
+            self._gradient(self._loss, rows)
+        finally:
+            self.control.fit.is_open = kept
+
+    def _gradient(self, function: Function, rows: Rows) -> tuple[Tensor, list[Tensor]]:
+        """Return the numbers of rows ``(n,)``, and the gradient of their mean."""
+        module, device = self.module, self.module.device
+        parameters, buffers = aliases(module)
+        for parameter in parameters.values():
+            parameter.requires_grad_()
+        take = partial(
+            gradients_in_chunks,
+            module,
+            function,
+            rows,
+            self._loss.chunk(row_count(rows), device),
+            aliases=parameters,
+            buffers=buffers,
+            scale=loss_scale(module.trainer),
+        )
+        (values, found), seconds = timed(take, device)
+        self.seconds.append(seconds)
+        pairs = zip(found, parameters.values(), strict=True)
+        return values, [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+
+def _product(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return _products(a, b).sum()
+
+
+def _products(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Return the inner product of each parameter's gradients, read from a device all at once."""
+    found = torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)])
+    return found.cpu().double()

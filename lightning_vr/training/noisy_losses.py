@@ -1,0 +1,107 @@
+"""Losses whose times and noise can be drawn again: of a DiffusionModule, and of any other module.
+
+They are what ``variance.gradients`` needs to know of a model. Precision is that of the trainer.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_vr.core.rows import Rows, tensors
+from lightning_vr.core.types import Clean, Times
+from lightning_vr.estimators.draws import open_uniform
+from lightning_vr.process.timesteps import Density, Truncated
+from lightning_vr.variance.gradient_measurement import NoisyLoss
+
+LossFunction = Callable[[LightningModule, Tensor, Tensor, Tensor], Tensor]
+"""``(module, x0 (B, *), noise (B, *), t (B,)) -> loss of each sample (B,)``."""
+
+if TYPE_CHECKING:
+    from lightning_vr.training.module import DiffusionModule
+
+Precision = Callable[[], AbstractContextManager[Any]]
+"""Makes the context that the trainer runs forward passes in."""
+
+
+class DiffusionLoss(NoisyLoss):
+    """The training loss of a DiffusionModule, with its own draws, target and control variate.
+
+    Args:
+        module: The module.
+        precision: The trainer's precision.
+    """
+
+    def __init__(self, module: "DiffusionModule", precision: Precision = nullcontext) -> None:
+        super().__init__()
+        self.module = module
+        self.precision = precision
+
+    @property
+    def couples_rows(self) -> bool:  # type: ignore[override]
+        """Whether a slot shares randomness within a batch."""
+        return self.module.draws.couples_rows or self.module.target.couples_rows
+
+    def chunk(self, rows: int, device: torch.device) -> int:
+        return self.module.draws.chunk(rows, device)
+
+    def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
+        objective = self.module.objective.between(low, high)
+        return self.module.draws.times(clean, objective, source)
+
+    def draw(self, clean: Clean, times: Times, source: torch.Generator) -> Rows:
+        with self.precision():
+            noised, target = self.module.draw(clean, source, times=times)
+        return {"noised": tensors(noised), "target": tensors(target)}
+
+    def forward(self, rows: Rows) -> Tensor:
+        with self.precision():
+            return self.module.losses(rows)
+
+
+class GivenLoss(NoisyLoss):
+    """A per-sample loss that a function computes with a module.
+
+    Args:
+        module: The module to differentiate.
+        function: ``(module, x0, noise, t) -> loss of each sample (B,)``.
+        timesteps: Density of t.
+        precision: The trainer's precision.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        function: LossFunction,
+        timesteps: Density,
+        precision: Precision = nullcontext,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.function = function
+        self.timesteps = timesteps
+        self.precision = precision
+
+    def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
+        u = open_uniform(len(clean.x0), source)
+        t = Truncated(self.timesteps, low, high)(u).to(torch.float32)
+        return Times(t, torch.ones_like(t))
+
+    def draw(self, clean: Clean, times: Times, source: torch.Generator) -> Rows:
+        x0 = clean.x0
+        noise = torch.randn(x0.shape, generator=source, device=x0.device, dtype=x0.dtype)
+        return {"x0": x0, "noise": noise, "t": times.t}
+
+    def forward(self, rows: Rows) -> Tensor:
+        with self.precision():
+            losses = self.function(self.module, rows["x0"], rows["noise"], rows["t"])
+        if losses.shape != rows["t"].shape:
+            raise ValueError(
+                f"Argument `loss` expected to return one loss for each of the {len(rows['t'])} "
+                f"samples, but got a tensor of shape {tuple(losses.shape)}: "
+                f"average over all dimensions but the first."
+            )
+        return losses

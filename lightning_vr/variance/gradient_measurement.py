@@ -1,0 +1,285 @@
+"""Measuring the components of gradient variance, per sample or by differences of batches.
+
+Two methods fill the nested design of ``variance.components`` and agree in expectation:
+
+* **per sample**: the gradient of each draw by ``vmap(grad)``, in chunks. A unit is one sample, so
+  that a few dozen draws tell much; it needs a network that functorch can batch, and draws that do
+  not depend on each other. Compiled networks run as they were written.
+* **by differences**: ordinary backward passes of whole batches with common random numbers. A unit
+  is a batch. It takes any architecture and any estimator, what is shared within a batch included:
+  drawn references, strata, batch normalisation, checkpointing.
+
+Both differentiate aliases of the parameters: nothing is accumulated into ``.grad``, and no hook of
+the user, of DDP or of an optimizer fires. Buffers are copies. Memory is a few times the number of
+parameters, less with a sketch (``variance.gradient_sums``).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_vr.core.devices import uncompiled
+from lightning_vr.core.gradients import aliases, gradients_in_chunks, is_trained
+from lightning_vr.core.rng import undisturbed
+from lightning_vr.core.rows import (
+    Rows,
+    concatenated,
+    interleaved,
+    leaves,
+    mapped,
+    row_count,
+)
+from lightning_vr.core.types import Clean, Times
+from lightning_vr.variance.components import DRAWS_PER_UNIT, Components
+from lightning_vr.variance.gradient_sums import GradientSums
+
+Source = Callable[..., torch.Generator]
+"""Gives the generator of a key: ``source("noise", 0) -> torch.Generator``."""
+
+_Part = tuple[Clean, tuple[int | str, ...], float, float]
+"""Samples, the key of their draws, and the quantiles of t between which these are."""
+
+_CHUNK_ELEMENTS = 1 << 26
+"""Per-sample gradients at a time, 256 MB in float32; more only if four draws need more."""
+
+
+class NoisyLoss(nn.Module, ABC):
+    """A loss whose times and noise can be drawn again, one by one, for the same data.
+
+    It holds the module that it differentiates as a child, and maps rows to their losses.
+    """
+
+    couples_rows: bool = False
+    """Whether the losses of a batch share randomness, so that single draws do not tell all."""
+
+    def chunk(self, rows: int, device: torch.device) -> int:
+        """Return how many rows pass through the network at a time on a device."""
+        return rows
+
+    @abstractmethod
+    def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
+        """Draw times between two quantiles of their density."""
+
+    @abstractmethod
+    def draw(self, clean: Clean, times: Times, source: torch.Generator) -> Rows:
+        """Draw noise, and all else that is random, at given times; without gradient."""
+
+    @abstractmethod
+    def forward(self, rows: Rows) -> Tensor:
+        """Return the loss of each row ``(n,)``."""
+
+
+class GradientMeasurement:
+    """Measures the components of the gradient variance of a loss.
+
+    Args:
+        loss: The loss to differentiate.
+        source: Gives generators by key, different ones on each rank.
+        groups: For each trainable parameter, in order, the part of the gradient that it is in.
+        sketch: Keep at most so many numbers of each parameter's gradient, or None for all.
+
+    Attributes:
+        loss_scale: Factor on the loss that is taken off the gradient again: in float16 small
+            gradients are zero without one.
+    """
+
+    def __init__(
+        self,
+        loss: NoisyLoss,
+        source: Source,
+        groups: Sequence[int],
+        *,
+        sketch: int | None = None,
+    ) -> None:
+        self.loss = loss
+        self.source = source
+        self.groups = groups
+        self.sketch = sketch
+        self.loss_scale = 1.0
+
+    def per_sample(
+        self, clean: Clean, *key: int | str, low: float = 0.0, high: float = 1.0
+    ) -> Components:
+        """Return components per draw from per-sample gradients, each sample of ``clean`` a unit.
+
+        Args:
+            clean: n >= 2 samples; 4 n gradients are taken.
+            *key: Tells the draws of this measurement from others.
+            low: Quantile of the density of t above which times are drawn.
+            high: Quantile below which times are drawn.
+
+        Returns:
+            The whole gradient first, then each group: tensors ``(1 + groups,)``.
+        """
+        return self._per_sample([(clean, key, low, high)], key)[0]
+
+    def per_sample_by_level(self, clean: Clean, count: int, *key: int | str) -> list[Components]:
+        """Return what ``per_sample`` does for each of ``count`` equally likely bins of t.
+
+        Each bin has samples of its own, and all gradients are taken together, which is faster than
+        bin by bin.
+
+        Args:
+            clean: n samples, 2 or more for each bin.
+            count: Number of bins.
+            *key: Tells the draws of this measurement from others.
+        """
+        share = len(clean.x0) // count
+        parts: list[_Part] = [
+            (
+                clean.rows(slice(i * share, (i + 1) * share)),
+                (*key, i),
+                i / count,
+                (i + 1) / count,
+            )
+            for i in range(count)
+        ]
+        return self._per_sample(parts, key)
+
+    def _per_sample(self, parts: list["_Part"], key: tuple[int | str, ...]) -> list[Components]:
+        for clean, *_ in parts:
+            _check_units(len(clean.x0))
+        with undisturbed(), uncompiled(), sdpa_kernel(SDPBackend.MATH):
+            rows = concatenated([interleaved(self._draws(*part)) for part in parts])
+            parameters, fixed = aliases(self.loss)
+            torch.manual_seed(self.source(*key, "global").initial_seed())
+
+            def one(parameters: dict[str, Tensor], row: Rows) -> Tensor:
+                losses: Tensor = functional_call(self.loss, (parameters, fixed), (row,))
+                return losses.sum().mul(self.loss_scale)
+
+            gradients = vmap(grad(one), in_dims=(None, 0), randomness="different")
+            sums = [self._sums(own) for _, own, *_ in parts]
+            share = DRAWS_PER_UNIT * len(parts[0][0].x0)
+            chunk = _chunk(sum(p.numel() for p in parameters.values()))
+            for start, stop in _slices(len(parts), share, chunk):
+                part = mapped(rows, lambda x: x[start:stop, None])  # noqa: B023
+                found = self._unscaled(gradients(parameters, part).values())
+                for first in range(0, stop - start, share):
+                    own = sums[(start + first) // share]
+                    own.add([gradient[first : first + share] for gradient in found])
+            return [each.components() for each in sums]
+
+    def by_differences(
+        self, batches: Sequence[Clean], *key: int | str, low: float = 0.0, high: float = 1.0
+    ) -> Components:
+        """Return components per sample from gradients of batches, each batch a unit.
+
+        Args:
+            batches: Two or more batches of equal size, each of other samples.
+            *key: Tells the draws of this measurement from others.
+            low: Quantile of the density of t above which times are drawn.
+            high: Quantile below which times are drawn.
+
+        Returns:
+            The whole gradient first, then each group: tensors ``(1 + groups,)``. Of an estimator
+            with several draws of each sample it is the variance per sample, not per draw.
+        """
+        _check_units(len(batches))
+        sums = self._sums(key)
+        with undisturbed():
+            for unit, clean in enumerate(batches):
+                draws = self._draws(clean, (*key, unit), low, high)
+                passes = [self.gradient(rows, *key, unit, draw) for draw, rows in enumerate(draws)]
+                sums.add([torch.stack(each) for each in zip(*passes, strict=True)])
+        return sums.components().scaled(len(batches[0].x0))
+
+    def gradient(self, rows: Rows, *key: int | str) -> list[Tensor]:
+        """Return the gradient of the mean loss of rows, for each trainable parameter in order.
+
+        Rows that an upstream in training has made hand their gradient on to its parameters.
+        """
+        parameters, fixed = aliases(self.loss)
+        for parameter in parameters.values():
+            parameter.requires_grad_()
+        torch.manual_seed(self.source(*key, "global").initial_seed())
+        _, found = gradients_in_chunks(
+            self.loss,
+            self.loss,
+            rows,
+            self.loss.chunk(row_count(rows), leaves(rows)[0].device),
+            aliases=parameters,
+            buffers=fixed,
+            scale=self.loss_scale,
+        )
+        count = len(parameters)
+        upstream = self._upstream(rows, found[count:])
+        totals = zip(found[:count], upstream, parameters.values(), strict=True)
+        return [
+            sum((g for g in (a, b) if g is not None), torch.zeros_like(p)) for a, b, p in totals
+        ]
+
+    def obstacle(self, clean: Clean) -> str | None:
+        """Return why per-sample gradients are impossible or do not tell all, or None."""
+        if is_trained(clean):
+            return "`encode` is trained"
+        if self.loss.couples_rows:
+            return "the draws of a batch depend on each other"
+        if len(self.loss.times(clean, self.source("obstacle"), 0.0, 1.0).t) != len(clean.x0):
+            return "there are several draws of each sample"
+        for name, module in self.loss.named_modules():
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                return f"{name.partition('.')[2]} normalises over the batch"
+        try:
+            self.per_sample(clean.rows(slice(0, 2)), "obstacle")
+        except Exception as error:  # whatever a network's own code raises
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            return f"functorch says: {reason[0]}"
+        return None
+
+    def _upstream(self, rows: Rows, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Return gradients of the parameters that have made the rows."""
+        parameters = [p for p in self.loss.parameters() if p.requires_grad]
+        sources = [x for x in leaves(rows) if x.requires_grad]
+        pairs = [(x, g) for x, g in zip(sources, cotangents, strict=True) if g is not None]
+        if not pairs:
+            return [None] * len(parameters)
+        outputs, given = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, parameters, given, retain_graph=True, allow_unused=True)
+
+    def _draws(
+        self, clean: Clean, key: tuple[int | str, ...], low: float, high: float
+    ) -> list[Rows]:
+        """Return the four draws of each unit: two times, two noises for each."""
+        rows = []
+        with torch.set_grad_enabled(is_trained(clean)):
+            for i in range(2):
+                times = self.loss.times(clean, self.source(*key, "times", i), low, high)
+                for j in range(2):
+                    rows.append(self.loss.draw(clean, times, self.source(*key, "noise", i, j)))
+        return rows
+
+    def _unscaled(self, gradients: Iterable[Tensor]) -> list[Tensor]:
+        if self.loss_scale == 1:
+            return list(gradients)
+        return [gradient / self.loss_scale for gradient in gradients]
+
+    def _sums(self, key: tuple[int | str, ...]) -> "GradientSums":
+        signs = None if self.sketch is None else self.source(*key, "sketch")
+        return GradientSums(self.groups, self.sketch, signs)
+
+
+def _chunk(size: int) -> int:
+    """Return how many per-sample gradients of ``size`` numbers to hold, whole units."""
+    return DRAWS_PER_UNIT * max(1, _CHUNK_ELEMENTS // (DRAWS_PER_UNIT * size))
+
+
+def _slices(parts: int, share: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Yield where chunks of rows begin and end: whole parts, or pieces of one of them."""
+    step = chunk // share * share or chunk
+    ends = share * parts if chunk >= share else share
+    for begin in range(0, share * parts, ends):
+        for start in range(begin, begin + ends, step):
+            yield start, min(start + step, begin + ends)
+
+
+def _check_units(count: int) -> None:
+    if count < 2:
+        raise ValueError(
+            f"Components of variance need 2 samples or batches at the least, but got {count}."
+        )

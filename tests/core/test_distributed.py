@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from lightning_vr.core.distributed import (
+    all_gather_numbers,
+    all_gather_rows,
+    all_reduce_sum,
+    broadcast,
+    exchange_rows,
+    gather_rows,
+    rank,
+    row_offset,
+    world_size,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+
+
+def rows(count, start, dtype=torch.float64):
+    return torch.arange(start, start + 2 * count).reshape(count, 2).to(dtype)
+
+
+def every_collective(number):
+    """What each collective returns on this rank, which has 3 rows or 5."""
+    mine = rows(3, 0) if number == 0 else rows(5, 100)
+    leaf = mine.clone().requires_grad_()
+    gathered = all_gather_rows(leaf)
+    return {
+        "uneven": gathered.detach(),
+        "needs gradient": gathered.requires_grad,
+        "integers": all_gather_rows(mine[:, 0].long()),
+        "one rank empty": all_gather_rows(mine[:0] if number == 0 else mine),
+        "half": all_gather_rows(mine.bfloat16()),
+        "offset": row_offset(len(mine), mine.device),
+        "counted": gather_rows(mine, [3, 5]),
+        "numbers": all_gather_numbers([number, 7], mine.device),
+        # of six rows the first rank gets two and the second four
+        "exchanged": exchange_rows(rows(6, 100 * number), [2, 4]),
+        "to one": exchange_rows(rows(1, 100 * number), [1, 0]),
+        "sum": all_reduce_sum(mine[0]),
+        "broadcast": broadcast(mine[0]),
+        "input": mine,
+        "place": [rank(), world_size()],
+    }
+
+
+@pytest.fixture(scope="module")
+def results(on_two_ranks):
+    return on_two_ranks(every_collective)
+
+
+def test_rows_of_all_ranks_are_gathered_in_rank_order_however_many_each_has(results):
+    whole = torch.cat([rows(3, 0), rows(5, 100)])
+    for found in results:
+        assert torch.equal(found["uneven"], whole)
+        assert torch.equal(found["integers"], whole[:, 0].long())
+        assert torch.equal(found["half"], whole.bfloat16())
+        assert torch.equal(found["one rank empty"], whole[3:])
+        assert not found["needs gradient"]
+
+
+def test_rows_of_known_counts_and_numbers_are_gathered_in_rank_order(results):
+    for found in results:
+        assert torch.equal(found["counted"], found["uneven"])
+        assert found["numbers"] == [[0, 7], [1, 7]]
+
+
+def test_rows_are_exchanged_so_that_each_rank_has_what_all_have_sent_it(results):
+    first, second = results
+    assert torch.equal(first["exchanged"], torch.stack([rows(2, 0), rows(2, 100)]))
+    assert torch.equal(second["exchanged"], torch.stack([rows(4, 4), rows(4, 104)]))
+    assert torch.equal(first["to one"], torch.stack([rows(1, 0), rows(1, 100)]))
+    assert second["to one"].shape == (2, 0, 2)
+
+
+def test_the_row_offset_is_where_a_ranks_rows_begin_in_the_gathered_ones(results):
+    for found in results:
+        start, mine = found["offset"], found["input"]
+        assert torch.equal(found["uneven"][start : start + len(mine)], mine)
+
+
+def test_sums_and_broadcasts_are_the_same_on_every_rank_and_change_no_input(results):
+    for number, found in enumerate(results):
+        assert found["sum"].tolist() == [100, 102]
+        assert found["broadcast"].tolist() == [0, 1]
+        assert torch.equal(found["input"], rows(3, 0) if number == 0 else rows(5, 100))
+        assert found["place"] == [number, 2]
+
+
+def test_on_one_process_collectives_are_the_identity():
+    x = rows(3, 0)
+    for collective in (all_gather_rows, all_reduce_sum, broadcast):
+        assert collective(x) is x
+    assert row_offset(3, x.device) == 0
+    assert gather_rows(x, [3]) is x
+    assert torch.equal(exchange_rows(x, [3]), x[None])
+    assert all_gather_numbers([4, 2], x.device) == [[4, 2]]
+    assert (rank(), world_size()) == (0, 1)

@@ -1,0 +1,122 @@
+"""The examples run as a reader would run them."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from lightning_vr import DiffusionModule, ResidualMLP, Sampler
+from lightning_vr.data import Digits
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+class Flat(torch.nn.Module):
+    """An MLP on the pixels of a digit."""
+
+    def __init__(self, num_class_embeds):
+        super().__init__()
+        self.num_class_embeds = num_class_embeds
+        self.network = ResidualMLP(64, width=16, depth=1, num_class_embeds=num_class_embeds)
+
+    def forward(self, x, t, class_labels):
+        return self.network(x.flatten(1), t, class_labels).reshape(x.shape)
+
+
+def test_a_checkpoint_of_digits_is_judged(tmp_path, monkeypatch, capsys):
+    module = DiffusionModule(Flat(11), num_classes=10, sampler=Sampler(steps=2))
+    trainer = Trainer(max_steps=1, logger=False, enable_checkpointing=False, limit_val_batches=0)
+    trainer.fit(module, Digits())
+    trainer.save_checkpoint(tmp_path / "digits.ckpt")
+    arguments = [str(tmp_path / "digits.ckpt"), "--samples", "50"]
+    monkeypatch.setattr(sys, "argv", ["judge_digits.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "judge_digits.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "93.6% of the real digits" in printed
+    assert "of 50" in printed
+
+
+def test_an_audit_is_compared_with_training(tmp_path, monkeypatch, capsys):
+    example = runpy.run_path(str(EXAMPLES / "audit_against_training.py"))
+    settings = example["main"].__globals__
+    monkeypatch.setitem(settings, "EVALUATIONS", 4)
+    monkeypatch.setitem(settings, "WORKLOADS", {"eight_gaussians": 12})
+    arguments = ["--seeds", "2", "--budget", "1", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["audit_against_training.py", *arguments])
+    example["main"]()
+    printed = capsys.readouterr().out
+    assert "ECM" in printed
+    assert "realised" in printed
+    assert (tmp_path / "audit_against_training.png").stat().st_size > 10_000
+    assert (tmp_path / "eight_gaussians/audit.md").exists()
+
+
+def test_the_callbacks_attach_to_a_trainer_that_is_not_ours(tmp_path, monkeypatch):
+    arguments = ["--max_epochs", "1", "--samples", "40", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["attach_to_a_trainer.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "attach_to_a_trainer.py"), run_name="__main__")
+    folder = tmp_path / "attach" / "version_0"
+    pictures = ("target_variance.png", "gradient_variance.png", "samples/step_00000011.png")
+    for name in (*pictures, "target_variance.csv", "gradient_variance.csv"):
+        assert (folder / name).stat().st_size > 0
+    header = (folder / "metrics.csv").read_text().splitlines()[0]
+    assert "frechet_distance/digits_n40" in header
+    assert "target_variance/dsm/s" in header
+    assert "gradient_variance/timestep" in header
+
+
+def test_latents_are_resampled_where_encoding_is_expensive(tmp_path, monkeypatch, capsys):
+    arguments = ["--quick", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["latent_resampling.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "latent_resampling.py"), run_name="__main__")
+    assert "encoding costs" in capsys.readouterr().out
+    assert (tmp_path / "latent_resampling.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "results.json").read_text())["summary"]
+    for row in found["rows"]:
+        assert row["variance"][1] <= row["variance"][0] <= row["variance"][2]
+        assert 0.2 < row["product"] / row["predicted_product"] < 5
+    variances = [row["variance"][0] for row in found["rows"] if row["kind"] == "independent"]
+    assert variances == sorted(variances, reverse=True)
+    assert all(1 <= k <= 16 for each in found["auto"].values() for k in each["resamples"])
+
+
+def test_strata_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "show_strata.py"), run_name="__main__")
+    assert (tmp_path / "runs" / "strata.png").stat().st_size > 10_000
+
+
+def test_learned_proposals_are_compared_with_the_best(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["learned_proposals.py", "--steps", "2", "--batches", "1"])
+    runpy.run_path(str(EXAMPLES / "learned_proposals.py"), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line for line in printed if line.startswith(("EDM", "VE", "VP", "rectified"))]
+    assert len(rows) == 4
+    assert all(0 < float(row.split()[-3]) <= 1.001 for row in rows)
+
+
+def test_a_soak_goes_through_its_faults(tmp_path, monkeypatch, capsys):
+    config = yaml.safe_load((EXAMPLES.parent / "configs/eight_gaussians.yaml").read_text())
+    config["data"]["init_args"] |= {"num_samples": 600, "batch_size": 64}
+    config["model"]["init_args"]["target"]["init_args"]["references"] = 64
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] in ("FrechetDistance", "SampleGrid"):
+            callback["init_args"]["samples"] = 64
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    example = runpy.run_path(str(EXAMPLES / "soak.py"))
+    settings = example["main"].__globals__
+    monkeypatch.setitem(settings, "CYCLE", 100)
+    monkeypatch.setitem(settings, "CONFIG", tmp_path / "small.yaml")
+    monkeypatch.setattr(sys, "argv", ["soak.py", "--steps", "52", "--folder", str(tmp_path)])
+    save = torch.save
+    example["main"]()
+    assert torch.save is save
+    printed = capsys.readouterr().out
+    for fault in ("spoilt samples", "checkpoints", "pictures"):
+        assert f"'{fault}': " in printed
+    for text in ("resident: ", "left out", "could not be written", "no route to the logger"):
+        assert text in printed

@@ -1,0 +1,447 @@
+"""Bad numbers, a full disk, loggers that raise: said clearly, and nothing trained is lost."""
+
+import csv
+import errno
+import os
+import re
+import resource
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from forks import exit_code
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_vr import (
+    CARV,
+    STF,
+    DiffusionModule,
+    GradientVariance,
+    LearnedProposal,
+    ResidualMLP,
+    SampleGrid,
+    TargetVariance,
+    TaylorCV,
+)
+from lightning_vr.callbacks import sample_grid as samples
+from lightning_vr.data import EightGaussians
+from lightning_vr.lifecycle.checkpoint_io import DurableCheckpointIO
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+SPOILT = 21
+
+
+class Points(torch.utils.data.Dataset):
+    """Points, one of which turns bad once the first epoch has begun."""
+
+    def __init__(self, bad):
+        self.x0 = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))
+        self.bad, self.is_armed = bad, False
+
+    def __len__(self):
+        return len(self.x0)
+
+    def __getitem__(self, i):
+        x0 = self.x0[i]
+        return {"x0": x0 * self.bad if self.is_armed and i == SPOILT else x0, "index": i}
+
+
+class Arm(Callback):
+    def on_train_batch_start(self, trainer, *args):
+        trainer.train_dataloader.dataset.is_armed = True
+
+
+ESTIMATORS = {
+    "plain": dict,
+    "batch": lambda: {"target": STF("batch")},
+    "bank": lambda: {"target": STF(8)},
+    "all": lambda: {"target": STF("all")},
+    "carv": lambda: {"draws": CARV(2, LearnedProposal(bins=2))},
+    "auto": lambda: {"draws": CARV("auto", pilot_every_n_steps=1)},
+    "taylor": lambda: {"control_variate": TaylorCV(gate="open", refit_every_n_steps=1)},
+}
+
+
+def module(estimator="plain", **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ResidualMLP(2, width=8, depth=1)
+        nn.init.normal_(network.project_out.weight, std=0.3)
+    options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01)} | options
+    return DiffusionModule(network, **ESTIMATORS[estimator](), **options)
+
+
+def trainer(*callbacks, **options):
+    settings = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(callbacks=list(callbacks), **(settings | options))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """A folder for what goes to the working directory where no logger has one."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
+@pytest.fixture
+def points():
+    # the spoilt one is in the third of four batches
+    return DataLoader(Points(torch.nan), batch_size=8)
+
+
+class Weights(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.seen.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
+
+
+class TestNonFinite:
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_a_bad_sample_stops_with_its_index_noise_level_and_step(self, estimator, points):
+        kept = Weights()
+        with pytest.raises(ValueError, match="Optimizer step 2 met a number") as error:
+            trainer(Arm(), kept).fit(module(estimator), points)
+        words = str(error.value)
+        assert f"sample {SPOILT}, noise level " in words
+        assert "batch 0 of the step, is not finite: remove it from the data" in words
+        assert float(re.search(r"noise level ([\d.e+-]+)", words)[1]) > 0
+        assert kept.seen[-1].isfinite().all()
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_skipping_makes_every_step_but_the_bad_ones(self, estimator, points, tmp_path):
+        kept = Weights()
+        watch = [TargetVariance(references=[4], noise_levels=3, samples=64)]
+        watch += [GradientVariance(every_n_steps=1, noise_levels=2), EMAWeightAveraging(decay=0.5)]
+        watch = [] if estimator == "auto" else watch
+        model = module(estimator, on_nonfinite="skip")
+        fit = trainer(kept, *watch, Arm(), logger=CSVLogger(tmp_path))
+        with pytest.warns(match=f"sample {SPOILT}.*The step is left out"):
+            fit.fit(model, points)
+        moved = [not torch.equal(a, b) for a, b in zip(kept.seen, kept.seen[1:], strict=False)]
+        assert moved == [True, False, True, True, True, False, True]
+        assert all(bool(weights.isfinite().all()) for weights in kept.seen)
+        assert fit.logged_metrics["train/skipped_steps"] == 2
+        assert all(bool(x.isfinite().all()) for x in tensors_of(model.state_dict()))
+        for callback in watch:
+            state = callback.state_dict()
+            assert "nan" not in str(state.get("removed", "")) + str(state.get("excess", ""))
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_skipping_goes_with_an_optimizer_that_takes_scaled_gradients(self, fused, points):
+        options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01, fused=fused)}
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        fit = trainer(Arm(), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        model = module(on_nonfinite="skip", **options)
+        with pytest.warns(match="The step is left out"):
+            fit.fit(model, points)
+        assert int(fit.callback_metrics["train/skipped_steps"]) == 2
+        assert all(p.isfinite().all() for p in model.parameters())
+
+    def test_the_count_goes_on_after_a_resume(self, points, tmp_path):
+        saved = ModelCheckpoint(tmp_path, save_last=True)
+        model = module(on_nonfinite="skip")
+        with pytest.warns(match="The step is left out"):
+            trainer(Arm(), saved, max_epochs=1).fit(model, points)
+        again = module(on_nonfinite="skip")
+        fit = trainer(Arm(), ModelCheckpoint(tmp_path, save_last=True), max_epochs=2)
+        fit.fit(again, points, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+        assert fit.logged_metrics["train/skipped_steps"] == 2
+
+    def test_in_an_accumulation_window_the_bad_batch_is_named(self, points):
+        with pytest.raises(ValueError, match=f"step 0 met.*sample {SPOILT}.*batch 2 of the step"):
+            trainer(Arm(), accumulate_grad_batches=4).fit(module(), points)
+
+    def test_a_loss_that_overflows_is_told_from_a_bad_sample(self):
+        class Spoil(Callback):
+            def on_train_batch_start(self, trainer, module, *args):
+                module.network.project_out.bias.data.fill_(torch.inf)
+
+        with pytest.raises(ValueError, match="has a loss that is not: lower the learning rate"):
+            trainer(Spoil()).fit(module(), DataLoader(Points(1.0), batch_size=8))
+
+    def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_named(self):
+        class Spoil(Callback):
+            def on_after_backward(self, trainer, module):
+                module.network.project_out.bias.grad.fill_(torch.nan)
+
+        with pytest.raises(ValueError, match=r"gradient of `network\.project_out\.bias`, though"):
+            trainer(Spoil()).fit(module(), DataLoader(Points(1.0), batch_size=8))
+
+    def test_a_condition_that_is_not_finite_counts_as_the_sample(self):
+        class Conditional(DiffusionModule):
+            def encode(self, batch):
+                clean = super().encode(batch)
+                bad = torch.where(clean.index == SPOILT, torch.nan, 0.0)
+                return type(clean)(clean.x0, cond={"shift": bad[:, None]}, index=clean.index)
+
+            def predict(self, x, noised):
+                return self.network(x, noised.t) + noised.cond["shift"]
+
+        model = Conditional(ResidualMLP(2, width=8, depth=1))
+        with pytest.raises(ValueError, match=f"sample {SPOILT}.*is not finite"):
+            trainer().fit(model, DataLoader(Points(1.0), batch_size=8))
+
+    def test_a_bad_choice_is_refused(self):
+        with pytest.raises(ValueError, match="`on_nonfinite` expected to be 'raise' or 'skip'"):
+            module(on_nonfinite="ignore")
+
+
+def tensors_of(state):
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from tensors_of(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
+
+
+class NewNames(Callback):
+    """Logs numbers whose names change with every other step."""
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.logger.log_metrics({f"number_{trainer.global_step // 2}": 1.5}, trainer.global_step)
+
+
+class TestCSVLog:
+    @pytest.fixture
+    def end(self, monkeypatch):
+        """What to do in the middle of writing rows, and of which."""
+        end, write = SimpleNamespace(of=lambda rows: False, by=None), csv.DictWriter.writerows
+
+        def writerows(writer, rows):
+            rows = list(rows)
+            if end.of(rows):
+                writer.writer.writerow(["half"])
+                end.by()
+            write(writer, rows)
+
+        monkeypatch.setattr(csv.DictWriter, "writerows", writerows)
+        return end
+
+    @staticmethod
+    def rows(folder):
+        logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+        trainer(NewNames(), logger=logger).fit(module(), DataLoader(Points(1.0), batch_size=8))
+        return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+
+    @pytest.mark.parametrize("step", [4, 5], ids=["more columns", "as many"])
+    def test_rows_that_a_full_disk_does_not_take_come_with_the_next(self, tmp_path, end, step):
+        def no_room():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        expected = self.rows(tmp_path / "whole")
+        end.of, end.by = lambda rows: rows[-1]["step"] == step, no_room
+        with pytest.warns(match="`CSVLogger.* failed .*No space left.*training goes on"):
+            assert self.rows(tmp_path / "full") == expected
+        assert len(expected) > 8
+
+    def test_a_process_that_ends_while_it_writes_more_columns_leaves_the_rows_before(
+        self, tmp_path, end
+    ):
+        end.of, end.by = lambda rows: len(rows) > 3, lambda: os._exit(9)
+        assert exit_code(lambda: self.rows(tmp_path), seconds=60) == 9
+        rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+        assert {row["step"] for row in rows} >= {"1", "2", "3"}
+        assert all(float(row["number_1"]) == 1.5 for row in rows if row["number_1"])
+
+
+class TestFullDisk:
+    @pytest.fixture
+    def full(self, monkeypatch):
+        """A disk that is full for the checkpoints of some steps: half is written, then no more."""
+        steps, save = set(), torch.save
+
+        def write(checkpoint, file, *args):
+            if isinstance(checkpoint, dict) and checkpoint.get("global_step") in steps:
+                file.write(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return save(checkpoint, file, *args)
+
+        monkeypatch.setattr(torch, "save", write)
+        return steps
+
+    def test_training_goes_on_and_the_last_good_checkpoint_stays(self, full, tmp_path):
+        full |= {6, 8}
+        saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2, save_top_k=1)
+        data = DataLoader(Points(1.0), batch_size=8)
+        model = module()
+        fit = trainer(saved, limit_val_batches=0)
+        with pytest.warns(match="could not be written.*No space left.*training goes on"):
+            fit.fit(model, data)
+        assert fit.global_step == 8
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "epoch=0-step=4.ckpt",
+            "last.ckpt",
+        ]
+        for path in tmp_path.iterdir():
+            assert torch.load(path, weights_only=True)["global_step"] == 4
+        full.clear()
+        saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2, save_top_k=1)
+        again = trainer(saved, limit_val_batches=0)
+        again.fit(module(), data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+        for name, weights in again.lightning_module.state_dict().items():
+            assert torch.equal(weights, model.state_dict()[name]), name
+
+    def test_what_was_kept_goes_once_there_is_room_again(self, full, tmp_path):
+        full |= {4}
+        saved = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=1)
+        with pytest.warns(match="could not be written"):
+            trainer(saved, limit_val_batches=0).fit(module(), DataLoader(Points(1.0), batch_size=8))
+        assert [path.name for path in tmp_path.iterdir()] == ["epoch=1-step=8.ckpt"]
+
+    def test_the_best_stays_while_what_is_better_is_not_written(self, full, tmp_path):
+        files, (worse, better, best, last) = DurableCheckpointIO(), (tmp_path / n for n in "abcd")
+        files.save_checkpoint({"global_step": 4}, worse)
+        full |= {6}
+        with pytest.warns(match="could not be written"):
+            files.save_checkpoint({"global_step": 6}, better)
+        files.remove_checkpoint(worse)
+        full.clear()
+        files.save_checkpoint({"global_step": 6}, last)
+        assert worse.exists()
+        files.save_checkpoint({"global_step": 8}, best)
+        files.remove_checkpoint(better)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
+
+    def test_a_checkpoint_that_is_saved_after_training_fails_as_usual(self, full, tmp_path):
+        fit = trainer(max_epochs=1)
+        fit.fit(module(), DataLoader(Points(1.0), batch_size=8))
+        full |= {4}
+        with pytest.raises(OSError, match="No space left"):
+            fit.save_checkpoint(tmp_path / "end.ckpt")
+
+    def test_what_is_left_of_a_write_is_taken_for_no_checkpoint(self, tmp_path, monkeypatch):
+        names, save = [], torch.save
+
+        def write(checkpoint, file):
+            names.append(Path(file.name).name)
+            save(checkpoint, file)
+
+        monkeypatch.setattr(torch, "save", write)
+        DurableCheckpointIO().save_checkpoint({}, tmp_path / "hpc_ckpt_2.ckpt")
+        # SLURM restarts from the highest number of a name with this in it
+        assert not [name for name in names if "ckpt" in name]
+
+    def test_a_write_beyond_a_real_limit_leaves_the_file_as_it_was(self, tmp_path):
+        path = tmp_path / "last.ckpt"
+        DurableCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, path)
+
+        def write():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            with pytest.warns(match="could not be written"):
+                DurableCheckpointIO().save_checkpoint({"weights": torch.ones(10**6)}, path)
+
+        assert exit_code(write, seconds=60) == 0
+        assert torch.equal(torch.load(path)["weights"], torch.ones(3))
+        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+    def test_what_is_no_matter_of_the_disk_is_raised(self, tmp_path):
+        with pytest.raises(AttributeError, match="Can't pickle local object"):
+            DurableCheckpointIO().save_checkpoint({"f": lambda: 0}, tmp_path / "last.ckpt")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_checkpoint_io_of_the_users_own_stays(self):
+        own = AsyncCheckpointIO()
+        fit = trainer(plugins=[own], max_epochs=1, limit_val_batches=0)
+        fit.fit(module(), DataLoader(Points(1.0), batch_size=8))
+        assert fit.strategy.checkpoint_io is own
+
+
+class Raising(Logger):
+    """A logger that fails at everything."""
+
+    name, version = "raising", 0
+
+    def log_metrics(self, metrics, step=None):
+        raise ConnectionError("no route")
+
+    def log_hyperparams(self, *args, **kwargs):
+        raise ConnectionError("no route")
+
+    def log_image(self, *args, **kwargs):
+        raise ConnectionError("no route")
+
+    def save(self):
+        raise ConnectionError("no route")
+
+    def finalize(self, status):
+        raise ConnectionError("no route")
+
+
+@pytest.mark.filterwarnings("ignore:.*failed .ConnectionError")
+def test_a_logger_that_raises_ends_no_run_and_the_others_get_everything(tmp_path):
+    good = CSVLogger(tmp_path, name="good")
+    fit = trainer(
+        TargetVariance(references=[4], noise_levels=3, samples=64),
+        SampleGrid(4),
+        logger=[Raising(), good],
+        max_epochs=1,
+    )
+    fit.fit(module(), EightGaussians(16, num_samples=64, num_validation=16))
+    assert fit.global_step == 4
+    text = (tmp_path / "good/version_0/metrics.csv").read_text()
+    assert "train/loss" in text
+    assert "target_variance/dsm" in text
+
+
+def test_a_failing_logger_is_told_of_once_for_each_of_its_methods(recwarn):
+    fit = trainer(logger=Raising(), max_epochs=2, limit_val_batches=0)
+    fit.fit(module(), DataLoader(Points(1.0), batch_size=8))
+    told = [str(w.message) for w in recwarn if "no route" in str(w.message)]
+    assert len(told) == len(set(told))
+    assert any("`Raising.log_metrics` failed (ConnectionError: no route)" in each for each in told)
+
+
+def test_after_training_a_logger_that_raises_is_an_error_again():
+    logger, data = Raising(), EightGaussians(16, num_samples=64, num_validation=16)
+    fit = trainer(logger=logger, max_epochs=1)
+    with pytest.warns(match="failed .ConnectionError"):
+        fit.fit(module(), data)
+    with pytest.raises(ConnectionError):
+        fit.validate(module(), data, verbose=False)
+    with pytest.warns(match="failed .ConnectionError"):
+        trainer(logger=logger, max_epochs=1).fit(module(), data)
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(samples, "save_picture", broken)
+    fit = trainer(SampleGrid(4), logger=CSVLogger(tmp_path), max_epochs=1)
+    with pytest.warns(match=r"The samples .* could not be written .*: training goes on"):
+        fit.fit(module(), EightGaussians(16, num_samples=64, num_validation=16))
+    assert fit.global_step == 4
+
+
+def test_outside_of_training_a_broken_picture_is_an_error(monkeypatch, tmp_path):
+    def broken(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(samples, "save_picture", broken)
+    model, data = module(), EightGaussians(16, num_samples=64, num_validation=16)
+    fit = trainer(SampleGrid(4), logger=CSVLogger(tmp_path), max_epochs=1)
+    with pytest.raises(OSError, match="No space left"):
+        fit.test(model, data)

@@ -1,0 +1,89 @@
+"""Draws that would not estimate the loss are refused when the module is built."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_vr import (
+    CARV,
+    DSM,
+    STF,
+    Clean,
+    DiffusionModule,
+    LearnedProposal,
+    ResidualMLP,
+    TableProposal,
+)
+from lightning_vr.core.rng import generator
+from lightning_vr.estimators.draws import IID
+from lightning_vr.training.training_checks import check_ranks, check_trainer
+
+
+class Normalised(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(2, 2), kind(2)
+
+    def forward(self, x, t):
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("resamples", [2, "auto"])
+def test_batch_normalisation_with_several_draws_of_a_sample_is_refused(resamples):
+    network = Normalised(nn.BatchNorm1d)
+    with pytest.raises(ValueError, match=r"the network's `norm` is a BatchNorm1d: use group"):
+        DiffusionModule(network, draws=CARV(resamples))
+
+
+@pytest.mark.parametrize("draws", [IID(), CARV(1), CARV(4)])
+def test_normalisation_that_couples_no_draws_is_not_refused(draws):
+    kind = nn.LayerNorm if draws.draws_per_sample > 1 else nn.BatchNorm1d
+    DiffusionModule(Normalised(kind), draws=draws)
+
+
+def test_clipping_of_single_draws_with_several_of_a_sample_is_refused():
+    network = ResidualMLP(2, width=8)
+    next(network.parameters()).grad_sample = None  # as Opacus prepares a network
+    with pytest.raises(ValueError, match=r"clipped draw by draw, as ResidualMLP is prepared for"):
+        DiffusionModule(network, draws=CARV(2))
+    DiffusionModule(network, draws=CARV(1))
+
+
+def test_a_proposal_that_misses_part_of_the_loss_is_refused():
+    with pytest.raises(ValueError, match="TableProposal is zero at times from"):
+        DiffusionModule(ResidualMLP(2, width=8), draws=CARV(2, TableProposal([1, 0, 1])))
+    DiffusionModule(ResidualMLP(2, width=8), draws=CARV(2, LearnedProposal()))
+
+
+class Trunk(DiffusionModule):
+    def __init__(self, target):
+        super().__init__(ResidualMLP(2, width=8), target=target)
+        self.trunk = nn.Linear(2, 2)
+
+    def encode(self, batch):
+        return Clean(self.trunk(batch))
+
+
+def test_references_that_a_trained_upstream_moves_are_refused():
+    with pytest.raises(ValueError, match="`target`: STF takes its references as they are"):
+        Trunk(STF("batch")).loss(torch.ones(4, 2), generator(0))
+    Trunk(DSM()).loss(torch.ones(4, 2), generator(0)).loss.backward()
+
+
+def test_ranks_that_draw_differently_often_are_refused(monkeypatch):
+    check_ranks(CARV(4), torch.device("cpu"))
+    monkeypatch.setattr(
+        "lightning_vr.training.training_checks.all_gather_rows", lambda _: torch.tensor([4, 2])
+    )
+    with pytest.raises(ValueError, match=r"the same on all ranks, but got \[4, 2\]"):
+        check_ranks(CARV(4), torch.device("cpu"))
+
+
+def test_a_device_without_float64_is_refused():
+    module = DiffusionModule(ResidualMLP(2, width=8))
+    strategy = SimpleNamespace(root_device=torch.device("mps"))
+    module._trainer = SimpleNamespace(strategy=strategy)
+    with pytest.raises(ValueError, match=r"`accelerator` expected to have float64.*'mps'"):
+        check_trainer(module)
