@@ -105,7 +105,7 @@ class HeldOutLoss(Callback):
                 clean: Clean = self.clean.rows(rows)
                 times = Times(self.t[rows], torch.ones_like(self.t[rows]))
                 found = module.draw(clean, generator("held out", start), times, target=DSM())
-                total += float(module.regress(*found).per_draw.sum())
+                total += float(module.compute_loss(*found).per_draw.sum())
         return total / len(self.clean.x0)
 
 
@@ -140,7 +140,7 @@ def steps_to(loss: float, steps: np.ndarray, losses: np.ndarray) -> float:
     return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
 
 
-def saving(
+def predicted_speedup(
     base: np.ndarray, other: np.ndarray, steps: np.ndarray, source: np.random.Generator
 ) -> tuple[float, float, float]:
     """Return steps of ``base`` over steps of ``other`` to the loss ``base`` ends at, with 95 %."""
@@ -173,7 +173,7 @@ def predict(workload: str, budget: float, folder: Path) -> None:
         "references": best.config["target"]["init_args"]["references"],
         "multiplier": list(best.multiplier),
         "efficiency": list(best.efficiency),
-        "saving": found.saving(best),
+        "saving": found.predicted_speedup(best),
         "noise_ratio": found.noise_ratio,
         "time_ratio": found.current.seconds / best.seconds,
     }
@@ -233,8 +233,8 @@ def compare(name: str, prediction: dict, trained: dict) -> None:
     for key in ("averaged", "raw"):
         losses = {arm: np.array(curves[key]) for arm, curves in trained["losses"].items()}
         source = np.random.default_rng(0)
-        fewer = saving(losses["plain"], losses["candidate"], steps, source)
-        doubled = saving(losses["plain"], losses["doubled batch"], steps, source)
+        fewer = predicted_speedup(losses["plain"], losses["candidate"], steps, source)
+        doubled = predicted_speedup(losses["plain"], losses["doubled batch"], steps, source)
         # what the doubled batch says a factor on the variance is worth, as a power of it
         exponent = np.log2(doubled[0])
         worth = prediction["efficiency"][0] ** exponent * time

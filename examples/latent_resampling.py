@@ -244,7 +244,7 @@ class StepTimer:
         clean = module.clean(batch)
         encoded = time.perf_counter()
         times = draws.times(clean, module.objective, source)
-        module.regress(*module.draw(clean, source, times)).loss.backward()
+        module.compute_loss(*module.draw(clean, source, times)).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return [encoded - start, time.perf_counter() - encoded]

@@ -79,7 +79,7 @@ def moments(module: DiffusionModule, loader: Iterable[Any], batches: int):
         for i, part in enumerate(parts):
             times = loss.times(clean, generator(number, i, "t"), i / BINS, (i + 1) / BINS)
             with torch.no_grad():
-                estimate = module.regress(*module.draw(clean, generator(number, i), times))
+                estimate = module.compute_loss(*module.draw(clean, generator(number, i), times))
             per_draw = estimate.per_draw.double()
             weight = module.objective.weight(estimate.noised.t).double()
             values = (part.second_moment[0], (weight * per_draw).mean(), per_draw.square().mean())

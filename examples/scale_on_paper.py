@@ -415,7 +415,7 @@ def measured(work: Workload, mode: Mode, ranks: int, rank: int) -> Cost:
         if target.bank_size != 0:
             encode = lambda positions, batch: everything.rows(batch)  # noqa: E731
             trainer = as_trainer(work.count, work.batch // ranks)
-            fill(target, encoded_training_set(trainer, encode, "", is_share=target.sharded))
+            fill(target, encoded_training_set(trainer, encode, "", is_shard=target.sharded))
     own = everything.rows(slice(rank, work.batch, ranks))
     noised = noised_by(own, generator("scale", rank))
     target(noised, own, generator("scale", "warm-up"))

@@ -12,7 +12,7 @@ import torch
 from matplotlib import pyplot
 
 from lightning_vr.core.rng import generator
-from lightning_vr.core.types import WHOLE
+from lightning_vr.core.types import WHOLE_STEP
 from lightning_vr.estimators.carv import stratify
 
 SAMPLES, RESAMPLES = 8, 4
@@ -24,7 +24,7 @@ def main():
     for axes, scope in zip(panels, ("none", "sample", "global", "nested"), strict=True):
         source = generator("strata", 7)
         u = torch.rand(SAMPLES, RESAMPLES, generator=source, dtype=torch.float64)
-        u = stratify(u, scope, WHOLE, source).flatten()
+        u = stratify(u, scope, WHOLE_STEP, source).flatten()
         fine = torch.linspace(0, 1, SAMPLES * RESAMPLES + 1)
         coarse = torch.linspace(0, 1, RESAMPLES + 1)
         if scope in ("global", "nested"):

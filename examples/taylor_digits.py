@@ -207,7 +207,7 @@ class Watch(Callback):
                 times = Times(self.t[rows], torch.ones_like(self.t[rows]))
                 source = generator("held out", start)
                 found = module.draw(self.clean.rows(rows), source, times, target=DSM())
-                total += float(module.regress(*found).per_draw.sum())
+                total += float(module.compute_loss(*found).per_draw.sum())
         return total / len(self.t)
 
 

@@ -1,35 +1,54 @@
-"""Variance-reduced diffusion training for PyTorch Lightning."""
+"""Variance-reduced diffusion training for PyTorch Lightning.
 
-from lightning_vr.auditing import Audit, Candidate, audit
-from lightning_vr.callbacks.frechet_distance import FrechetDistance
-from lightning_vr.callbacks.gradient_variance import GradientVariance
-from lightning_vr.callbacks.sample_grid import SampleGrid
-from lightning_vr.callbacks.target_variance import TargetVariance
-from lightning_vr.cli import VRCLI
-from lightning_vr.core.types import Clean, LossEstimate, Noised, TargetEstimate
-from lightning_vr.estimators.carv import CARV
-from lightning_vr.estimators.distillation import distillation_loss
-from lightning_vr.estimators.draws import IID
-from lightning_vr.estimators.proposals import LearnedProposal, TableProposal, WeightProposal
-from lightning_vr.estimators.stf import STF
-from lightning_vr.estimators.targets import DSM
-from lightning_vr.estimators.taylor.control_variate import TaylorCV
-from lightning_vr.lifecycle.checkpoint_io import DurableCheckpointIO
-from lightning_vr.posterior.posterior_mean import posterior_mean
-from lightning_vr.posterior.references import References
-from lightning_vr.process.diffusers_schedule import DiffusersSchedule
-from lightning_vr.process.networks import ResidualMLP
-from lightning_vr.process.objective import Objective
-from lightning_vr.process.sampling import Sampler
-from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow
-from lightning_vr.process.timesteps import LogitNormal, LogNormal, LogUniform, Uniform
-from lightning_vr.process.weightings import (
-    EDMWeighting,
-    LogNormalWeighting,
-    MinSNRWeighting,
-    UnitWeighting,
-)
-from lightning_vr.training.module import DiffusionModule
+Names are imported from their rooms when they are asked for, so that tensors need no Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_vr.auditing import Audit, Candidate, audit
+    from lightning_vr.callbacks import (
+        FrechetDistance,
+        GradientVariance,
+        SampleGrid,
+        TargetVariance,
+    )
+    from lightning_vr.cli import VRCLI
+    from lightning_vr.core import Clean, LossEstimate, Noised, TargetEstimate
+    from lightning_vr.estimators import (
+        CARV,
+        DSM,
+        IID,
+        STF,
+        LearnedProposal,
+        TableProposal,
+        TaylorCV,
+        WeightProposal,
+        distillation_loss,
+    )
+    from lightning_vr.lifecycle import DurableCheckpointIO
+    from lightning_vr.posterior import References, posterior_mean
+    from lightning_vr.process import (
+        EDM,
+        VE,
+        VP,
+        Cosine,
+        DiffusersSchedule,
+        EDMWeighting,
+        LogitNormal,
+        LogNormal,
+        LogNormalWeighting,
+        LogUniform,
+        MinSNRWeighting,
+        Objective,
+        RectifiedFlow,
+        ResidualMLP,
+        Sampler,
+        Uniform,
+        UnitWeighting,
+    )
+    from lightning_vr.training import DiffusionModule
 
 __all__ = [
     "CARV",
@@ -75,3 +94,29 @@ __all__ = [
     "distillation_loss",
     "posterior_mean",
 ]
+
+# those without Lightning first: asking for a name imports no room beyond its own
+_ROOMS = (
+    "core",
+    "process",
+    "posterior",
+    "estimators",
+    "training",
+    "lifecycle",
+    "callbacks",
+    "auditing",
+    "cli",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for room in _ROOMS:
+            module = import_module(f"{__name__}.{room}")
+            if name in module.__all__:
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

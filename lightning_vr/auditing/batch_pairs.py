@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lightning_vr.core.batches import batch_size
-from lightning_vr.lifecycle.training_set import handed_over
+from lightning_vr.lifecycle.training_set import transfer_batch
 
 
 def batch_pairs(trainer: Trainer, loader: DataLoader[Any]) -> Iterator[tuple[Any, Any]]:
@@ -26,7 +26,7 @@ def batch_pairs(trainer: Trainer, loader: DataLoader[Any]) -> Iterator[tuple[Any
             size = size or batch_size(batch)
             if batch_size(batch) != size:
                 continue
-            batch = handed_over(trainer, batch)
+            batch = transfer_batch(trainer, batch)
             if previous is None:
                 previous = batch
             else:

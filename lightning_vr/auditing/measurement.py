@@ -34,7 +34,7 @@ from lightning_vr.auditing.preparation import (
     refused,
     with_own_state,
 )
-from lightning_vr.auditing.result import Audit, Measured
+from lightning_vr.auditing.result import Audit, MeasuredEstimator
 from lightning_vr.auditing.step_timing import StepTimer, TimedMeasurement
 from lightning_vr.core.distributed import all_reduce_mean, broadcast, least, rank, world_size
 from lightning_vr.core.gradients import parameter_groups
@@ -140,7 +140,7 @@ class Measuring:
             self.candidates,
             (self._encode(batch) for batch in self._single_batches()),
             self._source,
-            goes_on=lambda: self._agree(self._progress() < start + _LEARNING_SHARE),
+            goes_on=lambda: self._rank_zero_decides(self._progress() < start + _LEARNING_SHARE),
         )
         self._leave_out(reasons)
         batches = self._single_batches()
@@ -192,7 +192,7 @@ class Measuring:
         self.shared, cost = timer.measure(
             clean,
             encode=lambda: self._encode(batch),
-            goes_on=lambda: self._agree(self._progress() < start + _TIMING_SHARE),
+            goes_on=lambda: self._rank_zero_decides(self._progress() < start + _TIMING_SHARE),
         )
         return cost
 
@@ -201,9 +201,9 @@ class Measuring:
         until, number = self._progress() + _LEVEL_SHARE, 0
         pair = [self._encode(batch) for batch in next(self.batches)]
         is_enough = least(len(pair[0].x0), self.module.device) >= 2 * _LEVELS
-        is_possible = is_enough and self.measurement.obstacle(pair[0]) is None
+        is_possible = is_enough and self.measurement.why_unavailable(pair[0]) is None
         is_per_sample = least(is_possible, self.module.device) == 1
-        while self._agree(number == 0 or self._progress() < until):
+        while self._rank_zero_decides(number == 0 or self._progress() < until):
             if number and number % _LEVELS == 0:
                 pair = [self._encode(batch) for batch in next(self.batches)]
             key, level = ("level", number), number % _LEVELS
@@ -221,14 +221,20 @@ class Measuring:
     def _repeat(self) -> None:
         """Measure every candidate on the same draws until the budget is spent."""
         open_, number, longest = self.candidates, 0, 0.0
-        while self._agree(number < _LEAST_REPETITIONS or self._progress() + longest < 1):
+        while self._rank_zero_decides(
+            number < _LEAST_REPETITIONS or self._progress() + longest < 1
+        ):
             start = self._progress()
             pair = [self._encode(batch) for batch in next(self.batches)]
             for candidate in open_:
                 self._measure(candidate, pair, number)
             number, longest = number + 1, max(longest, self._progress() - start)
             if number == _LEAST_REPETITIONS:
-                open_ = [c for c in open_ if not self._agree(self._savings(c)[1].high < _LOST)]
+                open_ = [
+                    c
+                    for c in open_
+                    if not self._rank_zero_decides(self._savings(c)[1].high < _LOST)
+                ]
                 left, whole = (
                     sum(float(self._seconds(c).median()) for c in some)
                     for some in (open_, self.candidates)
@@ -261,13 +267,13 @@ class Measuring:
             efficiency, present, self._seconds(candidate)
         )
 
-    def _compare(self, candidate: Candidate) -> Measured:
+    def _compare(self, candidate: Candidate) -> MeasuredEstimator:
         efficiency, multiplier = self._savings(candidate)
         moments = Moments(5, 1 + len(self.names))
         for components in self.found[candidate.name]:
             moments.add(torch.stack(components))
         draws = candidate.draws or self.module.draws
-        return Measured(
+        return MeasuredEstimator(
             candidate.name,
             Components(*moments.mean),
             Components(*moments.error),
@@ -287,7 +293,7 @@ class Measuring:
         except UndescribableError:
             return None
 
-    def _agree(self, decision: bool) -> bool:
+    def _rank_zero_decides(self, decision: bool) -> bool:
         self.module.stop_if_asked()
         return bool(broadcast(torch.tensor(decision, device=self.module.device)))
 

@@ -90,7 +90,7 @@ def fill_targets(
         sharded = candidate.target.sharded
         if sharded not in read:
             read[sharded] = encoded_training_set(
-                trainer, encode, "Encoding references", is_share=sharded
+                trainer, encode, "Encoding references", is_shard=sharded
             )
         data = read[sharded]
         if data is None:
@@ -98,7 +98,7 @@ def fill_targets(
         elif data.index is None and getattr(candidate.target, "references", None) == "all":
             skipped[candidate.name] = "batches carry no sample indices"
         elif isinstance(candidate.target, STF) and sharded in banks:
-            candidate.target.take(banks[sharded], indexed=data.index is not None)
+            candidate.target.set_bank(banks[sharded], indexed=data.index is not None)
         else:
             fill(candidate.target, data)
             if isinstance(candidate.target, STF) and candidate.target.bank is not None:
@@ -232,7 +232,9 @@ def _fit(
         times = partial(source, "control variate", "timing")
         control.fit.cost, *_ = measurement.cost(encode(batch), lambda: encode(batch), times)
     for number in range(_PILOTS):
-        found = measurement.find(encode(next(batches)), partial(source, "control variate", number))
+        found = measurement.measure(
+            encode(next(batches)), partial(source, "control variate", number)
+        )
         control.fit.add(found)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-    from lightning_vr.auditing.result import Audit, Measured
+    from lightning_vr.auditing.result import Audit, MeasuredEstimator
 
 _HEADERS = ("estimator", "variance", "data", "time", "noise", "ms", "RE", "ECM")
 
@@ -70,7 +70,7 @@ def draw(audit: "Audit", path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _row(measured: "Measured") -> list[str]:
+def _row(measured: "MeasuredEstimator") -> list[str]:
     total, error = float(measured.components.total[0]), float(measured.errors.total[0])
     shares = [100 * float(getattr(measured.components, part)[0]) / total for part in PARTS]
     variance = _short(total, 3) if math.isnan(error) else f"{_short(total, 3)} ± {_short(error, 1)}"

@@ -31,7 +31,7 @@ _PLAIN_FIELDS = ("name", "seconds", "config", "draws_per_sample")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredEstimator:
     """One estimator, measured.
 
     Attributes:
@@ -73,7 +73,7 @@ class Audit:
             pairs.
     """
 
-    estimators: list[Measured]
+    estimators: list[MeasuredEstimator]
     statistics: GradientStatistics
     batch: int
     cost: CostModel
@@ -83,7 +83,7 @@ class Audit:
     least_draws: int = 1
 
     @property
-    def current(self) -> Measured:
+    def current(self) -> MeasuredEstimator:
         """The estimator that the module has."""
         return self.estimators[0]
 
@@ -95,7 +95,7 @@ class Audit:
         return noise_ratio(max(total, 0.0), squared_mean, self.batch)
 
     @property
-    def recommended(self) -> Measured | None:
+    def recommended(self) -> MeasuredEstimator | None:
         """The candidate that saves most of those whose ECM is surely above 1, or None.
 
         By the noise-ratio model, ``saving``: a longer step pays only as far as noise is what holds
@@ -106,7 +106,7 @@ class Audit:
             for measured in self.estimators[1:]
             if measured.multiplier.low > 1 and measured.multiplier.estimate >= _LEAST_GAIN
         ]
-        return max(paying, key=self.saving, default=None)
+        return max(paying, key=self.predicted_speedup, default=None)
 
     @property
     def resamples(self) -> tuple[int, float]:
@@ -126,7 +126,7 @@ class Audit:
         present, least = (variance_times_cost(between, within, cost, k) for k in (now, best))
         return group * best, present / least if least > 0 else 1.0
 
-    def saving(self, measured: Measured) -> float:
+    def predicted_speedup(self, measured: MeasuredEstimator) -> float:
         """Return by how much less compute it needs for the same loss, by the noise-ratio model.
 
         ECM is that where noise is all that holds training back; here steps saved are those of
@@ -159,7 +159,7 @@ class Audit:
                 f" But encoding is cheap, and a batch of {factor:.3g} times as many samples would "
                 f"have less variance still, with as many draws."
             )
-        saving = self.saving(best)
+        saving = self.predicted_speedup(best)
         if self.noise_ratio < _NO_BOTTLENECK or saving < 1:
             expected = f"{saving:.2f} times less" if saving >= 1 else f"{1 / saving:.2f} times more"
             text += (
@@ -233,7 +233,7 @@ class Audit:
 
         report.save(self, Path(folder))
 
-    def _estimator(self, measured: Measured) -> dict[str, Any]:
+    def _estimator(self, measured: MeasuredEstimator) -> dict[str, Any]:
         fields = {name: getattr(measured, name) for name in _PLAIN_FIELDS}
         fields |= {
             "components": measured.components._asdict(),
@@ -241,7 +241,7 @@ class Audit:
             "efficiency": measured.efficiency._asdict(),
             "multiplier": measured.multiplier._asdict(),
         }
-        return fields | {"saving": self.saving(measured)}
+        return fields | {"saving": self.predicted_speedup(measured)}
 
 
 def _shares(parts: Components) -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning_vr.auditing.candidates import Candidate, check_candidates
 from lightning_vr.auditing.measurement import Measuring
 from lightning_vr.auditing.result import Audit
-from lightning_vr.core.rng import undisturbed
+from lightning_vr.core.rng import preserve_global_rng
 from lightning_vr.training.module import DiffusionModule
 
 
@@ -64,7 +64,7 @@ def audit(
     trainer.callbacks = [*savers, callback]  # type: ignore[attr-defined]
     trainer.limit_val_batches = 0
     trainer.fit_loop.max_epochs = 1
-    with undisturbed(), warnings.catch_warnings():
+    with preserve_global_rng(), warnings.catch_warnings():
         # nothing is validated
         warnings.filterwarnings("ignore", "You defined a `validation_step` but")
         trainer.fit(module, datamodule=datamodule)

@@ -1,1 +1,16 @@
-"""Callbacks that make the noise of diffusion training visible."""
+"""Callbacks that watch a run without changing it, on our modules and on others.
+
+The room imports ``training`` and every floor below.
+"""
+
+from lightning_vr.callbacks.frechet_distance import FrechetDistance
+from lightning_vr.callbacks.gradient_variance import GradientVariance
+from lightning_vr.callbacks.sample_grid import SampleGrid
+from lightning_vr.callbacks.target_variance import TargetVariance
+
+__all__ = [
+    "FrechetDistance",
+    "GradientVariance",
+    "SampleGrid",
+    "TargetVariance",
+]

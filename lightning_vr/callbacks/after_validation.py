@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_vr.core.rng import generator, undisturbed
+from lightning_vr.core.rng import generator, preserve_global_rng
 from lightning_vr.lifecycle.weight_averaging import averaged_weights
 from lightning_vr.process.sampling import evaluating
 from lightning_vr.training.module import DiffusionModule
@@ -96,6 +96,6 @@ class AfterValidation(Callback, ABC):
                 source = generator(module.run_seed, key, start, device=module.device)
                 return module.decode(module.sample(count, group=group, source=source))
             assert self.sample is not None
-            with undisturbed(), torch.no_grad(), evaluating(module):
+            with preserve_global_rng(), torch.no_grad(), evaluating(module):
                 torch.manual_seed(generator(torch.initial_seed(), key, start).initial_seed())
                 return self.sample(module, count)

@@ -25,7 +25,7 @@ from lightning_vr.core.batches import batch_size, take_rows
 from lightning_vr.core.devices import widest_float
 from lightning_vr.core.distributed import all_reduce_sum, least, rank, world_size
 from lightning_vr.core.gradients import parameter_groups
-from lightning_vr.core.rng import generator, seeded, undisturbed
+from lightning_vr.core.rng import generator, preserve_global_rng, seed_global_rng
 from lightning_vr.core.types import Clean
 from lightning_vr.lifecycle.precision import loss_scale, unscales_itself
 from lightning_vr.variance.components import Components, two_batch_sizes
@@ -35,7 +35,7 @@ _PER_SAMPLE_COST = 5.0
 """Cost of a per-sample gradient over that of one draw in a batch, as measured on a U-Net."""
 
 
-Measured = tuple[Components, dict[int, Components]]
+ProbeResult = tuple[Components, dict[int, Components]]
 """Components of the whole gradient, by group, and of bins of the noise level."""
 
 
@@ -73,7 +73,7 @@ class GradientProbe:
     def before_any_batch(self, batch: Any) -> None:
         """See every batch before it is trained on."""
 
-    def before_batch(self, batch: Any, batch_idx: int, number: int) -> Measured | None:
+    def before_batch(self, batch: Any, batch_idx: int, number: int) -> ProbeResult | None:
         """Measure on a batch that is due."""
         return None
 
@@ -134,7 +134,7 @@ class NestedProbe(GradientProbe):
         self._pair: list[Any] = [None]
 
     def prepare(self, batch: Any) -> None:
-        obstacle: str | None = "a batch holds one sample"
+        why_unavailable: str | None = "a batch holds one sample"
         size = self._least(batch_size(batch))
         if size > 1:
             clean = self._encode(batch, 2)
@@ -142,9 +142,9 @@ class NestedProbe(GradientProbe):
                 # what a forward pass moves to the device and keeps, it moves outside functorch
                 self.measurement.by_differences([clean, clean], "prepare")
             with _SameTensors():
-                obstacle = self.measurement.obstacle(clean)
-        # an obstacle such as too little memory may stand on one rank alone
-        self.is_per_sample = self._least(obstacle is None) == 1
+                why_unavailable = self.measurement.why_unavailable(clean)
+        # an why_unavailable such as too little memory may stand on one rank alone
+        self.is_per_sample = self._least(why_unavailable is None) == 1
         if self.is_per_sample:
             self.cost = _PER_SAMPLE_COST * 8 * self.samples / size
             rank_zero_info("GradientVariance measures per-sample gradients.")
@@ -152,7 +152,7 @@ class NestedProbe(GradientProbe):
             self.cost = 16.0  # two batches, four passes each, for the whole and for a bin
             rank_zero_info(
                 f"GradientVariance measures by differences of batches: "
-                f"{obstacle or 'another rank cannot measure per sample'}."
+                f"{why_unavailable or 'another rank cannot measure per sample'}."
             )
 
     def kept(self) -> Any:
@@ -164,7 +164,7 @@ class NestedProbe(GradientProbe):
     def before_any_batch(self, batch: Any) -> None:
         self._pair = [None] if self.is_per_sample else [self._pair[-1], batch]
 
-    def before_batch(self, batch: Any, batch_idx: int, number: int) -> Measured | None:
+    def before_batch(self, batch: Any, batch_idx: int, number: int) -> ProbeResult | None:
         data: Any = self._data(batch)
         if data is None:
             return None
@@ -176,7 +176,7 @@ class NestedProbe(GradientProbe):
         device = self.module.device
         return whole.over_ranks(device), {i: x.over_ranks(device) for i, x in levels.items()}
 
-    def _measure(self, data: Any, number: int) -> Measured:
+    def _measure(self, data: Any, number: int) -> ProbeResult:
         """Measure the whole, and all bins at once or, where that takes more samples, in turn."""
         count, level = len(self.noise_levels), number % len(self.noise_levels)
         measure: Callable[..., Components] = self.measurement.by_differences
@@ -205,7 +205,7 @@ class NestedProbe(GradientProbe):
 
     def _encode(self, batch: Any, count: int) -> Clean:
         precision = self.trainer.precision_plugin.forward_context
-        with undisturbed(), seeded(self.source("encode")), precision():
+        with preserve_global_rng(), seed_global_rng(self.source("encode")), precision():
             return Clean.from_batch(self.clean(take_rows(batch, 0, count)))
 
 

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_vr.callbacks.gradient_probes import GradientProbe, Measured, with_total
+from lightning_vr.callbacks.gradient_probes import GradientProbe, ProbeResult, with_total
 from lightning_vr.core.batches import batch_size, take_rows
-from lightning_vr.core.rng import undisturbed
+from lightning_vr.core.rng import preserve_global_rng
 from lightning_vr.variance.components import two_batch_sizes
 
 
@@ -42,11 +42,11 @@ class HalfBatchProbe(GradientProbe):
                 f"({error}): pass `loss`, or train with `accumulate_grad_batches` of 2 or more."
             ) from error
 
-    def before_batch(self, batch: Any, batch_idx: int, number: int) -> Measured | None:
+    def before_batch(self, batch: Any, batch_idx: int, number: int) -> ProbeResult | None:
         half = batch_size(batch) // 2
         if half == 0:
             return None
-        with undisturbed():
+        with preserve_global_rng():
             module = self._copy()
             halves = [take_rows(batch, i * half, (i + 1) * half) for i in range(2)]
             first, second = (

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
 from lightning_vr.callbacks.pictures import _no_picture, is_picture, save_picture
-from lightning_vr.core.rng import undisturbed
+from lightning_vr.core.rng import preserve_global_rng
 from lightning_vr.lifecycle.loggers import log_picture, run_folder, training_goes_on
 from lightning_vr.training.module import DiffusionModule
 
@@ -60,7 +60,7 @@ class SampleGrid(AfterValidation):
         ):
             return
         self._is_checked = True
-        with torch.no_grad(), undisturbed():
+        with torch.no_grad(), preserve_global_rng():
             shape = self.draw(pl_module, 1, "shape").shape[1:]
         if not is_picture(tuple(shape)):
             raise MisconfigurationException(_no_picture(tuple(shape)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.lifecycle.loggers import level_names
-from lightning_vr.variance.target_curves import Measured, TargetVarianceCurve
+from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def draw(curve: TargetVarianceCurve, path: Path) -> None:
 
 
 def _draw_band(
-    axes: "Axes", curve: TargetVarianceCurve, variance: Measured, label: str, color: object
+    axes: "Axes", curve: TargetVarianceCurve, variance: MeasuredCurve, label: str, color: object
 ) -> None:
     levels = curve.noise_levels.numpy()
     mean = torch.where(variance.mean > 0, variance.mean, torch.nan).numpy()
@@ -119,5 +119,5 @@ def _stf_cells(
     return _with_error(curve.stf[references], i), f"{float(curve.factor(references)[i]):.3g}", ess
 
 
-def _with_error(variance: Measured, i: int) -> str:
+def _with_error(variance: MeasuredCurve, i: int) -> str:
     return f"{float(variance.mean[i]):.3g} ± {float(variance.error[i]):.1g}"

@@ -16,7 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-import lightning_vr.data  # noqa: F401  # a short class name resolves once its class is imported
+# a short class name resolves once its class is imported
+import lightning_vr.callbacks
+import lightning_vr.data
+import lightning_vr.estimators
+import lightning_vr.lifecycle
+import lightning_vr.metrics
+import lightning_vr.process  # noqa: F401
 from lightning_vr.cli.errors import cause, is_wrong_setting, one_line
 from lightning_vr.cli.resume import (
     changed_network,
@@ -27,7 +33,7 @@ from lightning_vr.cli.resume import (
 from lightning_vr.cli.saved_config import SaveRunConfig
 from lightning_vr.cli.trainer import VRTrainer
 from lightning_vr.cli.trainer_checks import check_trainer_settings
-from lightning_vr.core.distributed import part, world_size
+from lightning_vr.core.distributed import destroy_process_group, world_size
 from lightning_vr.lifecycle.checkpoints import STATE, check_complete, check_weights, read_checkpoint
 from lightning_vr.training.module import DiffusionModule
 
@@ -237,7 +243,7 @@ def main(args: ArgsType = None) -> None:
     """
     try:
         VRCLI(args=args)
-        part()
+        destroy_process_group()
     except SIGTERMException:
         # Lightning would end with status 0, as if the job were done
         sys.stderr.write("stopped by SIGTERM: `fit --ckpt_path last` goes on where one was saved\n")

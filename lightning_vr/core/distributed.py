@@ -119,7 +119,7 @@ def gather_objects(found: Any) -> list[Any]:
     return everyone
 
 
-def part() -> None:
+def destroy_process_group() -> None:
     """Leave the process group once all ranks are done; all of them call it.
 
     What gloo does at the end of a process may wait for ranks that have gone, or abort.

@@ -27,7 +27,7 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
 
 
 @contextmanager
-def seeded(source: torch.Generator) -> Iterator[None]:
+def seed_global_rng(source: torch.Generator) -> Iterator[None]:
     """Let torch's global generators start from a keyed one's seed; restore them on leaving.
 
     For what draws from them and cannot be told otherwise: dropout, the sampling of an encoder.
@@ -47,7 +47,7 @@ def seeded(source: torch.Generator) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def preserve_global_rng() -> Iterator[None]:
     """Restore the global random states of torch, numpy and Python on leaving, however that is."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count())

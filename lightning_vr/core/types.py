@@ -190,7 +190,7 @@ class Times(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Share:
+class StepPart:
     """The part of an optimizer step that one batch is: steps span ranks and accumulation.
 
     Attributes:
@@ -204,4 +204,4 @@ class Share:
     shared: torch.Generator | None = None
 
 
-WHOLE = Share()
+WHOLE_STEP = StepPart()

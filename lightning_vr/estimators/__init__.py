@@ -1,1 +1,36 @@
-"""Estimators of the diffusion loss: draws, targets and control variates, one file each."""
+"""Estimators of the diffusion loss: what fills the three slots of a model.
+
+Draws of times and noise (``IID``, ``CARV``), targets (``DSM``, ``STF``) and control variates
+(``TaylorCV``), and the loss that they make together. The room imports ``core``, ``process`` and
+``posterior``.
+"""
+
+from lightning_vr.estimators.carv import CARV
+from lightning_vr.estimators.distillation import distillation_loss
+from lightning_vr.estimators.draws import IID, Draws
+from lightning_vr.estimators.loss import ControlVariate
+from lightning_vr.estimators.proposals import (
+    LearnedProposal,
+    Proposal,
+    TableProposal,
+    WeightProposal,
+)
+from lightning_vr.estimators.stf import STF
+from lightning_vr.estimators.targets import DSM, Target
+from lightning_vr.estimators.taylor.control_variate import TaylorCV
+
+__all__ = [
+    "CARV",
+    "DSM",
+    "IID",
+    "STF",
+    "ControlVariate",
+    "Draws",
+    "LearnedProposal",
+    "Proposal",
+    "TableProposal",
+    "Target",
+    "TaylorCV",
+    "WeightProposal",
+    "distillation_loss",
+]

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_vr.core.types import WHOLE, Clean, LossEstimate, Noised, Share, Times
+from lightning_vr.core.types import WHOLE_STEP, Clean, LossEstimate, Noised, StepPart, Times
 from lightning_vr.estimators.draws import Draws, open_uniform
 from lightning_vr.estimators.proposals import Proposal
 from lightning_vr.process.objective import Objective
@@ -106,12 +106,12 @@ class CARV(Draws):
         clean: Clean,
         objective: Objective,
         generator: torch.Generator,
-        share: Share = WHOLE,
+        part: StepPart = WHOLE_STEP,
     ) -> Times:
         copies = self.least_resamples
         count = self.draws_per_sample // copies
         u = open_uniform(len(clean.x0) * count, generator).reshape(-1, count)
-        u = stratify(u, self.scope, share, generator).flatten().repeat_interleave(copies)
+        u = stratify(u, self.scope, part, generator).flatten().repeat_interleave(copies)
         if self.proposal is None:
             t = objective.timesteps(u).to(torch.float32)
             return Times(t, torch.ones_like(t))
@@ -158,13 +158,13 @@ class CARV(Draws):
         self.chosen, self.pilot = max(least, chosen // least * least), state["pilot"]
 
 
-def stratify(u: Tensor, scope: Scope, share: Share, generator: torch.Generator) -> Tensor:
+def stratify(u: Tensor, scope: Scope, part: StepPart, generator: torch.Generator) -> Tensor:
     """Move independent uniform numbers into strata.
 
     Args:
         u: Uniform numbers ``(B, K)``.
         scope: What the strata span.
-        share: The part of an optimizer step that the B samples are.
+        part: The part of an optimizer step that the B samples are.
         generator: Of the order of strata, if there is one part only.
 
     Returns:
@@ -177,8 +177,8 @@ def stratify(u: Tensor, scope: Scope, share: Share, generator: torch.Generator) 
     if scope == "sample":
         found = (strata + u) / count
     else:
-        shared, total = share.shared or generator, samples * share.count
-        own = slice(samples * share.number, samples * (share.number + 1))
+        shared, total = part.shared or generator, samples * part.count
+        own = slice(samples * part.number, samples * (part.number + 1))
         shape = (total * count, 1) if scope == "global" else (total, count)
         # of each column a permutation: which stratum is whose must not follow the order of data
         numbers = torch.rand(shape, generator=shared, device=u.device, dtype=torch.float32)

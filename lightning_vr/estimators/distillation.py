@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.rows import in_chunks, tensors
-from lightning_vr.core.types import WHOLE, Clean, Noised, Share
+from lightning_vr.core.types import WHOLE_STEP, Clean, Noised, StepPart
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import loss_weight
 from lightning_vr.process.objective import Objective
@@ -30,7 +30,7 @@ def distillation_loss(
     objective: Objective,
     source: torch.Generator,
     *,
-    share: Share = WHOLE,
+    part: StepPart = WHOLE_STEP,
     clip: float | None = None,
     normalize: bool = False,
 ) -> Tensor:
@@ -51,7 +51,7 @@ def distillation_loss(
         objective: Schedule, density of t and weight w(t), as ``weighting`` with
             ``prediction="x0"``.
         source: Generator of all randomness, on the device of ``clean``.
-        share: The part of an optimizer step that the outputs are.
+        part: The part of an optimizer step that the outputs are.
         clip: Largest norm of the direction of one draw, weighted, for K = 1.
         normalize: Whether to give the direction of each draw unit mean magnitude, for K = 1.
 
@@ -67,7 +67,7 @@ def distillation_loss(
                 f"normalise the gradient that the optimizer gets, or use one draw."
             )
     with torch.no_grad():
-        noised = draws(clean, objective, source, share)
+        noised = draws(clean, objective, source, part)
         weight = loss_weight(noised, objective)
         chunk = draws.chunk(len(noised.t), noised.t.device)
         parts = [residual(Noised(**part)) for part in in_chunks(tensors(noised), chunk)]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_vr.core.types import WHOLE, Clean, LossEstimate, Noised, Share, Times
+from lightning_vr.core.types import WHOLE_STEP, Clean, LossEstimate, Noised, StepPart, Times
 from lightning_vr.estimators.slot import Slot
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.schedules import Schedule, expand
@@ -43,7 +43,7 @@ class Draws(Slot, ABC):
         clean: Clean,
         objective: Objective,
         generator: torch.Generator,
-        share: Share = WHOLE,
+        part: StepPart = WHOLE_STEP,
     ) -> Times:
         """Draw K times for each sample.
 
@@ -51,7 +51,7 @@ class Draws(Slot, ABC):
             clean: B clean samples.
             objective: What the loss is an expectation of.
             generator: Source of all randomness that parts of a step do not share.
-            share: The part of an optimizer step that the samples are.
+            part: The part of an optimizer step that the samples are.
         """
 
     def forward(
@@ -59,10 +59,10 @@ class Draws(Slot, ABC):
         clean: Clean,
         objective: Objective,
         generator: torch.Generator,
-        share: Share = WHOLE,
+        part: StepPart = WHOLE_STEP,
     ) -> Noised:
         """Noise ``clean`` at times drawn for it; arguments as for ``times``."""
-        times = self.times(clean, objective, generator, share)
+        times = self.times(clean, objective, generator, part)
         return self.noise(clean, objective.schedule, times, generator)
 
     def noise(
@@ -90,7 +90,7 @@ class IID(Draws):
         clean: Clean,
         objective: Objective,
         generator: torch.Generator,
-        share: Share = WHOLE,
+        part: StepPart = WHOLE_STEP,
     ) -> Times:
         t = objective.timesteps(open_uniform(len(clean.x0), generator)).to(torch.float32)
         return Times(t, torch.ones_like(t))

@@ -105,11 +105,11 @@ class Proposal(nn.Module, ABC):
 
     def forward(self, objective: Objective, device: torch.device) -> QuantileDensity:
         """Return ``density``, also for a part of the times."""
-        if objective.whole is not None:
+        if objective.parent is not None:
             # not for times that are truncated to begin with: bins and quantiles are of these
             part = objective.timesteps
             assert isinstance(part, Truncated)
-            whole: QuantileDensity = self(objective.whole, device)
+            whole: QuantileDensity = self(objective.parent, device)
             return whole.between(part.low, part.high)
         return self.density(objective, device)
 

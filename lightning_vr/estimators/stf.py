@@ -103,11 +103,13 @@ class STF(Target):
         *,
         indexed: bool,
         cond_group: Tensor | None = None,
-        is_share: bool = False,
+        is_shard: bool = False,
     ) -> None:
-        self.take(self._prepare(Clean(x0, group, cond_group=cond_group), is_share), indexed=indexed)
+        self.set_bank(
+            self._prepare(Clean(x0, group, cond_group=cond_group), is_shard), indexed=indexed
+        )
 
-    def take(self, bank: Bank, *, indexed: bool) -> None:
+    def set_bank(self, bank: Bank, *, indexed: bool) -> None:
         """Take references that are prepared, and that other targets may hold as well.
 
         Args:
@@ -160,12 +162,12 @@ class STF(Target):
         )
         return TargetEstimate(posterior.mean, posterior.ess, posterior.spread)
 
-    def _prepare(self, samples: Clean, is_share: bool) -> Bank:
+    def _prepare(self, samples: Clean, is_shard: bool) -> Bank:
         if not self.sharded or world_size() == 1:
             return References.prepare(samples.x0, samples.labels)
-        if not is_share:
+        if not is_shard:
             samples = samples.rows(slice(rank(), None, world_size()))
-        return ShardedReferences.prepare(samples.x0, samples.labels, in_place=is_share)
+        return ShardedReferences.prepare(samples.x0, samples.labels, in_place=is_shard)
 
     def _draw_references(
         self, noised: Noised, clean: Clean, generator: torch.Generator
@@ -193,9 +195,9 @@ class STF(Target):
         last = torch.full_like(noised.t, count - 1, dtype=torch.int64)
         if not self._indexed:
             index = torch.randint(len(bank), (count,), generator=generator, device=device)
-            return bank.take(bank.agreed(index)), last
+            return bank.take(bank.from_rank_zero(index)), last
         index = torch.randperm(len(bank), generator=generator, device=device)[:count]
-        index = bank.agreed(index)
+        index = bank.from_rank_zero(index)
         position = torch.full((len(bank),), -1, dtype=torch.int64, device=device)
         position[index] = torch.arange(count, device=device)
         own = position[self._index(noised)]
@@ -207,7 +209,7 @@ class STF(Target):
                 f"STF(references={self.references!r}) has no bank: `fit` fills it; in a loop of "
                 f"your own call `target.fill(x0, group, indexed=True)` with the encoded data set."
             )
-        if self.bank.held.rows.device != device:
+        if self.bank.local.rows.device != device:
             self.bank = self.bank.to(device)
         return self.bank
 
@@ -222,13 +224,15 @@ class STF(Target):
     def _compare(self, bank: Bank, noised: Noised) -> None:
         """Warn if samples are not their copies in the bank, as far as this rank holds them."""
         row = bank.rows_at(self._index(noised))
-        here, held = row >= 0, bank.held
+        here, local = row >= 0, bank.local
         if not bool(here.any()):
             return
         self._has_compared = True
-        copies = held.rows[row[here]] + held.centre
+        copies = local.rows[row[here]] + local.centre
         distance = torch.linalg.vector_norm(noised.x0[here].flatten(1) - copies, dim=1)
-        norm = torch.sqrt(held.squared_norms.mean() + torch.linalg.vecdot(held.centre, held.centre))
+        norm = torch.sqrt(
+            local.squared_norms.mean() + torch.linalg.vecdot(local.centre, local.centre)
+        )
         if bool((distance > _ROUNDING * norm).any()):
             log.warning(
                 "STF(references=%r): samples differ from the bank's copies of them, so `encode` "
@@ -261,17 +265,17 @@ class STF(Target):
 
     def _mixing_noise_level(self, references: Bank, queries: int = 64) -> float:
         """Bisect log noise level for where other references weigh ``_MIXING`` on average."""
-        source = keyed_generator("mixing noise level", device=references.held.rows.device)
+        source = keyed_generator("mixing noise level", device=references.local.rows.device)
         count = len(references) if self.references in ("batch", "all") else int(self.references)
         order = torch.randperm(len(references), generator=source, device=source.device)
-        some = references.take(references.agreed(order[:count]))
+        some = references.take(references.from_rank_zero(order[:count]))
         row = some.rows_at(torch.arange(min(queries, count), device=source.device))
-        asked = some.held.take(row[row >= 0])
+        asked = some.local.take(row[row >= 0])
         size, dtype = (len(row), asked.rows.shape[1]), asked.rows.dtype
         noise = torch.randn(size, generator=source, device=source.device, dtype=dtype)[row >= 0]
         centred = some.at_origin()
 
-        scale = math.sqrt(float(some.total(some.held.squared_norms.sum())) / len(some))
+        scale = math.sqrt(float(some.total(some.local.squared_norms.sum())) / len(some))
         low, high = math.log(1e-5 * scale + 1e-12), math.log(10 * scale + 1e-12)
         for _ in range(12):
             middle = 0.5 * (low + high)

@@ -44,7 +44,7 @@ class Target(Slot, ABC):
         *,
         indexed: bool,
         cond_group: Tensor | None = None,
-        is_share: bool = False,
+        is_shard: bool = False,
     ) -> None:
         """Take encoded training samples, before training; a target without references takes none.
 
@@ -53,7 +53,7 @@ class Target(Slot, ABC):
             group: Their labels ``(N,)``, or None.
             indexed: Whether the batches carry the samples' positions in the training set.
             cond_group: Numbers of their conditions ``(N,)``, or None.
-            is_share: Whether these are every W-th sample, from this rank's number on, for a target
+            is_shard: Whether these are every W-th sample, from this rank's number on, for a target
                 that is sharded; ``x0`` is then the target's to overwrite.
         """
 

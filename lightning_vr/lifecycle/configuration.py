@@ -21,7 +21,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from lightning_vr.core.rng import undisturbed
+from lightning_vr.core.rng import preserve_global_rng
 
 
 class UndescribableError(ValueError):
@@ -131,7 +131,7 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
 
 def _check_rebuilds(value: Any, described: dict[str, Any]) -> None:
     try:
-        with undisturbed(), warnings.catch_warnings():
+        with preserve_global_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             again = _rebuild_lightly(value, described["init_args"])
         is_same = _read(again) == described and _structure(again) == _structure(value)

@@ -40,7 +40,7 @@ class _EvenLoader:
         return getattr(self.loader, name)
 
 
-def agree_on_batches(trainer: Trainer) -> None:
+def equalize_epoch_length(trainer: Trainer) -> None:
     """End epochs where the shortest rank's batches end; all ranks call it when loaders are new."""
     if world_size() == 1:
         return

@@ -67,14 +67,14 @@ def training_goes_on(trainer: Trainer, what: str) -> Iterator[None]:
         )
 
 
-def forgive_loggers(trainer: Trainer) -> None:
+def warn_on_logger_errors(trainer: Trainer) -> None:
     """Let the loggers warn where they raise in training, once for each of their methods."""
     for logger in trainer.loggers:
         for name in _LOGGER_METHODS:
             method = getattr(logger, name, None)
             if method is not None:
                 # an earlier trainer's may be there
-                setattr(logger, name, _forgiving(getattr(method, "forgiven", method), trainer))
+                setattr(logger, name, _forgiving(getattr(method, "wrapped", method), trainer))
 
 
 def _forgiving(method: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
@@ -95,7 +95,7 @@ def _forgiving(method: Callable[..., Any], trainer: Trainer) -> Callable[..., An
                 )
             has_warned = True
 
-    call.forgiven = method  # type: ignore[attr-defined]
+    call.wrapped = method  # type: ignore[attr-defined]
     return call
 
 

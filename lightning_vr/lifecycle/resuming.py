@@ -72,7 +72,7 @@ class Resuming:
             logger.save()
         if self._loaded:
             return self._loaded  # training has not begun since
-        self._averages.put_right(module, checkpoint)
+        self._averages.restore_training_weights(module, checkpoint)
         return {
             "window": self._window(module, checkpoint),
             "row": _waiting_row(module.trainer),
@@ -135,7 +135,7 @@ class Resuming:
         for name, gradient in window["gradients"].items():
             parameters[name].grad = gradient.to(parameters[name].device, copy=True)
 
-    def catch_up(self, trainer: Trainer) -> None:
+    def replay_skipped_hooks(self, trainer: Trainer) -> None:
         """Do what Lightning leaves out where it restarts; all ranks call it when training starts.
 
         A checkpoint of the end of a training batch is from before what the batch logs and before

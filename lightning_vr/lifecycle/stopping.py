@@ -28,7 +28,7 @@ class SharedStop:
     def __init__(self) -> None:
         self._stop_asked = self._save_asked = False
 
-    def take_over(self, trainer: Trainer) -> None:
+    def install_signal_handlers(self, trainer: Trainer) -> None:
         """Handle signals in Lightning's place; call it before that registers its handlers."""
         self._stop_asked = self._save_asked = False
         connector: Any = trainer._signal_connector
@@ -48,7 +48,7 @@ class SharedStop:
 
         connector._sigterm_notifier_fn = note_stop
 
-    def agree(self, trainer: Trainer) -> None:
+    def synchronize(self, trainer: Trainer) -> None:
         """Let Lightning save or stop on all ranks if one was asked to; all of them call it."""
         stop, save = self._stop_asked, self._save_asked
         if world_size() > 1:
@@ -90,7 +90,7 @@ class _FailedBarrier:
         return f"lightning_vr/failed/{number}"
 
 
-def save_alone(trainer: Trainer) -> None:
+def bypass_collectives(trainer: Trainer) -> None:
     """Let a rank save and end in an error of its own, whatever the others do."""
     strategy: Any = trainer.strategy
     is_error = isinstance(sys.exc_info()[1], Exception)
@@ -98,8 +98,8 @@ def save_alone(trainer: Trainer) -> None:
         return
     if not isinstance(strategy.barrier, _FailedBarrier):
         strategy.barrier = _FailedBarrier()
-        strategy.broadcast = strategy.reduce = strategy.reduce_boolean_decision = _own
+        strategy.broadcast = strategy.reduce = strategy.reduce_boolean_decision = _identity
 
 
-def _own(found: Any, *_: Any, **__: Any) -> Any:
+def _identity(found: Any, *_: Any, **__: Any) -> Any:
     return found

@@ -1,7 +1,7 @@
 """One pass over the training set in its own order, for banks and reference statistics.
 
-The pass leaves training undisturbed: it has a loader of its own, and the global random states are
-restored. Under DDP each rank reads every W-th sample.
+Training draws the same with and without the pass: it has a loader of its own, and the global random
+states are restored. Under DDP each rank reads every W-th sample.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from torch.utils.data import (
 from tqdm.auto import tqdm
 
 from lightning_vr.core.distributed import all_gather_rows, rank, world_size
-from lightning_vr.core.rng import generator, seeded, undisturbed
+from lightning_vr.core.rng import generator, preserve_global_rng, seed_global_rng
 from lightning_vr.core.types import Clean
 
 
@@ -55,15 +55,15 @@ def training_batches(
     is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     # a random upstream gives the same in a resumed run
     source = generator("training set", rank(), device=trainer.strategy.root_device)
-    with undisturbed(), seeded(source):
+    with preserve_global_rng(), seed_global_rng(source):
         # tqdm starts the loader when it is made, and a loader that starts draws a seed
         bar = tqdm(own, title, leave=False, delay=1, disable=None if is_shown else True)
         for i, batch in enumerate(bar):
             at = torch.tensor(positions[i * batch_size : (i + 1) * batch_size])
-            yield at, handed_over(trainer, batch)
+            yield at, transfer_batch(trainer, batch)
 
 
-def handed_over(trainer: Trainer, batch: Any) -> Any:
+def transfer_batch(trainer: Trainer, batch: Any) -> Any:
     """Return a batch as training gets it: in the trainer's precision, through the hooks, moved."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -76,7 +76,7 @@ def encoded_training_set(
     title: str,
     limit: int | None = None,
     *,
-    is_share: bool = False,
+    is_shard: bool = False,
 ) -> Clean | None:
     """Return the encoded training set of all ranks, in its own order, on the device of each.
 
@@ -85,7 +85,7 @@ def encoded_training_set(
         encode: Turns ``(positions, batch)`` into clean samples.
         title: What the progress bar says.
         limit: At most so many samples, evenly spaced, or None for all.
-        is_share: Whether to return what this rank has read alone: of W ranks every W-th sample.
+        is_shard: Whether to return what this rank has read alone: of W ranks every W-th sample.
 
     Returns:
         Samples, their labels if they have any, and their positions as indices if every batch
@@ -109,7 +109,7 @@ def encoded_training_set(
                 found[name] = part.new_empty(count, *part.shape[1:], device=device)
             found[name][done : done + len(at)] = part.detach()
         done += len(at)
-    if not is_share:
+    if not is_shard:
         order = all_gather_rows(found["index"]).argsort()
         found = {name: all_gather_rows(part)[order] for name, part in found.items()}
     return Clean(

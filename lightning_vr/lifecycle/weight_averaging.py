@@ -29,7 +29,7 @@ class AveragedWeights:
             if isinstance(callback, WeightAveraging):
                 self._watch(callback)
 
-    def put_right(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def restore_training_weights(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save what trains as that, whatever is in place."""
         averaged, trained = checkpoint["state_dict"], checkpoint.get("current_model_state")
         if trained is None:

@@ -1,1 +1,16 @@
-"""Room."""
+"""The posterior mean E[x0 | x_t] under references. It imports ``core``.
+
+A softmax that is streamed over the references, which are prepared once and may be sharded over the
+ranks.
+"""
+
+from lightning_vr.posterior.posterior_mean import Posterior, posterior_mean
+from lightning_vr.posterior.references import References
+from lightning_vr.posterior.sharded_references import ShardedReferences
+
+__all__ = [
+    "Posterior",
+    "References",
+    "ShardedReferences",
+    "posterior_mean",
+]

@@ -93,9 +93,9 @@ def posterior_mean(
         check_samples("xt", xt)
     prepared = _as_references(xt, references, reference_group)
     _check(xt, sigma, prepared, own, query_group, chunk_size)
-    dtype = _work_dtype(xt.dtype, prepared.held.centre.dtype)
+    dtype = _work_dtype(xt.dtype, prepared.local.centre.dtype)
     with torch.autocast(xt.device.type, enabled=False):
-        centre = prepared.held.centre.to(dtype)
+        centre = prepared.local.centre.to(dtype)
         alpha = _per_row(alpha, xt, dtype)
         precision = _per_row(sigma, xt, dtype) ** -2
         query = xt.flatten(1).to(dtype) - alpha[:, None] * centre
@@ -186,11 +186,11 @@ def _check(
     query_group: Tensor | None,
     chunk_size: int | None,
 ) -> None:
-    held = references.held
-    if xt.shape[1:].numel() != len(held.centre):
+    local = references.local
+    if xt.shape[1:].numel() != len(local.centre):
         raise ValueError(
             f"Argument `references` expected to have {xt.shape[1:].numel()} values per row, as "
-            f"`xt` {tuple(xt.shape)} has, but got {len(held.centre)}."
+            f"`xt` {tuple(xt.shape)} has, but got {len(local.centre)}."
         )
     if own is not None and own.shape != xt.shape:
         raise ValueError(
@@ -199,10 +199,10 @@ def _check(
         )
     if isinstance(sigma, (int, float)) and not 0 < sigma < math.inf:
         raise ValueError(f"Argument `sigma` expected to be positive and finite, but got {sigma}.")
-    if query_group is not None and held.group is None:
+    if query_group is not None and local.group is None:
         raise ValueError("Argument `query_group` needs `reference_group`: the references' labels.")
-    if query_group is not None and held.group is not None:
-        asked, known = columns(query_group).shape, columns(held.group).shape
+    if query_group is not None and local.group is not None:
+        asked, known = columns(query_group).shape, columns(local.group).shape
         if asked != (len(xt), known[1]):
             raise ValueError(
                 f"Argument `query_group` expected to have {len(xt)} rows of {known[1]} labels, as "

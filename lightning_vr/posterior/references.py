@@ -55,19 +55,19 @@ class References:
         return replace(self, centre=torch.zeros_like(self.centre))
 
     @property
-    def held(self) -> "References":
+    def local(self) -> "References":
         """Those of the references that this rank holds: all of them."""
         return self
 
     def rows_at(self, positions: Tensor) -> Tensor:
-        """Return the rows of ``held`` at ``positions (m,)`` of all references."""
+        """Return the rows of ``local`` at ``positions (m,)`` of all references."""
         return positions
 
     def total(self, x: Tensor) -> Tensor:
         """Add up ``x`` over the ranks that hold parts of the references: this one."""
         return x
 
-    def agreed(self, x: Tensor) -> Tensor:
+    def from_rank_zero(self, x: Tensor) -> Tensor:
         """Return the ``x`` of one of the ranks that hold parts of the references: this one."""
         return x
 
@@ -109,7 +109,7 @@ class PlainReferences:
         self.is_centred = is_near and x.dtype == dtype
 
     @property
-    def held(self) -> "PlainReferences":
+    def local(self) -> "PlainReferences":
         """Those of the references that this rank holds: all of them."""
         return self
 

@@ -30,12 +30,12 @@ class ShardedReferences:
     """One rank's part of prepared references; what has to do with all of them is a collective.
 
     Attributes:
-        held: This rank's references, centred as on all ranks.
+        local: This rank's references, centred as on all ranks.
         positions: Where these stand among all references ``(m,)``, int64, ascending.
         size: n, the number of references on all ranks.
     """
 
-    held: References
+    local: References
     positions: Tensor
     size: int
 
@@ -73,7 +73,7 @@ class ShardedReferences:
         return self.size
 
     def rows_at(self, positions: Tensor) -> Tensor:
-        """Return the rows of ``held`` at ``positions (m,)`` of all, -1 where others hold them."""
+        """Return the rows of ``local`` at ``positions (m,)`` of all, -1 where others hold them."""
         row = torch.searchsorted(self.positions, positions.contiguous())
         at_row = torch.cat([self.positions, self.positions.new_tensor([-1])])[row]
         return torch.where((at_row == positions) & (positions >= 0), row, -1)
@@ -82,23 +82,23 @@ class ShardedReferences:
         """Add up ``x`` over the ranks; all must call it."""
         return all_reduce_sum(x)
 
-    def agreed(self, x: Tensor) -> Tensor:
+    def from_rank_zero(self, x: Tensor) -> Tensor:
         """Return the first rank's ``x``; all ranks must call it."""
         return broadcast(x)
 
     def at_origin(self) -> "ShardedReferences":
         """Return the references moved so that their centre is the origin."""
-        return replace(self, held=self.held.at_origin())
+        return replace(self, local=self.local.at_origin())
 
     def take(self, index: Tensor) -> "ShardedReferences":
         """Return the references at ``index (m,)``, the same on all ranks, centred as before."""
         row = self.rows_at(index)
         positions = (row >= 0).nonzero().squeeze(1)
-        return ShardedReferences(self.held.take(row[positions]), positions, len(index))
+        return ShardedReferences(self.local.take(row[positions]), positions, len(index))
 
     def to(self, device: torch.device) -> "ShardedReferences":
         """Return the same references on ``device``."""
-        return replace(self, held=self.held.to(device), positions=self.positions.to(device))
+        return replace(self, local=self.local.to(device), positions=self.positions.to(device))
 
 
 Bank: TypeAlias = References | ShardedReferences
@@ -116,17 +116,17 @@ def sums_over_ranks(
         ValueError: On all ranks, if their queries differ in more than their number.
     """
     counts, asked = _gathered(references, queries)
-    held = SoftmaxSums.over(references.held, asked, chunk_size)
+    local = SoftmaxSums.over(references.local, asked, chunk_size)
     if sum(counts) == 0:
-        return held
-    first, *others = map(SoftmaxSums.unpacked, exchange_rows(held.packed(), counts))
+        return local
+    first, *others = map(SoftmaxSums.unpacked, exchange_rows(local.packed(), counts))
     for other in others:
         first.merge(other)
     return first
 
 
 def _gathered(references: ShardedReferences, queries: Queries) -> tuple[list[int], Queries]:
-    """Return how many queries each rank has, and all of them, to ask of ``references.held``."""
+    """Return how many queries each rank has, and all of them, to ask of ``references.local``."""
     count, device = len(queries.scaled), queries.scaled.device
     nothing = torch.full((count,), -1, device=device)
     exclude = nothing if queries.exclude is None else queries.exclude

@@ -128,7 +128,7 @@ class SoftmaxSums:
         return finite
 
 
-def foreign(query_group: Tensor, reference_group: Tensor) -> Tensor:
+def label_mismatch(query_group: Tensor, reference_group: Tensor) -> Tensor:
     """Return which of c references each row must not use for its labels, ``(B, c)``.
 
     Args:
@@ -172,4 +172,4 @@ def _mask(logits: Tensor, start: int, queries: Queries, reference_group: Tensor 
         logits.scatter_(1, position, kept)
     if queries.group is not None and reference_group is not None:
         part = reference_group[start : start + logits.shape[1]]
-        logits.masked_fill_(foreign(queries.group, part), -math.inf)
+        logits.masked_fill_(label_mismatch(queries.group, part), -math.inf)

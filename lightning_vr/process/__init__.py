@@ -1,1 +1,42 @@
-"""Room."""
+"""The diffusion process: what noise is added and what a network learns of it. It imports ``core``.
+
+Schedules and densities of t, predictions and loss weights, the objective that they make together,
+networks that ship, and samplers.
+"""
+
+from lightning_vr.process.diffusers_schedule import DiffusersSchedule
+from lightning_vr.process.networks import ResidualMLP
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.sampling import Sampler
+from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
+from lightning_vr.process.timesteps import Density, LogitNormal, LogNormal, LogUniform, Uniform
+from lightning_vr.process.weightings import (
+    EDMWeighting,
+    LogNormalWeighting,
+    MinSNRWeighting,
+    UnitWeighting,
+    Weighting,
+)
+
+__all__ = [
+    "EDM",
+    "VE",
+    "VP",
+    "Cosine",
+    "Density",
+    "DiffusersSchedule",
+    "EDMWeighting",
+    "LogNormal",
+    "LogNormalWeighting",
+    "LogUniform",
+    "LogitNormal",
+    "MinSNRWeighting",
+    "Objective",
+    "RectifiedFlow",
+    "ResidualMLP",
+    "Sampler",
+    "Schedule",
+    "Uniform",
+    "UnitWeighting",
+    "Weighting",
+]

@@ -8,8 +8,10 @@ The residual is formed in the network's own space, where the squared error carri
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from lightning_vr.core.devices import widest_float
 from lightning_vr.process.predictions import Prediction, PredictionType, prediction
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density, Truncated
@@ -26,7 +28,7 @@ class Objective:
         weighting: Loss weight λ(t) in x0 space.
         prediction: What the network predicts.
         sigma_data: Standard deviation of the data, for ``prediction="edm"``.
-        whole: The objective that this one is a part of, or None.
+        parent: The objective that this one is a part of, or None.
     """
 
     schedule: Schedule
@@ -34,7 +36,7 @@ class Objective:
     weighting: Weighting
     prediction: PredictionType = "edm"
     sigma_data: float = 0.5
-    whole: "Objective | None" = None
+    parent: "Objective | None" = None
 
     def coefficients(self, t: Tensor) -> Prediction:
         """Return the map from the network's output to x0_hat at times ``t (B,)``."""
@@ -45,8 +47,18 @@ class Objective:
         weight: Tensor = self.weighting(self.schedule, t) * self.coefficients(t).b ** 2
         return weight
 
+    def times(self, count: int) -> Tensor:
+        """Return the time in the middle of each of ``count`` equally likely bins ``(count,)``."""
+        device = next(self.schedule.buffers(), torch.zeros(0)).device
+        middles = (torch.arange(count, device=device, dtype=widest_float(device)) + 0.5) / count
+        return self.timesteps.icdf(middles)
+
+    def noise_levels(self, count: int) -> Tensor:
+        """Return the noise level at each of ``times(count)``, ``(count,)``."""
+        return self.schedule.noise_level(self.times(count))
+
     def between(self, low: float, high: float) -> "Objective":
         """Return the mean of the loss between two quantiles of p(t)."""
         if (low, high) == (0, 1):
             return self
-        return replace(self, timesteps=Truncated(self.timesteps, low, high), whole=self)
+        return replace(self, timesteps=Truncated(self.timesteps, low, high), parent=self)

@@ -1,1 +1,19 @@
-"""Room."""
+"""Training: the model, its LightningModule, and what prepares and checks a run.
+
+The room imports every floor below it; ``diffusion.py`` alone imports no Lightning.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_vr.training.module import DiffusionModule
+
+__all__ = ["DiffusionModule"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DiffusionModule":
+        from lightning_vr.training.module import DiffusionModule
+
+        return DiffusionModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ from lightning_vr.core.gradients import aliases, gradients_in_chunks, parameter_
 from lightning_vr.core.rows import Rows, concatenated, mapped, row_count
 from lightning_vr.core.types import Clean, Noised, TargetEstimate
 from lightning_vr.estimators.loss import diffusion_loss
-from lightning_vr.estimators.taylor.coefficients import Cost, Findings
+from lightning_vr.estimators.taylor.coefficients import Cost, PilotStatistics
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.estimators.taylor.terms import constant_term
 from lightning_vr.lifecycle.precision import loss_scale
@@ -55,8 +55,8 @@ class ControlMeasurement:
         control: The control variate in its slot.
 
     Attributes:
-        seconds: What each pass of the last ``find`` took, with an even share of what lies between
-            the passes: draws and inner products.
+        seconds: What each pass of the last ``measure`` took, with an equal part of what lies
+            between the passes: draws and inner products.
     """
 
     def __init__(self, module: "DiffusionModule", control: TaylorCV) -> None:
@@ -65,7 +65,7 @@ class ControlMeasurement:
         groups = parameter_groups(module)[1]
         self._groups = groups if control.by_group else [0] * len(groups)
 
-    def find(self, clean: Clean, source: Source) -> Findings:
+    def measure(self, clean: Clean, source: Source) -> PilotStatistics:
         """Return what explains what, the same on all ranks; all must call it.
 
         Args:
@@ -73,7 +73,7 @@ class ControlMeasurement:
             source: Gives generators by key.
         """
         self.seconds = []
-        found, total = timed(partial(self._find, clean, source), self.module.device)
+        found, total = timed(partial(self._measure, clean, source), self.module.device)
         between = (total - sum(self.seconds)) / len(self.seconds)
         self.seconds = [seconds + between for seconds in self.seconds]
         return found
@@ -118,7 +118,7 @@ class ControlMeasurement:
         device = self.module.device
         return all_reduce_mean(values.to(device, widest_float(device))).cpu().double()
 
-    def _find(self, clean: Clean, source: Source) -> Findings:
+    def _measure(self, clean: Clean, source: Source) -> PilotStatistics:
         resamples = self.module.draws.draws_per_sample
         wanted = math.ceil(_LEAST_DRAWS * self.control.bins / (2 * resamples))
         some = clean.rows(slice(0, max(wanted, len(clean.x0) // 2)))
@@ -132,7 +132,7 @@ class ControlMeasurement:
         in_step = len(clean.x0) * resamples * self._parts_of_step
         found = self._by_bin(rows, row_count(rows) / in_step)
         moment = found.loss_squares.sum() + self._rest(units[0], in_step)
-        return Findings(*(self.over_ranks(x) for x in found._replace(second_moment=moment)))
+        return PilotStatistics(*(self.over_ranks(x) for x in found._replace(second_moment=moment)))
 
     @property
     def _loss(self) -> DiffusionLoss:
@@ -188,7 +188,7 @@ class ControlMeasurement:
         across = torch.stack([_product(a, b) for a in halves[0] for b in halves[1]]).mean()
         return across + (same - across) * (count / 2) / in_step
 
-    def _by_bin(self, rows: Rows, scale: float) -> Findings:
+    def _by_bin(self, rows: Rows, scale: float) -> PilotStatistics:
         """Return the products of each bin's part of a gradient, for a step of another size.
 
         Args:
@@ -197,7 +197,7 @@ class ControlMeasurement:
         """
         control, count = self.control, row_count(rows)
         bins = control.bin(rows["noised"]["t"], self.module.objective)
-        found = Findings.nothing(control.bins, max(self._groups) + 1, control.parts)
+        found = PilotStatistics.zeros(control.bins, max(self._groups) + 1, control.parts)
         for b in range(control.bins):
             index = (bins == b).nonzero()[:, 0]
             if not len(index):

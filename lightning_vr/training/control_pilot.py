@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_vr.core.devices import widest_float
 from lightning_vr.core.gradients import parameter_groups
-from lightning_vr.core.rng import seeded, undisturbed
+from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
 from lightning_vr.core.rows import detached
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.taylor.coefficients import Cost
@@ -58,8 +58,8 @@ class ControlPilot:
         if self._is_checked and not self._is_due(step):
             return
         source = self.module.generator("control variate", "global", step)
-        with undisturbed():
-            with seeded(source):
+        with preserve_global_rng():
+            with seed_global_rng(source):
                 clean = detached(self.module.clean(batch))
             if not self._is_checked:
                 check_derivatives(self.module, clean)
@@ -71,7 +71,7 @@ class ControlPilot:
             if self._is_due(step) and not self._is_timed:
                 self._time(step, batch, clean)
             if self._is_due(step):
-                with seeded(source):  # whether checked and timed before or not
+                with seed_global_rng(source):  # whether checked and timed before or not
                     self._fit(step, clean)
 
     def _is_due(self, step: int) -> bool:
@@ -142,7 +142,7 @@ class ControlPilot:
         assert pilot is not None
         before = fit.is_open
         source = partial(self.module.generator, "control variate", step)
-        if not fit.add(self.measurement.find(clean, source)):
+        if not fit.add(self.measurement.measure(clean, source)):
             rank_zero_info(f"TaylorCV at step {step}: gradients are not finite, and left out.")
         if pilot["count"] < 2 and pilot["seconds"]:
             pilot["steps"] = self._seconds(is_first=pilot["count"] == 0) / pilot["seconds"]
@@ -182,7 +182,7 @@ def gate_numbers(module: "DiffusionModule", control: TaylorCV) -> dict[str, floa
     groups = parameter_groups(module)[0] if fit.coefficients.shape[1] > 1 else [""]
     found: dict[str, float] = {}
     if control.gate == "auto":
-        found["control_variate/saving"] = fit.saving
+        found["control_variate/saving"] = fit.predicted_speedup
         found["control_variate/share"] = float(fit.shares[fit.is_open].sum())
     for b, name in enumerate(names):
         if control.gate == "auto":
@@ -202,12 +202,13 @@ def describe_gate(module: "DiffusionModule", control: TaylorCV) -> str:
     if control.is_closed:
         return (
             f"off in all {control.bins} bins of the noise level: {price}, and the best choice of "
-            f"bins is predicted to train {fit.saving:.2f} times as fast."
+            f"bins is predicted to train {fit.predicted_speedup:.2f} times as fast."
         )
     levels = ", ".join(name for name, is_open in zip(names, fit.is_open, strict=True) if is_open)
     return (
         f"on in {int(fit.is_open.sum())} of {control.bins} bins of the noise level, around s = "
-        f"{levels}: {price}, and these bins are predicted to train {fit.saving:.2f} times as fast."
+        f"{levels}: {price}, and these bins are predicted to train {fit.predicted_speedup:.2f} "
+        f"times as fast."
     )
 
 

@@ -23,15 +23,15 @@ from typing_extensions import Self
 
 from lightning_vr.core.distributed import broadcast, rank, world_size
 from lightning_vr.core.gradients import mean_in_chunks
-from lightning_vr.core.rng import generator, seeded
+from lightning_vr.core.rng import generator, seed_global_rng
 from lightning_vr.core.rows import Rows, detached, tensors
 from lightning_vr.core.types import (
     UNLABELLED,
-    WHOLE,
+    WHOLE_STEP,
     Clean,
     LossEstimate,
     Noised,
-    Share,
+    StepPart,
     TargetEstimate,
     Times,
 )
@@ -42,12 +42,12 @@ from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.lifecycle.checkpoint_io import use_durable_checkpoints
 from lightning_vr.lifecycle.checkpoints import STATE, describe_arguments, load_module
 from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
-from lightning_vr.lifecycle.epoch_length import agree_on_batches
+from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite
-from lightning_vr.lifecycle.loggers import forgive_loggers
+from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.precision import loss_scale, loss_scaler, unscales_itself
 from lightning_vr.lifecycle.resuming import Resuming
-from lightning_vr.lifecycle.stopping import SharedStop, save_alone
+from lightning_vr.lifecycle.stopping import SharedStop, bypass_collectives
 from lightning_vr.process.networks import call_network
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.predictions import PredictionType, check_prediction
@@ -221,7 +221,7 @@ class DiffusionModule(LightningModule):
         *,
         draws: Draws | None = None,
         target: Target | None = None,
-        share: Share = WHOLE,
+        part: StepPart = WHOLE_STEP,
     ) -> LossEstimate:
         """Return the loss of a batch, an unbiased estimate whatever the slots hold.
 
@@ -232,7 +232,7 @@ class DiffusionModule(LightningModule):
             source: Generator of all randomness, on the batch's device.
             draws: Used in place of the module's own; validation draws as ``IID()`` does.
             target: Used in place of the module's own; validation regresses on ``DSM()``.
-            share: The part of an optimizer step that the batch is.
+            part: The part of an optimizer step that the batch is.
         """
         clean = self.clean(batch)
         if self.training not in self._checked_modes:
@@ -241,9 +241,9 @@ class DiffusionModule(LightningModule):
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
         draws = draws or self.draws
-        times = draws.times(clean, self.objective, source, share)
+        times = draws.times(clean, self.objective, source, part)
         found = self.draw(clean, source, times, draws=draws, target=target)
-        return self.regress(*found, draws=draws)
+        return self.compute_loss(*found, draws=draws)
 
     def draw(
         self,
@@ -271,7 +271,7 @@ class DiffusionModule(LightningModule):
             noised = self.control_variate.draw(noised, source)
         return noised, found
 
-    def regress(
+    def compute_loss(
         self, noised: Noised, target: TargetEstimate, *, draws: Draws | None = None
     ) -> LossEstimate:
         """Return the loss of the network, in the chunks that ``draws``, or its own, ask for."""
@@ -280,13 +280,13 @@ class DiffusionModule(LightningModule):
             return self._estimate(noised, target)
         rows = {"noised": tensors(noised), "target": tensors(target)}
         scale = 1.0 if self._trainer is None else loss_scale(self._trainer)
-        loss, summands = mean_in_chunks(self, self._summands, rows, chunk, scale=scale)
+        loss, summands = mean_in_chunks(self, self._loss_terms, rows, chunk, scale=scale)
         per_draw, control = summands.unbind(dim=1)
         return LossEstimate(loss, per_draw, noised, target, control)
 
-    def losses(self, rows: Rows) -> Tensor:
+    def per_draw_losses(self, rows: Rows) -> Tensor:
         """Return the loss of each row of ``"noised"`` and ``"target"``, ``(n,)``."""
-        return self._summands(rows).sum(dim=1)
+        return self._loss_terms(rows).sum(dim=1)
 
     @property
     def objective(self) -> Objective:
@@ -360,14 +360,14 @@ class DiffusionModule(LightningModule):
         if micro_step == 0:
             for pilot in self._pilots:
                 pilot.before_step(batch)
-        share = Share(
+        part = StepPart(
             rank() * parts + micro_step,
             world_size() * parts,
             generator(self.run_seed, "strata", self.global_step, device=self.device),
         )
         source = self.generator("train", self.global_step, micro_step)
-        with seeded(self.generator("global", self.global_step, micro_step)):
-            estimate = self.loss(batch, source, share=share)
+        with seed_global_rng(self.generator("global", self.global_step, micro_step)):
+            estimate = self.loss(batch, source, part=part)
         control = None if estimate.control is None else estimate.control.detach()
         # an upstream in training has made all of it
         self.estimate = LossEstimate(
@@ -427,23 +427,23 @@ class DiffusionModule(LightningModule):
         """Let neither a full disk nor a logger end the run, and ranks stop together."""
         check_trainer(self)
         self._resuming.begin(self.trainer)
-        self._stop.take_over(self.trainer)
+        self._stop.install_signal_handlers(self.trainer)
         use_durable_checkpoints(self.trainer)
         keep_csv_logs_whole(self.trainer)
-        forgive_loggers(self.trainer)
+        warn_on_logger_errors(self.trainer)
 
     def on_train_start(self) -> None:
         """Fix the seed of the run, fill the target's bank, prepare the draws."""
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
-        agree_on_batches(self.trainer)
+        equalize_epoch_length(self.trainer)
         self._resuming.restore_gradients(self)
         check_ranks(self.draws, self.device)
         found = resamples_pilot(self), control_pilot(self)
         self._pilots = [pilot for pilot in found if pilot is not None]
         if self.target.bank_size != 0:
             fill_target(self)
-        self._resuming.catch_up(self.trainer)
+        self._resuming.replay_skipped_hooks(self.trainer)
 
     def on_fit_end(self) -> None:
         """Log what the last step was about to, if that is all that was left to do."""
@@ -453,7 +453,7 @@ class DiffusionModule(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Look at the lengths of loaders that were made anew."""
         if self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-            agree_on_batches(self.trainer)
+            equalize_epoch_length(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let loggers count as the optimizer does, which an error in mid-batch may have undone."""
@@ -466,7 +466,7 @@ class DiffusionModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop here if any rank was asked to."""
-        self._stop.agree(self.trainer)
+        self._stop.synchronize(self.trainer)
 
     def stop_if_asked(self) -> None:
         """End what takes long at once if any rank was asked to; all ranks call it.
@@ -474,21 +474,21 @@ class DiffusionModule(LightningModule):
         Raises:
             SIGTERMException: If one was.
         """
-        self._stop.agree(self.trainer)
+        self._stop.synchronize(self.trainer)
         if self.trainer.received_sigterm:
             raise SIGTERMException
 
     def on_validation_epoch_end(self) -> None:
         """Note that the validation run has ended, and stop if any rank was asked to."""
         self._resuming.has_validated = not self.trainer.sanity_checking
-        self._stop.agree(self.trainer)
+        self._stop.synchronize(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed and gradients that wait, so that a resumed run repeats."""
         shape = None if self.sample_shape is None else list(self.sample_shape)
         checkpoint[STATE] = {"seed": self.seed, "sample_shape": shape}
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            save_alone(self._trainer)
+            bypass_collectives(self._trainer)
             checkpoint[STATE] |= self._resuming.state(self, checkpoint)
             checkpoint[STATE]["skipped"] = self._guard.skipped
         keep_learned(checkpoint)
@@ -549,7 +549,7 @@ class DiffusionModule(LightningModule):
             control_variate=self.control_variate,
         )
 
-    def _summands(self, rows: Rows) -> Tensor:
+    def _loss_terms(self, rows: Rows) -> Tensor:
         """Return the squared error of each row and the term of the control variate, ``(n, 2)``."""
         noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
         found = self._estimate(noised, target)
@@ -563,7 +563,7 @@ class DiffusionModule(LightningModule):
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
         source = self.generator("evaluate", batch_idx)
-        with seeded(source):
+        with seed_global_rng(source):
             estimate = self.loss(batch, source, draws=IID(), target=DSM())
         self.log(
             f"{stage}/loss",

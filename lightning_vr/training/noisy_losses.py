@@ -59,7 +59,7 @@ class DiffusionLoss(NoisyLoss):
 
     def forward(self, rows: Rows) -> Tensor:
         with self.precision():
-            return self.module.losses(rows)
+            return self.module.per_draw_losses(rows)
 
 
 class GivenLoss(NoisyLoss):

@@ -37,7 +37,7 @@ def fill_target(module: "DiffusionModule") -> None:
     if target.bank_size is None:
         check_equal_chances(module.trainer)
     clean = encoded_training_set(
-        module.trainer, encode, "Encoding references", target.bank_size, is_share=target.sharded
+        module.trainer, encode, "Encoding references", target.bank_size, is_shard=target.sharded
     )
     if clean is not None:
         fill(target, clean)
@@ -55,5 +55,5 @@ def fill(target: Target, clean: Clean) -> None:
         clean.group,
         indexed=clean.index is not None,
         cond_group=clean.cond_group,
-        is_share=target.sharded,
+        is_shard=target.sharded,
     )

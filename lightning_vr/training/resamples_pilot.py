@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_vr.core.devices import timed
 from lightning_vr.core.distributed import all_reduce_mean, broadcast, least
-from lightning_vr.core.rng import seeded, undisturbed
+from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
 from lightning_vr.core.rows import concatenated, tensors
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.carv import CARV
@@ -68,13 +68,13 @@ class ResamplesPilot:
             return
         if step < self._not_before:
             return
-        with undisturbed(), seeded(self._source("global")):
+        with preserve_global_rng(), seed_global_rng(self._source("global")):
             clean = self.module.clean(batch)
             encode, denoise = self._mean_over_ranks(*self._seconds(batch, clean))
             # no K gains more than this factor, but where a larger batch would gain it too
             if 1 + encode / denoise <= _LEAST_GAIN:
                 reason = "so that no number of resamples could gain 5 %"
-                self._take(step, self.draws.least_resamples, encode / denoise, reason)
+                self._apply_resamples(step, self.draws.least_resamples, encode / denoise, reason)
                 return
             self._batches.append(batch)
             samples = least(len(self._batches) * len(clean.x0), self.module.device)
@@ -100,7 +100,7 @@ class ResamplesPilot:
             f"between samples; predicted ECM over one draw "
             f"{_gain(between, within, cost, best, over=1):.2f}"
         )
-        self._take(step, best, encode / cost.denoise, reason)
+        self._apply_resamples(step, best, encode / cost.denoise, reason)
         assert self.draws.pilot is not None
         self.draws.pilot |= {"between": between, "within": within}
 
@@ -113,7 +113,7 @@ class ResamplesPilot:
         gain = _gain(between, within, cost, best, over=self.draws.chosen)
         return best if gain > _LEAST_GAIN else self.draws.chosen
 
-    def _take(self, step: int, resamples: int, ratio: float, reason: str) -> None:
+    def _apply_resamples(self, step: int, resamples: int, ratio: float, reason: str) -> None:
         """Take rank 0's K, and say why."""
         decision = broadcast(torch.tensor(resamples, device=self.module.device))
         before, self.draws.chosen = self.draws.chosen, int(decision)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lightning_vr.core.devices import widest_float
 from lightning_vr.core.distributed import all_reduce_sum, rank, ranks_save_together
-from lightning_vr.variance.target_curves import Measured, TargetVarianceCurve
+from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 
 _FLOOR = 1e-6
 """Share of the data's variance below which V counts as next to nothing: where the grid begins."""
@@ -93,7 +93,7 @@ class IrreducibleVariance:
         self._log_levels = self._log_levels.to(device, dtype)
         return self
 
-    def __call__(self, noise_level: Tensor) -> Measured:
+    def __call__(self, noise_level: Tensor) -> MeasuredCurve:
         """Return V and its standard error at noise levels ``(B,)``, which may be 0 or infinite."""
         tiny = torch.finfo(self._values.dtype).tiny
         log_level = noise_level.to(self._values).clamp(min=tiny).log()
@@ -103,7 +103,7 @@ class IrreducibleVariance:
         own, own_upper, dsm, dsm_upper = self._floor * torch.expm1(self._cubic(position))
         is_off = noise_level < self.switch
         mean = torch.where(is_off, dsm, own)
-        return Measured(mean, (torch.where(is_off, dsm_upper, own_upper) - mean).abs())
+        return MeasuredCurve(mean, (torch.where(is_off, dsm_upper, own_upper) - mean).abs())
 
     def _cubic(self, position: Tensor) -> Tensor:
         """Interpolate at ``position (B,)`` in steps of the grid: ``(curves, B)``, 0 or more."""

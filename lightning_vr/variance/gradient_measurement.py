@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_vr.core.devices import uncompiled
 from lightning_vr.core.gradients import aliases, gradients_in_chunks, is_trained
-from lightning_vr.core.rng import undisturbed
+from lightning_vr.core.rng import preserve_global_rng
 from lightning_vr.core.rows import (
     Rows,
     concatenated,
@@ -144,7 +144,7 @@ class GradientMeasurement:
     def _per_sample(self, parts: list["_Part"], key: tuple[int | str, ...]) -> list[Components]:
         for clean, *_ in parts:
             _check_units(len(clean.x0))
-        with undisturbed(), uncompiled(), sdpa_kernel(SDPBackend.MATH):
+        with preserve_global_rng(), uncompiled(), sdpa_kernel(SDPBackend.MATH):
             rows = concatenated([interleaved(self._draws(*part)) for part in parts])
             parameters, fixed = aliases(self.loss)
             torch.manual_seed(self.source(*key, "global").initial_seed())
@@ -182,7 +182,7 @@ class GradientMeasurement:
         """
         _check_units(len(batches))
         sums = self._sums(key)
-        with undisturbed():
+        with preserve_global_rng():
             for unit, clean in enumerate(batches):
                 draws = self._draws(clean, (*key, unit), low, high)
                 passes = [self.gradient(rows, *key, unit, draw) for draw, rows in enumerate(draws)]
@@ -214,19 +214,19 @@ class GradientMeasurement:
             sum((g for g in (a, b) if g is not None), torch.zeros_like(p)) for a, b, p in totals
         ]
 
-    def obstacle(self, clean: Clean) -> str | None:
+    def why_unavailable(self, clean: Clean) -> str | None:
         """Return why per-sample gradients are impossible or do not tell all, or None."""
         if is_trained(clean):
             return "`encode` is trained"
         if self.loss.couples_rows:
             return "the draws of a batch depend on each other"
-        if len(self.loss.times(clean, self.source("obstacle"), 0.0, 1.0).t) != len(clean.x0):
+        if len(self.loss.times(clean, self.source("why_unavailable"), 0.0, 1.0).t) != len(clean.x0):
             return "there are several draws of each sample"
         for name, module in self.loss.named_modules():
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
                 return f"{name.partition('.')[2]} normalises over the batch"
         try:
-            self.per_sample(clean.rows(slice(0, 2)), "obstacle")
+            self.per_sample(clean.rows(slice(0, 2)), "why_unavailable")
         except Exception as error:  # whatever a network's own code raises
             reason = str(error).strip().splitlines() or [type(error).__name__]
             return f"functorch says: {reason[0]}"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
-class Measured(NamedTuple):
+class MeasuredCurve(NamedTuple):
     """A curve over the noise levels.
 
     Attributes:
@@ -33,19 +33,19 @@ class TargetVarianceCurve:
 
     noise_levels: Tensor
     size: int
-    dsm: Measured
-    stf: dict[int, Measured]
-    ess: dict[int, Measured]
-    divergence: Measured
+    dsm: MeasuredCurve
+    stf: dict[int, MeasuredCurve]
+    ess: dict[int, MeasuredCurve]
+    divergence: MeasuredCurve
 
     def factor(self, references: int) -> Tensor:
         """Return V_DSM / V_STF ``(L,)``: infinite where V_STF alone is 0, NaN where both are."""
         return self.dsm.mean / self.stf[references].mean
 
-    def in_x0_space(self, variance: Measured) -> Measured:
+    def in_x0_space(self, variance: MeasuredCurve) -> MeasuredCurve:
         """Return a variance in x0 units squared."""
         unit = self.noise_levels**4
-        return Measured(variance.mean * unit, variance.error * unit)
+        return MeasuredCurve(variance.mean * unit, variance.error * unit)
 
     def columns(self) -> dict[str, Tensor]:
         """Return every number by name: ``dsm, dsm_error, stf_16, stf_16_error, ..., ess_all``."""
@@ -80,8 +80,8 @@ class TargetVarianceCurve:
         return cls(
             state["noise_levels"],
             state["size"],
-            Measured(*state["dsm"]),
-            {n: Measured(*curve) for n, curve in state["stf"].items()},
-            {n: Measured(*curve) for n, curve in state["ess"].items()},
-            Measured(*state["divergence"]),
+            MeasuredCurve(*state["dsm"]),
+            {n: MeasuredCurve(*curve) for n, curve in state["stf"].items()},
+            {n: MeasuredCurve(*curve) for n, curve in state["ess"].items()},
+            MeasuredCurve(*state["divergence"]),
         )

@@ -41,8 +41,8 @@ from lightning_vr.core.types import UNLABELLED, Clean, Noised, TargetEstimate
 from lightning_vr.estimators.stf import STF
 from lightning_vr.posterior.posterior_mean import Posterior, posterior_mean
 from lightning_vr.posterior.references import References, check_samples
-from lightning_vr.posterior.streamed_softmax import foreign
-from lightning_vr.variance.target_curves import Measured, TargetVarianceCurve
+from lightning_vr.posterior.streamed_softmax import label_mismatch
+from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 
 _BLOCK_ELEMENTS = 1 << 20
 """Noised values at a time, so that memory does not grow with the number of noise levels."""
@@ -274,7 +274,7 @@ def _divergence(noised: Noised, bank: References, log_evidence: Tensor) -> Tenso
         ratio = torch.exp(logits + offset[:, None])
         terms = torch.where(ratio > 2 / 3, ratio * (ratio - 1) ** 2, 8 / 27 - ratio / 3)
         if labels is not None and bank.group is not None:
-            is_foreign = foreign(labels, bank.group[start : start + len(rows)])
+            is_foreign = label_mismatch(labels, bank.group[start : start + len(rows)])
             terms.masked_fill_(is_foreign, 0)
             count -= is_foreign.sum(dim=1)
         total += terms.sum(dim=1)
@@ -291,8 +291,8 @@ def _curve(
     unit = levels**-4
 
     dsm = _measured(spread * unit)
-    stf = {1: dsm, size: Measured(zero, zero)}
-    ess = {1: Measured(one, zero), size: _measured(effective)}
+    stf = {1: dsm, size: MeasuredCurve(zero, zero)}
+    ess = {1: MeasuredCurve(one, zero), size: _measured(effective)}
     for i, count in enumerate(counts):
         stf[count] = _measured(others[2 * i] * unit)
         ess[count] = _measured(others[2 * i + 1])
@@ -306,8 +306,8 @@ def _curve(
     )
 
 
-def _measured(blocks: Tensor) -> Measured:
-    return Measured(blocks.mean(dim=0), blocks.std(dim=0) / math.sqrt(len(blocks)))
+def _measured(blocks: Tensor) -> MeasuredCurve:
+    return MeasuredCurve(blocks.mean(dim=0), blocks.std(dim=0) / math.sqrt(len(blocks)))
 
 
 def _check(

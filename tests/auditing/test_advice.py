@@ -9,7 +9,7 @@ import yaml
 
 from lightning_vr.auditing import Audit, Candidate
 from lightning_vr.auditing.report import page, table
-from lightning_vr.auditing.result import Measured
+from lightning_vr.auditing.result import MeasuredEstimator
 from lightning_vr.cli.command import VRCLI
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.proposals import LearnedProposal, TableProposal
@@ -31,13 +31,15 @@ def measured(name, efficiency, seconds=0.01, width=0.05, config=None):
     saved = Interval(efficiency, efficiency - width, efficiency + width)
     faster = 0.01 / seconds
     multiplier = Interval(*(faster * end for end in saved))
-    return Measured(name, parts, components(0.1, 0.1, 0.1), seconds, saved, multiplier, config)
+    return MeasuredEstimator(
+        name, parts, components(0.1, 0.1, 0.1), seconds, saved, multiplier, config
+    )
 
 
 def current(squared_mean=0.1):
     one = Interval(1.0, 1.0, 1.0)
     parts = components(squared_mean=squared_mean)
-    return Measured("current", parts, components(0.1, 0.1, 0.1), 0.01, one, one)
+    return MeasuredEstimator("current", parts, components(0.1, 0.1, 0.1), 0.01, one, one)
 
 
 def an_audit(*rivals, squared_mean=0.1, upstream=1e-5, own=None, draws_per_sample=1, **settings):
@@ -93,7 +95,7 @@ def test_where_noise_is_no_bottleneck_the_advice_says_so():
     audit = an_audit(measured("a", 2.0), squared_mean=10.0)
     assert audit.noise_ratio == pytest.approx(0.1)
     assert "noise is not what holds this training back" in audit.advice
-    assert audit.saving(audit.recommended) == pytest.approx(1.1 / 1.05)
+    assert audit.predicted_speedup(audit.recommended) == pytest.approx(1.1 / 1.05)
     assert "1.05 times less compute" in audit.advice
     assert "not what holds" not in an_audit(measured("a", 2.0)).advice
     # half the variance in 1.5 times as long: (1.5 * 1.05) / 1.1
@@ -106,7 +108,7 @@ def test_a_longer_step_is_recommended_only_where_noise_is_what_holds_training_ba
     # ECM 2.35 and 1.9; with noise ratio 1/3: (4/3) / (1 + 1/12) / 1.7 = 0.72, and 1.13
     audit = an_audit(*rivals, squared_mean=3.0)
     assert audit.recommended.name == "as long"
-    assert audit.saving(audit.estimators[1]) == pytest.approx(16 / 13 / 1.7)
+    assert audit.predicted_speedup(audit.estimators[1]) == pytest.approx(16 / 13 / 1.7)
     assert an_audit(*rivals, squared_mean=0.01).recommended.name == "longer"
     alone = an_audit(rivals[0], squared_mean=3.0)
     assert "1.38 times more compute" in alone.advice

@@ -66,7 +66,7 @@ def compared(rank, folder):
         return posterior_mean(xt, 1.0, sigma, prepared).mean
 
     def gathered():
-        held = prepared.held
+        held = prepared.local
         rows, norms = all_gather_rows(held.rows), all_gather_rows(held.squared_norms)
         return posterior_mean(xt, 1.0, sigma, References(rows, norms, held.centre)).mean
 

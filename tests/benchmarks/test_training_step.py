@@ -110,7 +110,9 @@ def test_keyed_generators_and_strata_against_one_stream(compare, monkeypatch):
 
     def other():
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_vr.training.module.seeded", lambda source: nullcontext())
+            patch.setattr(
+                "lightning_vr.training.module.seed_global_rng", lambda source: nullcontext()
+            )
             patch.setattr("lightning_vr.training.module.generator", lambda *_, **__: None)
             plain()
 

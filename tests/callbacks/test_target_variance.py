@@ -30,7 +30,7 @@ from lightning_vr import (
 )
 from lightning_vr.callbacks import target_variance
 from lightning_vr.callbacks.target_variance import TargetVariance
-from lightning_vr.core.types import WHOLE, Times
+from lightning_vr.core.types import WHOLE_STEP, Times
 from lightning_vr.data import EightGaussians
 from lightning_vr.process.predictions import prediction
 from lightning_vr.process.weightings import MinSNRWeighting
@@ -412,7 +412,7 @@ def test_a_run_leaves_the_excess_loss_as_numbers_a_file_and_a_picture(tmp_path, 
 class Weighted(IID):
     """Draws whose importance weights are 1, 2 and 3."""
 
-    def times(self, clean, objective, generator, share=WHOLE):
+    def times(self, clean, objective, generator, share=WHOLE_STEP):
         t = super().times(clean, objective, generator, share).t
         return Times(t, torch.randint(1, 4, t.shape, generator=generator).to(t))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_vr.core.rng import generator, undisturbed
+from lightning_vr.core.rng import generator, preserve_global_rng
 
 
 def draw(*key):
@@ -18,7 +18,7 @@ def test_a_key_gives_the_same_draws_in_any_order_and_process():
     draw(1)
     assert torch.equal(draw(7, "train", 0, 3), first)
     code = (
-        "import torch; from lightning_vr.rng import generator;"
+        "import torch; from lightning_vr.core.rng import generator;"
         "print(torch.randn(1000, generator=generator(7, 'train', 0, 3))[0].item())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
@@ -58,17 +58,17 @@ def draw_and_fail():
 
 def test_undisturbed_restores_the_global_streams_even_after_an_error():
     before = states()
-    with undisturbed():
+    with preserve_global_rng():
         draw_from_all_streams()
     assert states() == before
-    with pytest.raises(ZeroDivisionError), undisturbed():
+    with pytest.raises(ZeroDivisionError), preserve_global_rng():
         draw_and_fail()
     assert states() == before
 
 
 def test_undisturbed_restores_the_streams_when_a_loop_is_left_early():
     def batches():
-        with undisturbed():
+        with preserve_global_rng():
             for _ in range(3):
                 yield draw_from_all_streams()
 

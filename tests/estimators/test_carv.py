@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_vr.core.rng import generator
-from lightning_vr.core.types import UNLABELLED, Clean, LossEstimate, Share, TargetEstimate
+from lightning_vr.core.types import UNLABELLED, Clean, LossEstimate, StepPart, TargetEstimate
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.loss import diffusion_loss
@@ -35,7 +35,7 @@ def parts_of(draws, objective, samples, parts, step=0):
             points(samples),
             objective,
             generator("jitter", step, number),
-            Share(number, parts, generator("strata", step)),
+            StepPart(number, parts, generator("strata", step)),
         )
         for number in range(parts)
     ]

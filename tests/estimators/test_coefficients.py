@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_vr.core.rng import generator
-from lightning_vr.estimators.taylor.coefficients import ControlFit, Cost, Findings
+from lightning_vr.estimators.taylor.coefficients import ControlFit, Cost, PilotStatistics
 
 WIDE = torch.float64
 MEMORY = 0.7
@@ -22,7 +22,7 @@ def findings_of(loss, parts, second_moment=1000.0, share=None, values=None):
     bins = len(loss)
     share = torch.full((bins,), 1 / bins, dtype=WIDE) if share is None else share
     values = torch.ones(2, bins, dtype=WIDE) if values is None else values
-    return Findings(
+    return PilotStatistics(
         torch.einsum("bnp,bnkp->bnk", loss, parts),
         torch.einsum("bnkp,bnlp->bnkl", parts, parts),
         loss.square().sum(dim=(1, 2)),
@@ -39,11 +39,11 @@ def random_findings(bins=3, groups=1, parts=1, key=0, **options):
 
 
 def of_reductions(reductions, share):
-    """Findings of bins that take off given shares of the gradient with coefficients of one."""
+    """Statistics of bins that take off given parts of the gradient with coefficients of one."""
     reductions = torch.as_tensor(reductions, dtype=WIDE)
     bins = len(reductions)
     ones = torch.ones(bins, 1, 1, dtype=WIDE)
-    return Findings(
+    return PilotStatistics(
         (reductions[:, None, None] + 1) / 2,
         ones[..., None],
         0.5 * torch.as_tensor(share, dtype=WIDE),
@@ -66,7 +66,7 @@ def test_before_the_first_pilot_coefficients_are_one_and_the_gate_is_closed():
     fit = ControlFit(4, on_values=False, coefficient=None)
     assert torch.equal(fit.coefficients, torch.ones(4, 1, 1, dtype=WIDE))
     assert not fit.is_open.any()
-    assert fit.saving == 1
+    assert fit.predicted_speedup == 1
     assert not fit.reductions.any()
     assert torch.equal(fit.shares, torch.full((4,), 0.25, dtype=WIDE))
 
@@ -200,7 +200,7 @@ def test_no_set_of_bins_would_save_more_than_those_that_open(cost):
         torch.testing.assert_close(fit.reductions, reductions)
         saving, bins = best_by_trial(reductions, share, cost)
         # a set that saves nothing is not opened, the best of these or not
-        assert max(fit.saving, 1.0) == pytest.approx(max(saving, 1.0))
+        assert max(fit.predicted_speedup, 1.0) == pytest.approx(max(saving, 1.0))
         expected = torch.zeros(6, dtype=torch.bool)
         if saving > 1.05:
             expected[list(bins)] = True
@@ -216,7 +216,7 @@ def test_the_gate_opens_for_a_saving_over_five_percent(reduction, expected):
     share = torch.full((2,), 0.5, dtype=WIDE)
     fit = fit_of(of_reductions([reduction, 0.0], share), bins=2, cost=Cost(0.0, 0.0))
     assert bool(fit.is_open[0]) == expected
-    assert fit.saving == pytest.approx(1 / (1 - reduction))
+    assert fit.predicted_speedup == pytest.approx(1 / (1 - reduction))
 
 
 def test_a_gate_that_was_open_closes_when_it_pays_no_more():
@@ -285,7 +285,7 @@ def test_the_noise_that_is_taken_off_is_never_all_of_the_second_moment():
     found = findings_of(loss, loss[:, :, None], second_moment=0.0)
     fit = fit_of(found, bins=2, cost=Cost(0.0, 0.0))
     assert 0.5 < float(fit.reductions.sum()) < 0.95
-    assert fit.saving == pytest.approx(float(1 / (1 - fit.reductions.sum())))
+    assert fit.predicted_speedup == pytest.approx(float(1 / (1 - fit.reductions.sum())))
 
 
 def test_a_fixed_coefficient_stays_and_is_what_is_judged():
@@ -333,7 +333,7 @@ def test_its_state_goes_through_a_file_of_numbers_and_goes_on_alike(pilots):
     assert torch.equal(fit.is_open, again.is_open)
     assert torch.equal(fit.reductions, again.reductions)
     assert torch.equal(fit.shares, again.shares)
-    assert fit.saving == again.saving
+    assert fit.predicted_speedup == again.predicted_speedup
 
 
 def test_a_fixed_coefficient_is_not_that_of_the_state():

@@ -20,7 +20,7 @@ from lightning_vr.estimators.draws import IID, noise_samples
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import own_sample
-from lightning_vr.estimators.taylor.coefficients import Cost, DeviceCopy, Findings
+from lightning_vr.estimators.taylor.coefficients import Cost, DeviceCopy, PilotStatistics
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.estimators.taylor.terms import constant_term, taylor_terms
 from lightning_vr.process.networks import ResidualMLP
@@ -437,7 +437,7 @@ def value_findings(model, noised):
         sums[:, b] = torch.stack([((loss - loss.mean()) * term).sum(), term.square().sum()])
     ones = torch.ones(control.bins, 1, control.parts, dtype=WIDE)
     squares = torch.diag_embed(ones)
-    return Findings(ones, squares, ones[:, 0, 0], ones[0, 0, 0], ones[:, 0, 0], *sums)
+    return PilotStatistics(ones, squares, ones[:, 0, 0], ones[0, 0, 0], ones[:, 0, 0], *sums)
 
 
 @pytest.mark.parametrize(("order", "least"), [(0, 5), (1, 50)])
@@ -605,7 +605,7 @@ def learned(**options):
     ones = torch.full((control.bins,), 1 / control.bins, dtype=WIDE)
     control.fit.cost = Cost(0.01, 0.1)
     control.fit.add(
-        Findings(
+        PilotStatistics(
             torch.einsum("bnp,bnkp->bnk", g, c),
             torch.einsum("bnkp,bnlp->bnkl", c, c),
             g.square().sum(dim=(1, 2)),

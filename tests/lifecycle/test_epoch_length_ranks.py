@@ -262,10 +262,10 @@ def test_gradients_are_measured_on_as_many_samples_as_all_ranks_have(
 
 
 def test_what_hinders_one_rank_from_measuring_per_sample_hinders_all(tmp_path, monkeypatch):
-    seen = GradientMeasurement.obstacle
+    seen = GradientMeasurement.why_unavailable
     monkeypatch.setattr(
         GradientMeasurement,
-        "obstacle",
+        "why_unavailable",
         lambda *arguments: "no memory" if rank() == 1 else seen(*arguments),
     )
     callback = GradientVariance(every_n_steps=1, samples=4, noise_levels=2)

@@ -125,12 +125,12 @@ def posteriors(rank):
     x = torch.arange(2.0 * COUNT).reshape(COUNT, 2)
     sharded = ShardedReferences.prepare(x[share], x[share, 0])
     subset = sharded.take(torch.tensor([30, 3, 3, 4]))
-    found["subset"] = [subset.positions, subset.held.group, torch.tensor(len(subset))]
-    found["rows"] = [sharded.rows_at(torch.arange(-1, COUNT)), sharded.held.group]
-    found["centre"] = [sharded.held.centre]
+    found["subset"] = [subset.positions, subset.local.group, torch.tensor(len(subset))]
+    found["rows"] = [sharded.rows_at(torch.arange(-1, COUNT)), sharded.local.group]
+    found["centre"] = [sharded.local.centre]
     mine = x[share].clone()
     taken = ShardedReferences.prepare(mine, in_place=True)
-    found["in place"] = [taken.held.rows, mine, sharded.held.rows]
+    found["in place"] = [taken.local.rows, mine, sharded.local.rows]
     nothing = slice(0, 0)
     found["nobody asks"] = [*posterior_of("own", nothing, share, ShardedReferences.prepare)]
     found["spread"] = [at_low_noise(rows, False, share, ShardedReferences.prepare)]
@@ -354,8 +354,8 @@ class Save(Callback):
         bank = module.target.bank
         curve = trainer.callbacks[0].curve
         found = {
-            "held": bank.held.rows + bank.held.centre,
-            "group": bank.held.group,
+            "held": bank.local.rows + bank.local.centre,
+            "group": bank.local.group,
             "switch": module.target.switch,
             "size": len(bank),
             "curve": curve.dsm.mean,

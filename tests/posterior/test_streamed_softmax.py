@@ -5,7 +5,7 @@ import torch
 
 from lightning_vr.posterior import streamed_softmax as softmax_sums
 from lightning_vr.posterior.references import References
-from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums, foreign
+from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums, label_mismatch
 
 WIDE = torch.float64
 
@@ -25,7 +25,7 @@ def problem():
 def by_hand(references, queries):
     """log Σ w, log Σ w², Σ w r / Σ w and Σ w ‖r‖² / Σ w, not one of them with a common scale."""
     logits = queries.scaled @ references.rows.T - references.squared_norms
-    logits = logits.masked_fill(foreign(queries.group, references.group), -math.inf)
+    logits = logits.masked_fill(label_mismatch(queries.group, references.group), -math.inf)
     weights = logits.softmax(1)
     return [
         logits.logsumexp(1),

@@ -29,7 +29,7 @@ from lightning_vr import (
 from lightning_vr.core.gradients import parameter_groups
 from lightning_vr.core.rng import generator
 from lightning_vr.estimators.loss import diffusion_loss
-from lightning_vr.estimators.taylor.coefficients import Cost, Findings
+from lightning_vr.estimators.taylor.coefficients import Cost, PilotStatistics
 from lightning_vr.estimators.taylor.terms import taylor_terms
 from lightning_vr.training.control_measurement import ControlMeasurement
 from lightning_vr.training.control_pilot import ControlPilot
@@ -103,7 +103,7 @@ def findings(bins=8, parts=1, reduction=0.0):
     """What is found where all coefficients are to be one, and take off a share of each bin."""
     share = torch.full((bins,), 1 / bins, dtype=WIDE)
     products = (reduction * share)[:, None, None].expand(bins, 1, parts) / parts
-    return Findings(
+    return PilotStatistics(
         products, torch.diag_embed(products), share / 2, torch.tensor(1.0, dtype=WIDE), *[share] * 3
     )
 
@@ -149,8 +149,8 @@ def test_what_a_pilot_finds_is_the_closed_form(samples, resamples, accumulated, 
     found = []
     for i in range(80):
         clean = Clean(torch.randn(samples, 2, generator=generator("x", i)))
-        found.append(pilot.find(clean, lambda *key, i=i: generator(i, *key)))
-    found = Findings(*(torch.stack(x) for x in zip(*found, strict=True)))
+        found.append(pilot.measure(clean, lambda *key, i=i: generator(i, *key)))
+    found = PilotStatistics(*(torch.stack(x) for x in zip(*found, strict=True)))
     in_step = samples * accumulated * resamples
     for b, square in enumerate((0.5 + 1 / math.pi, 0.5 - 1 / math.pi)):
         # of half of the draws, in two dimensions
@@ -228,7 +228,7 @@ def test_numbers_that_a_pilot_reads_are_not_more_for_more_parameters(by_group):
         model = module(control, ResidualMLP(2, width=8, depth=depth))
         model._trainer = trainer_of()
         with Reads() as reads:
-            ControlMeasurement(model, control).find(Clean(Points().x0), generator)
+            ControlMeasurement(model, control).measure(Clean(Points().x0), generator)
         counts.append(reads.count)
     assert counts[0] == counts[1]
 
@@ -248,7 +248,7 @@ def test_the_time_of_a_pilot_is_that_of_all_it_does(monkeypatch):
     model._trainer = trainer_of()
     measurement = ControlMeasurement(model, control)
     start = time.perf_counter()
-    measurement.find(Clean(Points().x0), generator)
+    measurement.measure(Clean(Points().x0), generator)
     taken = time.perf_counter() - start
     assert 0.02 * len(calls) <= sum(measurement.seconds) <= taken
     assert min(measurement.seconds) >= 0.02 * len(calls) / len(measurement.seconds)
@@ -377,7 +377,7 @@ def test_accumulated_batches_are_one_step(costing):
 
 @pytest.mark.parametrize("gate", ["open", (0.1, 1.0)], ids=str)
 def test_with_nothing_to_learn_nothing_is_measured(monkeypatch, gate):
-    for name in ("find", "cost"):
+    for name in ("measure", "cost"):
         monkeypatch.setattr(ControlMeasurement, name, lambda *_: pytest.fail("was measured"))
     control = TaylorCV(gate=gate, coefficient=0.5)
     fit(module(control))
@@ -421,7 +421,7 @@ def test_the_gate_opens_where_it_pays_and_says_so(costing, caplog):
         f"on in {int(is_open.sum())} of 4 bins of the noise level, around s = {levels}: for all "
         f"draws it makes a step 1.15 times as long" in caplog.text
     )
-    assert control.fit.saving > 1.1
+    assert control.fit.predicted_speedup > 1.1
 
 
 def test_the_gate_stays_closed_where_it_costs_more_than_it_brings(costing, caplog):
@@ -477,11 +477,11 @@ def run_of(monkeypatch):
     """Let a pilot live through a run of steps without any training, and return its states."""
 
     def run(control, steps, pilot_seconds=3.0, reduction=0.0, up_to=None):
-        def find(measurement, clean, source):
+        def measure(measurement, clean, source):
             measurement.seconds = [pilot_seconds / 10] * 10
             return findings(control.bins, reduction=reduction)
 
-        monkeypatch.setattr(ControlMeasurement, "find", find)
+        monkeypatch.setattr(ControlMeasurement, "measure", measure)
         model = module(control)
         model._trainer = SimpleNamespace(
             estimated_stepping_batches=steps,

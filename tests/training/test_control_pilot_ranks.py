@@ -21,7 +21,7 @@ from lightning_vr import (
 )
 from lightning_vr.core.distributed import rank
 from lightning_vr.core.rng import generator
-from lightning_vr.estimators.taylor.coefficients import Findings
+from lightning_vr.estimators.taylor.coefficients import PilotStatistics
 from lightning_vr.process.timesteps import LogUniform
 from lightning_vr.training.control_measurement import ControlMeasurement
 
@@ -142,7 +142,7 @@ def pilots(rank):
         some = []
         for i in range(PILOTS):
             clean = Clean(torch.randn(SAMPLES, 2, generator=generator("x", i, rank)))
-            some.append(pilot.find(clean, lambda *key, i=i: generator(i, rank, *key)))
+            some.append(pilot.measure(clean, lambda *key, i=i: generator(i, rank, *key)))
         found.append([torch.stack(x) for x in zip(*some, strict=True)])
     return found
 
@@ -150,7 +150,7 @@ def pilots(rank):
 @pytest.fixture(scope="module")
 def found(on_two_ranks):
     """What is found by both, and alone, on each rank."""
-    return [[Findings(*some) for some in one] for one in on_two_ranks(pilots)]
+    return [[PilotStatistics(*some) for some in one] for one in on_two_ranks(pilots)]
 
 
 def test_what_is_found_is_the_mean_over_the_ranks(found):

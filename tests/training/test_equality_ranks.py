@@ -278,7 +278,7 @@ class Alone:
         repeated = clean.repeated(len(noised.t) // len(clean.x0))
         again = module.schedule.perturb(repeated.x0, noised.noise, noised.t)
         target = self.target(parts, clean, noised)
-        estimate = module.regress(noised, target)
+        estimate = module.compute_loss(noised, target)
         (estimate.loss / WINDOW).backward()
         module.draws.observe(estimate, module.objective)
         self.batches.append(

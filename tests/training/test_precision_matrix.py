@@ -51,7 +51,7 @@ from lightning_vr import (
 )
 from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import concatenated, tensors
-from lightning_vr.core.types import LossEstimate, Share
+from lightning_vr.core.types import LossEstimate, StepPart
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.process.weightings import UnitWeighting
 from lightning_vr.training.control_pilot import control_pilot
@@ -258,7 +258,7 @@ def by_hand(name, parts, clipping, device):
 def drawn(module, batch, step, part, parts, device):
     clean = Clean(batch["x0"], index=batch["index"])
     source = generator(SEED, 0, "train", step, part, device=device)
-    share = Share(part, parts, generator(SEED, "strata", step, device=device))
+    share = StepPart(part, parts, generator(SEED, "strata", step, device=device))
     times = module.draws.times(clean, module.objective, source, share)
     noised, target = module.draw(clean, source, times)
     return {"noised": tensors(noised), "target": tensors(target)}

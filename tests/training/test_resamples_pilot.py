@@ -203,7 +203,7 @@ def test_the_pilot_finds_closed_form_components(z_score):
             super().__init__(ResidualMLP(2, width=4, depth=1), draws=CARV(scope="none"))
             self.w = nn.Parameter(torch.zeros(2))
 
-        def losses(self, rows):
+        def per_draw_losses(self, rows):
             noised = rows["noised"]
             error = self.w - 2.0 * noised["x0"] - noised["noise"]
             return 0.5 * error.square().sum(dim=1)

@@ -16,7 +16,7 @@ from lightning_vr.process.predictions import prediction
 from lightning_vr.process.schedules import EDM, VP, RectifiedFlow
 from lightning_vr.process.weightings import MinSNRWeighting, UnitWeighting
 from lightning_vr.variance.excess_loss import ExcessLoss, IrreducibleVariance
-from lightning_vr.variance.target_curves import Measured, TargetVarianceCurve
+from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 from lightning_vr.variance.target_measurement import measure_target_variance, noise_level_grid
 
 LIMIT = 4.0
@@ -48,9 +48,9 @@ def curve_of(levels, dsm, stf=None, error=0.0):
     """A curve whose variances in x0 space are given."""
 
     def measured(values):
-        return Measured(values / levels**4, error * values / levels**4)
+        return MeasuredCurve(values / levels**4, error * values / levels**4)
 
-    nothing = Measured(torch.zeros_like(levels), torch.zeros_like(levels))
+    nothing = MeasuredCurve(torch.zeros_like(levels), torch.zeros_like(levels))
     others = {2: measured(dsm if stf is None else stf)}
     return TargetVarianceCurve(levels, 9, measured(dsm), others, {}, nothing)
 

@@ -1,4 +1,4 @@
-"""Measured gradients against plain autograd, one draw at a time, and what must not change."""
+"""MeasuredCurve gradients against plain autograd, one draw at a time, and what must not change."""
 
 import copy
 import random
@@ -150,7 +150,7 @@ def by_group(found, groups):
 def test_per_sample_components_are_those_of_single_backward_passes(case):
     module, clean = case
     measured = measurement(module)
-    assert measured.obstacle(clean) is None
+    assert measured.why_unavailable(clean) is None
     found = measured.per_sample(clean, "whole")
     parts = by_group(one_by_one(measured, clean, "whole"), measured.groups)
     for column, part in enumerate(parts):
@@ -357,7 +357,7 @@ class Coupled(IID):
 )
 def test_what_single_draws_cannot_tell_is_named_and_measured_by_differences(module, reason):
     measured, clean = measurement(module), Clean(data(4).x0)
-    found = measured.obstacle(clean)
+    found = measured.why_unavailable(clean)
     assert found is not None
     assert re.match(reason, found), found
 
@@ -377,7 +377,7 @@ def test_what_single_draws_cannot_tell_is_named_and_measured_by_differences(modu
 )
 def test_nothing_stands_in_the_way_of_layers_that_treat_rows_alone(module):
     measured, clean = measurement(module), Clean(data(4).x0)
-    assert measured.obstacle(clean) is None
+    assert measured.why_unavailable(clean) is None
     assert all(value.isfinite().all() for value in measured.per_sample(clean))
 
 
@@ -449,7 +449,7 @@ METHODS = {
     "by differences": lambda m, clean: m.by_differences(
         [clean.rows(slice(0, 2)), clean.rows(slice(2, 4))]
     ),
-    "obstacle": lambda m, clean: m.obstacle(clean),
+    "why_unavailable": lambda m, clean: m.why_unavailable(clean),
 }
 
 
@@ -502,7 +502,7 @@ def test_a_loss_that_is_given_as_a_function_is_measured_like_any_other():
     torch.manual_seed(0)
     module, clean = Points(), Clean(data(3).x0)
     measured = measurement(module, GivenLoss(module, mean_error, Uniform(0.0, 1.0)))
-    assert measured.obstacle(clean) is None
+    assert measured.why_unavailable(clean) is None
     found = measured.per_sample(clean)
     parts = by_group(one_by_one(measured, clean), measured.groups)
     for column, part in enumerate(parts):

@@ -47,7 +47,7 @@ _LEAST_SAVING = 1.05
 """Predicted saving below which all bins stay closed."""
 
 
-class Findings(NamedTuple):
+class PilotStatistics(NamedTuple):
     """What one pilot finds in b bins, for n groups of parameters and k parts; float64.
 
     Attributes:
@@ -55,7 +55,7 @@ class Findings(NamedTuple):
         squares: ``⟨c_k, c_l⟩`` ``(b, n, k, k)``.
         loss_squares: ``E‖g - E[g | x, t]‖²``, what the noise adds to ``E‖g‖²`` of a step ``(b,)``.
         second_moment: ``E‖g‖²`` of the whole gradient of a step ``()``.
-        share: Share of draws in each bin ``(b,)``.
+        part: StepPart of draws in each bin ``(b,)``.
         value_products: Sums of ``L (C - E C)`` over the draws in each bin, L being the loss less
             its mean in the bin ``(b,)``.
         value_squares: Sums of ``(C - E C)²`` ``(b,)``.
@@ -70,7 +70,7 @@ class Findings(NamedTuple):
     value_squares: Tensor
 
     @classmethod
-    def nothing(cls, bins: int, groups: int, parts: int) -> "Findings":
+    def zeros(cls, bins: int, groups: int, parts: int) -> "PilotStatistics":
         """Return zeros."""
         shapes = [(bins, groups, parts), (bins, groups, parts, parts), (bins,), (), *[(bins,)] * 3]
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
@@ -130,14 +130,14 @@ class ControlFit:
         start = 1.0 if coefficient is None else coefficient
         self.coefficients = torch.full((bins, 1, 1), start, dtype=torch.float64)
         self.is_open = torch.zeros(bins, dtype=torch.bool)
-        self.saving = 1.0
+        self.predicted_speedup = 1.0
         self.cost: Cost | None = None
-        self._sums: Findings | None = None
+        self._sums: PilotStatistics | None = None
         self._weight = 0.0
-        self._is_doubted = False
+        self._close_pending = False
         self._reduction = torch.zeros(bins, dtype=torch.float64)
 
-    def add(self, found: Findings) -> bool:
+    def add(self, found: PilotStatistics) -> bool:
         """Take in what a pilot has found, the same on all ranks: judge, then fit.
 
         Returns:
@@ -152,7 +152,7 @@ class ControlFit:
         self._weight = _MEMORY * self._weight + 1
         if self._sums is not None:
             pairs = zip(self._sums, found, strict=True)
-            found = Findings(*(_MEMORY * old + new for old, new in pairs))
+            found = PilotStatistics(*(_MEMORY * old + new for old, new in pairs))
         self._sums = found
         if self.fixed is None:
             self.coefficients = self._on_values() if self.on_values else self._on_gradients()
@@ -184,11 +184,11 @@ class ControlFit:
         return {
             "coefficients": self.coefficients.tolist(),
             "is_open": self.is_open.tolist(),
-            "saving": self.saving,
+            "saving": self.predicted_speedup,
             "cost": self.cost and list(self.cost),
             "sums": self._sums and [x.tolist() for x in self._sums],
             "weight": self._weight,
-            "is_doubted": self._is_doubted,
+            "close_pending": self._close_pending,
             "reduction": self._reduction.tolist(),
         }
 
@@ -196,11 +196,11 @@ class ControlFit:
         """Take what ``state`` has returned, of as many bins; a fixed coefficient stays."""
         if self.fixed is None:
             self.coefficients = torch.tensor(state["coefficients"], dtype=torch.float64)
-        self.is_open, self.saving = torch.tensor(state["is_open"]), state["saving"]
+        self.is_open, self.predicted_speedup = torch.tensor(state["is_open"]), state["saving"]
         self.cost = state["cost"] and Cost(*state["cost"])
         sums = state["sums"]
-        self._sums = sums and Findings(*(torch.tensor(x, dtype=torch.float64) for x in sums))
-        self._weight, self._is_doubted = state["weight"], state["is_doubted"]
+        self._sums = sums and PilotStatistics(*(torch.tensor(x, dtype=torch.float64) for x in sums))
+        self._weight, self._close_pending = state["weight"], state["close_pending"]
         self._reduction = torch.tensor(state["reduction"], dtype=torch.float64)
 
     def _on_gradients(self) -> Tensor:
@@ -235,11 +235,13 @@ class ControlFit:
         is_better = self._saving(chosen, cost) > _LEAST_CHANGE * self._saving(self.is_open, cost)
         # what was learned is soon lost: one pilot alone, of few draws, does not close the gate
         closes = is_better and not bool(chosen.any())
-        if is_better and (self._is_doubted or not closes):
+        if is_better and (self._close_pending or not closes):
             self.is_open = chosen
-        self._is_doubted = closes and bool(self.is_open.any())
+        self._close_pending = closes and bool(self.is_open.any())
         is_closed = not bool(self.is_open.any())
-        self.saving = float(savings[best]) if is_closed else self._saving(self.is_open, cost)
+        self.predicted_speedup = (
+            float(savings[best]) if is_closed else self._saving(self.is_open, cost)
+        )
 
     def _saving(self, is_open: Tensor, cost: Cost) -> float:
         """Return the predicted factor on training time of some bins."""

@@ -1,0 +1,102 @@
+"""Checks of arguments that many rooms make: each raises and says what is allowed."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise if a number is below the smallest one allowed, or NaN.
+
+    Args:
+        name: The argument.
+        value: What it is.
+        least: The smallest that it may be.
+
+    Raises:
+        ValueError: If it is smaller.
+    """
+    if not value >= least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}: use {least} or more.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise if a number is not positive and finite.
+
+    Raises:
+        ValueError: If it is 0, negative, infinite or NaN.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"`{name}` must be positive and finite, got {value}: use a number above 0."
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise if a value is none of the choices.
+
+    Raises:
+        ValueError: Naming the choices.
+    """
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"`{name}` must be {', '.join(others)} or {last}, got {value!r}.")
+
+
+def check_samples(name: str, x: Tensor) -> None:
+    """Raise if a tensor is no batch of real floating-point samples ``(n, *)``.
+
+    Raises:
+        ValueError: If it is complex, of integers, empty, or has no axis but the first.
+    """
+    if x.is_complex() or not x.is_floating_point():
+        raise ValueError(
+            f"`{name}` must be a real floating-point tensor, got {x.dtype}: convert it, for "
+            f"example with `.float()`."
+        )
+    if x.ndim < 2 or len(x) == 0:
+        raise ValueError(
+            f"`{name}` must have shape (n, *) with n of 1 or more and at least one further axis, "
+            f"got {tuple(x.shape)}: put samples along the first axis."
+        )
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raise if a sample of ``x (n, *)`` holds NaN or infinity.
+
+    Raises:
+        ValueError: With the number of such samples and the index of the first.
+    """
+    broken = (~x.flatten(1).isfinite().all(dim=1)).nonzero()
+    if len(broken):
+        raise ValueError(
+            f"`{name}` must be finite, but {len(broken)} of {len(x)} samples are not, the first "
+            f"at index {int(broken[0])}: remove NaN and infinity."
+        )
+
+
+def check_labels(name: str, labels: Tensor, num_classes: int | None) -> None:
+    """Raise if ``labels (n,)`` are no integers in ``[0, num_classes)``.
+
+    Raises:
+        ValueError: With the number of wrong labels and the first of them.
+    """
+    if num_classes is None:
+        raise ValueError(
+            f"`num_classes` must be given with `{name}`, got None: set it to the number of "
+            f"classes, or leave `{name}` out."
+        )
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"`{name}` must be integers of shape (n,), one for each sample, got {labels.dtype} of "
+            f"shape {tuple(labels.shape)}."
+        )
+    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        raise ValueError(
+            f"`{name}` must be in [0, {num_classes}), as `num_classes` says, but {len(wrong)} of "
+            f"{len(labels)} are not, the first at index {first}, which is {int(labels[first])}: "
+            f"set `num_classes` to {max(num_classes, int(labels.max()) + 1)} or fix the labels."
+        )
