@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_vr.core.devices import timed, widest_float
 from lightning_vr.core.distributed import all_reduce_mean, least, world_size
-from lightning_vr.core.gradients import aliases, gradients_in_chunks, parameter_groups
+from lightning_vr.core.gradients import aliases, gradients_in_chunks
 from lightning_vr.core.rows import Rows, concatenated, mapped, row_count
 from lightning_vr.core.types import Clean, Noised, TargetEstimate
 from lightning_vr.estimators.loss import diffusion_loss
@@ -62,8 +62,6 @@ class ControlMeasurement:
     def __init__(self, module: "DiffusionModule", control: TaylorCV) -> None:
         self.module, self.control = module, control
         self.seconds: list[float] = []
-        groups = parameter_groups(module)[1]
-        self._groups = groups if control.by_group else [0] * len(groups)
 
     def measure(self, clean: Clean, source: Source) -> PilotStatistics:
         """Return what explains what, the same on all ranks; all must call it.
@@ -197,7 +195,7 @@ class ControlMeasurement:
         """
         control, count = self.control, row_count(rows)
         bins = control.bin(rows["noised"]["t"], self.module.objective)
-        found = PilotStatistics.zeros(control.bins, max(self._groups) + 1, control.parts)
+        found = PilotStatistics.zeros(control.bins, control.parts)
         for b in range(control.bins):
             index = (bins == b).nonzero()[:, 0]
             if not len(index):
@@ -210,9 +208,9 @@ class ControlMeasurement:
                 self._gradient(partial(self._part, part), some) for part in range(control.parts)
             ]
             for k, (_, own) in enumerate(parts):
-                found.products[b, :, k] = factor * self._in_groups(gradient, own)
+                found.products[b, k] = factor * _product_in_order(gradient, own)
                 for j, (_, other) in enumerate(parts):
-                    found.squares[b, :, k, j] = factor * self._in_groups(own, other)
+                    found.squares[b, k, j] = factor * _product_in_order(own, other)
             found.loss_squares[b] = factor * _product(gradient, gradient)
             found.share[b] = share
             loss = some["sign"] * values
@@ -221,11 +219,6 @@ class ControlMeasurement:
             found.value_products[b] = ((loss - loss.mean()) * explained).sum()
             found.value_squares[b] = explained.square().sum()
         return found
-
-    def _in_groups(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """Return the inner product of two gradients, in each group of parameters."""
-        found = torch.zeros(max(self._groups) + 1, dtype=torch.float64)
-        return found.index_add(0, torch.tensor(self._groups), _products(a, b))
 
     def _unsigned(self, rows: Rows) -> Tensor:
         noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
@@ -276,6 +269,11 @@ class ControlMeasurement:
 
 def _product(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return _products(a, b).sum()
+
+
+def _product_in_order(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Return the inner product of two gradients, summed parameter by parameter."""
+    return _products(a, b).cumsum(dim=0)[-1]
 
 
 def _products(a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_vr.core.devices import widest_float
-from lightning_vr.core.gradients import parameter_groups
 from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
 from lightning_vr.core.rows import detached
 from lightning_vr.core.types import Clean
@@ -179,7 +178,6 @@ def control_pilot(module: "DiffusionModule") -> ControlPilot | None:
 def gate_numbers(module: "DiffusionModule", control: TaylorCV) -> dict[str, float]:
     """Return what has been fitted as numbers for loggers."""
     fit, names = control.fit, level_names(_levels(module, control))
-    groups = parameter_groups(module)[0] if fit.coefficients.shape[1] > 1 else [""]
     found: dict[str, float] = {}
     if control.gate == "auto":
         found["control_variate/saving"] = fit.predicted_speedup
@@ -188,9 +186,8 @@ def gate_numbers(module: "DiffusionModule", control: TaylorCV) -> dict[str, floa
         if control.gate == "auto":
             found[f"control_variate/open/s{name}"] = float(fit.is_open[b])
         found[f"control_variate/reduction/s{name}"] = float(fit.reductions[b])
-        for part, betas in zip(("odd", "even"), fit.coefficients[b].T.tolist(), strict=False):
-            for group, beta in zip(groups, betas, strict=True):
-                found[f"control_variate/{part}/{group}/s{name}".replace("//", "/")] = beta
+        for part, beta in zip(("odd", "even"), fit.coefficients[b].tolist(), strict=False):
+            found[f"control_variate/{part}/s{name}"] = beta
     return found
 
 
