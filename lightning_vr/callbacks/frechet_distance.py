@@ -81,7 +81,7 @@ class FrechetDistance(AfterValidation):
         """Sample, compare with the training set and log."""
         metric = self._metric or self._read_training_set(trainer, module)
         self._metric = metric
-        metric.reset(keep_real=True)
+        metric.reset()
         starts = range(rank() * _BLOCK, self.samples, world_size() * _BLOCK)
         is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         for start in tqdm(
@@ -100,7 +100,8 @@ class FrechetDistance(AfterValidation):
             ):
                 real = self._real(module, batch)
                 if metric is None:
-                    metric = FrechetMetric(self.features or self._default_features(real))
+                    features = self.features or self._default_features(real)
+                    metric = FrechetMetric(features, reset_real_features=False)
                     metric.to(real.device)
                 metric.update(real, real=True)
         assert metric is not None, "a DataLoader over an empty training set yields no batch"

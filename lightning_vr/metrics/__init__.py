@@ -7,7 +7,7 @@ from lightning_vr.metrics.features import (
     InceptionFeatures,
     RandomConvFeatures,
 )
-from lightning_vr.metrics.frechet import FrechetMetric, frechet_distance
+from lightning_vr.metrics.frechet_metric import FrechetMetric, frechet_distance
 
 __all__ = [
     "DigitFeatures",

@@ -99,7 +99,7 @@ class Features(nn.Module):
 class DigitClassifier(nn.Module):
     """Convolutions on digits of 8 by 8 pixels: 32 features, then the logits of ten classes.
 
-    The weights that ship are trained by ``python -m lightning_vr.metrics.digit_classifier``.
+    ``examples/digits/train_digit_classifier.py`` trains the weights that are part of the package.
     """
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class DigitClassifier(nn.Module):
 class DigitFeatures(Features):
     """The 32 penultimate features of a small classifier of handwritten digits.
 
-    Its weights are part of the package; ``digit_classifier.py`` says how they were trained.
+    ``examples/digits/train_digit_classifier.py`` trains its weights, which are part of the package.
 
     Example:
         >>> DigitFeatures().probabilities(torch.zeros(4, 1, 8, 8)).shape
