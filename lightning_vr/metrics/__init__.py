@@ -1,4 +1,7 @@
-"""Distances between real and generated samples."""
+"""Distances between sets of real and generated samples.
+
+The room imports ``core`` alone.
+"""
 
 from lightning_vr.metrics.features import (
     DigitFeatures,

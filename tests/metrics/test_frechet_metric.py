@@ -248,7 +248,7 @@ def test_fewer_samples_than_features_plus_one_are_refused(side):
     [
         (torch.tensor([[1.0, 2, torch.inf]]), "^generated images must be finite, but 1 of 3"),
         (torch.full((2, 3), torch.nan), "^generated images must be finite, but 6 of 6"),
-        (torch.zeros(2, 3, dtype=torch.complex64), "images must be floating point"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "`images` must be floating point"),
         (torch.zeros(2, 3, dtype=torch.uint8), r"images / 127.5 - 1"),
     ],
 )
