@@ -139,8 +139,8 @@ def test_stratified_split_puts_each_sample_into_one_part():
 def test_stratified_split_holds_out_the_same_fraction_of_each_class(seed):
     label = torch.tensor([0] * 50 + [1] * 30 + [2] * 23)
     _, held_out = stratified_split(label, 0.2, seed)
-    shares = label[held_out].bincount() - 0.2 * label.bincount()
-    assert shares.abs().max() <= 1.05
+    fraction = label[held_out].bincount() - 0.2 * label.bincount()
+    assert fraction.abs().max() <= 1.05
 
 
 def test_stratified_split_holds_out_each_sample_equally_often():
@@ -149,9 +149,9 @@ def test_stratified_split_holds_out_each_sample_equally_often():
     for seed in range(2000):
         times[stratified_split(label, 0.25, seed)[1]] += 1
     for group in (times[:7], times[7:]):
-        share = group.mean() / 2000
-        error = (share * (1 - share) / 2000).sqrt()
-        assert ((group / 2000 - share).abs() / error).max() < 4
+        fraction = group.mean() / 2000
+        error = (fraction * (1 - fraction) / 2000).sqrt()
+        assert ((group / 2000 - fraction).abs() / error).max() < 4
 
 
 def test_stratified_split_follows_its_seed():

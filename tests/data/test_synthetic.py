@@ -37,10 +37,10 @@ def test_points_are_centred_with_variance_one_per_coordinate(datamodule):
 @pytest.mark.parametrize("datamodule", [EightGaussians(), Moons(), Checkerboard()])
 def test_all_classes_are_equally_frequent(datamodule):
     label = ready(datamodule).train_dataset.label
-    share = 1 / datamodule.num_classes
-    error = math.sqrt(share * (1 - share) / len(label))
+    fraction = 1 / datamodule.num_classes
+    error = math.sqrt(fraction * (1 - fraction) / len(label))
     counts = label.bincount(minlength=datamodule.num_classes) / len(label)
-    assert ((counts - share).abs() / error).max() < 4
+    assert ((counts - fraction).abs() / error).max() < 4
 
 
 def test_training_and_validation_sets_share_no_point():
