@@ -73,7 +73,7 @@ def test_averaged_weights_are_what_is_measured(tmp_path):
     measured = float(with_average.callback_metrics[FRECHET])
     assert measured != float(raw.callback_metrics[FRECHET])
 
-    # after fit the module holds the average, and validation measures it as it stands
+    # after fit the module holds the average, which validation evaluates
     again = trainer(tmp_path / "again", FrechetDistance(samples=40))
     again.validate(averaged, datamodule=data(), verbose=False)
     assert float(again.callback_metrics[FRECHET]) == pytest.approx(measured, rel=1e-12)
@@ -190,7 +190,7 @@ def test_samples_of_the_training_set_itself_are_at_distance_zero(tmp_path):
         FrechetDistance(samples=128, sample=lambda module, count: points.train_dataset.x[:count]),
     )
     fit.fit(module(), points)
-    # 128 samples in one draw are the training set
+    # 128 samples generated at once are the training set
     assert float(fit.callback_metrics["frechet_distance/identity_n128"]) == pytest.approx(
         0, abs=1e-9
     )

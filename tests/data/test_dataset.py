@@ -62,7 +62,7 @@ def with_nan() -> torch.Tensor:
         (torch.zeros(4), r"`x` must have shape \(n, \*\) with n of 1 or more .*, got \(4,\)"),
     ],
 )
-def test_data_that_are_no_finite_real_batch_are_refused(x, message):
+def test_data_that_are_not_a_finite_real_batch_are_refused(x, message):
     with pytest.raises(ValueError, match=message):
         InMemoryDataset(x, key="image")
 
@@ -76,6 +76,6 @@ def test_data_that_are_no_finite_real_batch_are_refused(x, message):
         ([0, 1, 2, 0], None, "`num_classes` must be given with `label`"),
     ],
 )
-def test_labels_that_are_no_classes_are_refused(label, num_classes, message):
+def test_invalid_labels_are_refused(label, num_classes, message):
     with pytest.raises(ValueError, match=message):
         InMemoryDataset(torch.zeros(4, 2), torch.tensor(label), key="x0", num_classes=num_classes)

@@ -100,7 +100,7 @@ def test_named_splits_are_used_whole(splits):
             assert torch.equal(data[index]["image"], to_tensor(image, 8, 3))
 
 
-def test_training_split_is_split_if_no_other_is_named(splits):
+def test_training_split_is_divided_if_no_validation_split_is_named(splits):
     datamodule = ready(HuggingFaceImages(splits, size=8, batch_size=2))
     assert len(datamodule.train_dataset) == 8
     assert len(datamodule.validation_dataset) == 1
@@ -136,7 +136,7 @@ def test_data_set_travels_to_worker_processes(path):
     assert torch.equal(copy[3]["image"], data[3]["image"])
 
 
-def test_folder_of_no_data_set_is_refused(tmp_path):
+def test_folder_without_a_data_set_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match="`path` must be a folder that `save_to_disk` of `datasets` wrote"
     ):
@@ -152,7 +152,7 @@ def test_folder_of_no_data_set_is_refused(tmp_path):
         ({"label_column": "name"}, "`label_column` must be a column of integers, got 'name'"),
     ],
 )
-def test_columns_that_do_not_serve_are_refused(path, arguments, message):
+def test_missing_and_unsuitable_columns_are_refused(path, arguments, message):
     with pytest.raises(ValueError, match=message):
         HuggingFaceImages(path, size=8, batch_size=2, **arguments).setup()
 

@@ -278,7 +278,7 @@ def test_samples_repeat_with_the_generator():
         ({"covariances": torch.tensor([[1.0, 0.5], [0, 1]]).expand(2, 2, 2)}, "symmetric: False"),
     ],
 )
-def test_parameters_of_no_mixture_are_refused(arguments, message):
+def test_invalid_parameters_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         GaussianMixture(**{"means": torch.zeros(2, 2), **arguments})
 

@@ -9,6 +9,7 @@ import torch
 from scipy import linalg
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lightning_vr.data.digits import digits
 from lightning_vr.metrics import (
@@ -103,7 +104,7 @@ def test_orthogonal_maps_of_the_features_do_not_change_the_distance():
         ("covariance_b", torch.eye(2) * 1j, "`covariance_b` must be real, got torch.complex64"),
     ],
 )
-def test_moments_that_make_no_distance_are_refused_by_name(name, value, message):
+def test_invalid_moments_are_refused_by_name(name, value, message):
     arguments = {"mean_a": torch.zeros(2), "covariance_a": torch.eye(2)}
     arguments |= {"mean_b": torch.zeros(2), "covariance_b": torch.eye(2)}
     with pytest.raises(ValueError, match=message):
@@ -121,6 +122,12 @@ def test_the_streamed_distance_is_that_of_the_unbiased_moments_of_all_samples():
     torch.testing.assert_close(metric.compute(), expected, rtol=1e-12, atol=0)
 
 
+def test_the_distance_is_that_of_torchmetrics_where_covariances_are_regular():
+    metric = filled(REAL, GENERATED)
+    expected = FrechetInceptionDistance.compute(metric)
+    torch.testing.assert_close(metric.compute(), expected, rtol=1e-9, atol=0)
+
+
 def test_the_distance_of_two_normals_is_found_within_its_sampling_error():
     a, b = draws(100_000, 3, seed=3), 2 * draws(100_000, 3, seed=4) + torch.tensor([1.0, 0, 0])
     assert filled(a, b).compute().item() == pytest.approx(1 + 3, abs=0.05)
@@ -134,7 +141,7 @@ def test_merging_two_halves_equals_the_whole():
     )
 
 
-def test_an_empty_metric_takes_over_what_is_merged_into_it():
+def test_an_empty_metric_equals_what_is_merged_into_it():
     empty, whole = points_metric(), filled(REAL, GENERATED)
     empty.merge_state(whole)
     assert torch.equal(empty.compute(), whole.compute())
@@ -201,7 +208,7 @@ def test_a_state_of_other_features_or_with_parts_missing_is_not_loaded():
         points_metric().load_state_dict(state)
 
 
-def test_pickled_and_cloned_metrics_go_on_by_themselves():
+def test_pickled_and_cloned_metrics_are_independent():
     metric = filled(REAL, GENERATED)
     expected = metric.compute()
     for twin in (metric.clone(), pickle.loads(pickle.dumps(metric))):
@@ -252,7 +259,7 @@ def test_fewer_samples_than_features_plus_one_are_refused(side):
         (torch.zeros(2, 3, dtype=torch.uint8), r"images / 127.5 - 1"),
     ],
 )
-def test_images_that_no_sampler_should_give_are_refused_and_leave_the_sums_alone(images, message):
+def test_invalid_images_are_refused_and_leave_the_sums_unchanged(images, message):
     metric = filled(REAL, GENERATED)
     before = metric.compute()
     with pytest.raises(ValueError, match=message):
