@@ -14,6 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
+from lightning_vr.estimators.slot import SLOTS
+
 
 class AveragedWeights:
     """Keeps track of where the weights that train are, and puts checkpoints right."""
@@ -81,3 +83,17 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
     finally:
         for callback in averaging[:1]:
             callback._swap_models(module)
+
+
+def keep_learned(checkpoint: dict[str, Any]) -> None:
+    """Give a checkpoint of averaged weights what the slots have learned, unaveraged.
+
+    ``WeightAveraging`` averages buffers of the slots as if they were weights, and leaves their
+    other state as it was at the start.
+
+    Args:
+        checkpoint: A module's checkpoint, after its callbacks.
+    """
+    current = checkpoint.get("current_model_state", {})
+    names = [name for name in current if name.split(".")[0] in SLOTS]
+    checkpoint["state_dict"].update({name: current[name] for name in names})

@@ -37,7 +37,7 @@ from lightning_vr.core.types import (
 )
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
-from lightning_vr.estimators.slot import drop_control_variate, keep_learned
+from lightning_vr.estimators.slot import drop_control_variate
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.lifecycle.checkpoint_io import use_durable_checkpoints
 from lightning_vr.lifecycle.checkpoints import STATE, describe_arguments, load_module
@@ -48,6 +48,7 @@ from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.precision import loss_scale, loss_scaler, unscales_itself
 from lightning_vr.lifecycle.resuming import Resuming
 from lightning_vr.lifecycle.stopping import SharedStop, bypass_collectives
+from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.networks import call_network
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.predictions import PredictionType, check_prediction
