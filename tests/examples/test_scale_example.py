@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_vr import posterior_mean
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "scale_on_paper.py"
+EXAMPLE = Path(__file__).parents[2] / "examples/scale/scale_on_paper.py"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_tables_are_printed(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     for mode in ("DSM()", 'STF("batch")', "STF(4096)", 'STF("all")', 'STF("all", sharded)'):
         assert sum(line.startswith(f"| {mode} ") for line in lines) == 6
-    page = EXAMPLE.with_suffix(".md").read_text()
+    page = EXAMPLE.with_name("README.md").read_text()
     assert [line for line in lines if line and line not in page] == []
 
 

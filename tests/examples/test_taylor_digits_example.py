@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+STUDY = Path(__file__).parents[2] / "examples/control_variates"
 
 
 # of torch's forward-mode derivatives, when they are first used
@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_taylor_control_variates_are_compared_on_digits(tmp_path, monkeypatch, capsys):
     arguments = ["--quick", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["taylor_digits.py", *arguments])
-    runpy.run_path(str(EXAMPLES / "taylor_digits.py"), run_name="__main__")
+    runpy.run_path(str(STUDY / "taylor_digits.py"), run_name="__main__")
     printed = capsys.readouterr().out
     for row in ("plain", "Taylor 0, gate auto", "Taylor 0, open", "pairs", "strata", "Taylor 1"):
         assert f"\n{row}" in printed

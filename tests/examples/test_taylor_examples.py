@@ -16,7 +16,7 @@ from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+STUDY = Path(__file__).parents[2] / "examples/control_variates"
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def printed(tmp_path, monkeypatch, capsys):
 
     def run(name):
         monkeypatch.setattr(sys, "argv", [name, "--quick", "--folder", str(tmp_path)])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        runpy.run_path(str(STUDY / name), run_name="__main__")
         return capsys.readouterr().out.splitlines()
 
     return run
@@ -62,7 +62,7 @@ def test_taylor_polynomials_explain_more_at_lower_noise(printed, tmp_path):
 
 
 def test_the_complexity_example_agrees_with_the_library_on_what_the_noise_is_worth():
-    example = runpy.run_path(str(EXAMPLES / "taylor_complexity.py"))
+    example = runpy.run_path(str(STUDY / "taylor_complexity.py"))
     module = example["trained"](16, 1, 0, 100)
     data = EightGaussians()
     data.setup("fit")

@@ -1,6 +1,6 @@
 """A long run of the digits with every callback on and faults injected: does memory stay flat?
 
-    python examples/soak.py --minutes 30
+    python examples/reliability/soak.py --minutes 30
 
 Trains `configs/digits_stf.yaml` for so many minutes with averaged weights, target and gradient
 variance, Fréchet distance, sample grids and checkpoints, all far more often than anyone would. On
@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning_vr.callbacks import sample_grid as samples
 from lightning_vr.cli import VRCLI
 
-CONFIG = Path(__file__).parent.parent / "configs/digits_stf.yaml"
+CONFIG = Path(__file__).parents[2] / "configs/digits_stf.yaml"
 PAGE = os.sysconf("SC_PAGE_SIZE")
 CYCLE = 1000
 """Steps after which the faults come again."""

@@ -1,6 +1,6 @@
 """How large a network may be for its Taylor polynomial to explain the gradient's noise.
 
-    python examples/taylor_complexity.py
+    python examples/control_variates/taylor_complexity.py
 
 For MLPs of several widths and depths, trained on eight Gaussians: what the noise ε adds to the
 variance of the gradient at one noise level s, over what is left of it with pairs of opposite noise

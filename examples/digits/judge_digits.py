@@ -1,6 +1,6 @@
 """How good are a trained model's digits? Ask a classifier of the real ones.
 
-    python examples/judge_digits.py runs/digits_stf/version_0/checkpoints/last.ckpt
+    python examples/digits/judge_digits.py runs/digits_stf/version_0/checkpoints/last.ckpt
 
 The classifier ships with the package (``lightning_vr.metrics.DigitFeatures``); it was trained on
 four fifths of scikit-learn's digits.

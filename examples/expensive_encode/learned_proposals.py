@@ -1,6 +1,6 @@
 """How much of the gradient's second moment importance sampling of t removes, once learned.
 
-    python examples/learned_proposals.py
+    python examples/expensive_encode/learned_proposals.py
 
 For four usual parametrisations on the digits it measures ``E ‖g‖²`` of the parameters' gradient in
 16 equally likely bins of t, and with it what remains of the second moment under three proposals:

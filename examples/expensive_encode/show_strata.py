@@ -1,6 +1,6 @@
 """Draw what the scopes of CARV's strata span: 8 samples with 4 draws each.
 
-    python examples/show_strata.py
+    python examples/expensive_encode/show_strata.py
 
 Each row is a sample, each point a draw at its quantile of the proposal; below, all draws of the
 step. Writes ``runs/strata.png``.

@@ -6,7 +6,7 @@ compute (steps, times the seconds of a step that the audit measures) to reach th
 loss that the plain target has at the end, averaged over seeds. The doubled batch, which halves the
 variance, shows what less variance is worth at all. Run it with
 
-    python examples/audit_against_training.py --workload digits_edm --seeds 5
+    python examples/audit/audit_against_training.py --workload digits_edm --seeds 5
 
 and look into ``runs/audit_against_training``.
 """

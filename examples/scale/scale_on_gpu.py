@@ -1,6 +1,6 @@
 """What a rank's references take on the GPU of this machine, next to ``scale_on_paper.py``.
 
-    python examples/scale_on_gpu.py
+    python examples/scale/scale_on_gpu.py
 
 One GPU stands for one of eight: it answers as many queries from as many references, of random
 numbers. What the eight would send to each other is left out on both sides.

@@ -1,9 +1,9 @@
 """What each kind of references costs a rank on 8 and 64 GPUs: memory, traffic, time; on paper.
 
-    python examples/scale_on_paper.py            # the tables, from formulas
-    python examples/scale_on_paper.py --check    # the formulas against two processes on this CPU
+    python examples/scale/scale_on_paper.py            # the tables, from formulas
+    python examples/scale/scale_on_paper.py --check    # the formulas against two processes on this CPU
 
-Of W ranks each has b = B/W draws of d numbers. The formulas, explained in ``scale_on_paper.md``,
+Of W ranks each has b = B/W draws of d numbers. The formulas, explained in this folder's ``README.md``,
 are those of what the code does: ``--check`` counts bytes, memory and FLOP at small sizes. Times
 follow from them and from data sheets; ``scale_on_gpu.py`` compares them with a GPU.
 """

@@ -7,7 +7,7 @@ trained weights, for each K: the variance of the gradient of a step and the seco
 takes. Their product, whose inverse is the compute that a given variance costs, is compared with
 what a pilot at K = 4 predicts, and with the K that ``CARV("auto")`` takes. Run it with
 
-    python examples/latent_resampling.py
+    python examples/expensive_encode/latent_resampling.py
 
 and look into ``runs/latent_resampling``. It takes a quarter of an hour on one thread. What encoding
 costs depends on ``--image_size`` and ``--vae_width``; the cheaper settings of the README are

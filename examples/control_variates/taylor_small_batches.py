@@ -1,6 +1,6 @@
 """What pairs and control variates are worth where batches are small and low noise dominates.
 
-    python examples/taylor_small_batches.py
+    python examples/control_variates/taylor_small_batches.py
 
 An MLP learns the score of points in the plane from 32 draws a step. With unit weight on the error
 of the score, whose target is ``-ε / σ``, and noise levels from 0.002 to 1, nearly all of the
