@@ -1,11 +1,12 @@
 """What each kind of references costs a rank on 8 and 64 GPUs: memory, traffic, time; on paper.
 
     python examples/scale/scale_on_paper.py            # the tables, from formulas
-    python examples/scale/scale_on_paper.py --check    # the formulas against two processes on this CPU
+    python examples/scale/scale_on_paper.py --check    # against two processes on this CPU
 
-Of W ranks each has b = B/W draws of d numbers. The formulas, explained in this folder's ``README.md``,
-are those of what the code does: ``--check`` counts bytes, memory and FLOP at small sizes. Times
-follow from them and from data sheets; ``scale_on_gpu.py`` compares them with a GPU.
+Each of W ranks has b = B/W draws of d numbers. The formulas are those of what the code does; the
+``README.md`` of this folder explains them. ``--check`` counts bytes, memory and FLOP at small
+sizes. Times follow from the formulas and from data sheets; ``scale_on_gpu.py`` compares them with a
+GPU.
 """
 
 import argparse
@@ -376,7 +377,7 @@ def stored(target: torch.nn.Module) -> int:
     prepared = getattr(target, "bank", None)
     if prepared is None:
         return 0
-    parts = [*vars(prepared.held).values(), getattr(prepared, "positions", None)]
+    parts = [*vars(prepared.local).values(), getattr(prepared, "positions", None)]
     return sum(x.untyped_storage().nbytes() for x in parts if x is not None)
 
 
