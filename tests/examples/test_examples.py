@@ -1,4 +1,4 @@
-"""The examples run as a reader would run them."""
+"""The examples run as a reader runs them."""
 
 import json
 import runpy
@@ -99,7 +99,7 @@ def test_learned_proposals_are_compared_with_the_best(monkeypatch, capsys):
     assert all(0 < float(row.split()[-3]) <= 1.001 for row in rows)
 
 
-def test_a_soak_goes_through_its_faults(tmp_path, monkeypatch, capsys):
+def test_a_soak_survives_its_faults(tmp_path, monkeypatch, capsys):
     config = yaml.safe_load((EXAMPLES.parent / "configs/eight_gaussians.yaml").read_text())
     config["data"]["init_args"] |= {"num_samples": 600, "batch_size": 64}
     config["model"]["init_args"]["target"]["init_args"]["references"] = 64
@@ -116,7 +116,7 @@ def test_a_soak_goes_through_its_faults(tmp_path, monkeypatch, capsys):
     example["main"]()
     assert torch.save is save
     printed = capsys.readouterr().out
-    for fault in ("spoilt samples", "checkpoints", "pictures"):
+    for fault in ("NaN samples", "checkpoints", "pictures"):
         assert f"'{fault}': " in printed
     for text in ("resident: ", "left out", "could not be written", "no route to the logger"):
         assert text in printed

@@ -143,7 +143,6 @@ def test_the_callbacks_of_the_readme_attach_to_another_module(quiet_trainer, tmp
         assert (tmp_path / "log/version_0" / name).stat().st_size > 0
 
 
-@pytest.mark.skipif("Diffusion" not in lightning_vr.__all__, reason="it is not there yet")
 def test_the_loop_of_the_readme_needs_no_lightning():
     without = "import sys\nsys.modules['lightning'] = sys.modules['pytorch_lightning'] = None\n"
     shown = "\nassert samples.shape == (16, 2)\nassert samples.isfinite().all()\n"

@@ -1,4 +1,4 @@
-"""The examples on Taylor control variates run as a reader would run them."""
+"""The studies of Taylor control variates run as a reader runs them."""
 
 import json
 import runpy
@@ -61,7 +61,7 @@ def test_taylor_polynomials_explain_more_at_lower_noise(printed, tmp_path):
         assert by_level["0.01"]["reductions"]["order 2"] > by_level["0.01"]["reductions"]["order 0"]
 
 
-def test_the_complexity_example_agrees_with_the_library_on_what_the_noise_is_worth():
+def test_the_complexity_example_agrees_with_the_library_on_the_noise_component():
     example = runpy.run_path(str(STUDY / "taylor_complexity.py"))
     module = example["trained"](16, 1, 0, 100)
     data = EightGaussians()
