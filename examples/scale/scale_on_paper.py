@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_vr import DSM, STF, Clean, Noised
 from lightning_vr.core.rng import generator
 from lightning_vr.lifecycle.training_set import encoded_training_set
-from lightning_vr.training.reference_bank import fill
+from lightning_vr.training.reference_bank import set_references
 
 FLOAT, INTEGER = 4, 8  # bytes
 LOGITS = 1 << 20  # of one chunk, by default
@@ -416,7 +416,8 @@ def measured(work: Workload, mode: Mode, ranks: int, rank: int) -> Cost:
         if target.bank_size != 0:
             encode = lambda positions, batch: everything.rows(batch)  # noqa: E731
             trainer = as_trainer(work.count, work.batch // ranks)
-            fill(target, encoded_training_set(trainer, encode, "", is_shard=target.sharded))
+            clean = encoded_training_set(trainer, encode, "", is_shard=target.sharded)
+            set_references(target, clean)
     own = everything.rows(slice(rank, work.batch, ranks))
     noised = noised_by(own, generator("scale", rank))
     target(noised, own, generator("scale", "warm-up"))
