@@ -4,8 +4,8 @@
 
 MLPs of several widths and depths are trained on eight Gaussians. What the noise ε adds to the
 variance of the gradient at one noise level s is compared with what is left of it under pairs of
-opposite noise (at equal draws) and under control variates of orders 0, 1 and 2 (per draw, whatever
-they cost). Coefficients are fitted to the gradients of one half of the samples, and judged by the
+opposite noise (at equal draws) and under control variates of orders 0, 1 and 2 (per draw, at any
+cost). Coefficients are fitted to the gradients of one half of the samples, and judged by the
 other half (Jeha, Grathwohl, Andersen, Ek and Frellsen 2024, arXiv 2408.12270). Results:
 
 * At a tenth of the width of a Gaussian, s = 0.01, everything explains nearly everything: pairs and

@@ -8,7 +8,7 @@ gradient is the noise of the lowest levels. This is the setting of Jeha, Grathwo
 Frellsen 2024, arXiv 2408.12270. With unit weight on ε, as usual, noise of all levels counts alike.
 Results in 2000 steps, two seeds:
 
-* With weight on the score, plain training learns next to nothing below noise 0.3, and with batches
+* With weight on the score, plain training learns almost nothing below noise 0.3, and with batches
   of 64 hardly more. Pairs of opposite noise and all orders learn.
 * 16 pairs, which cost nothing, give most of the gain. 32 pairs take as many passes through the
   network as order 0, and are as good or better: there is little reason for order 0.

@@ -257,7 +257,7 @@ class Results(dict):
         super().__init__(json.loads(path.read_text()) if path.exists() else {})
         self.path = path
 
-    def keep(self, key: str, value: Any) -> None:
+    def store(self, key: str, value: Any) -> None:
         self[key] = value
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self, indent=1))
@@ -274,20 +274,20 @@ def measure(options: argparse.Namespace, data: Digits, weights: Path, results: R
 
     if "pilot" not in results:
         module.draws = estimator("independent", PILOT, weights)
-        results.keep("pilot", components(module, batches()[options.batches :], "pilot"))
+        results.store("pilot", components(module, batches()[options.batches :], "pilot"))
     arms = {f"{kind} {k}": estimator(kind, k, weights) for kind in KINDS for k in options.resamples}
     for kind in KINDS:
         chosen = results.get(f"auto {kind}") or []
         for seed in range(len(chosen), options.seeds):
             chosen.append(automatic(options, data, kind, weights, seed))
-            results.keep(f"auto {kind}", chosen)
+            results.store(f"auto {kind}", chosen)
         middle = statistics.median_low(each["resamples"] for each in chosen)
         arms.setdefault(f"{kind} {middle}", estimator(kind, middle, weights))
 
     for name, draws in arms.items():
         if f"variance {name}" not in results:
             module.draws = draws
-            results.keep(
+            results.store(
                 f"variance {name}", components(module, batches()[: options.batches], "sweep")
             )
             total = statistics.fmean(each[3] for each in results[f"variance {name}"])
@@ -297,7 +297,7 @@ def measure(options: argparse.Namespace, data: Digits, weights: Path, results: R
     for samples, k in pilot_shapes(options.samples):
         steps[f"pilot {samples} {k}"] = (samples, estimator("independent", k, weights))
     if set(results.get("seconds", {})) != set(steps):
-        results.keep("seconds", StepTimer(module, data).measure(steps, options.rounds))
+        results.store("seconds", StepTimer(module, data).measure(steps, options.rounds))
 
 
 def pilot_shapes(samples: int) -> list[tuple[int, int]]:
@@ -548,7 +548,7 @@ def main() -> None:
     if not weights.exists():
         train_denoiser(options, data, weights)
     measure(options, data, weights, results)
-    results.keep("summary", summarise(options, results))
+    results.store("summary", summarise(options, results))
     table = report(results["summary"], options.samples)
     (options.folder / "table.txt").write_text(table + "\n")
     print(table)

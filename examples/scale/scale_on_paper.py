@@ -169,7 +169,7 @@ class Cost:
     moved: float = 0.0
 
 
-def kept(work: Workload, mode: Mode, ranks: int) -> int:
+def stored_references(work: Workload, mode: Mode, ranks: int) -> int:
     """Return the number of references in a rank's bank."""
     if mode.references in (None, "batch"):
         return 0
@@ -192,14 +192,14 @@ def chunk(queries: float, references: float) -> float:
 
 def bank(work: Workload, mode: Mode, ranks: int) -> float:
     """Return bytes of rows with squared norms and labels, and with positions if sharded."""
-    rows = kept(work, mode, ranks)
+    rows = stored_references(work, mode, ranks)
     each = FLOAT * (work.dim + 1) + INTEGER * (work.label + mode.sharded)
     return rows * each + (FLOAT * work.dim if rows else 0)
 
 
 def fill_peak(work: Workload, mode: Mode, ranks: int) -> float:
     """Return bytes to gather: the rank's part twice, and the set twice, in parts and joined."""
-    rows, part = kept(work, mode, ranks), math.ceil(work.count / ranks)
+    rows, part = stored_references(work, mode, ranks), math.ceil(work.count / ranks)
     if rows == 0:
         return 0
     if mode.sharded:
@@ -211,7 +211,7 @@ def fill_peak(work: Workload, mode: Mode, ranks: int) -> float:
 
 def fill_traffic(work: Workload, mode: Mode, ranks: int) -> Traffic:
     """Return the traffic to fill a bank, where each rank has encoded every W-th sample."""
-    if kept(work, mode, ranks) == 0:
+    if stored_references(work, mode, ranks) == 0:
         return Traffic()
     if mode.sharded:
         return Traffic(reduced=INTEGER + FLOAT * work.dim)
