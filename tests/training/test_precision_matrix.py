@@ -656,7 +656,7 @@ class TestRefused:
     def test_strategies_that_shard_the_weights(self, strategy):
         module = module_of("plain")
         module._trainer = SimpleNamespace(strategy=strategy())
-        with pytest.raises(ValueError, match="`strategy` expected to leave each rank the whole"):
+        with pytest.raises(ValueError, match="`strategy` must leave all weights on each rank"):
             module.on_fit_start()
 
     def test_a_compiled_network_without_room_for_dropped_labels(self):
