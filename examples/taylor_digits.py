@@ -106,7 +106,6 @@ def candidates(quick: bool) -> list[Candidate]:
         "Taylor 0, β = 1 below 0.3": TaylorCV(gate=(0.0, 0.3), coefficient=1.0),
         "Taylor 0, β of the loss": TaylorCV(gate="open", control="objective"),
         "Taylor 1, Rademacher": TaylorCV(1, "rademacher", gate="open"),
-        "Taylor 1, Gaussian": TaylorCV(1, "gaussian", gate="open"),
     }
     if quick:
         variates = {name: variates[name] for name in ("Taylor 0, gate auto", "Taylor 0")}

@@ -26,20 +26,23 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-@contextmanager
-def seed_global_rng(source: torch.Generator) -> Iterator[None]:
-    """Let torch's global generators start from a keyed one's seed; restore them on leaving.
+def set_global_rng(source: torch.Generator) -> None:
+    """Let torch's global generators start from a keyed one's seed.
 
     For what draws from them and cannot be told otherwise: dropout, the sampling of an encoder.
     """
     # `torch.manual_seed` takes a hundred times as long, and queues a call for each idle device
-    streams = [torch.default_generator]
-    if source.device.type == "cuda":
-        streams.append(torch.cuda.default_generators[source.device.index or 0])
+    for stream in _global_streams(source):
+        stream.manual_seed(source.initial_seed())
+
+
+@contextmanager
+def seed_global_rng(source: torch.Generator) -> Iterator[None]:
+    """Do what ``set_global_rng`` does for a while; restore the global generators on leaving."""
+    streams = _global_streams(source)
     states = [stream.get_state() for stream in streams]
     try:
-        for stream in streams:
-            stream.manual_seed(source.initial_seed())
+        set_global_rng(source)
         yield
     finally:
         for stream, state in zip(streams, states, strict=True):
@@ -57,3 +60,10 @@ def preserve_global_rng() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def _global_streams(source: torch.Generator) -> list[torch.Generator]:
+    streams = [torch.default_generator]
+    if source.device.type == "cuda":
+        streams.append(torch.cuda.default_generators[source.device.index or 0])
+    return streams

@@ -18,8 +18,8 @@ estimate is unbiased to rounding however coarse the table is.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -281,6 +281,17 @@ class LearnedProposal(Proposal):
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return what was learned, for the checkpoint."""
         return {"table": self.table, "observed": self.observed}
+
+    def state_over_ranks(self, mean: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Return the state for a checkpoint within an accumulation window.
+
+        Ranks share what they have observed once in each optimizer step. Until then each rank has
+        draws of its own, and a checkpoint keeps their mean.
+
+        Args:
+            mean: Returns the mean of a tensor over the ranks.
+        """
+        return self.get_extra_state() | {"observed": mean(self.observed)}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take what was learned, unless it was in other bins."""

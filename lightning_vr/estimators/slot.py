@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_SLOTS = ("draws", "target", "control_variate")
+SLOTS = ("draws", "target", "control_variate")
 
 
 class Slot(nn.Module):
@@ -24,19 +24,6 @@ class Slot(nn.Module):
                 del state_dict[name]
             state_dict.update(own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def keep_learned(checkpoint: dict[str, Any]) -> None:
-    """Let a checkpoint of averaged weights hold what the slots have learned, which is no weight.
-
-    ``WeightAveraging`` averages tables as if they were, and leaves the rest as it was at the start.
-
-    Args:
-        checkpoint: A module's checkpoint, after its callbacks.
-    """
-    current = checkpoint.get("current_model_state", {})
-    names = [name for name in current if name.split(".")[0] in _SLOTS]
-    checkpoint["state_dict"].update({name: current[name] for name in names})
 
 
 def drop_control_variate(
