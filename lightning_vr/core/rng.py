@@ -19,7 +19,7 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     """Return a fresh generator that is a pure function of ``key``.
 
     Args:
-        *key: Seed, purpose, rank, step, and whatever else tells this draw from others.
+        *key: Seed, purpose, rank, step, and whatever else distinguishes this draw.
         device: Where the draws are made; each kind of device has its own stream.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -29,7 +29,7 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
 def set_global_rng(source: torch.Generator) -> None:
     """Let torch's global generators start from a keyed one's seed.
 
-    For what draws from them and cannot be told otherwise: dropout, the sampling of an encoder.
+    For code that draws from these and takes no generator: dropout, an encoder that samples.
     """
     # `torch.manual_seed` takes a hundred times as long, and queues a call for each idle device
     for stream in _global_streams(source):
@@ -51,7 +51,7 @@ def seed_global_rng(source: torch.Generator) -> Iterator[None]:
 
 @contextmanager
 def preserve_global_rng() -> Iterator[None]:
-    """Restore the global random states of torch, numpy and Python on leaving, however that is."""
+    """Restore the global random states of torch, numpy and Python at the end or at an error."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices):
