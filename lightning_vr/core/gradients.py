@@ -182,8 +182,8 @@ def parameter_groups(module: nn.Module) -> tuple[list[str], list[int]]:
     paths = [name.split(".") for name, p in module.named_parameters() if p.requires_grad]
     if not paths:
         raise ValueError(
-            f"Argument `module` expected to have trainable parameters, but {type(module).__name__} "
-            f"has none: set `requires_grad` on some."
+            f"`module` must have trainable parameters, got a {type(module).__name__} without any: "
+            f"set `requires_grad` on some."
         )
     depth = 0
     while len({tuple(path[: depth + 1]) for path in paths}) == 1 and len(paths[0]) > depth + 1:

@@ -246,9 +246,9 @@ class STF(Target):
     def _check_bank(self, size: int, indexed: bool) -> None:
         if self.references == "all" and not indexed:
             raise ValueError(
-                "`references='all'` needs sample indices, got none: let the data set return `index` "
-                "and `encode` pass it on, or use a number of references. Without them the own "
-                "sample would count twice, once as its copy in the bank, which is a bias."
+                "`references='all'` needs sample indices, got none: let the data set return "
+                "`index` and `encode` pass it on, or use a number of references. Without indices "
+                "the own sample would count twice, once as its copy in the bank, which is a bias."
             )
         if self.references != "all" and int(self.references) > size:
             raise ValueError(

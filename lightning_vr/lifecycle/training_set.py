@@ -17,9 +17,9 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
-from tqdm.auto import tqdm
 
 from lightning_vr.core.distributed import all_gather_rows, rank, world_size
+from lightning_vr.core.progress import progress_bar
 from lightning_vr.core.rng import generator, preserve_global_rng, seed_global_rng
 from lightning_vr.core.types import Clean
 
@@ -57,7 +57,7 @@ def training_batches(
     source = generator("training set", rank(), device=trainer.strategy.root_device)
     with preserve_global_rng(), seed_global_rng(source):
         # tqdm starts the loader when it is made, and a loader that starts draws a seed
-        bar = tqdm(own, title, leave=False, delay=1, disable=None if is_shown else True)
+        bar = progress_bar(own, title, is_shown=is_shown)
         for i, batch in enumerate(bar):
             at = torch.tensor(positions[i * batch_size : (i + 1) * batch_size])
             yield at, transfer_batch(trainer, batch)
