@@ -9,7 +9,7 @@ that resumes draws the same.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,18 @@ from lightning_vr.core.types import (
     TargetEstimate,
     Times,
 )
+from lightning_vr.core.validation import check_choice, check_positive
 from lightning_vr.estimators.draws import IID, Draws, drop_labels
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
 from lightning_vr.estimators.slot import drop_control_variate
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.process.networks import call_network, class_labels
 from lightning_vr.process.objective import Objective
-from lightning_vr.process.predictions import PredictionType, check_prediction
+from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.sampling import Sampler, evaluating
 from lightning_vr.process.schedules import EDM, Schedule
 from lightning_vr.process.timesteps import Density
-from lightning_vr.process.weightings import UnitWeighting, Weighting, check_positive
+from lightning_vr.process.weightings import UnitWeighting, Weighting
 from lightning_vr.training.checks import (
     check_call,
     check_clean,
@@ -101,7 +102,7 @@ class Diffusion(KeyedModule):
         sampler: Sampler | None = None,
     ) -> None:
         super().__init__()
-        check_prediction(prediction)
+        check_choice("prediction", prediction, get_args(PredictionType))
         check_positive("sigma_data", sigma_data)
         check_conditioning(network, num_classes, label_dropout)
         self.network = network

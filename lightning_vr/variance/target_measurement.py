@@ -38,9 +38,10 @@ from lightning_vr.core.distributed import all_gather_rows, rank, world_size
 from lightning_vr.core.progress import progress_bar
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import UNLABELLED, Clean, Noised, TargetEstimate
+from lightning_vr.core.validation import check_samples
 from lightning_vr.estimators.stf import STF
 from lightning_vr.posterior.posterior_mean import Posterior, posterior_mean
-from lightning_vr.posterior.references import References, check_samples
+from lightning_vr.posterior.references import References
 from lightning_vr.posterior.streamed_softmax import label_mismatch
 from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 

@@ -150,7 +150,7 @@ ESTIMATORS = [
     fit(
         f"{CARV}proposal=TableProposal --model.draws.proposal.probabilities=[0,1]",
         "`proposal`",
-        "mix in a share",
+        "mix in some",
     ),
     fit(f"{STF}references=513", "`references`", "use fewer, or 'all'"),
     fit(f"{STF}reference=16", "'reference'", "use references"),

@@ -603,8 +603,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"prediction": "eps"}, "`prediction` expected to be one of x0, .* but got 'eps'"),
-            ({"sigma_data": 0.0}, "`sigma_data` expected to be positive"),
+            ({"prediction": "eps"}, "`prediction` must be 'x0', .* got 'eps'"),
+            ({"sigma_data": 0.0}, "`sigma_data` must be positive"),
             ({"num_classes": 0}, "`num_classes` must be at least 1, got 0"),
             ({"label_dropout": 0.1}, "`label_dropout` must be 0 without classes, got 0.1"),
             (
@@ -649,7 +649,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("references", [33, 4096])
     def test_more_references_than_samples_are_refused(self, references):
-        with pytest.raises(ValueError, match=f"at most 32, .* but got {references}"):
+        with pytest.raises(ValueError, match=f"at most 32, .* got {references}"):
             self.fit(Points(), target=STF(references))
 
     def test_an_index_that_is_not_the_position_is_refused(self):
@@ -704,7 +704,7 @@ def test_a_class_embedding_without_room_for_the_dropped_label_is_refused():
 
 
 def test_noise_levels_of_the_sampler_are_checked_when_the_module_is_built():
-    with pytest.raises(ValueError, match="0 < min < max, but got 90 and 80"):
+    with pytest.raises(ValueError, match="0 < min < max, got 90 and 80"):
         DiffusionModule(ResidualMLP(), sampler=Sampler(noise_level_min=90.0))
 
 

@@ -349,7 +349,7 @@ def test_removed_variance_is_the_mean_spread_of_each_bin():
         ({"noise_levels": levels(1.0, math.inf)}, "`noise_levels`"),
         ({"samples": 8}, "2 <= blocks <= samples"),
         ({"x0": torch.tensor([[0.0], [math.nan]])}, "`x0` expected to be finite"),
-        ({"x0": torch.arange(4)[:, None]}, "`x0` expected to be a real floating-point"),
+        ({"x0": torch.arange(4)[:, None]}, "`x0` must be a real floating-point"),
     ],
 )
 def test_bad_input_is_refused(cloud, settings, message):
