@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_SLOTS = ("draws", "target", "control_variate")
+SLOTS = ("draws", "target", "control_variate")
+"""Names of the slots of a module."""
 
 
 class Slot(nn.Module):
@@ -35,7 +36,7 @@ def keep_learned(checkpoint: dict[str, Any]) -> None:
         checkpoint: A module's checkpoint, after its callbacks.
     """
     current = checkpoint.get("current_model_state", {})
-    names = [name for name in current if name.split(".")[0] in _SLOTS]
+    names = [name for name in current if name.split(".")[0] in SLOTS]
     checkpoint["state_dict"].update({name: current[name] for name in names})
 
 

@@ -40,10 +40,11 @@ from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
 from lightning_vr.estimators.slot import drop_control_variate, keep_learned
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.lifecycle.checkpoint_io import use_durable_checkpoints
-from lightning_vr.lifecycle.checkpoints import STATE, describe_arguments, load_module
+from lightning_vr.lifecycle.checkpoints import STATE
 from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
 from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite
+from lightning_vr.lifecycle.hyperparameters import describe_arguments, load_module
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.precision import loss_scale, loss_scaler, unscales_itself
 from lightning_vr.lifecycle.resuming import Resuming

@@ -97,12 +97,12 @@ MODEL = [
     fit("--model.network.dimension=3", "`network`", "shape of the data"),
     fit("--model.network=ResidualMlp", "model.network", "use ResidualMLP"),
     fit("--model.network=diffusers.Unet2DModel", "model.network", "use diffusers.UNet2DModel"),
-    fit("--model.network.widht=16", "'widht'", "use width"),
+    fit("--model.network.widht=16", "`model.network.widht`", "use width"),
     fit("--model.network=torch.nn.Linear", "in_features", "set model.network.in_features"),
     fit("--model.network=torch.nn.ReLU", "`network`", "(x, t)"),
     fit("--model.sigma_data=0", "`sigma_data`", "positive"),
     fit("--model.prediction=noise", "model.prediction", "'epsilon'"),
-    fit("--model.lr=0.1", "'lr'", "optimizer"),
+    fit("--model.lr=0.1", "`model.lr`", "optimizer"),
     fit("--model=DiffusionModul", "model", "use DiffusionModule"),
     fit("--model.schedule=DDPM", "model.schedule", "use EDM, VE, VP"),
     fit("--model.schedule=EDM --model.schedule.sigma_min=90", "`sigma_min`", "< sigma_max"),
@@ -153,7 +153,7 @@ ESTIMATORS = [
         "mix in a share",
     ),
     fit(f"{STF}references=513", "`references`", "use fewer, or 'all'"),
-    fit(f"{STF}reference=16", "'reference'", "use references"),
+    fit(f"{STF}reference=16", "`model.target.reference`", "use references"),
     fit(f"{TAYLOR}order=1", "`control_variate`", "use group normalisation", network=NORMALISED),
     file(
         "model: {init_args: {control_variate: {class_path: TaylorCV, "
@@ -167,7 +167,7 @@ OPTIMIZATION = [
     fit("--model.optimizer=Adamw", "model.optimizer", "use AdamW"),
     fit(f"{ADAM}lr=-1", "model.optimizer", "0 or more"),
     fit(f"{ADAM}lr=fast", "model.optimizer.lr", "float"),
-    fit(f"{ADAM}momentum=0.9", "'momentum'", "betas"),
+    fit(f"{ADAM}momentum=0.9", "`model.optimizer.momentum`", "betas"),
     file(
         "model: {init_args: {optimizer: {class_path: AdamW, init_args: {lr: .inf}}}}",
         "`lr`",
@@ -188,7 +188,7 @@ DATA = [
     own("--data=Digits --data.validation_fraction=0", "`validation_fraction`", "between 0 and 1"),
     fit("--data.batch_size=513", "`batch_size`", "smaller batch"),
     fit("--data.batch_size=0", "`batch_size`", "at least 1"),
-    fit("--data.num_worker=2", "'num_worker'", "use num_workers"),
+    fit("--data.num_worker=2", "`data.num_worker`", "use num_workers"),
     own(f"{IMAGES}nowhere", "`path`", "existing folder"),
     own(f"{IMAGES}empty", "`path`", ".png"),
     own(f"{IMAGES}broken --data.batch_size=1", "broken/a.png", "repair or remove it"),
@@ -199,7 +199,7 @@ TRAINER = [
     fit("--trainer.gpus=1", "trainer.gpus", "--print_config"),
     fit("--trainer.accelerator=gpu", "trainer.accelerator", "use auto"),
     fit("--trainer.devices=0", "trainer.devices", "use auto"),
-    fit("--trainer.strategy=dpp", "strategy", "ddp"),
+    fit("--trainer.strategy=dpp", "`trainer.strategy`", "use auto, ddp"),
     fit(
         "--trainer.strategy=ddp --trainer.devices=-2",
         "trainer.devices",
@@ -226,7 +226,11 @@ CALLBACKS = [
         "`limit_val_batches` above 0",
         "--trainer.limit_val_batches=0",
     ),
-    callback("{class_path: TargetVariance, init_args: {sample: 99}}", "'sample'", "use samples"),
+    callback(
+        "{class_path: TargetVariance, init_args: {sample: 99}}",
+        "`trainer.callbacks.sample`",
+        "use samples",
+    ),
     callback("{class_path: TargetVariance, init_args: {samples: 1}}", "`samples`", "at least 64"),
     callback(
         "{class_path: TargetVariance, init_args: {references: [1000]}}",
@@ -247,7 +251,7 @@ CALLBACKS = [
 ]
 
 FILES = [
-    file("model: [", "`config`", "mend the YAML"),
+    file("model: [", "`config`", "fix the YAML"),
     file("- a\n- b", "`config`", "file of settings"),
     file("network: ResidualMLP", "network", "use model.network"),
     file("trainer: {max_step: 5}", "trainer.max_step", "use trainer.max_steps"),

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_vr import STF, DiffusionModule, ResidualMLP
-from lightning_vr.cli.resume import last_checkpoint
+from lightning_vr.cli.last_checkpoint import last_checkpoint
 from lightning_vr.data import EightGaussians
 
 
@@ -108,12 +108,21 @@ def test_resuming_with_another_estimator_trains_with_it(run, trained, same):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model.optimizer.lr=0.02"], ["`model.optimizer.lr` is 0.02, but 0.01 in"]),
-        (["--model.optimizer.weight_decay=0"], ["`model.optimizer.weight_decay` is 0", "0.01"]),
-        (["--model.optimizer=SGD"], ["`model.optimizer` is torch.optim.sgd.SGD", "AdamW"]),
-        (["--model.lr_scheduler.step_size=9"], ["`model.lr_scheduler.step_size` is 9, but 100"]),
-        (["--model.lr_scheduler=null"], ["`model.lr_scheduler` is None", "StepLR"]),
-        (["--seed_everything=4"], ["`seed_everything` is 4, but 3"]),
+        (["--model.optimizer.lr=0.02"], ["`model.optimizer.lr` must be 0.01, as in", "got 0.02"]),
+        (
+            ["--model.optimizer.weight_decay=0"],
+            ["`model.optimizer.weight_decay` must be 0.01", "got 0"],
+        ),
+        (
+            ["--model.optimizer=SGD"],
+            ["`model.optimizer` must be", "AdamW", "got torch.optim.sgd.SGD"],
+        ),
+        (
+            ["--model.lr_scheduler.step_size=9"],
+            ["`model.lr_scheduler.step_size` must be 100", "got 9"],
+        ),
+        (["--model.lr_scheduler=null"], ["`model.lr_scheduler` must be", "StepLR", "got None"]),
+        (["--seed_everything=4"], ["`seed_everything` must be 3", "got 4"]),
     ],
     ids=lambda flags: flags[0] if flags[0].startswith("--") else "",
 )

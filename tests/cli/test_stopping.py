@@ -8,7 +8,7 @@ import pytest
 from commands import NETWORK, POINTS, SHORT
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_vr.cli import command, main
+from lightning_vr.cli import entry_point, main
 
 SLOW = """
 import time
@@ -40,7 +40,7 @@ def test_the_status_of_a_stopped_process_tells_where_nobody_takes_it_for_a_failu
     def stop(**kwargs):
         raise SIGTERMException
 
-    monkeypatch.setattr(command, "VRCLI", stop)
+    monkeypatch.setattr(entry_point, "VRCLI", stop)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
