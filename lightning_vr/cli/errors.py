@@ -43,10 +43,6 @@ _EXPLANATIONS = {
         r"betas."
     ),
     r".*tried to allocate (\d+ bytes).*": r"\1 do not fit into the memory: use smaller sizes.",
-    r"(\S+) is no checkpoint that loads safely: ([^.:]*).*": (
-        r"`ckpt_path` must be a checkpoint that loads safely, got \1 (\2): name a whole file that "
-        r"a ModelCheckpoint wrote."
-    ),
     r"\[Errno \d+\] (.*): '(.*)'": (
         r"`trainer.logger.save_dir` or another path must be a folder that can be written, got \2 "
         r"(\1): name one that is."

@@ -3,7 +3,7 @@
 The parser raises errors without attributes. Their text nests the texts of all errors beneath, and
 lists one for each type of a union. So what failed is read from that text: the keys and classes that
 lead to the setting, then the first reason of ``_REASONS`` that it holds. For a new kind of error
-add a pattern there, and a line about what the pattern captures or a function that makes one.
+add a pattern there, and the line to say or a function that makes it.
 """
 
 import inspect
@@ -45,9 +45,10 @@ class _Failure(NamedTuple):
     def setting(self) -> str:
         return f"`{'.'.join(self.keys)}`"
 
-    def fill(self, line: str) -> str:
-        """Return a line with the setting and the reason in its places."""
-        return line.format(setting=self.setting, reason=self.reason)
+    @property
+    def value(self) -> str:
+        found = _VALUE.search(self.after)
+        return found[1] if found else "something else"
 
     def argument(self, name: str) -> str:
         """Return the full name of an argument of the setting."""
@@ -58,12 +59,15 @@ def parsing_error(text: str) -> str:
     """Return the text of an error of the parser in one line, with what to do instead."""
     if "<class 'torch.Tensor'>" in text:
         # a learning rate may be a tensor, which nobody writes
-        text = re.sub(r"- Expected a dot import path string.*", "", text)
+        text = re.sub(r"- (Expected a dot import path|Not a valid subclass of Tensor).*", "", text)
     for pattern, explain in _REASONS.items():
         if reason := re.search(pattern, text):
             failure = _read(text, reason)
-            line = explain(failure) if callable(explain) else failure.fill(explain)
-            return " ".join(line.split())
+            if isinstance(explain, str):
+                line = explain.format(*reason.groups(), setting=failure.setting)
+            else:
+                line = explain(failure)
+            return " ".join(line.replace("<unicode string>", "the file").split())
     return " ".join(text.split())
 
 
@@ -79,7 +83,7 @@ def _read(text: str, reason: re.Match[str]) -> _Failure:
 
 
 def _wrong_class(failure: _Failure) -> str:
-    name = failure.reason
+    name = failure.reason or failure.value
     # a union lists its types; of another setting the text has no base class
     own = failure.before[max([0, *(step.end() for step in _STEP.finditer(failure.before))]) :]
     bases = re.findall(r"[\w.]+\.\w+", "".join(re.findall("Subtypes: (.*)", own)))
@@ -88,7 +92,7 @@ def _wrong_class(failure: _Failure) -> str:
     if near or 0 < len(names) <= 12:
         fix = f"use {_either(near or names)}, or the full path of a class of your own"
     else:
-        fix = "give the full path of a class, as in package.module.Class"
+        fix = "give the full path of one, as in package.module.Class"
     return f"{failure.setting} must be a class of the right kind, got {name}: {fix}."
 
 
@@ -122,14 +126,10 @@ def _no_setting(failure: _Failure) -> str:
 def _missing(failure: _Failure) -> str:
     kind = failure.kind.rpartition(".")[2] or "its class"
     names = [failure.argument(name) for name in failure.reason.split(", ")]
-    return f"{failure.setting} lacks what {kind} requires: set {' and '.join(names)}."
-
-
-def _no_subcommand(failure: _Failure) -> str:
-    name, *names = re.findall(r"\w+", failure.reason.replace("choose from", ""))
-    near = close_names(name, names)
-    fix = f"use {near[0]}" if near else "use one of these"
-    return f"The subcommand must be {_either([*map(repr, names)])}, got '{name}': {fix}."
+    return (
+        f"{failure.setting} must have what {kind} requires ({failure.reason}): set "
+        f"{' and '.join(names)}."
+    )
 
 
 def _wrong_type(failure: _Failure) -> str:
@@ -137,13 +137,11 @@ def _wrong_type(failure: _Failure) -> str:
     plain = [kind or words.partition(". Got")[0] for kind, _, words in found]
     plain = [each for each in dict.fromkeys(plain) if each not in ("", "NoneType")]
     choices = [choice for _, literal, _ in found if literal for choice in literal.split(", ")]
-    value = _VALUE.search(failure.after)
-    given = value[1] if value else "something else"
-    near = close_names(given, [choice.strip("'") for choice in choices])
+    near = close_names(failure.value, [choice.strip("'") for choice in choices])
     fix = f"use {near[0]}" if near else "use one of these"
     if not choices:
         fix = f"use {_either([_EXAMPLES.get(each, each) for each in plain])}"
-    return f"{failure.setting} must be {_either([*plain, *choices])}, got {given}: {fix}."
+    return f"{failure.setting} must be {_either([*plain, *choices])}, got {failure.value}: {fix}."
 
 
 def _either(names: list[str]) -> str:
@@ -162,7 +160,7 @@ _EXAMPLES = {
 _REASONS: dict[str, str | Callable[[_Failure], str]] = {
     r"module (\S+ has no attribute \w+)": _no_attribute,
     r"No module named '(.*)'": (
-        "{setting} must be a class, got one of a module {reason}, which cannot be imported: "
+        "{setting} must be a class, got one of a module {0}, which cannot be imported: "
         "install it or correct the path."
     ),
     r"Expected a dot import path string: (.*)": _wrong_class,
@@ -171,23 +169,30 @@ _REASONS: dict[str, str | Callable[[_Failure], str]] = {
     r"unrecognized arguments: (\S*)": _no_setting,
     r"the following arguments are required: (.*)": _missing,
     r"argument (\S+): expected one argument": (
-        "`{reason}` must have a value, got none: write {reason}=VALUE."
+        "`{0}` must have a value, got none: write {0}=VALUE."
     ),
-    r"argument subcommand: invalid choice: (.*)": _no_subcommand,
+    r"argument subcommand: invalid choice: (.*) \(choose from (.*)\)": (
+        "The subcommand must be one of {1}, got {0}: use one of these."
+    ),
     r"Not of type Positive\w+: (?:.*: )?(\S+) does not": (
-        "{setting} must be positive, got {reason}: use a number above 0."
+        "{setting} must be positive, got {0}: use a number above 0."
     ),
     r"File does not exist: (.*)": (
-        "{setting} must be a file, got {reason}, which does not exist: correct the path."
+        "{setting} must be a file, got {0}, which does not exist: correct the path."
     ),
     r"Unexpected config:(.*)": (
         "`config` must be a file of settings, got something else: begin a section, as `model:`."
     ),
     r"(?s)Problems parsing config: (.*)": (
-        "`config` must be valid YAML, got a file that is not ({reason}): fix the YAML there."
+        "`config` must be valid YAML, got a file that is not ({0}): fix the YAML there."
     ),
-    r"Import path (\S+) does not correspond to a subclass": _wrong_class,
+    r"Import path (\S*?) ?does not correspond to a subclass": _wrong_class,
     r"Expected '(.*)' to be a subclass of": _wrong_class,
+    r"Expected an instantiatable class, but (\S*?) ?is abstract": _wrong_class,
+    r"Not a valid subclass of()": _wrong_class,
+    r"Unable to load config '(.*)'": (
+        "{setting} must be a section of settings, got {0}: give its settings one by one."
+    ),
     r"Expected an? (?!path|<class 'NoneType'>)(.*)": _wrong_type,
 }
 """Reasons, and what to say of them; of several in one text the first one here counts."""

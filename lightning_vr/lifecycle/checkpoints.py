@@ -1,6 +1,7 @@
 """Files of checkpoints: reading them safely, and whether their weights fit a module."""
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,11 @@ def read_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
                 checkpoint = torch.load(file, **options)
         checkpoint["state_dict"]
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint that loads safely: {error}") from error
+        reason = re.split(r"[.:\n]", str(error))[0]
+        raise ValueError(
+            f"`ckpt_path` must be a checkpoint that loads safely, got {path} ({reason}): name a "
+            f"whole file that a ModelCheckpoint wrote."
+        ) from error
     assert isinstance(checkpoint, dict)
     return checkpoint
 

@@ -97,6 +97,10 @@ MODEL = [
     fit("--model.network.dimension=3", "`network`", "shape of the data"),
     fit("--model.network=ResidualMlp", "model.network", "use ResidualMLP"),
     fit("--model.network=diffusers.Unet2DModel", "model.network", "use diffusers.UNet2DModel"),
+    fit("--model.network=Nonesuch", "`model.network`", "give the full path"),
+    fit("--model.network=nope.Nope", "`model.network`", "correct the path"),
+    fit("--model.network=[1]", "`model.network` must be a class", "give the full path"),
+    fit("--model.network=lightning_vr.posterior_mean", "`model.network`", "give the full path"),
     fit("--model.network.widht=16", "`model.network.widht`", "use width"),
     fit("--model.network=torch.nn.Linear", "in_features", "set model.network.in_features"),
     fit("--model.network=torch.nn.ReLU", "`network`", "(x, t)"),
@@ -105,6 +109,7 @@ MODEL = [
     fit("--model.lr=0.1", "`model.lr`", "optimizer"),
     fit("--model=DiffusionModul", "model", "use DiffusionModule"),
     fit("--model.schedule=DDPM", "model.schedule", "use EDM, VE, VP"),
+    fit("--model.schedule=Schedule", "`model.schedule` must be a class", "use EDM, VE, VP"),
     fit("--model.schedule=EDM --model.schedule.sigma_min=90", "`sigma_min`", "< sigma_max"),
     file(
         "model: {init_args: {schedule: {class_path: VE, init_args: {sigma_max: .inf}}}}",
@@ -152,6 +157,10 @@ ESTIMATORS = [
         "`proposal`",
         "mix in a share",
     ),
+    fit("--model.draws.resamples=2", "`model.draws` must be a class", "use IID or CARV"),
+    fit("--model.draws=STF", "`model.draws`", "use IID or CARV"),
+    fit("--model.target=lightning_vr.CARV", "`model.target`", "use DSM or STF"),
+    fit(f"{TAYLOR}gate=[0]", "`model.control_variate.gate`", "tuple with 2 elements, 'auto'"),
     fit(f"{STF}references=513", "`references`", "use fewer, or 'all'"),
     fit(f"{STF}reference=16", "`model.target.reference`", "use references"),
     fit(f"{TAYLOR}order=1", "`control_variate`", "use group normalisation", network=NORMALISED),
@@ -165,6 +174,10 @@ ESTIMATORS = [
 
 OPTIMIZATION = [
     fit("--model.optimizer=Adamw", "model.optimizer", "use AdamW"),
+    fit("--model.optimizer=nope.Nope", "`model.optimizer`", "correct the path"),
+    fit("--model.optimizer=torch.nn.Linear", "`model.optimizer`", "give the full path"),
+    fit(f"{ADAM}betas=3", "`model.optimizer.betas`", "use a list"),
+    fit(f"{ADAM}lr=[1]", "`model.optimizer.lr` must be float", "use a decimal number"),
     fit(f"{ADAM}lr=-1", "model.optimizer", "0 or more"),
     fit(f"{ADAM}lr=fast", "model.optimizer.lr", "float"),
     fit(f"{ADAM}momentum=0.9", "`model.optimizer.momentum`", "betas"),
@@ -196,6 +209,10 @@ DATA = [
 
 TRAINER = [
     fit("--trainer.max_steps=many", "trainer.max_steps", "int"),
+    fit("--trainer.max_steps", "`--trainer.max_steps`", "write --trainer.max_steps=VALUE"),
+    fit("--trainer=3", "`trainer` must be a section", "one by one"),
+    fit("--trainer.callbacks=lightning_vr.CARV", "`trainer.callbacks`", "give the full path"),
+    fit("--trainer.logger=3", "`trainer.logger` must be a class", "give the full path"),
     fit("--trainer.gpus=1", "trainer.gpus", "--print_config"),
     fit("--trainer.accelerator=gpu", "trainer.accelerator", "use auto"),
     fit("--trainer.devices=0", "trainer.devices", "use auto"),
@@ -276,7 +293,7 @@ OTHERS = [
     Bad("--candidates=nowhere.yaml", "`candidates`", "YAML file", command="audit"),
     audit("- name: [", "`candidates`", "mend it there"),
     audit("- {name: a, target: Stff}", "candidates.target", "use STF"),
-    audit("- {name: a, taget: STF}", "'taget'", "use target"),
+    audit("- {name: a, taget: STF}", "`candidates.taget`", "use target"),
     audit(
         "- {name: a, target: {class_path: STF, init_args: {references: 600}}}",
         "`references`",

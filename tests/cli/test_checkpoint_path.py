@@ -259,7 +259,8 @@ def test_last_looks_where_lightning_makes_the_folders_of_runs(flags, runs, folde
 def test_a_file_that_is_none_or_no_checkpoint_is_refused(refused, folder):
     (folder / "words.ckpt").write_text("words")
     assert "no file nonesuch.ckpt" in refused("validate", "--ckpt_path=nonesuch.ckpt")
-    assert "words.ckpt is no checkpoint" in refused("validate", "--ckpt_path=words.ckpt")
+    error = refused("validate", "--ckpt_path=words.ckpt")
+    assert "`ckpt_path` must be a checkpoint that loads safely, got words.ckpt" in error
 
 
 def test_the_best_checkpoint_of_no_fit_is_refused_in_one_line(refused):
