@@ -24,14 +24,15 @@ from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.proposals import LearnedProposal
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
-from lightning_vr.lifecycle.training_set import check_equal_chances, encoded_training_set
+from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.lifecycle.training_set import check_equal_chances
 from lightning_vr.posterior.sharded_references import Bank
-from lightning_vr.training.checks import check_clean, check_control_variate, check_draws
+from lightning_vr.training.checks import check_estimators
 from lightning_vr.training.control_measurement import ControlMeasurement
 from lightning_vr.training.control_pilot import describe_gate
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.noisy_losses import DiffusionLoss
-from lightning_vr.training.reference_bank import fill
+from lightning_vr.training.reference_bank import read_references, set_references
 from lightning_vr.training.resamples_pilot import resamples_pilot
 from lightning_vr.training.training_checks import check_derivatives
 from lightning_vr.variance.gradient_measurement import Source
@@ -70,12 +71,6 @@ def fill_targets(
     Returns:
         Names of candidates that cannot have any, and why.
     """
-
-    def encode(positions: torch.Tensor, batch: Any) -> Clean:
-        clean = module.clean(batch)
-        check_clean(clean, module.num_classes, positions)
-        return clean
-
     skipped: dict[str, str] = {}
     needs = [c for c in candidates if c.target is not None and c.target.bank_size != 0]
     try:
@@ -89,9 +84,7 @@ def fill_targets(
         assert candidate.target is not None
         sharded = candidate.target.sharded
         if sharded not in read:
-            read[sharded] = encoded_training_set(
-                trainer, encode, "Encoding references", is_shard=sharded
-            )
+            read[sharded] = read_references(module, trainer, is_shard=sharded)
         data = read[sharded]
         if data is None:
             skipped[candidate.name] = "samples have a condition beyond class labels"
@@ -100,7 +93,7 @@ def fill_targets(
         elif isinstance(candidate.target, STF) and sharded in banks:
             candidate.target.set_bank(banks[sharded], indexed=data.index is not None)
         else:
-            fill(candidate.target, data)
+            set_references(candidate.target, data)
             if isinstance(candidate.target, STF) and candidate.target.bank is not None:
                 banks[sharded] = candidate.target.bank
     return skipped
@@ -112,8 +105,9 @@ def refused(module: DiffusionModule, candidates: list[Candidate]) -> dict[str, s
     for candidate in candidates:
         try:
             with candidate.in_place(module):
-                check_draws(module.draws, module.objective, module.network)
-                check_control_variate(module.control_variate, module.network)
+                check_estimators(
+                    module.draws, module.control_variate, module.objective, module.network
+                )
         except ValueError as error:
             refused[candidate.name] = str(error).rstrip(".")
     return refused
@@ -175,7 +169,7 @@ def choose_resamples(
     reasons = {}
     for candidate in candidates:
         with candidate.in_place(module):
-            pilot = resamples_pilot(module)
+            pilot = resamples_pilot(module, RunContext.of(trainer))
             while pilot is not None and pilot.draws.pilot is None and not pilot.failures:
                 with trainer.precision_plugin.forward_context():
                     pilot.before_step(next(batches))
@@ -186,6 +180,7 @@ def choose_resamples(
 
 def fit_control_variates(
     module: DiffusionModule,
+    run: RunContext,
     candidates: list[Candidate],
     batches: Iterator[Any],
     encode: Callable[[Any], Clean],
@@ -195,6 +190,7 @@ def fit_control_variates(
 
     Args:
         module: The module.
+        run: The run of a trainer that is about to train.
         candidates: Those of the audit; one without a control variate has the module's own.
         batches: Batches without end.
         encode: Turns a batch into samples.
@@ -210,12 +206,12 @@ def fit_control_variates(
             if not isinstance(control, TaylorCV):
                 continue
             try:
-                check_derivatives(module, encode(next(batches)))
+                check_derivatives(module, run, encode(next(batches)))
             except ValueError as error:
                 reasons[candidate.name] = str(error).rstrip(".")
                 continue
             if not control.is_fixed and not (control.pilot and control.pilot["count"]):
-                _fit(ControlMeasurement(module, control), batches, encode, source)
+                _fit(ControlMeasurement(module, control, run), batches, encode, source)
             if candidate.control_variate is not None and control.is_closed:
                 reasons[candidate.name] = describe_gate(module, control).rstrip(".")
     return reasons

@@ -10,7 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_vr.core.types import WHOLE_STEP, Clean, LossEstimate, Noised, StepPart, Times
+from lightning_vr.core.types import (
+    UNLABELLED,
+    WHOLE_STEP,
+    Clean,
+    LossEstimate,
+    Noised,
+    StepPart,
+    Times,
+)
 from lightning_vr.estimators.slot import Slot
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.schedules import Schedule, expand
@@ -100,6 +108,12 @@ def open_uniform(count: int, generator: torch.Generator) -> Tensor:
     """Return ``count`` uniform numbers in the open interval (0, 1), float64."""
     u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
     return u.clamp(min=2.0**-54)
+
+
+def drop_labels(group: Tensor, fraction: float, source: torch.Generator) -> Tensor:
+    """Return labels ``(B,)`` of which a fraction, at random, is ``UNLABELLED``."""
+    u = torch.rand(len(group), generator=source, device=group.device, dtype=torch.float32)
+    return torch.where(u < fraction, UNLABELLED, group)
 
 
 def noise_samples(

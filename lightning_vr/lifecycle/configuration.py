@@ -31,8 +31,8 @@ class UndescribableError(ValueError):
 def describe(value: Any) -> Any:
     """Return ``value`` as nested primitives and ``class_path`` dictionaries.
 
-    Partials, classes and functions are described only where they are the value or an item of it, not
-    inside another object: only the type hint of an argument distinguishes them from instances and
+    Partials, classes and functions are described only where they are the value or an item of it,
+    not inside another object: only an argument's type hint distinguishes them from instances and
     text.
 
     Raises:

@@ -82,6 +82,19 @@ class ResidualMLP(nn.Module):
         return output
 
 
+def class_labels(group: Tensor | None, t: Tensor, num_classes: int) -> Tensor:
+    """Return the labels that a network embeds ``(B,)``: the last one stands for dropped labels.
+
+    Args:
+        group: Class labels ``(B,)``, negative where dropped; None if all are.
+        t: Times ``(B,)``.
+        num_classes: Number of classes.
+    """
+    if group is None:
+        return torch.full_like(t, num_classes, dtype=torch.int64)
+    return torch.where(group < 0, num_classes, group)
+
+
 def call_network(network: nn.Module, x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Return the output of a network, whichever way it wraps it.
 

@@ -165,7 +165,7 @@ class TestRandomness:
         module, batch = conditional_module(), next(iter(loader()))
         draws = []
         for rank in (0, 1):
-            monkeypatch.setattr("lightning_vr.training.module.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("lightning_vr.core.keyed_module.rank", lambda rank=rank: rank)
             draws.append(module.loss(batch, module.generator("train", 0, 0)).noised)
         assert not torch.isin(draws[0].t, draws[1].t).any()
         assert not torch.isin(draws[0].noise, draws[1].noise).any()

@@ -7,10 +7,10 @@ of the draws in one bin of the noise level alone,
 
 (Jeha, Grathwohl, Andersen, Ek and Frellsen 2024, arXiv 2408.12270). The coefficient of least
 variance of the loss is another one, and unrelated. As E c = 0 both means are inner products of
-gradients of batches: no gradient of a single draw is needed. Bins, odd and even parts, and groups
-of parameters have coefficients of their own. Those of both parts are fitted together: the product
-of the parts has mean zero, but at low noise the odd part is so much larger that what it happens to
-have in common with the even one would be all that one sees. Sums fade from pilot to pilot. A
+gradients of batches: no gradient of a single draw is needed. Bins, and odd and even parts in them,
+have coefficients of their own. Those of both parts are fitted together: the product of the parts
+has mean zero, but at low noise the odd part is so much larger that what it happens to have in
+common with the even one would be all that one sees. Sums fade from pilot to pilot. A
 coefficient never depends on the noise that it scales, so that the gradient stays unbiased.
 
 Whether a bin is open is decided by what a step costs and what it brings. The noise-ratio model
@@ -48,14 +48,14 @@ _LEAST_SAVING = 1.05
 
 
 class PilotStatistics(NamedTuple):
-    """What one pilot finds in b bins, for n groups of parameters and k parts; float64.
+    """What one pilot finds in b bins for k parts; float64.
 
     Attributes:
-        products: ``⟨g, c_k⟩`` of each bin's part of a step's gradient ``(b, n, k)``.
-        squares: ``⟨c_k, c_l⟩`` ``(b, n, k, k)``.
+        products: ``⟨g, c_k⟩`` of each bin's part of a step's gradient ``(b, k)``.
+        squares: ``⟨c_k, c_l⟩`` ``(b, k, k)``.
         loss_squares: ``E‖g - E[g | x, t]‖²``, what the noise adds to ``E‖g‖²`` of a step ``(b,)``.
         second_moment: ``E‖g‖²`` of the whole gradient of a step ``()``.
-        part: StepPart of draws in each bin ``(b,)``.
+        share: Share of draws in each bin ``(b,)``.
         value_products: Sums of ``L (C - E C)`` over the draws in each bin, L being the loss less
             its mean in the bin ``(b,)``.
         value_squares: Sums of ``(C - E C)²`` ``(b,)``.
@@ -70,9 +70,9 @@ class PilotStatistics(NamedTuple):
     value_squares: Tensor
 
     @classmethod
-    def zeros(cls, bins: int, groups: int, parts: int) -> "PilotStatistics":
+    def zeros(cls, bins: int, parts: int) -> "PilotStatistics":
         """Return zeros."""
-        shapes = [(bins, groups, parts), (bins, groups, parts, parts), (bins,), (), *[(bins,)] * 3]
+        shapes = [(bins, parts), (bins, parts, parts), (bins,), (), *[(bins,)] * 3]
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
@@ -117,7 +117,7 @@ class ControlFit:
         coefficient: Fixed, in place of a fitted one.
 
     Attributes:
-        coefficients: β ``(bins, groups, parts)``, the last two 1 where one holds for all; 1 until a
+        coefficients: β ``(bins, parts)``, or ``(bins, 1)`` where one holds for all parts; 1 until a
             pilot has measured, which is right for a network that has learned nothing.
         is_open: Which bins pay ``(bins,)``; none until a pilot has measured. Two pilots in a row
             must say so to close all.
@@ -128,7 +128,7 @@ class ControlFit:
     def __init__(self, bins: int, *, on_values: bool, coefficient: float | None) -> None:
         self.on_values, self.fixed = on_values, coefficient
         start = 1.0 if coefficient is None else coefficient
-        self.coefficients = torch.full((bins, 1, 1), start, dtype=torch.float64)
+        self.coefficients = torch.full((bins, 1), start, dtype=torch.float64)
         self.is_open = torch.zeros(bins, dtype=torch.bool)
         self.predicted_speedup = 1.0
         self.cost: Cost | None = None
@@ -146,8 +146,8 @@ class ControlFit:
         if not all(bool(torch.isfinite(x).all()) for x in found):
             return False
         beta = self.coefficients.expand_as(found.products)
-        square = torch.einsum("bnk,bnkl,bnl->b", beta, found.squares, beta)
-        reduction = 2 * (beta * found.products).sum(dim=(1, 2)) - square
+        square = torch.einsum("bk,bkl,bl->b", beta, found.squares, beta)
+        reduction = 2 * (beta * found.products).sum(dim=1) - square
         self._reduction = _MEMORY * self._reduction + reduction
         self._weight = _MEMORY * self._weight + 1
         if self._sums is not None:
@@ -206,8 +206,8 @@ class ControlFit:
     def _on_gradients(self) -> Tensor:
         assert self._sums is not None
         squares, products = self._sums.squares, self._sums.products
-        own = squares.diagonal(dim1=2, dim2=3)
-        is_known = own > _ROUNDING * self._sums.loss_squares[:, None, None]
+        own = squares.diagonal(dim1=1, dim2=2)
+        is_known = own > _ROUNDING * self._sums.loss_squares[:, None]
         # to scale, so that one ridge does for parts of all sizes
         scale = is_known / torch.where(is_known, own, 1.0).sqrt()
         matrix = squares * scale[..., None] * scale[..., None, :]
@@ -219,7 +219,7 @@ class ControlFit:
         assert self._sums is not None
         squares = self._sums.value_squares
         ratio = self._sums.value_products / torch.where(squares > 0, squares, 1.0)
-        return torch.where(squares > 0, ratio, 0.0)[:, None, None]
+        return torch.where(squares > 0, ratio, 0.0)[:, None]
 
     def _choose(self, cost: Cost) -> None:
         """Open the bins that are predicted to save most, those of the largest gain per draw."""

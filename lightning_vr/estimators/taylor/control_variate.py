@@ -27,8 +27,8 @@ from torch import Tensor
 from lightning_vr.core.devices import widest_float
 from lightning_vr.core.rows import concatenated, mapped, tensors
 from lightning_vr.core.types import Noised, TargetEstimate
-from lightning_vr.estimators.gradient_scale import with_scaled_gradients
 from lightning_vr.estimators.loss import ControlVariate, Network, network_output
+from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.estimators.taylor.coefficients import ControlFit, DeviceCopy
 from lightning_vr.estimators.taylor.terms import (
     clean_points,
@@ -38,7 +38,7 @@ from lightning_vr.estimators.taylor.terms import (
 )
 from lightning_vr.process.objective import Objective
 
-Expectation = Literal["exact", "rademacher", "gaussian"]
+Expectation = Literal["exact", "rademacher"]
 
 LARGEST_DIMENSION = 16
 """Numbers in a sample up to which exact traces are taken: order 2 needs d (d + 1) / 2 rows."""
@@ -52,7 +52,7 @@ class TaylorCV(ControlVariate):
             forward-mode derivatives besides. 2: second derivatives, for samples of 16 numbers at
             most.
         expectation: How order 1 takes the mean of its even part: ``"exact"``, for samples of 16
-            numbers at most, or along random directions.
+            numbers at most, or ``"rademacher"``, along random directions of signs.
         probes: Number of random directions for each draw.
         bins: Bins of the noise level, equally likely under the loss's density of t, with
             coefficients of their own.
@@ -62,8 +62,6 @@ class TaylorCV(ControlVariate):
             alone, ``"objective"``: the value of the loss, whose coefficient is another one and can
             make the gradient noisier.
         coefficient: β of both parts in all bins, in place of fitted ones.
-        by_group: Whether groups of parameters have coefficients of their own, at the price of a
-            pass for each open bin and part. The network must be a method of a module.
         refit_every_n_steps: Optimizer steps from one fit to the next; if not given, as often as
             takes 2 % of the time of training, and 5 % while bins are open.
 
@@ -81,7 +79,6 @@ class TaylorCV(ControlVariate):
         gate: Literal["auto", "open"] | tuple[float, float] = "auto",
         control: Literal["gradient", "objective"] = "gradient",
         coefficient: float | None = None,
-        by_group: bool = False,
         refit_every_n_steps: int | None = None,
     ) -> None:
         super().__init__()
@@ -91,11 +88,6 @@ class TaylorCV(ControlVariate):
             raise ValueError(
                 f"Argument `coefficient` expected to be finite or None, but got {coefficient}."
             )
-        if by_group and (coefficient is not None or control == "objective"):
-            raise ValueError(
-                "Argument `by_group` expected to be False where there is one coefficient for all "
-                "parameters, as with `coefficient` or control='objective', but got True."
-            )
         self.order = order
         self.expectation: Expectation = expectation
         self.probes = probes
@@ -103,7 +95,6 @@ class TaylorCV(ControlVariate):
         self.gate = gate
         self.control = control
         self.coefficient = coefficient
-        self.by_group = by_group
         self.refit_every_n_steps = refit_every_n_steps
         self.fit = ControlFit(bins, on_values=control == "objective", coefficient=coefficient)
         self.pilot: dict[str, float] | None = None
@@ -132,8 +123,6 @@ class TaylorCV(ControlVariate):
             return noised
         size = (len(noised.t), self.probes, *shape)
         options: Any = {"generator": generator, "device": noised.x0.device}
-        if self.expectation == "gaussian":
-            return replace(noised, probes=torch.randn(size, dtype=noised.x0.dtype, **options))
         signs = 2 * torch.randint(2, size, **options) - 1
         return replace(noised, probes=signs.to(noised.x0.dtype))
 
@@ -144,7 +133,7 @@ class TaylorCV(ControlVariate):
         if rows is not None and not len(rows):
             return network_output(network, noised, objective), torch.zeros_like(noised.t)
         some = noised if rows is None else _rows(noised, rows)
-        if self.order == 0 and not self.by_group:
+        if self.order == 0:
             output, terms = self._in_one_batch(network, noised, some, objective)
         else:
             output = network_output(network, noised, objective)
@@ -168,14 +157,26 @@ class TaylorCV(ControlVariate):
         return {"settings": self._settings, "fit": self.fit.state(), "pilot": self.pilot}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what was learned with the same settings; else begin anew."""
-        if state.get("settings") == self._settings:
-            self.fit.load(state["fit"])
-            self.pilot = state["pilot"]
+        """Load what was learned with the same settings, or warn if they differ."""
+        own, saved = self._settings, state["settings"]
+        differing = [
+            f"`{name}` is {value!r}, the checkpoint's is {saved[name]!r}"
+            for name, value in own.items()
+            if saved[name] != value
+        ]
+        if differing:
+            warn_of_dropped_state(
+                f"TaylorCV: {', '.join(differing)}: its coefficients and gate are dropped, and "
+                f"learning starts anew."
+            )
+            return
+        self.fit.load(state["fit"])
+        self.pilot = state["pilot"]
 
     @property
-    def _settings(self) -> list[Any]:
-        return [self.order, self.expectation, self.bins, self.control, self.by_group]
+    def _settings(self) -> dict[str, Any]:
+        names = ("order", "expectation", "bins", "control")
+        return {name: getattr(self, name) for name in names}
 
     def _open_rows(self, noised: Noised, objective: Objective) -> Tensor | None:
         """Return the draws that it runs for, or None for all."""
@@ -207,32 +208,11 @@ class TaylorCV(ControlVariate):
         """Return the sum of the terms of each draw, times their coefficients, ``(B,)``."""
         bins = self.bin(noised.t, objective)
         beta = self._coefficients.of(self.fit.coefficients, noised.t.device, noised.t.dtype)
-        if beta.shape[1] > 1:
-            control = self._by_group(network, noised, objective, bins)
-        else:
-            if terms is None:
-                terms = self.terms(network, noised, objective)
-            control = -(beta[bins, 0] * terms).sum(dim=1)
+        if terms is None:
+            terms = self.terms(network, noised, objective)
+        control = -(beta[bins] * terms).sum(dim=1)
         if self.control == "objective":
-            control = control - beta[bins, 0, 0] * constant_term(noised, objective)
-        return control
-
-    def _by_group(
-        self, network: Network, noised: Noised, objective: Objective, bins: Tensor
-    ) -> Tensor:
-        """Return the terms' sum with gradients weighted by group: a pass for each bin and part.
-
-        Its value is that with the mean of the groups' coefficients.
-        """
-        control = torch.zeros_like(noised.x0.flatten(1)[:, 0])
-        for b in sorted(set(bins.tolist())):
-            rows = (bins == b).nonzero()[:, 0]
-            for part, betas in enumerate(self.fit.coefficients[b].T.tolist()):
-                scaled = with_scaled_gradients(network, [-beta for beta in betas])
-                found = self.terms(scaled, _rows(noised, rows), objective)[:, part]
-                mean = sum(betas) / len(betas)
-                found = found - (1 + mean) * found.detach()
-                control = control.index_add(0, rows, found)
+            control = control - beta[bins, 0] * constant_term(noised, objective)
         return control
 
 
