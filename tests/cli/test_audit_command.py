@@ -71,7 +71,7 @@ def test_the_lines_to_paste_train_with_draws_that_learn(run, folder):
     assert settings["init_args"]["scope"] == "auto"
 
 
-def test_a_checkpoint_gives_the_weights_that_training_would_go_on_from(run, folder, monkeypatch):
+def test_a_checkpoint_gives_the_weights_that_training_would_continue_from(run, folder, monkeypatch):
     averaging = write(
         folder / "ema.yaml",
         trainer={

@@ -52,7 +52,7 @@ def fit(flags, argument, fix, **kwargs):
 
 
 def own(flags, argument, fix):
-    """Data of one's own choice, in place of points."""
+    """Data of the flags' choice, in place of points."""
     return Bad(flags, argument, fix, data=[])
 
 
@@ -364,7 +364,7 @@ def test_a_bad_configuration_is_one_line_that_names_the_argument_and_the_fix(bad
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_fix_that_a_line_tells_makes_the_configuration_run(flags, fix, folder, capsys):
+def test_the_fix_that_a_line_names_makes_the_configuration_run(flags, fix, folder, capsys):
     command = ["fit", *NETWORK, *POINTS, *SHORT, "--trainer.fast_dev_run=true", *shlex.split(flags)]
     with pytest.raises(SystemExit):
         main(command)

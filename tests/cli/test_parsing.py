@@ -1,4 +1,4 @@
-"""Settings: short names, files that parse to themselves, and what is refused in one line."""
+"""Settings: short names, files that parse to themselves, and errors in one line."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def test_a_control_variate_is_fitted_and_logged(run):
     assert "control_variate/even/s" in header
 
 
-def test_a_run_folder_that_exists_is_no_obstacle(run, folder):
+def test_a_run_folder_that_exists_can_be_used_again(run, folder):
     flags = [*NETWORK, *POINTS, *SHORT, "--trainer.logger.version=0"]
     main(["fit", *flags])
     with pytest.warns(UserWarning, match="exists and is not empty"):
@@ -161,7 +161,7 @@ def test_the_traceback_of_a_wrong_setting_can_be_seen(run, monkeypatch):
 
 
 def test_importing_the_package_and_asking_for_help_is_light():
-    """In a process of its own: what takes long to import comes when it is needed."""
+    """In a process of its own: slow imports wait until they are needed."""
     code = """
 import sys
 heavy = {"diffusers", "wandb", "matplotlib", "sklearn"}

@@ -53,7 +53,7 @@ class Saving(DiffusionModule):
 
 
 class Hiding(DiffusionModule):
-    """Keeps a network out of its weights."""
+    """Keeps a network outside its weights."""
 
     def __init__(self, encoder: nn.Module, **kwargs):
         super().__init__(**kwargs)
@@ -237,7 +237,7 @@ def test_what_diffusers_makes_reloads(saved):
     assert again.lr_scheduler.function.keywords == cosine.keywords
 
 
-def test_a_subclass_may_take_up_a_plain_module(saved):
+def test_a_subclass_loads_the_checkpoint_of_its_base_class(saved):
     again = Keywords.load_from_checkpoint(saved(DiffusionModule(network())), scale=5.0)
     assert (type(again), again.scale) == (Keywords, 5.0)
 
@@ -338,7 +338,7 @@ def test_an_open_file_reloads(saved):
         assert DiffusionModule.load_from_checkpoint(file).prediction == "v"
 
 
-def test_a_fresh_process_reloads_without_a_word(saved):
+def test_a_fresh_process_reloads_without_output(saved):
     path = saved(everything())
     code = f"""
 import lightning_vr
