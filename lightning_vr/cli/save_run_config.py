@@ -1,4 +1,4 @@
-"""The settings of a run, kept in its own folder and over nothing that was there before."""
+"""The settings of a run in its own folder, without replacing a file of another run."""
 
 import os
 from itertools import count
@@ -22,7 +22,7 @@ class SaveRunConfig(SaveConfigCallback):
         if self.already_saved:
             return
         if self.save_to_log_dir:
-            # not in save_config, which rank zero alone calls: all ranks learn the folder from it
+            # not in save_config, which only rank zero calls: rank zero tells all ranks the folder
             folder = run_folder(trainer)
             if trainer.is_global_zero:
                 self._write(folder)
@@ -34,7 +34,7 @@ class SaveRunConfig(SaveConfigCallback):
         name = Path(self.config_filename)
         names = (f"{name.stem}_{number}{name.suffix}" if number else name for number in count())
         paths = (folder / each for each in names)
-        # a link to what is not there is written through: it is taken, too
+        # writing to a broken link would create its target, so its name counts as used
         path = next(path for path in paths if self.overwrite or not os.path.lexists(path))
         self.parser.save(
             self.config,

@@ -1,19 +1,15 @@
-"""LightningCLI, with what is configured above what a checkpoint says."""
+"""LightningCLI, where what is configured wins over what a checkpoint says."""
 
-import os
-import signal
 import sys
-import traceback
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # a short class name resolves once its class is imported
@@ -23,18 +19,18 @@ import lightning_vr.estimators
 import lightning_vr.lifecycle
 import lightning_vr.metrics
 import lightning_vr.process  # noqa: F401
-from lightning_vr.cli.errors import cause, is_wrong_setting, one_line
-from lightning_vr.cli.resume import (
+from lightning_vr.cli.checkpoint_settings import (
+    Change,
     changed_network,
     changed_optimization,
-    last_checkpoint,
     model_settings,
 )
-from lightning_vr.cli.saved_config import SaveRunConfig
-from lightning_vr.cli.trainer import VRTrainer
+from lightning_vr.cli.last_checkpoint import last_checkpoint
+from lightning_vr.cli.save_run_config import SaveRunConfig
 from lightning_vr.cli.trainer_checks import check_trainer_settings
-from lightning_vr.core.distributed import destroy_process_group, world_size
-from lightning_vr.lifecycle.checkpoints import STATE, check_complete, check_weights, read_checkpoint
+from lightning_vr.cli.vr_trainer import VRTrainer
+from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
+from lightning_vr.lifecycle.hyperparameters import SavedArguments
 from lightning_vr.training.module import DiffusionModule
 
 _LOADERS = {
@@ -75,7 +71,7 @@ class VRCLI(LightningCLI):
             "parser_kwargs": {
                 "prog": "lightning-vr",
                 "description": "Variance-reduced diffusion training. A wrong setting is one line; "
-                "LIGHTNING_VR_TRACEBACK=1 shows where it was refused.",
+                "LIGHTNING_VR_TRACEBACK=1 shows where it was raised.",
                 "version": version("lightning-vr"),
                 "exit_on_error": False,
             },
@@ -90,21 +86,21 @@ class VRCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
-        # each takes a tenth of a second to fill: where the first argument tells, fill its own alone
+        # filling one takes a tenth of a second: fill only that of the subcommand, if known
         first = next(iter(self._arguments), None)
         if first in self.subcommands() and first != subcommand:
             return self.init_parser(**kwargs)
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add trainer, model and data; the last two are not required, for a checkpoint may do."""
+        """Add trainer, model and data; a checkpoint may stand in for the last two."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{name}": x for name, x in self.trainer_defaults.items()})
         parser.add_lightning_class_args(self._model_class, "model", True, required=False)
         parser.add_lightning_class_args(self._datamodule_class, "data", True, required=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; where no module is configured, put a checkpoint's hyperparameters beneath."""
+        """Parse; where no module is configured, a checkpoint's hyperparameters are the defaults."""
         if not hasattr(self, "_subcommand_parsers"):
             self._parse(args)
             return
@@ -116,8 +112,8 @@ class VRCLI(LightningCLI):
             self._parse_without_network(args, error)
         if missing is None and self._settings.model is None:
             missing = ValueError(
-                "Argument `model` is missing: give a network, as in --model.network ResidualMLP, "
-                "or a configuration file, or the --ckpt_path of a run."
+                "`model` must be configured: give a network, as in --model.network ResidualMLP, or "
+                "a configuration file, or the --ckpt_path of a run."
             )
         path = self._checkpoint_path()
         if path is None:
@@ -126,7 +122,8 @@ class VRCLI(LightningCLI):
             return
         self._checkpoint = read_checkpoint(path)
         if missing is not None:
-            check_complete(self._checkpoint, path, ("optimizer", "lr_scheduler"))
+            arguments = SavedArguments.of(self._checkpoint)
+            arguments.check_complete(path, given=("optimizer", "lr_scheduler"))
             self._set_default("model", model_settings(self._checkpoint, path))
         seed = self._checkpoint_seed()
         if self.config.subcommand == "fit" and seed is not None:
@@ -135,22 +132,22 @@ class VRCLI(LightningCLI):
         self._settings.ckpt_path = path
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what Lightning would take and not do."""
+        """Check settings that Lightning would accept and not follow."""
         if hasattr(self, "_subcommand_parsers"):
             check_trainer_settings(self._settings.trainer)
 
     def after_instantiate_classes(self) -> None:
-        """Refuse what would fail later with a traceback."""
+        """Check what would fail later with a traceback."""
         loader = _LOADERS.get(str(self.subcommand))
         if loader and self.datamodule is None and not is_overridden(loader, self.model):
             raise ValueError(
-                f"Argument `data` is missing: name a data module, as in "
-                f"`{self.subcommand} --data Digits`."
+                f"`data` must be configured: name a data module, as in `{self.subcommand} --data "
+                f"Digits`."
             )
         is_built = not is_overridden("configure_model", self.model)
         if self._checkpoint and self.model.strict_loading and is_built:
             check_weights(self.model, self._checkpoint, self._settings.ckpt_path)
-        # each run has a folder of its own; off fit only a checkpoint's weights count
+        # each run has its own folder; without training only a checkpoint's weights matter
         messages = [
             "The dirpath has changed from",
             "`isinstance.treespec, LeafSpec.` is deprecated",
@@ -188,28 +185,28 @@ class VRCLI(LightningCLI):
                 parser.set_defaults({name: value})
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning lets a checkpoint's hyperparameters override the settings here
+        # here Lightning would let a checkpoint's hyperparameters override the settings
         if self._checkpoint is None:
             return
         model = self._settings.model.as_dict()
         for name, configured, saved in changed_network(model, self._checkpoint):
             rank_zero_warn(
                 f"Setting `{name}` is {configured}, but {saved} in {self._settings.ckpt_path}, "
-                f"whose weights were trained with it: unless that is meant, use the config.yaml "
-                f"of their run."
+                f"whose weights were trained with it: unless you mean this, use the config.yaml of "
+                f"their run."
             )
         if self.config.subcommand != "fit":
             return
         changes = changed_optimization(model, self._checkpoint)
         seed = self._checkpoint_seed()
         if seed is not None and self._settings.seed_everything != seed:
-            changes.append(("seed_everything", self._settings.seed_everything, seed))
+            changes.append(Change("seed_everything", self._settings.seed_everything, seed))
         if changes:
             name, configured, saved = changes[0]
             raise ValueError(
-                f"Setting `{name}` is {configured}, but {saved} in {self._settings.ckpt_path}, "
-                f"whose state of training `fit` restores: leave it as it was there, or train anew "
-                f"without --ckpt_path."
+                f"`{name}` must be {saved}, as in {self._settings.ckpt_path}, whose training state "
+                f"`fit` restores, got {configured}: leave it out, or train from the start without "
+                f"--ckpt_path."
             )
 
     def _checkpoint_seed(self) -> int | None:
@@ -217,7 +214,7 @@ class VRCLI(LightningCLI):
         return seed if seed is not None and seed < 2**32 else None
 
     def _checkpoint_path(self) -> str | None:
-        """Return the file of ``ckpt_path``, or None if there is none or Lightning will find it."""
+        """Return the file of ``ckpt_path``, or None if not given or left for Lightning to find."""
         path = self._settings.ckpt_path
         if path == "last":
             return str(last_checkpoint(self._settings.trainer))
@@ -225,46 +222,7 @@ class VRCLI(LightningCLI):
             return None
         if "://" not in str(path) and not Path(path).is_file():
             raise ValueError(
-                f"Argument `ckpt_path` expected to be a checkpoint file or 'last', but there is no "
-                f"file {path}."
+                f"`ckpt_path` must be a checkpoint file or 'last', but there is no file {path}: "
+                f"correct the path."
             )
         return str(path)
-
-
-def main(args: ArgsType = None) -> None:
-    """Run the command line.
-
-    Args:
-        args: The arguments, in place of those of the process.
-
-    Raises:
-        SystemExit: With status 2 and one line on stderr if a setting is wrong. If the process is
-            asked to stop, with status 143 where it is the main one of its node, with 0 elsewhere.
-    """
-    try:
-        VRCLI(args=args)
-        destroy_process_group()
-    except SIGTERMException:
-        # Lightning would end with status 0, as if the job were done
-        sys.stderr.write("stopped by SIGTERM: `fit --ckpt_path last` goes on where one was saved\n")
-        # where it started the others it would kill this one, still ending, if they ended with 143
-        is_main = os.environ.get("LOCAL_RANK", "0") == "0"
-        raise SystemExit(128 + signal.SIGTERM if is_main else 0) from None
-    except Exception as error:
-        wrong = cause(error)
-        if os.environ.get("LIGHTNING_VR_TRACEBACK") or not is_wrong_setting(wrong):
-            if world_size() > 1:
-                traceback.print_exc()
-                _leave(1)
-            raise
-        sys.stderr.write(f"error: {one_line(wrong)}\n")
-        if world_size() > 1:
-            _leave(2)
-        raise SystemExit(2) from None
-
-
-def _leave(status: int) -> NoReturn:
-    """End at once: what gloo cleans up at exit may wait for ranks that wait for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
