@@ -34,7 +34,7 @@ from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
-from lightning_vr.lifecycle.stopping import SharedStop, bypass_collectives
+from lightning_vr.lifecycle.stopping import CoordinatedStop, bypass_collectives
 from lightning_vr.lifecycle.strategies import check_strategy
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
@@ -56,7 +56,7 @@ class ResumableModule(KeyedModule, LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._resuming = Resuming()
-        self._stop = SharedStop()
+        self._stop = CoordinatedStop()
         self._guard = FiniteGuard("raise")
         self._hooks_called: set[str] = set()
         self._undo_seeding: Callable[[], None] | None = None
