@@ -301,7 +301,7 @@ def measure(options: argparse.Namespace, data: Digits, weights: Path, results: R
 
 
 def pilot_shapes(samples: int) -> list[tuple[int, int]]:
-    """Return R and K of the steps to which the cost model is fitted."""
+    """Return R and K of the steps that the model of their seconds is fitted to."""
     return [(samples // 4, 1), (samples // 4, 4), (samples // 2, 2), (samples, 1), (samples, 4)]
 
 
