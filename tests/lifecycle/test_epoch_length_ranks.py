@@ -174,45 +174,34 @@ MANY = [[20, 21, 22], [23, 24, 25], [26, 27, 28], [29, 30, 31]]
 LAST_IS_SMALL = [[20, 21, 22], [23]]
 
 
-@pytest.mark.parametrize("kind", ["map", "stream"])
 @pytest.mark.parametrize("shortest", [0, 1])
-def test_an_epoch_ends_with_the_shortest_rank_and_a_warning_says_so(kind, shortest, tmp_path):
+def test_an_epoch_ends_with_the_shortest_rank_and_a_warning_says_so(shortest, tmp_path):
     batches = [FEW, MANY] if shortest == 0 else [MANY, FEW]
     module = build(target=STF("batch"), draws=CARV(1))
-    found = fit(tmp_path, module, PerRank(batches, kind), accumulate_grad_batches=2)
+    found = fit(tmp_path, module, PerRank(batches), accumulate_grad_batches=2)
     for each, own in zip(found, batches, strict=True):
         assert positions(each) == 2 * own[:2]
         assert [batch["epoch"] for batch in each["batches"]] == [0, 0, 1, 1]
         assert each["steps"] == 2
         assert each["validations"] == [1, 2]
     assert_equal_weights(found)
-    told = [text for text in found[0]["warnings"] if "epoch ends with the shortest" in text]
-    counts = {
-        "map": [float(len(own)) for own in batches],
-        "stream": [int(own is MANY) for own in batches],
-    }
+    told = [text for text in found[0]["warnings"] if "epochs end with the shortest" in text]
     assert told
-    assert all(str(counts[kind]) in text for text in told)
+    assert all(str([float(len(own)) for own in batches]) in text for text in told)
 
 
-@pytest.mark.parametrize("kind", ["map", "stream"])
-def test_loaders_made_anew_are_looked_at_anew(kind, tmp_path):
-    data = PerRank([FEW, MANY], kind)
+def test_loaders_made_anew_are_looked_at_anew(tmp_path):
+    data = PerRank([FEW, MANY])
     found = fit(tmp_path, build(), data, reload_dataloaders_every_n_epochs=1)
     assert [positions(each) for each in found] == [2 * FEW, 2 * MANY[:2]]
     assert_equal_weights(found)
 
 
-def test_streams_that_end_before_a_limit_on_the_batches_end_together(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 1}], ids=["whole", "limited"])
+def test_loaders_without_a_length_are_refused_on_all_ranks(options, tmp_path):
     data = PerRank([FEW, MANY], "stream")
-    found = fit(tmp_path, build(), data, max_epochs=1, limit_train_batches=10)
-    assert [positions(each) for each in found] == [FEW, MANY[:2]]
-
-
-def test_a_limit_on_the_batches_of_streams_holds(tmp_path):
-    data = PerRank([FEW, MANY], "stream")
-    found = fit(tmp_path, build(), data, max_epochs=1, limit_train_batches=1)
-    assert [positions(each) for each in found] == [FEW[:1], MANY[:1]]
+    with pytest.raises(Exception, match="`train_dataloaders` must have a length on 2 ranks"):
+        fit(tmp_path, build(), data, max_epochs=1, **options)
 
 
 def test_a_fraction_of_an_epoch_is_one_of_the_shortest(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import math
 import os
 import re
 import resource
@@ -34,6 +35,7 @@ from lightning_vr import (
 from lightning_vr.callbacks import sample_grid as samples
 from lightning_vr.data import EightGaussians
 from lightning_vr.lifecycle.checkpoint_io import DurableCheckpointIO
+from lightning_vr.lifecycle.finite_guard import FiniteGuard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
@@ -203,10 +205,23 @@ class TestNonFinite:
         with pytest.raises(ValueError, match=f"sample {SPOILT}.*is not finite"):
             trainer().fit(model, DataLoader(Points(1.0), batch_size=8))
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize(("value", "is_finite"), [(6e4, True), (math.nan, False)])
+    def test_the_norm_does_not_overflow_in_16_bits(self, dtype, value, is_finite):
+        layer = nn.Linear(30, 30, dtype=dtype)
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, 6e4)
+        layer.bias.grad[3] = value
+        trainer = SimpleNamespace(precision_plugin=None, global_step=5)
+        guard = FiniteGuard("skip")
+        if is_finite:
+            assert guard.check(trainer, layer)
+        else:
+            with pytest.warns(UserWarning, match="step 5 .* the gradient of `bias`"):
+                assert not guard.check(trainer, layer)
+
     def test_a_bad_choice_is_refused(self):
-        with pytest.raises(
-            ValueError, match="must be 'raise' or 'skip', got 'ignore'"
-        ):
+        with pytest.raises(ValueError, match="must be 'raise' or 'skip', got 'ignore'"):
             module(on_nonfinite="ignore")
 
 

@@ -146,7 +146,7 @@ UNEQUAL = {
 @pytest.mark.parametrize("kind", UNEQUAL)
 def test_a_bank_of_samples_that_do_not_come_equally_often_is_refused(kind, references):
     name = kind.split()[0]
-    with pytest.raises(ValueError, match=rf"has a {name}.*Subset, or use references='batch'"):
+    with pytest.raises(ValueError, match=rf"loader with a {name}.*Subset, or use references='batch'"):
         fit(module(target=STF(references)), loader=UNEQUAL[kind]())
 
 

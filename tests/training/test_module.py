@@ -170,6 +170,28 @@ class TestRandomness:
         assert not torch.isin(draws[0].t, draws[1].t).any()
         assert not torch.isin(draws[0].noise, draws[1].noise).any()
 
+    @pytest.mark.parametrize("stage", ["validate", "test"])
+    def test_noise_of_an_evaluation_is_independent_of_a_random_encode(self, stage, z_score):
+        drawn = []
+
+        class Random(DiffusionModule):
+            def encode(self, batch):
+                clean = super().encode(batch)
+                drawn.append(torch.randn_like(clean.x0))
+                return replace(clean, x0=clean.x0 + drawn[-1])
+
+            def compute_loss(self, noised, target, **options):
+                drawn.append(noised.noise)
+                return super().compute_loss(noised, target, **options)
+
+        module = Random(network())
+        getattr(trainer(), stage)(module, DataLoader(Points(size=2048), 1024), verbose=False)
+        own, noise = torch.cat(drawn[::2]), torch.cat(drawn[1::2])
+        # every shift of one stream against the other
+        for shift in range(-4, 5):
+            product = own.flatten() * noise.flatten().roll(shift)
+            assert abs(z_score(product)) < 4, shift
+
     def test_training_leaves_the_global_stream_alone(self):
         states = []
 
@@ -653,9 +675,7 @@ class TestBadInput:
             self.fit(Points(), target=STF(references))
 
     def test_an_index_that_is_not_the_position_is_refused(self):
-        with pytest.raises(
-            ValueError, match="sample 0 has index 7: let item i of the data set"
-        ):
+        with pytest.raises(ValueError, match="sample 0 has index 7: let item i of the data set"):
             self.fit(Points(offset=7), target=STF(8))
 
     def test_all_references_without_indices_are_refused(self):
@@ -672,7 +692,7 @@ class TestBadInput:
             def forward(self, x, t):
                 return self.linear(x)
 
-        with pytest.raises(ValueError, match=r"`network` .* \(8, 2\), but Wide returned \(8, 4\)"):
+        with pytest.raises(ValueError, match=r"`network` .* \(8, 2\), got \(8, 4\) from Wide"):
             trainer().fit(DiffusionModule(Wide()), loader(), loader() if validation else None)
 
 
