@@ -7,7 +7,6 @@ Loading of data is left out: it is hidden behind the step where workers keep up.
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightning_vr.core.devices import timed
 from lightning_vr.core.rows import Rows
 from lightning_vr.core.types import Clean
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.variance.accounting import CostModel
+from lightning_vr.variance.accounting import CostModel, fixed_and_marginal
 from lightning_vr.variance.components import DRAWS_PER_UNIT
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
@@ -92,7 +91,7 @@ class StepTimer:
             goes_on: Asked before each round, the first two excepted.
         """
         whole = len(clean.x0)
-        parts = sorted({max(1, whole // k) for k in (1, 2, 4)})
+        parts = sorted({max(1, whole // 4), whole})
         names: list[int | str] = [*parts, "encode", "optimizer"]
         times: dict[int | str, list[float]] = {name: [] for name in names}
         for i in range(_ROUNDS + 1):
@@ -135,29 +134,17 @@ class StepTimer:
 def cost_model(
     passes: dict[int, float], encode: float, optimizer: float, resamples: int = 1
 ) -> CostModel:
-    """Fit a model to the seconds of the parts of a step.
+    """Return a model of the seconds of a step from those of its parts.
 
     Args:
-        passes: Seconds of forward and backward by number of samples, up to the whole batch.
+        passes: Seconds of forward and backward by number of samples: the whole batch, and a part
+            of it where there is one.
         encode: Seconds to encode the whole batch.
         optimizer: Seconds of the optimizer's step.
         resamples: Draws of each sample in ``passes``.
     """
-    whole = max(passes)
-    encoding = encode / whole
-    if whole < 4:
-        return CostModel(optimizer, encoding, passes[whole] / (whole * resamples))
-    # a pass takes as long however its rows are made up of samples and resamples of them
-    shapes = [
-        (rows // k, k, seconds)
-        for rows, seconds in ((n * resamples, seconds) for n, seconds in passes.items())
-        for k in (1, 2)
-        if rows % k == 0
-    ]
-    fitted = CostModel.fit(
-        [samples for samples, _, _ in shapes],
-        [k for _, k, _ in shapes],
-        [seconds + optimizer for _, _, seconds in shapes],
+    few, many = min(passes), max(passes)
+    fixed, denoise = fixed_and_marginal(
+        few * resamples, many * resamples, passes[few], passes[many]
     )
-    # encoding was timed by itself: a fit could take it for fixed
-    return replace(fitted, upstream=fitted.upstream + encoding)
+    return CostModel(fixed + optimizer, encode / many, denoise)

@@ -19,7 +19,8 @@ from lightning_vr.estimators.targets import DSM
 from lightning_vr.lifecycle.loggers import log_picture, run_folder, training_goes_on
 from lightning_vr.lifecycle.training_set import training_loader
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.variance.excess_loss import ExcessLoss, IrreducibleVariance
+from lightning_vr.variance.excess_loss import ExcessLoss
+from lightning_vr.variance.irreducible_variance import IrreducibleVariance
 from lightning_vr.variance.target_curves import TargetVarianceCurve
 
 log = logging.getLogger(__name__)
