@@ -9,7 +9,8 @@ and the effective compute multiplier that follows, with a confidence interval.
 """
 
 from lightning_vr.auditing.candidates import Candidate
+from lightning_vr.auditing.report import save as save_report
 from lightning_vr.auditing.result import Audit
 from lightning_vr.auditing.run import audit
 
-__all__ = ["Audit", "Candidate", "audit"]
+__all__ = ["Audit", "Candidate", "audit", "save_report"]

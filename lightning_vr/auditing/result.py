@@ -3,7 +3,6 @@
 import inspect
 import math
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -226,12 +225,6 @@ class Audit:
             }
         )
         return found
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``audit.json``, ``audit.md`` and ``audit.png`` to a folder, which is made."""
-        from lightning_vr.auditing import report
-
-        report.save(self, Path(folder))
 
     def _estimator(self, measured: MeasuredEstimator) -> dict[str, Any]:
         fields = {name: getattr(measured, name) for name in _PLAIN_FIELDS}

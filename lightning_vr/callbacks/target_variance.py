@@ -49,8 +49,8 @@ class TargetVariance(Callback):
     best network, ``excess_loss/...`` the rest, how far the weights that train are from the optimum;
     ``.../total`` is over all draws. At the end ``excess_loss.png`` and ``excess_loss.csv`` show it.
     The optimum is that of the encoded training set as read once: augmentation that changes between
-    epochs would count as excess. None of this with another module, a control variate, ``clean``, or
-    a curve of a part of the data (``max_data``), which lacks some of the variance.
+    epochs would count as excess. Nothing of this is logged with another module, with ``clean``, or
+    with a curve of a part of the data (``max_data``), which lacks some of the variance.
 
     On a ``DiffusionModule`` it needs no arguments; on any other module::
 

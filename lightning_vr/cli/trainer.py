@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_vr.auditing.candidates import read_candidates
-from lightning_vr.auditing.report import table
+from lightning_vr.auditing.report import save, table
 from lightning_vr.auditing.run import audit as run_audit
 from lightning_vr.callbacks.pictures import is_picture, save_picture
 from lightning_vr.core.distributed import all_gather_numbers, all_gather_rows
@@ -53,7 +53,7 @@ class VRTrainer(Trainer):
         folder = run_folder(self)
         if not self.is_global_zero:
             return
-        found.save(folder)
+        save(found, folder)
         console = Console()
         console.print(table(found))
         console.print(found.advice, style="bold")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_vr.auditing import Audit, Candidate
+from lightning_vr.auditing import Audit, Candidate, save_report
 from lightning_vr.auditing.report import page, table
 from lightning_vr.auditing.result import MeasuredEstimator
 from lightning_vr.cli.command import VRCLI
@@ -212,7 +212,7 @@ def test_pasted_lines_leave_nothing_of_present_draws_behind(tmp_path, present, b
 
 def test_all_that_was_found_is_written(tmp_path):
     audit = an_audit(measured("a", 2.0), measured("b", 0.5))
-    audit.save(tmp_path / "new")
+    save_report(audit, tmp_path / "new")
     written = json.loads((tmp_path / "new/audit.json").read_text())
     assert written["recommended"] == "a"
     assert [each["name"] for each in written["estimators"]] == ["current", "a", "b"]
@@ -226,7 +226,7 @@ def test_all_that_was_found_is_written(tmp_path):
 
 def test_what_is_not_finite_is_written_as_nothing(tmp_path):
     audit = an_audit(measured("a", 2.0), squared_mean=-1.0)
-    audit.save(tmp_path)
+    save_report(audit, tmp_path)
     assert json.loads((tmp_path / "audit.json").read_text())["noise_ratio"] is None
     assert "too large to tell" in page(audit)
 
