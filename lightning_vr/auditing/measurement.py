@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_vr.auditing.batch_pairs import batch_pairs
-from lightning_vr.auditing.candidates import SLOTS, Candidate, settings
+from lightning_vr.auditing.candidates import Candidate
+from lightning_vr.auditing.comparison import CURRENT, Comparison
 from lightning_vr.auditing.default_candidates import default_candidates
 from lightning_vr.auditing.preparation import (
     choose_resamples,
@@ -37,30 +37,21 @@ from lightning_vr.auditing.preparation import (
     refused,
     with_own_state,
 )
-from lightning_vr.auditing.result import Audit, MeasuredEstimator
+from lightning_vr.auditing.result import Audit
 from lightning_vr.auditing.step_timing import StepTimer, TimedMeasurement
 from lightning_vr.core.distributed import all_reduce_mean, broadcast, rank, world_size
 from lightning_vr.core.gradients import parameter_groups
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import Clean
-from lightning_vr.estimators.targets import DSM
-from lightning_vr.lifecycle.configuration import UndescribableError
 from lightning_vr.lifecycle.precision import loss_scale, loss_scaler
 from lightning_vr.lifecycle.training_set import training_loader
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.noisy_losses import DiffusionLoss
 from lightning_vr.variance.accounting import (
     CostModel,
-    effective_compute_multiplier,
-    relative_efficiency,
 )
-from lightning_vr.variance.bootstrap import Interval
-from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
-from lightning_vr.variance.moments import Moments
 from lightning_vr.variance.nested_measurement import NestedMeasurement
-
-_OWN = "current"
 
 _LEVELS = 8
 _LEVEL_SAMPLES = 32
@@ -70,9 +61,6 @@ _LEVEL_BUDGET = 0.2
 _TIMING_BUDGET = 0.05
 _LEARNING_BUDGET = 0.05
 _LEAST_REPETITIONS = 3
-
-_LOST = 0.8
-"""Upper bound of the ECM below which more repetitions would only confirm that a candidate loses."""
 
 
 class AuditMeasurement:
@@ -99,7 +87,7 @@ class AuditMeasurement:
         self.loader = training_loader(trainer)
         size = len(self.loader.dataset)  # type: ignore[arg-type]
         rivals = default_candidates(module, size) if candidates is None else candidates
-        self.candidates = [Candidate(_OWN), *with_own_state(rivals)]
+        self.candidates = [Candidate(CURRENT), *with_own_state(rivals)]
         self.skipped: dict[str, str] = {}
         self._leave_out(refused(module, self.candidates[1:]))
         self._leave_out(fill_targets(trainer, module, self.candidates))
@@ -110,10 +98,9 @@ class AuditMeasurement:
         # last, since an error would share its line with a visible bar
         self.bar = _bar(budget, is_shown=progress and trainer.is_global_zero)
         self.batch = 0
-        # of what all steps share
+        # of what all estimators need for a step
         self.shared_seconds = 0.0
-        self.found: dict[str, list[Components]] = {c.name: [] for c in self.candidates}
-        self.seconds: dict[str, list[Tensor]] = {c.name: [] for c in self.candidates}
+        self.comparison = Comparison(module)
 
     def measure(self) -> Audit:
         """Run the audit; all ranks must call it."""
@@ -127,15 +114,14 @@ class AuditMeasurement:
             self._measure_levels(statistics)
             self.bar.set_description("Audit: candidates")
             self._repeat()
-        for components in self.found[_OWN]:
+        for components in self.comparison.present:
             statistics.add(components)
-        estimators = [self._compare(candidate) for candidate in self.candidates]
         return Audit(
-            estimators,
+            [self.comparison.estimator(candidate) for candidate in self.candidates],
             statistics,
             batch=self.batch * world_size(),
             cost=cost,
-            repetitions=len(self.found[_OWN]) * world_size(),
+            repetitions=len(self.comparison.present) * world_size(),
             seconds=time.perf_counter() - self.start,
             skipped=self.skipped,
             least_draws=least_draws(self.module.draws),
@@ -234,84 +220,19 @@ class AuditMeasurement:
                 self._measure(candidate, pair, number)
             number, longest = number + 1, max(longest, self._progress() - start)
             if number == _LEAST_REPETITIONS:
-                open_ = [c for c in open_ if not self._has_lost(c)]
-                longest *= self._total_seconds(open_) / self._total_seconds(self.candidates)
-
-    def _has_lost(self, candidate: Candidate) -> bool:
-        """Return whether no saving of time could make up for a candidate's variance.
-
-        The clock has no say: measured seconds of a few steps depend on what else the machine does,
-        and equal candidates must be measured equally often. A step with k draws of each sample
-        takes at least k / K of the time of one with K, unless it replaces a target or a control
-        variate that costs time itself.
-        """
-        own = self.module.target, self.module.control_variate
-        replaced = candidate.slots()
-        is_cheaper_perhaps = ("target" in replaced and not isinstance(own[0], DSM)) or (
-            "control_variate" in replaced and own[1] is not None
-        )
-        if candidate.name == _OWN or is_cheaper_perhaps:
-            return False
-        draws = (candidate.draws or self.module.draws).draws_per_sample
-        speedup = max(1.0, self.module.draws.draws_per_sample / draws)
-        return self._efficiency(candidate).high * speedup < _LOST
+                open_ = [c for c in open_ if not self.comparison.has_lost(c)]
+                longest *= self.comparison.relative_seconds(open_)
 
     def _measure(self, candidate: Candidate, pair: list[Clean], number: int) -> None:
         self.measurement.reset_seconds()
         with candidate.in_place(self.module):
             components = self.measurement.by_differences(pair, "repeat", number)
-        self.found[candidate.name].append(components.over_ranks(self.module.device))
         seconds = torch.tensor(self.measurement.step_seconds(), device=self.module.device)
-        self.seconds[candidate.name].append(all_reduce_mean(seconds).cpu())
-
-    def _seconds(self, candidate: Candidate) -> Tensor:
-        """Return the seconds of a step in each repetition."""
-        return torch.stack(self.seconds[candidate.name]) + self.shared_seconds
-
-    def _total_seconds(self, candidates: list[Candidate]) -> float:
-        return sum(float(self._seconds(candidate).median()) for candidate in candidates)
-
-    def _efficiency(self, candidate: Candidate) -> Interval:
-        """Return RE, from the repetitions that both estimators have."""
-        own, base = (
-            torch.stack([components.total[0] for components in self.found[name]])
-            for name in (candidate.name, _OWN)
+        self.comparison.add(
+            candidate,
+            components.over_ranks(self.module.device),
+            all_reduce_mean(seconds).cpu() + self.shared_seconds,
         )
-        return relative_efficiency(base[: len(own)], own)
-
-    def _savings(self, candidate: Candidate) -> tuple[Interval, Interval]:
-        """Return RE and ECM."""
-        if candidate.name == _OWN:
-            return Interval(1.0, 1.0, 1.0), Interval(1.0, 1.0, 1.0)
-        efficiency, seconds = self._efficiency(candidate), self._seconds(candidate)
-        present = self._seconds(self.candidates[0])[: len(seconds)]
-        return efficiency, effective_compute_multiplier(efficiency, present, seconds)
-
-    def _compare(self, candidate: Candidate) -> MeasuredEstimator:
-        efficiency, multiplier = self._savings(candidate)
-        moments = Moments(5, 1 + len(self.names))
-        for components in self.found[candidate.name]:
-            moments.add(torch.stack(components))
-        draws = candidate.draws or self.module.draws
-        return MeasuredEstimator(
-            candidate.name,
-            Components(*moments.mean),
-            Components(*moments.error),
-            float(self._seconds(candidate).median()),
-            efficiency,
-            multiplier,
-            self._config(candidate),
-            draws.draws_per_sample,
-        )
-
-    def _config(self, candidate: Candidate) -> dict[str, Any] | None:
-        if candidate.name == _OWN:
-            slots = {name: getattr(self.module, name) for name in SLOTS}
-            return {name: settings(slot) for name, slot in slots.items() if slot is not None}
-        try:
-            return candidate.config()
-        except UndescribableError:
-            return None
 
     def _rank_zero_decides(self, decision: bool) -> bool:
         self.module.stop_if_asked()
