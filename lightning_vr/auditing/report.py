@@ -93,7 +93,9 @@ def _interval(interval: Interval) -> str:
 
 
 def _caption(audit: Audit) -> str:
-    noise = f"{audit.noise_ratio:.3g}" if math.isfinite(audit.noise_ratio) else "too large to tell"
+    noise = (
+        f"{audit.noise_ratio:.3g}" if math.isfinite(audit.noise_ratio) else "too large to resolve"
+    )
     skipped = "".join(f" {name} was left out: {why}." for name, why in audit.skipped.items())
     return (
         f"Variance: that of the gradient of a batch of {audit.batch}, times the batch size, ± one "

@@ -1,7 +1,7 @@
 """Seconds of a training step: encoding, draws, forward, backward and optimizer.
 
-Passes are timed where their gradients are measured, so that all of an audit's passes tell the time,
-in turns of the candidates over the whole of it: what else the machine does then falls on all alike.
+Passes are timed where their gradients are measured. So all passes of an audit count, in turns of
+the candidates over its whole duration, and other work of the machine affects all candidates alike.
 Loading of data is left out: it is hidden behind the step where workers keep up.
 """
 
@@ -36,19 +36,19 @@ class TimedMeasurement(GradientMeasurement):
         self._pass_seconds: list[float] = []
 
     def gradient(self, rows: Rows, *key: int | str) -> list[Tensor]:
-        """Return the gradient of the mean loss of rows, and note the time."""
+        """Return the gradient of the mean loss of rows, and record its seconds."""
         found, seconds = timed(partial(super().gradient, rows, *key), self.device)
         self._pass_seconds.append(seconds)
         return found
 
     def reset_seconds(self) -> None:
-        """Forget all times."""
+        """Delete all recorded seconds."""
         self._pass_seconds, self._draw_seconds = [], []
 
     def step_seconds(self) -> float:
-        """Return the least seconds of draws, forward and backward since they were reset.
+        """Return the smallest seconds of draws, forward and backward since the last reset.
 
-        All passes do the same work: what makes one take longer is the rest of the machine.
+        All passes do the same work: if one takes longer, other work of the machine is the cause.
         """
         return min(self._pass_seconds) + min(self._draw_seconds)
 
@@ -75,7 +75,7 @@ class StepTimer:
         self.trainer, self.module, self.measurement = trainer, module, measurement
 
     def warm_up(self, candidates: list[Candidate], clean: Clean) -> None:
-        """Take a step with each candidate: the first is slow."""
+        """Take a step with each candidate: the first one is slow."""
         for candidate in candidates:
             with candidate.in_place(self.module):
                 self._step(clean)
@@ -83,12 +83,12 @@ class StepTimer:
     def measure(
         self, clean: Clean, encode: Callable[[], Any], goes_on: Callable[[], bool]
     ) -> tuple[float, CostModel]:
-        """Return the seconds of encoding and optimizer, and a model of the current step's.
+        """Return the seconds of encoding and optimizer, and a cost model of the current step.
 
         Args:
             clean: An encoded batch.
             encode: Encodes it.
-            goes_on: Asked before each round, the first two excepted.
+            goes_on: Asked before each round except the first two.
         """
         whole = len(clean.x0)
         parts = sorted({max(1, whole // 4), whole})
@@ -117,17 +117,19 @@ class StepTimer:
         return self.measurement.gradient(rows, "timing")
 
     def _time_optimizer(self) -> float:
-        """Time a step on gradients of zero, and put the weights back."""
+        """Return the seconds of a step on gradients of zero, and restore the weights."""
         optimizer = self.trainer.optimizers[0]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        kept = [p.detach().clone() for p in parameters]
+        before = [p.detach().clone() for p in parameters]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        _, seconds = timed(optimizer.step, self.module.device)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
-                parameter.grad = None
+        try:
+            _, seconds = timed(optimizer.step, self.module.device)
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+                    parameter.grad = None
         return seconds
 
 
