@@ -71,8 +71,8 @@ def read_candidates(path: str | Path) -> list[Candidate]:
     """
     if not Path(path).is_file():
         raise ValueError(
-            f"`candidates` must be a YAML file, got {path}, but there is no file of that name: check "
-            f"the path."
+            f"`candidates` must be a YAML file, got {path}, but there is no file of that name: "
+            f"check the path."
         )
     try:
         listed = yaml.safe_load(Path(path).read_text())

@@ -70,12 +70,12 @@ def draw(audit: Audit, path: Path) -> None:
 
 def _row(measured: MeasuredEstimator) -> list[str]:
     total, error = float(measured.components.total[0]), float(measured.errors.total[0])
-    shares = [100 * float(getattr(measured.components, part)[0]) / total for part in PARTS]
+    percent = [100 * float(getattr(measured.components, part)[0]) / total for part in PARTS]
     variance = _short(total, 3) if math.isnan(error) else f"{_short(total, 3)} ± {_short(error, 1)}"
     return [
         measured.name,
         variance,
-        *(f"{share:.0f}%" for share in shares),
+        *(f"{value:.0f}%" for value in percent),
         f"{1e3 * measured.seconds:.1f}",
         f"{measured.efficiency.estimate:.2f}",
         _interval(measured.multiplier),

@@ -43,11 +43,11 @@ def numbers(statistics: GradientStatistics) -> dict[str, float]:
     found["noise_scale"] = float(whole.noise_scale[0])
     for i, group in enumerate(statistics.groups, start=1):
         found[f"total/{group}"] = float(whole.total[i])
-    levels, shares = statistics.levels, statistics.shares
+    levels, fractions = statistics.levels, statistics.fractions
     for i, name in enumerate(level_names(statistics.noise_levels)):
         for part in (*PARTS, "total"):
             found[f"{part}/s{name}"] = float(getattr(levels, part)[i])
-        found[f"share/s{name}"] = float(shares[i])
+        found[f"share/s{name}"] = float(fractions[i])
     return {f"gradient_variance/{k}": v for k, v in found.items() if math.isfinite(v)}
 
 
@@ -96,13 +96,15 @@ def table(statistics: GradientStatistics) -> "Table":
     shown.add_column("noise level")
     for header in ("total", *(f"{part} %" for part in PARTS), "share %"):
         shown.add_column(header, justify="right")
-    shares = ["", *(f"{100 * share:.0f}" for share in statistics.shares.tolist())]
+    fractions = ["", *(f"{100 * value:.0f}" for value in statistics.fractions.tolist())]
     rows = [row for row in _rows(statistics) if row[0] != "group"]
-    for (_, name, values, errors), share in zip(rows, shares, strict=True):
+    for (_, name, values, errors), fraction in zip(rows, fractions, strict=True):
         parts = [100 * value / values[3] for value in values[:3]]
         cells = ["" if math.isnan(part) else f"{part:.0f}" for part in parts]
         if not math.isnan(values[3]):
-            shown.add_row(name, _with_error(values[3], errors[3]), *cells, share.replace("nan", ""))
+            shown.add_row(
+                name, _with_error(values[3], errors[3]), *cells, fraction.replace("nan", "")
+            )
     return shown
 
 

@@ -122,10 +122,10 @@ class GradientMeasurement:
             count: Number of bins.
             *key: Distinguishes the draws of this measurement from others.
         """
-        share = len(clean.x0) // count
+        size = len(clean.x0) // count
         parts: list[_Part] = [
             (
-                clean.rows(slice(i * share, (i + 1) * share)),
+                clean.rows(slice(i * size, (i + 1) * size)),
                 (*key, i),
                 i / count,
                 (i + 1) / count,
@@ -148,14 +148,14 @@ class GradientMeasurement:
 
             gradients = vmap(grad(one), in_dims=(None, 0), randomness="different")
             sums = [GradientSums(self.groups) for _ in parts]
-            share = DRAWS_PER_UNIT * len(parts[0][0].x0)
+            size = DRAWS_PER_UNIT * len(parts[0][0].x0)
             chunk = _chunk(sum(p.numel() for p in parameters.values()))
-            for start, stop in _slices(len(parts), share, chunk):
+            for start, stop in _slices(len(parts), size, chunk):
                 part = mapped(rows, lambda x: x[start:stop, None])  # noqa: B023
                 found = self._unscaled(gradients(parameters, part).values())
-                for first in range(0, stop - start, share):
-                    own = sums[(start + first) // share]
-                    own.add([gradient[first : first + share] for gradient in found])
+                for first in range(0, stop - start, size):
+                    own = sums[(start + first) // size]
+                    own.add([gradient[first : first + size] for gradient in found])
             return [each.components() for each in sums]
 
     def by_differences(
@@ -271,15 +271,15 @@ class _SameTensors(TorchFunctionMode):
 
 
 def _chunk(size: int) -> int:
-    """Return how many per-sample gradients of ``size`` numbers to hold, whole units."""
+    """Return how many per-sample gradients of ``size`` numbers to hold: those of whole units."""
     return DRAWS_PER_UNIT * max(1, _CHUNK_ELEMENTS // (DRAWS_PER_UNIT * size))
 
 
-def _slices(parts: int, share: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Yield where chunks of rows begin and end: whole parts, or pieces of one of them."""
-    step = chunk // share * share or chunk
-    ends = share * parts if chunk >= share else share
-    for begin in range(0, share * parts, ends):
+def _slices(parts: int, size: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Yield where chunks of rows begin and end: parts of ``size`` rows, or pieces of one."""
+    step = chunk // size * size or chunk
+    ends = size * parts if chunk >= size else size
+    for begin in range(0, size * parts, ends):
         for start in range(begin, begin + ends, step):
             yield start, min(start + step, begin + ends)
 

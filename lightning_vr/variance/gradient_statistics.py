@@ -72,7 +72,7 @@ class GradientStatistics:
         return Components(*self._levels.error)
 
     @property
-    def shares(self) -> Tensor:
+    def fractions(self) -> Tensor:
         """Fraction of each bin in ``E ‖g‖²``, ``(L,)``; NaN until all bins are measured."""
         moments = self.levels.second_moment
         return moments / moments.sum()

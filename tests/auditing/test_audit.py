@@ -69,7 +69,7 @@ def test_stf_has_less_variance_than_the_plain_target_and_the_audit_sees_it():
     assert found.batch == 32
     assert found.repetitions >= 3
     assert found.statistics.levels.total.isfinite().all()
-    assert found.statistics.shares.sum() == pytest.approx(1)
+    assert found.statistics.fractions.sum() == pytest.approx(1)
 
 
 def test_an_equal_estimator_saves_nothing_exactly():
