@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         WeightProposal,
         distillation_loss,
     )
-    from lightning_vr.lifecycle import DurableCheckpointIO
+    from lightning_vr.lifecycle import DurableCheckpointIO, ResumableModule
     from lightning_vr.posterior import References, posterior_mean
     from lightning_vr.process import (
         EDM,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         Uniform,
         UnitWeighting,
     )
-    from lightning_vr.training import DiffusionModule
+    from lightning_vr.training import Diffusion, DiffusionModule
 
 __all__ = [
     "CARV",
@@ -64,6 +64,7 @@ __all__ = [
     "Clean",
     "Cosine",
     "DiffusersSchedule",
+    "Diffusion",
     "DiffusionModule",
     "DurableCheckpointIO",
     "EDMWeighting",
@@ -81,6 +82,7 @@ __all__ = [
     "RectifiedFlow",
     "References",
     "ResidualMLP",
+    "ResumableModule",
     "SampleGrid",
     "Sampler",
     "TableProposal",

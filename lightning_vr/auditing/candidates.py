@@ -10,13 +10,13 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from lightning_vr.core.devices import device_of
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import ControlVariate
+from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.estimators.targets import Target
 from lightning_vr.lifecycle.configuration import UndescribableError, describe
-from lightning_vr.training.module import DiffusionModule
-
-SLOTS = ("draws", "target", "control_variate")
+from lightning_vr.training.diffusion import Diffusion
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Candidate:
         return {name: x and describe(x) for name, x in self.slots().items()}
 
     @contextmanager
-    def in_place(self, module: DiffusionModule) -> Iterator[None]:
+    def in_place(self, module: Diffusion) -> Iterator[None]:
         """Put the candidate into the module's slots for the duration of the context."""
         own = {name: getattr(module, name) for name in self.slots()}
         try:
             for name, slot in self.slots().items():
-                setattr(module, name, slot and slot.to(module.device))
+                setattr(module, name, slot and slot.to(device_of(module)))
             yield
         finally:
             for name, slot in own.items():

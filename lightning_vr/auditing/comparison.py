@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_vr.auditing.candidates import SLOTS, Candidate, settings
+from lightning_vr.auditing.candidates import Candidate, settings
 from lightning_vr.auditing.result import MeasuredEstimator
+from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.estimators.targets import DSM
 from lightning_vr.lifecycle.configuration import UndescribableError
 from lightning_vr.training.module import DiffusionModule

@@ -44,6 +44,7 @@ from lightning_vr.core.gradients import parameter_groups
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import Clean
 from lightning_vr.lifecycle.precision import loss_scale, loss_scaler
+from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.training_set import training_loader
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.noisy_losses import DiffusionLoss
@@ -146,7 +147,14 @@ class AuditMeasurement:
         batches = self._single_batches()
         self._leave_out(choose_resamples(self.trainer, self.module, self.candidates, batches))
         self._leave_out(
-            fit_control_variates(self.module, self.candidates, batches, self._encode, self._source)
+            fit_control_variates(
+                self.module,
+                RunContext.of(self.trainer),
+                self.candidates,
+                batches,
+                self._encode,
+                self._source,
+            )
         )
 
     def _find_loss_scale(self) -> None:

@@ -25,14 +25,15 @@ from lightning_vr.estimators.proposals import LearnedProposal
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import Target
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
-from lightning_vr.lifecycle.training_set import check_equal_chances, encoded_training_set
+from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.lifecycle.training_set import check_equal_chances
 from lightning_vr.posterior.sharded_references import Bank
-from lightning_vr.training.checks import check_clean, check_control_variate, check_draws
+from lightning_vr.training.checks import check_estimators
 from lightning_vr.training.control_measurement import ControlMeasurement
 from lightning_vr.training.control_pilot import describe_gate
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.noisy_losses import DiffusionLoss
-from lightning_vr.training.reference_bank import fill
+from lightning_vr.training.reference_bank import read_references, set_references
 from lightning_vr.training.resamples_pilot import resamples_pilot
 from lightning_vr.training.training_checks import check_derivatives
 from lightning_vr.variance.gradient_measurement import Source
@@ -84,22 +85,11 @@ def fill_targets(
         assert candidate.target is not None
         sharded = candidate.target.sharded
         if sharded not in data:
-            data[sharded] = _references(trainer, module, is_shard=sharded)
+            data[sharded] = read_references(module, trainer, is_shard=sharded)
         reason = _fill(candidate.target, data[sharded], banks)
         if reason is not None:
             skipped[candidate.name] = reason
     return skipped
-
-
-def _references(trainer: Trainer, module: DiffusionModule, is_shard: bool) -> Clean | None:
-    """Return the encoded training set, or this rank's shard of it; None if none is possible."""
-
-    def encode(positions: torch.Tensor, batch: Any) -> Clean:
-        clean = module.clean(batch)
-        check_clean(clean, module.num_classes, positions)
-        return clean
-
-    return encoded_training_set(trainer, encode, "Encoding references", is_shard=is_shard)
 
 
 def _fill(target: Target, data: Clean | None, banks: dict[bool, Bank]) -> str | None:
@@ -111,7 +101,7 @@ def _fill(target: Target, data: Clean | None, banks: dict[bool, Bank]) -> str | 
     if isinstance(target, STF) and target.sharded in banks:
         target.set_bank(banks[target.sharded], indexed=data.index is not None)
         return None
-    fill(target, data)
+    set_references(target, data)
     if isinstance(target, STF) and target.bank is not None:
         banks[target.sharded] = target.bank
     return None
@@ -123,8 +113,9 @@ def refused(module: DiffusionModule, candidates: list[Candidate]) -> dict[str, s
     for candidate in candidates:
         try:
             with candidate.in_place(module):
-                check_draws(module.draws, module.objective, module.network)
-                check_control_variate(module.control_variate, module.network)
+                check_estimators(
+                    module.draws, module.control_variate, module.objective, module.network
+                )
         except ValueError as error:
             reasons[candidate.name] = str(error).rstrip(".")
     return reasons
@@ -186,7 +177,7 @@ def choose_resamples(
     reasons = {}
     for candidate in candidates:
         with candidate.in_place(module):
-            pilot = resamples_pilot(module)
+            pilot = resamples_pilot(module, RunContext.of(trainer))
             while pilot is not None and pilot.draws.pilot is None and not pilot.failures:
                 with trainer.precision_plugin.forward_context():
                     pilot.before_step(next(batches))
@@ -197,6 +188,7 @@ def choose_resamples(
 
 def fit_control_variates(
     module: DiffusionModule,
+    run: RunContext,
     candidates: list[Candidate],
     batches: Iterator[Any],
     encode: Callable[[Any], Clean],
@@ -206,6 +198,7 @@ def fit_control_variates(
 
     Args:
         module: The module.
+        run: The run of a trainer that is about to train.
         candidates: Those of the audit; one without a control variate has the module's own.
         batches: An endless stream of batches.
         encode: Turns a batch into samples.
@@ -221,12 +214,12 @@ def fit_control_variates(
             if not isinstance(control, TaylorCV):
                 continue
             try:
-                check_derivatives(module, encode(next(batches)))
+                check_derivatives(module, run, encode(next(batches)))
             except ValueError as error:
                 reasons[candidate.name] = str(error).rstrip(".")
                 continue
             if not control.is_fixed and not (control.pilot and control.pilot["count"]):
-                _fit(ControlMeasurement(module, control), batches, encode, source)
+                _fit(ControlMeasurement(module, control, run), batches, encode, source)
             if candidate.control_variate is not None and control.is_closed:
                 reasons[candidate.name] = describe_gate(module, control).rstrip(".")
     return reasons

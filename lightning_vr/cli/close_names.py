@@ -1,4 +1,4 @@
-"""What could have been meant by a name that nothing has."""
+"""Names that may have been meant by one that does not exist."""
 
 import difflib
 import inspect
@@ -14,7 +14,9 @@ from lightning_vr.data.images import ImageDataModule
 from lightning_vr.training.module import DiffusionModule
 
 ANY_BASE = (nn.Module, Optimizer, LRScheduler)
-"""Where a class is sought if the parser does not say below which base."""
+"""Base classes of a class whose own base the parser does not name."""
+
+_SECTIONS = {"trainer": Trainer, "model": DiffusionModule, "data": ImageDataModule}
 
 
 def close_names(name: str, names: Iterable[str]) -> list[str]:
@@ -26,7 +28,11 @@ def close_names(name: str, names: Iterable[str]) -> list[str]:
 
 def close_settings(name: str) -> list[str]:
     """Return settings that ``name`` may stand for: misspelt, or at another level."""
-    known = _known_settings()
+    known = [*_SECTIONS, "config", "ckpt_path", "seed_everything"] + [
+        f"{section}.{parameter}"
+        for section, kind in _SECTIONS.items()
+        for parameter in inspect.signature(kind).parameters
+    ]
     section, _, rest = name.partition(".")
     inside = [each.removeprefix(f"{section}.") for each in known if each.startswith(f"{section}.")]
     if inside:
@@ -44,19 +50,10 @@ def subclass_names(bases: Iterable[Any]) -> list[str]:
     ]
 
 
-def _known_settings() -> list[str]:
-    sections = {"trainer": Trainer, "model": DiffusionModule, "data": ImageDataModule}
-    return ["trainer", "model", "data", "config", "ckpt_path", "seed_everything"] + [
-        f"{section}.{name}"
-        for section, kind in sections.items()
-        for name in inspect.signature(kind).parameters
-    ]
-
-
 def _below(kind: type) -> list[type]:
     if kind is type(None) or kind in (int, float, str, bool, list, tuple, dict, object):
         return []
     children: list[type] = type.__subclasses__(kind)
-    # what a library calls its bases is none to be used
+    # base classes of other libraries are not meant to be used themselves
     own = [kind] if kind.__module__.startswith("lightning_vr.") else []
     return [*own, *(each for child in children for each in [child, *_below(child)])]

@@ -14,41 +14,41 @@ from lightning_vr.cli.parsing_errors import parsing_error
 _LIBRARIES = {"diffusers", "fsspec", "jsonargparse", "lightning", "lightning_utilities", "torch"}
 _LIBRARIES |= {"lightning_vr", "torchmetrics", *sys.stdlib_module_names}
 
-_NO_DEVICE = "Argument `trainer.accelerator` asks for a device that this machine lacks: use auto."
-_TRANSLATIONS = {
-    r"No supported gpu backend|Accelerator` can not run|torch_xla": _NO_DEVICE,
+_EXPLANATIONS = {
+    r"No supported gpu backend|Accelerator` can not run|torch_xla": (
+        "`trainer.accelerator` must be one that this machine has: use auto."
+    ),
     r"`Trainer\(devices='(.*)'\)`": (
-        r"Argument `trainer.devices` expected to be a number of 1 or more, or auto, on this "
-        r"accelerator, but got \1: use auto."
+        r"`trainer.devices` must be a number of 1 or more, or auto, on this accelerator, got \1: "
+        r"use auto."
     ),
     r"`devices` selected with": (
-        "Argument `trainer.devices` expected to be a number of 1 or more, or auto, on this "
-        "accelerator: use auto."
+        "`trainer.devices` must be a number of 1 or more, or auto, on this accelerator: use auto."
+    ),
+    r"invalid strategy name: `strategy='(.*?)'`": (
+        r"`trainer.strategy` must be the name of a strategy, got \1: use auto, ddp or ddp_spawn."
     ),
     r".* not in bounds, numpy accepts": (
-        "Argument `seed_everything` expected to be between 0 and 4294967295: use 0."
+        "`seed_everything` must be between 0 and 4294967295: use 0."
     ),
     r"Found more than one stateful callback of type (`\w+`)": (
-        r"Argument `trainer.callbacks` has \1 twice with equal settings: leave one of them out."
+        r"`trainer.callbacks` must differ, but \1 is there twice with equal settings: leave one of "
+        r"them out."
     ),
     r"optimizer got an empty parameter list": (
-        "Argument `network` has no parameters that train: use another, such as ResidualMLP."
+        "`network` must have parameters that train, got none: use another, such as ResidualMLP."
     ),
     r"Invalid (learning rate|beta|epsilon|momentum|weight_decay)([^:]*): (.*)": (
-        r"Argument `model.optimizer` got an invalid \1\2, \3: use a number of 0 or more, below 1 "
-        r"for betas."
+        r"`model.optimizer` must have a valid \1\2, got \3: use a number of 0 or more, below 1 for "
+        r"betas."
     ),
     r".*tried to allocate (\d+ bytes).*": r"\1 do not fit into the memory: use smaller sizes.",
-    r"(\S+) is no checkpoint that loads safely: ([^.:]*).*": (
-        r"Argument `ckpt_path`: \1 is no checkpoint that loads safely (\2): name a whole file that "
-        r"a ModelCheckpoint wrote."
-    ),
     r"\[Errno \d+\] (.*): '(.*)'": (
-        r"Argument `trainer.logger.save_dir` or another path expected to be a folder that can be "
-        r"written, but got \2 (\1): name one that is."
+        r"`trainer.logger.save_dir` or another path must be a folder that can be written, got \2 "
+        r"(\1): name one that is."
     ),
 }
-"""What others say of a setting without naming it, or what to do about it."""
+"""Messages of other libraries that name no setting or no fix, and what to say instead."""
 
 
 def cause(error: BaseException) -> BaseException:
@@ -61,7 +61,7 @@ def cause(error: BaseException) -> BaseException:
 
 
 def is_wrong_setting(error: BaseException) -> bool:
-    """Tell an error that its message tells enough of from a bug, whose traceback is wanted.
+    """Return whether the message of an error is enough; otherwise it is a bug, with a traceback.
 
     Our own errors are written for users. Others are about a setting unless training is under way or
     code of the user's own is at work, where only a ``ValueError`` is.
@@ -86,15 +86,16 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ArgumentError):
         return parsing_error(str(error))
     text = " ".join(str(error).split()) or type(error).__name__
-    for pattern, translation in _TRANSLATIONS.items():
+    is_ours = _modules(error)[-1].startswith("lightning_vr.")
+    for pattern, explanation in _EXPLANATIONS.items():
         if found := re.search(pattern, text):
-            text = found.expand(translation)
+            text, is_ours = found.expand(explanation), True
             break
     built = _class_being_built(error)
-    if built is None or built in text or text.startswith("Argument `trainer."):
+    if built is None or built in text or text.startswith("`trainer."):
         return text
-    is_told = text.startswith("Argument") or "HINT" in text or ": use " in text
-    return f"{built}: {text}" if is_told else f"{built}: {text.rstrip('.')}: mend its settings."
+    has_fix = is_ours or "HINT" in text or ": use " in text
+    return f"{built}: {text}" if has_fix else f"{built}: {text.rstrip('.')}: change its settings."
 
 
 def _class_being_built(error: BaseException) -> str | None:

@@ -1,177 +1,198 @@
-"""What the parser says in nested pages, as one line: the argument, what is wrong, the fix."""
+"""An error of the parser in one line: the setting, what it must be, and the fix.
+
+The parser raises errors without attributes. Their text nests the texts of all errors beneath, and
+lists one for each type of a union. So what failed is read from that text: the keys and classes that
+lead to the setting, then the first reason of ``_REASONS`` that it holds. For a new kind of error
+add a pattern there, and the line to say or a function that makes it.
+"""
 
 import inspect
 import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import NamedTuple
 
 from lightning_vr.cli.close_names import ANY_BASE, close_names, close_settings, subclass_names
 from lightning_vr.lifecycle.configuration import imported
 
-_FUNCTION = re.compile(
-    r"Type typing\.[^\n]* expects a function or a callable class:"
-    r"(.*?)\. Got value: Namespace\(class_path='([^']+)'[^\n]*",
-    re.DOTALL,
-)
-_ASIDES = re.compile(
-    r"Does not validate|Errors:|Given value|Expected a path but|Not a valid subclass|"
-    r"Subclass types|a class path|a dict with|Parser key|Problem with given class_path|Subtypes:|"
-    r"Expected a <class 'NoneType'>|$"
-)
+_LIST = "see --print_config for all settings"
+_NEST = "name a class under `class_path` and its arguments under `init_args`"
+
+_STEP = re.compile(r"Parser key \"(?P<key>[^\"]+)\"|given class_path '(?P<kind>[^']+)'")
+_TYPE = re.compile(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*)\]|([^<\n]+))")
+_VALUE = re.compile(r" value: (?:NestedArg\(.*val=)?'?(.{1,60}?)'?\)?(?:\. Got .*)?$", re.MULTILINE)
+_CALLED = re.compile(r" value: Namespace\(class_path='([^']+)'")
 
 
-@dataclass
-class _Findings:
-    """What there is to say of one setting.
+class _Failure(NamedTuple):
+    """A setting that is wrong.
 
     Attributes:
-        keys: The keys that lead to it, outermost first.
-        owner: The class whose argument it is.
-        subtypes: What its type is a union of, as the parser prints it.
-        expected: Types that its value could have had.
-        value: The value that it has.
-        others: Whatever else is wrong.
+        keys: The keys that lead to it.
+        kind: The class that it names, or of which it is an argument, empty if the text lacks it.
+        reason: What the pattern of the reason has captured.
+        before: The text before the reason.
+        after: The text from the reason on.
     """
 
-    keys: list[str] = field(default_factory=list)
-    owner: str = ""
-    subtypes: str = ""
-    expected: list[str] = field(default_factory=list)
-    value: str = ""
-    others: list[str] = field(default_factory=list)
-
-    def read(self, line: str) -> None:
-        is_open = not (self.expected or self.others)
-        if is_open and (key := re.match(r'Parser key "([^"]+)":?\s*', line)):
-            self.keys.append(key[1])
-            self.owner, self.subtypes = "", ""
-            line = line[key.end() :]
-        if is_open and (owner := re.match(r"Problem with given class_path '([^']+)':\s*", line)):
-            self.owner = owner[1]
-            line = line[owner.end() :]
-        if is_open and (subtypes := re.match(r"Subtypes: (.*)", line)):
-            self.subtypes = subtypes[1]
-        if value := re.search(
-            r"(?:Given|Got) value: (?:NestedArg\(.*val=)?'?(.{1,60}?)'?\)?$", line
-        ):
-            self.value = self.value or value[1]
-            line = line[: value.start()].rstrip(". ")
-        if _ASIDES.match(line):
-            return
-        expected = re.match(r"Expected an? (<class '[^']+'>|(?:typing\.)?Literal\[.*\])", line)
-        if expected:
-            self.expected += _types(expected[1])
-        else:
-            self.others.append(line)
+    keys: list[str]
+    kind: str
+    reason: str
+    before: str
+    after: str
 
     @property
-    def argument(self) -> str:
-        return f"Argument `{'.'.join(self.keys)}`" if self.keys else "Argument"
+    def setting(self) -> str:
+        return f"`{'.'.join(self.keys)}`"
+
+    @property
+    def value(self) -> str:
+        found = _VALUE.search(self.after)
+        return found[1] if found else "something else"
+
+    def argument(self, name: str) -> str:
+        """Return the full name of an argument of the setting."""
+        return ".".join([*self.keys, name])
 
 
 def parsing_error(text: str) -> str:
-    """Return a message of the parser in one line, and how to put it right."""
-    found = _Findings()
-    for line in _FUNCTION.sub(r"Problem with given class_path '\2':\n\1", text).splitlines():
-        found.read(line.strip().removeprefix("- "))
-    # a learning rate may be a tensor, which nobody writes
-    if found.others and not ("torch.Tensor" in found.subtypes and found.expected):
-        return " ".join(_explained(found).split())
-    expected = list(dict.fromkeys(found.expected))
-    near = close_names(found.value, [each.strip("'") for each in expected])
-    fix = f": use {near[0]}" if near else ""
-    return f"{found.argument} expected to be {_either(expected)}, but got {found.value}{fix}."
+    """Return the text of an error of the parser in one line, with what to do instead."""
+    if "<class 'torch.Tensor'>" in text:
+        # a learning rate may be a tensor, which nobody writes
+        text = re.sub(r"- (Expected a dot import path|Not a valid subclass of Tensor).*", "", text)
+    for pattern, explain in _REASONS.items():
+        if reason := re.search(pattern, text):
+            failure = _read(text, reason)
+            if isinstance(explain, str):
+                line = explain.format(*reason.groups(), setting=failure.setting)
+            else:
+                line = explain(failure)
+            return " ".join(line.replace("<unicode string>", "the file").split())
+    return " ".join(text.split())
 
 
-def _explained(found: _Findings) -> str:
-    for pattern, explain in _EXPLANATIONS.items():
-        if match := re.search(pattern, found.others[0]):
-            return explain(match[1], found)
-    reason = ", ".join(found.others)
-    return f"{found.argument}: {reason}" if found.keys else reason
+def _read(text: str, reason: re.Match[str]) -> _Failure:
+    before, after = text[: reason.start()], text[reason.start() :]
+    keys, kind = [], ""
+    for step in _STEP.finditer(before):
+        keys += [step["key"]] if step["key"] else []
+        kind = step["kind"] or ""
+    if before.endswith("callable class: ") and (called := _CALLED.search(after)):
+        kind = called[1]
+    return _Failure(keys, kind, reason[1], before, after)
 
 
-def _no_class(name: str, found: _Findings) -> str:
-    bases = re.findall(r"[\w.]+\.\w+", found.subtypes)
+def _wrong_class(failure: _Failure) -> str:
+    name = failure.reason or failure.value
+    # a union lists its types; of another setting the text has no base class
+    own = failure.before[max([0, *(step.end() for step in _STEP.finditer(failure.before))]) :]
+    bases = re.findall(r"[\w.]+\.\w+", "".join(re.findall("Subtypes: (.*)", own)))
     names = subclass_names([imported(base) for base in bases] or ANY_BASE)
-    near = close_names(name, names)
+    near = [each for each in close_names(name, names) if each != name]
     if near or 0 < len(names) <= 12:
         fix = f"use {_either(near or names)}, or the full path of a class of your own"
     else:
-        fix = "give the full path of a class, as in package.module.Class"
-    return f"{found.argument}: No such class here: {name}: {fix}."
+        fix = "give the full path of one, as in package.module.Class"
+    return f"{failure.setting} must be a class of the right kind, got {name}: {fix}."
 
 
-def _no_attribute(words: str, found: _Findings) -> str:
-    module, name = words.split(" has no attribute ")
-    near = close_names(name, dir(sys.modules.get(module)))
-    fix = f"use {_either([f'{module}.{each}' for each in near])}" if near else "use another class"
-    return f"{found.argument}: No such class: {module}.{name}: {fix}."
+def _no_attribute(failure: _Failure) -> str:
+    module, name = failure.reason.split(" has no attribute ")
+    near = [f"{module}.{each}" for each in close_names(name, dir(sys.modules.get(module)))]
+    fix = f"use {_either(near)}" if near else "use another class"
+    return f"{failure.setting} must be a class, got {module}.{name}, which does not exist: {fix}."
 
 
-def _no_option(name: str, found: _Findings) -> str:
-    kind = imported(found.owner)
+def _no_argument(failure: _Failure) -> str:
+    kind = imported(failure.kind)
     if kind is None:
-        return _no_setting(".".join([*found.keys, name]), found)
+        return _no_setting(failure._replace(reason=failure.argument(failure.reason)))
     names = [x for x in inspect.signature(kind).parameters if x not in ("args", "kwargs")]
-    listed = _either(close_names(name, names) or names)
+    listed = _either(close_names(failure.reason, names) or names)
     fix = f"use {listed}" if len(listed) < 250 else _LIST
-    if name == "class_path" or not names:
+    if failure.reason == "class_path" or not names:
         fix = _NEST
-    return f"{found.argument}: Option '{name}' is not accepted by {kind.__name__}: {fix}."
+    name = failure.argument(failure.reason)
+    return f"`{name}` is not an argument of {kind.__name__}: {fix}."
 
 
-def _no_setting(name: str, found: _Findings) -> str:
-    name = name.partition("=")[0]
+def _no_setting(failure: _Failure) -> str:
+    name = failure.reason.partition("=")[0]
     near = close_settings(name.removeprefix("--"))
     fix = f"use {_either(near)}" if near else _NEST if name.count(".") > 1 else _LIST
-    return f"Argument `{name}` is unrecognized, as nothing takes it here: {fix}."
+    return f"`{name}` is not a setting: {fix}."
 
 
-def _not_positive(words: str, found: _Findings) -> str:
-    value = words.partition(" does not")[0].rpartition(": ")[2]
-    return f"{found.argument} expected to be positive, but got {value}: use a number above 0."
-
-
-def _missing(names: str, found: _Findings) -> str:
-    kind = found.owner.rpartition(".")[2] or "it"
-    full = [".".join([*found.keys, name]) for name in names.split(", ")]
+def _missing(failure: _Failure) -> str:
+    kind = failure.kind.rpartition(".")[2] or "its class"
+    names = [failure.argument(name) for name in failure.reason.split(", ")]
     return (
-        f"{found.argument}: the following arguments are required by {kind}: {names}: set "
-        f"{' and '.join(full)}."
+        f"{failure.setting} must have what {kind} requires ({failure.reason}): set "
+        f"{' and '.join(names)}."
     )
 
 
-def _no_settings(text: str, found: _Findings) -> str:
-    return "Argument `config` expected to be a file of settings, such as `model:`, but got none."
-
-
-def _no_yaml(text: str, found: _Findings) -> str:
-    reason = ", ".join([text, *found.others[1:]]).replace("<unicode string>", "the file")
-    return f"Argument `config`: Problems parsing config: {reason}: mend the YAML there."
-
-
-_LIST = "see --print_config for what there is"
-_NEST = "name a class under `class_path` and its arguments under `init_args`"
-_EXPLANATIONS = {
-    r"Expected a dot import path string: (.*)": _no_class,
-    r"module (\S+ has no attribute \w+)": _no_attribute,
-    r"Not of type Positive\w+: (.*)": _not_positive,
-    r"Option '(.*)' is not accepted": _no_option,
-    r"does not accept option '(.*)'": _no_setting,
-    r"unrecognized arguments: (\S*)": _no_setting,
-    r"the following arguments are required: (.*)": _missing,
-    r"Unexpected config:(.*)": _no_settings,
-    r"Problems parsing config: (.*)": _no_yaml,
-}
+def _wrong_type(failure: _Failure) -> str:
+    found = _TYPE.findall(failure.after.partition(" value: ")[0])
+    plain = [kind or words.partition(". Got")[0] for kind, _, words in found]
+    plain = [each for each in dict.fromkeys(plain) if each not in ("", "NoneType")]
+    choices = [choice for _, literal, _ in found if literal for choice in literal.split(", ")]
+    near = close_names(failure.value, [choice.strip("'") for choice in choices])
+    fix = f"use {near[0]}" if near else "use one of these"
+    if not choices:
+        fix = f"use {_either([_EXAMPLES.get(each, each) for each in plain])}"
+    return f"{failure.setting} must be {_either([*plain, *choices])}, got {failure.value}: {fix}."
 
 
 def _either(names: list[str]) -> str:
     return " or ".join([", ".join(names[:-1]), *names[-1:]]) if names[1:] else "".join(names)
 
 
-def _types(printed: str) -> list[str]:
-    """Return the types that ``Expected a ...`` names, as a person would."""
-    if literal := re.match(r"(?:typing\.)?Literal\[(.*)\]", printed):
-        return literal[1].split(", ")
-    return [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", printed)]
+_EXAMPLES = {
+    "int": "a whole number",
+    "float": "a decimal number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list, as [1, 2]",
+    "tuple": "a list, as [1, 2]",
+    "Sequence": "a list, as [1, 2]",
+}
+_REASONS: dict[str, str | Callable[[_Failure], str]] = {
+    r"module (\S+ has no attribute \w+)": _no_attribute,
+    r"No module named '(.*)'": (
+        "{setting} must be a class, got one of a module {0}, which cannot be imported: "
+        "install it or correct the path."
+    ),
+    r"Expected a dot import path string: (.*)": _wrong_class,
+    r"Option '(.*)' is not accepted": _no_argument,
+    r"does not accept option '(.*)'": _no_setting,
+    r"unrecognized arguments: (\S*)": _no_setting,
+    r"the following arguments are required: (.*)": _missing,
+    r"argument (\S+): expected one argument": (
+        "`{0}` must have a value, got none: write {0}=VALUE."
+    ),
+    r"argument subcommand: invalid choice: (.*) \(choose from (.*)\)": (
+        "The subcommand must be one of {1}, got {0}: use one of these."
+    ),
+    r"Not of type Positive\w+: (?:.*: )?(\S+) does not": (
+        "{setting} must be positive, got {0}: use a number above 0."
+    ),
+    r"File does not exist: (.*)": (
+        "{setting} must be a file, got {0}, which does not exist: correct the path."
+    ),
+    r"Unexpected config:(.*)": (
+        "`config` must be a file of settings, got something else: begin a section, as `model:`."
+    ),
+    r"(?s)Problems parsing config: (.*)": (
+        "`config` must be valid YAML, got a file that is not ({0}): fix the YAML there."
+    ),
+    r"Import path (\S*?) ?does not correspond to a subclass": _wrong_class,
+    r"Expected '(.*)' to be a subclass of": _wrong_class,
+    r"Expected an instantiatable class, but (\S*?) ?is abstract": _wrong_class,
+    r"Not a valid subclass of()": _wrong_class,
+    r"Unable to load config '(.*)'": (
+        "{setting} must be a section of settings, got {0}: give its settings one by one."
+    ),
+    r"Expected an? (?!path|<class 'NoneType'>)(.*)": _wrong_type,
+}
+"""Reasons, and what to say of them; of several in one text the first one here counts."""

@@ -1,4 +1,4 @@
-"""Settings of the trainer that Lightning takes and then ignores, bends or divides by."""
+"""Settings of the trainer that Lightning accepts, but ignores, changes or divides by."""
 
 import math
 from typing import Any
@@ -13,28 +13,28 @@ _LEAST = {
 
 
 def check_trainer_settings(settings: Any) -> None:
-    """Refuse what would end in a traceback, or in another run than was asked for.
+    """Raise if a setting would end in a traceback, or in another run than was asked for.
 
     Args:
         settings: The settings of the section ``trainer``.
 
     Raises:
-        ValueError: Naming the setting.
+        ValueError: With the name of the setting.
     """
     for name, least in _LEAST.items():
         value = settings.get(name)
         if value is not None and not least <= value < math.inf:
             raise ValueError(
-                f"Argument `trainer.{name}` expected to be at least {least} and finite, "
-                f"but got {value}: use {max(1, least)}."
+                f"`trainer.{name}` must be at least {least} and finite, got {value}: use "
+                f"{max(1, least)}."
             )
     if settings.get("val_check_interval") == 0:
         raise ValueError(
-            "Argument `trainer.val_check_interval` expected to be positive, but got 0: use "
-            "limit_val_batches=0 for no validation."
+            "`trainer.val_check_interval` must be positive, got 0: use limit_val_batches=0 for no "
+            "validation."
         )
     if settings.accelerator == "cpu" and str(settings.precision) in ("16", "16-mixed"):
         raise ValueError(
-            f"Argument `trainer.precision` expected to be one that a CPU has, but got "
-            f"{settings.precision}: use bf16-mixed."
+            f"`trainer.precision` must be one that a CPU has, got {settings.precision}: use "
+            f"bf16-mixed."
         )

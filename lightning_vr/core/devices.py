@@ -1,11 +1,12 @@
-"""Seconds that a call takes, on a device too that works on while the host goes on."""
+"""Devices: where a module is, what dtypes there are, seconds of a call, compiled networks."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 _Found = TypeVar("_Found")
 
@@ -25,10 +26,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Run compiled networks as they were written.
+    """Run compiled networks uncompiled.
 
-    Of functorch's transforms and of forward mode the compiler gives up on a network, and from then
-    on it leaves that network's code alone wherever it is called, training included.
+    The compiler gives up on a network within functorch's transforms and forward mode. From then on
+    that network runs uncompiled wherever it is called, in training too.
     """
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
@@ -37,3 +38,19 @@ def uncompiled() -> AbstractContextManager[Any]:
 def widest_float(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on a device that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's first parameter or buffer, the CPU if it has none."""
+    return next((x.device for x in _tensors(module)), torch.device("cpu"))
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a module's first floating-point tensor; torch's default if none."""
+    kinds = (x.dtype for x in _tensors(module) if x.is_floating_point())
+    return next(kinds, torch.get_default_dtype())
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

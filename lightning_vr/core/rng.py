@@ -8,7 +8,7 @@ disturbing training (Salmon et al. 2011, "Parallel random numbers: as easy as 1,
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,36 +19,47 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     """Return a fresh generator that is a pure function of ``key``.
 
     Args:
-        *key: Seed, purpose, rank, step, and whatever else tells this draw from others.
+        *key: Seed, purpose, rank, step, and whatever else distinguishes this draw.
         device: Where the draws are made; each kind of device has its own stream.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-@contextmanager
-def seed_global_rng(source: torch.Generator) -> Iterator[None]:
-    """Let torch's global generators start from a keyed one's seed; restore them on leaving.
+def set_global_rng(source: torch.Generator) -> Callable[[], None]:
+    """Let torch's global generators start from a keyed one's seed, for dropout and the like.
 
-    For what draws from them and cannot be told otherwise: dropout, the sampling of an encoder.
+    Returns:
+        A function that restores the global generators.
     """
     # `torch.manual_seed` takes a hundred times as long, and queues a call for each idle device
     streams = [torch.default_generator]
     if source.device.type == "cuda":
         streams.append(torch.cuda.default_generators[source.device.index or 0])
     states = [stream.get_state() for stream in streams]
-    try:
-        for stream in streams:
-            stream.manual_seed(source.initial_seed())
-        yield
-    finally:
+    for stream in streams:
+        stream.manual_seed(source.initial_seed())
+
+    def restore() -> None:
         for stream, state in zip(streams, states, strict=True):
             stream.set_state(state)
+
+    return restore
+
+
+@contextmanager
+def seed_global_rng(source: torch.Generator) -> Iterator[None]:
+    """Seed torch's global generators as ``set_global_rng`` does; restore them on leaving."""
+    restore = set_global_rng(source)
+    try:
+        yield
+    finally:
+        restore()
 
 
 @contextmanager
 def preserve_global_rng() -> Iterator[None]:
-    """Restore the global random states of torch, numpy and Python on leaving, however that is."""
+    """Restore the global random states of torch, numpy and Python at the end or at an error."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices):

@@ -14,7 +14,7 @@ Rows = dict[str, Any]
 
 
 def interleaved(draws: Sequence[Rows]) -> Rows:
-    """Put the rows of one unit next to each other."""
+    """Put corresponding rows of several draws next to each other."""
     first = draws[0]
     return {
         name: (

@@ -1,7 +1,7 @@
 """Draws of (t, noise) for clean samples.
 
-The plain estimator takes one independent time and noise for each sample. It is unbiased, and the
-whole of its noise is what the other estimators remove parts of.
+The plain estimator draws one independent time and noise for each sample. It is unbiased; the other
+estimators remove parts of its noise.
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_vr.core.types import WHOLE_STEP, Clean, LossEstimate, Noised, StepPart, Times
+from lightning_vr.core.types import (
+    UNLABELLED,
+    WHOLE_STEP,
+    Clean,
+    LossEstimate,
+    Noised,
+    StepPart,
+    Times,
+)
 from lightning_vr.estimators.slot import Slot
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.schedules import Schedule, expand
@@ -19,8 +27,8 @@ from lightning_vr.process.schedules import Schedule, expand
 class Draws(Slot, ABC):
     """Decides at which times and with which noise the clean samples are noised.
 
-    Times and noise are drawn one after the other, so that a measurement can keep the times and
-    draw the noise again.
+    Times are drawn first and noise second, so that a measurement can keep the times and draw the
+    noise again.
     """
 
     @property
@@ -50,7 +58,7 @@ class Draws(Slot, ABC):
         Args:
             clean: B clean samples.
             objective: What the loss is an expectation of.
-            generator: Source of all randomness that parts of a step do not share.
+            generator: Source of the randomness that parts of a step do not share.
             part: The part of an optimizer step that the samples are.
         """
 
@@ -73,13 +81,13 @@ class Draws(Slot, ABC):
         return replace(noised, loss_weight=times.loss_weight)
 
     def check(self, objective: Objective) -> None:
-        """Refuse draws that would not estimate the objective."""
+        """Raise if the draws would not estimate the objective."""
 
     def observe(self, estimate: LossEstimate, objective: Objective) -> None:
         """Learn from the losses of a micro-step."""
 
     def advance(self) -> None:
-        """Take in what the ranks have observed; all must call it, after the optimizer's step."""
+        """Learn from what all ranks have observed; all must call it, after the optimizer step."""
 
 
 class IID(Draws):
@@ -100,6 +108,12 @@ def open_uniform(count: int, generator: torch.Generator) -> Tensor:
     """Return ``count`` uniform numbers in the open interval (0, 1), float64."""
     u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
     return u.clamp(min=2.0**-54)
+
+
+def drop_labels(group: Tensor, fraction: float, source: torch.Generator) -> Tensor:
+    """Return labels ``(B,)`` of which a fraction, at random, is ``UNLABELLED``."""
+    u = torch.rand(len(group), generator=source, device=group.device, dtype=torch.float32)
+    return torch.where(u < fraction, UNLABELLED, group)
 
 
 def noise_samples(

@@ -5,7 +5,7 @@ What is known of Lightning's private attributes stands here alone. The room impo
 """
 
 from lightning_vr.lifecycle.checkpoint_io import DurableCheckpointIO
+from lightning_vr.lifecycle.resumable_module import ResumableModule
+from lightning_vr.lifecycle.run_context import RunContext
 
-__all__ = [
-    "DurableCheckpointIO",
-]
+__all__ = ["DurableCheckpointIO", "ResumableModule", "RunContext"]

@@ -3,9 +3,9 @@
 A Lightning checkpoint of a CLI run holds ``{"class_path": ..., "init_args": ...}`` and needs no
 code to reload. ``describe`` writes the same for live objects: diffusers models know their config,
 and a class that keeps each constructor argument under its own name can be read back. What was read
-is believed only if it is a fixed point: the object rebuilt from it, by the parser that reloads
-checkpoints and without memory for its weights, must read the same and have the same structure. What
-cannot be described is named, never guessed.
+is accepted only if it is a fixed point: the object rebuilt from it, by the parser that reloads
+checkpoints and without memory for its weights, must read the same and have the same structure. An
+object that cannot be described is an error, never a guess.
 """
 
 import functools
@@ -31,8 +31,9 @@ class UndescribableError(ValueError):
 def describe(value: Any) -> Any:
     """Return ``value`` as nested primitives and ``class_path`` dictionaries.
 
-    Partials, classes and functions, which only their caller's type hint can tell from instances and
-    text, are described where they are the value or an item of it, not inside of another object.
+    Partials, classes and functions are described only where they are the value or an item of it,
+    not inside another object: only an argument's type hint distinguishes them from instances and
+    text.
 
     Raises:
         UndescribableError: If it cannot be rebuilt from a configuration.
@@ -44,7 +45,7 @@ def import_path(target: Callable[..., Any]) -> str:
     """Return the dotted path that imports ``target``.
 
     Raises:
-        UndescribableError: If it is a lambda or local, so that no import finds it.
+        UndescribableError: If it is a lambda or local, which cannot be imported.
     """
     path = f"{target.__module__}.{target.__qualname__}"
     if imported(path) is not target:
@@ -82,7 +83,7 @@ def _walk(value: Any, describe_leaf: Callable[[Any], Any]) -> Any:
         return [_walk(item, describe_leaf) for item in value]
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise UndescribableError("a dictionary with keys that are no strings")
+            raise UndescribableError("a dictionary has keys that are not strings")
         return {key: _walk(item, describe_leaf) for key, item in value.items()}
     return describe_leaf(value)
 
@@ -90,7 +91,7 @@ def _walk(value: Any, describe_leaf: Callable[[Any], Any]) -> Any:
 def _describe_leaf(value: Any) -> Any:
     if isinstance(value, functools.partial):
         if value.args:
-            raise UndescribableError("a partial with positional arguments")
+            raise UndescribableError("a partial has positional arguments")
         return {"class_path": import_path(value.func), "init_args": describe(value.keywords)}
     if isinstance(value, type) or inspect.isroutine(value):
         return import_path(value)
@@ -100,7 +101,7 @@ def _describe_leaf(value: Any) -> Any:
 
 
 def _read(value: Any) -> dict[str, Any]:
-    """Read the constructor's arguments back from the object."""
+    """Return the class and the constructor's arguments, as the object keeps them."""
     kind = type(value)
     config = getattr(value, "config", None)
     kept = dict(config if isinstance(config, Mapping) else getattr(value, "__dict__", {}))
@@ -111,7 +112,7 @@ def _read(value: Any) -> dict[str, Any]:
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
         if parameter.kind is parameter.VAR_POSITIONAL or parameter.name not in kept:
-            raise UndescribableError(f"{kind.__name__} does not keep its `{parameter.name}`")
+            raise UndescribableError(f"{kind.__name__} does not keep `{parameter.name}`")
         args[parameter.name] = _walk(kept[parameter.name], _read)
     return {"class_path": import_path(kind), "init_args": args}
 

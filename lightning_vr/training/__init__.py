@@ -5,10 +5,12 @@ The room imports every floor below it; ``diffusion.py`` alone imports no Lightni
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_vr.training.diffusion import Diffusion
+
 if TYPE_CHECKING:
     from lightning_vr.training.module import DiffusionModule
 
-__all__ = ["DiffusionModule"]
+__all__ = ["Diffusion", "DiffusionModule"]
 
 
 def __getattr__(name: str) -> Any:

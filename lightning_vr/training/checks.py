@@ -1,4 +1,4 @@
-"""What a DiffusionModule refuses when it is built: parts that do not go together."""
+"""What is checked when a model is built, that its parts go together, and of each kind of batch."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,32 +8,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_vr.core.types import Clean
+from lightning_vr.core.validation import check_at_least, check_labels, check_samples
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import Target
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
-from lightning_vr.posterior.references import check_samples
 from lightning_vr.process.objective import Objective
 
 
-def check_labels(num_classes: int | None, label_dropout: float) -> None:
-    """Refuse a number of classes or a label dropout that means nothing."""
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(
-            f"Argument `num_classes` expected to be at least 1, but got {num_classes}."
-        )
+def check_conditioning(network: nn.Module, num_classes: int | None, label_dropout: float) -> None:
+    """Raise if classes, label dropout and the network's embeddings do not fit together."""
+    if num_classes is not None:
+        check_at_least("num_classes", num_classes, 1)
     if not 0 <= label_dropout <= 1:
         raise ValueError(
-            f"Argument `label_dropout` expected to be between 0 and 1, but got {label_dropout}."
+            f"`label_dropout` must be between 0 and 1, got {label_dropout}: use 0.1, or 0 for none."
         )
     if label_dropout > 0 and num_classes is None:
         raise ValueError(
-            f"Argument `label_dropout` of {label_dropout} needs labels to drop: set `num_classes`."
+            f"`label_dropout` must be 0 without classes, got {label_dropout}: set `num_classes`."
         )
-
-
-def check_network(network: nn.Module, num_classes: int | None) -> None:
-    """Refuse a network that divides its output by the time, or lacks a class embedding."""
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     config = getattr(network, "config", None)
     settings = config if isinstance(config, Mapping) else vars(network)
@@ -41,24 +35,25 @@ def check_network(network: nn.Module, num_classes: int | None) -> None:
     counts = "num_class_embeds" in settings and settings.get("class_embed_type") is None
     if num_classes is not None and counts and (embeddings or 0) <= num_classes:
         raise ValueError(
-            f"Argument `network`: {type(network).__name__} has num_class_embeds={embeddings}, but "
-            f"{num_classes} classes and the dropped label need {num_classes + 1}: set "
-            f"num_class_embeds to {num_classes + 1}."
+            f"`network` must embed {num_classes} classes and the dropped label, got a "
+            f"{type(network).__name__} with num_class_embeds={embeddings}: set num_class_embeds "
+            f"to {num_classes + 1}."
         )
     if settings.get("time_embedding_type") == "fourier":
         raise ValueError(
-            f"Argument `network`: {type(network).__name__} with time_embedding_type='fourier' "
-            f"divides its output by the time and takes its logarithm: use 'positional'."
+            f"`network` must take times as they are, got a {type(network).__name__} with "
+            f"time_embedding_type='fourier', which takes their logarithm and divides its output "
+            f"by them: use 'positional'."
         )
 
 
 def check_call(network: nn.Module, num_classes: int | None, *, may_condition: bool) -> None:
-    """Refuse a network that cannot be called as a module does that does not override ``predict``.
+    """Raise if a network cannot be called as a model without its own ``predict`` calls it.
 
     Args:
         network: The network.
-        num_classes: Number of classes of the module, or None.
-        may_condition: Whether the module's own ``encode`` may give the labels as a condition.
+        num_classes: Number of classes of the model, or None.
+        may_condition: Whether the model's own ``encode`` may give the labels as a condition.
 
     Raises:
         ValueError: If it takes other arguments, or labels that it will not get.
@@ -66,24 +61,24 @@ def check_call(network: nn.Module, num_classes: int | None, *, may_condition: bo
     name = type(network).__name__
     labels = {} if num_classes is None else {"class_labels": None}
     try:
-        # what it asks for besides may come as a condition
+        # further arguments may come as a condition
         inspect.signature(network.forward).bind_partial(None, None, **labels)
     except TypeError as error:
         raise ValueError(
-            f"Argument `network` is called as {name}(x, t{', class_labels=...' * len(labels)}), "
-            f"but cannot be ({error}): use a network of that signature, or override `predict`."
+            f"`network` must take the call {name}(x, t{', class_labels=...' * len(labels)}), got "
+            f"one that does not ({error}): use a network of that signature, or override `predict`."
         ) from error
     config = getattr(network, "config", None)
     embeddings = config.get("num_class_embeds") if isinstance(config, Mapping) else None
     if embeddings and not labels and not may_condition:
         raise ValueError(
-            f"Argument `num_classes` expected to be given, as {name} has "
-            f"num_class_embeds={embeddings}, but got None: set `num_classes` to {embeddings - 1}."
+            f"`num_classes` must be given, as {name} has num_class_embeds={embeddings}, got None: "
+            f"set `num_classes` to {embeddings - 1}."
         )
 
 
 def check_times(objective: Objective) -> None:
-    """Refuse a density of times at which the schedule is none.
+    """Raise if the density of t draws times at which the schedule is not defined.
 
     Raises:
         ValueError: Naming the first of such times.
@@ -95,61 +90,52 @@ def check_times(objective: Objective) -> None:
     if not bool(is_valid.all()):
         wrong = float(times[~is_valid][0])
         raise ValueError(
-            f"Argument `timesteps` expected to draw times of the {type(schedule).__name__} "
-            f"schedule, from {schedule.t_min:g} to {schedule.t_max:g}, but "
-            f"{type(timesteps).__name__} draws {wrong:.3g}: leave it out, or use "
+            f"`timesteps` must draw times of the {type(schedule).__name__} schedule, from "
+            f"{schedule.t_min:g} to {schedule.t_max:g}, got {type(timesteps).__name__}, which "
+            f"draws {wrong:.3g}: leave it out, or use "
             f"Uniform({schedule.t_min:g}, {schedule.t_max:g})."
         )
 
 
 def check_guidance(guidance: float, num_classes: int | None) -> None:
-    """Refuse guidance without classes to guide to."""
+    """Raise if there is guidance but no class to guide to."""
     if guidance != 1 and num_classes is None:
         raise ValueError(
-            f"Argument `guidance` of {guidance:g} needs classes: set `num_classes` and "
+            f"`guidance` must be 1 without classes, got {guidance:g}: set `num_classes` and "
             f"`label_dropout`, or use guidance 1."
         )
 
 
-def check_draws(draws: Draws, objective: Objective, network: nn.Module) -> None:
-    """Refuse draws that do not estimate the objective, or not with this network.
+def check_estimators(
+    draws: Draws, control: ControlVariate | None, objective: Objective, network: nn.Module
+) -> None:
+    """Raise if draws or a control variate do not estimate this loss, or not with this network.
 
     Raises:
-        ValueError: If a proposal misses part of the loss, or several draws of each sample meet
-            what changes or couples single draws.
+        ValueError: If a proposal misses part of the loss, or if the network couples or changes
+            single draws where these must be independent.
     """
     draws.check(objective)
+    normalisation = _batch_normalisation(network)
+    if isinstance(control, TaylorCV) and normalisation:
+        raise ValueError(
+            f"`control_variate` must be None with batch normalisation, which would mix its clean "
+            f"points with the draws, but the network's {normalisation}: use group normalisation."
+        )
     if draws.draws_per_sample == 1 and getattr(draws, "resamples", 1) != "auto":
         return
-    found = _batch_normalisation(network)
-    if found:
+    if normalisation:
         raise ValueError(
-            f"Argument `resamples` expected to be 1 with batch normalisation, which couples "
-            f"the draws of a sample, but the network's {found}: "
-            f"use group normalisation, or one draw of each sample."
+            f"`resamples` must be 1 with batch normalisation, which couples the draws of a sample, "
+            f"but the network's {normalisation}: use group normalisation, or one draw of each "
+            f"sample."
         )
     if any(hasattr(parameter, "grad_sample") for parameter in network.parameters()):
         raise ValueError(
-            f"Argument `resamples` expected to be 1 where gradients are clipped draw by draw, as "
+            f"`resamples` must be 1 where gradients are clipped draw by draw, as "
             f"{type(network).__name__} is prepared for: the mean of clipped draws depends on how "
             f"many there are. Clip the gradient of the whole step, or use one draw of each sample."
         )
-
-
-def check_control_variate(control: ControlVariate | None, network: nn.Module) -> None:
-    """Refuse a control variate whose points would share a batch's statistics with the draws."""
-    found = _batch_normalisation(network)
-    if isinstance(control, TaylorCV) and found:
-        raise ValueError(
-            f"Argument `control_variate` expected to be None with batch normalisation, which would "
-            f"take clean samples for draws, but the network's {found}: use group normalisation."
-        )
-
-
-def _batch_normalisation(network: nn.Module) -> str:
-    """Return what normalises over the batch, by name and class, or nothing."""
-    found = ((n, m) for n, m in network.named_modules() if isinstance(m, _BatchNorm))
-    return next((f"`{name}` is a {type(module).__name__}" for name, module in found), "")
 
 
 def check_clean(
@@ -159,16 +145,16 @@ def check_clean(
     *,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Refuse samples, labels or indices that training would go wrong with.
+    """Raise if encoded samples, labels or indices cannot be trained on.
 
     Args:
         clean: Encoded samples.
-        num_classes: Number of classes of the module, or None.
-        positions: Where the samples stand in the training set ``(B,)``, if that is known.
-        allow_nonfinite: Whether samples that are not finite are dealt with elsewhere.
+        num_classes: Number of classes of the model, or None.
+        positions: Positions of the samples in the training set ``(B,)``, if they are known.
+        allow_nonfinite: Whether samples that are not finite are allowed.
 
     Raises:
-        ValueError: Naming the first sample that is not as it must be.
+        ValueError: Naming the first sample that is wrong.
     """
     check_samples("x0", clean.x0)
     finite = torch.isfinite(clean.x0.flatten(1)).all(dim=1).cpu()
@@ -177,8 +163,8 @@ def check_clean(
         known = clean.index if positions is None else positions
         name = f"row {row} of the batch" if known is None else f"sample {int(known[row])}"
         raise ValueError(
-            f"The clean samples expected to be finite, but {name} is not: "
-            f"remove it from the data or mend `encode`."
+            f"Clean samples must be finite, but {name} is not: remove it from the data or fix "
+            f"`encode`."
         )
     if clean.group is not None:
         check_group(clean.group, num_classes)
@@ -188,50 +174,42 @@ def check_clean(
         return
     if not torch.equal(clean.index.cpu(), positions):
         raise ValueError(
-            f"Sample indices expected to be positions in the training set, but sample "
-            f"{int(positions[0])} has index {int(clean.index[0])}: let the data set's item i "
+            f"Sample indices must be positions in the training set, but sample "
+            f"{int(positions[0])} has index {int(clean.index[0])}: let item i of the data set "
             f"carry the index i."
         )
 
 
 def check_group(group: Tensor, num_classes: int | None) -> None:
-    """Refuse labels that are no int64 classes in ``[0, num_classes)``."""
+    """Raise if labels are not integers in ``[0, num_classes)``."""
     if num_classes is None:
         raise ValueError(
-            "Argument `group` needs a class-conditional module: set `num_classes`, or leave it out."
+            "`group` must be None without classes, got labels: set `num_classes`, or leave it out."
         )
-    if group.ndim != 1 or group.is_floating_point():
+    check_labels("group", group, num_classes)
+
+
+def check_upstream(clean: Clean, target: Target) -> None:
+    """Raise if ``encode`` is trained, which would move samples away from the references."""
+    if clean.x0.requires_grad and (target.bank_size != 0 or target.couples_rows):
         raise ValueError(
-            f"Class labels expected to be integers of shape (B,), but got {group.dtype} of shape "
-            f"{tuple(group.shape)}."
-        )
-    if len(group) and not 0 <= int(group.min()) <= int(group.max()) < num_classes:
-        worst = int(group.min()) if int(group.min()) < 0 else int(group.max())
-        raise ValueError(
-            f"Class labels expected to be in [0, {num_classes}), as `num_classes` says, "
-            f"but got {worst}: set `num_classes` to {worst + 1} or mend the labels."
+            f"`target` must be DSM() if `encode` is trained, which moves the references, got "
+            f"{type(target).__name__}: use DSM(), or detach x0 in `encode` and train what makes "
+            f"`cond`."
         )
 
 
 def _check_cond_group(cond_group: Tensor, count: int) -> None:
     if cond_group.shape != (count,) or cond_group.is_floating_point():
         raise ValueError(
-            f"Argument `cond_group` expected to be integers of shape ({count},), one for each "
-            f"sample, but got {cond_group.dtype} of shape {tuple(cond_group.shape)}: number the "
-            f"different conditions."
+            f"`cond_group` must be integers of shape ({count},), one for each sample, got "
+            f"{cond_group.dtype} of shape {tuple(cond_group.shape)}: number the conditions."
         )
-    if count and int(cond_group.min()) < 0:
-        raise ValueError(
-            f"Argument `cond_group` expected to be 0 or more, but got {int(cond_group.min())}: "
-            f"give every condition a number, also that of no augmentation."
-        )
+    if count:
+        check_at_least("cond_group", int(cond_group.min()), 0)
 
 
-def check_upstream(clean: Clean, target: Target) -> None:
-    """Refuse a target whose references an upstream in training would move away from."""
-    if clean.x0.requires_grad and (target.bank_size != 0 or target.couples_rows):
-        raise ValueError(
-            f"Argument `target`: {type(target).__name__} takes its references as they are, but "
-            f"`encode` is trained and moves them: use DSM(), or detach x0 in `encode` and train "
-            f"what makes `cond`."
-        )
+def _batch_normalisation(network: nn.Module) -> str:
+    """Return the first layer that normalises over the batch, by name and class, or nothing."""
+    found = ((n, m) for n, m in network.named_modules() if isinstance(m, _BatchNorm))
+    return next((f"`{name}` is a {type(module).__name__}" for name, module in found), "")

@@ -1,11 +1,11 @@
-"""Losses whose times and noise can be drawn again: of a DiffusionModule, and of any other module.
+"""Losses whose times and noise can be drawn again: of a ``Diffusion``, and of any other module.
 
-They are what ``variance.gradients`` needs to know of a model. Precision is that of the trainer.
+They are what ``variance.gradient_measurement`` needs to know of a model.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,27 +15,25 @@ from lightning_vr.core.rows import Rows, tensors
 from lightning_vr.core.types import Clean, Times
 from lightning_vr.estimators.draws import open_uniform
 from lightning_vr.process.timesteps import Density, Truncated
+from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.variance.gradient_measurement import NoisyLoss
 
 LossFunction = Callable[[LightningModule, Tensor, Tensor, Tensor], Tensor]
 """``(module, x0 (B, *), noise (B, *), t (B,)) -> loss of each sample (B,)``."""
-
-if TYPE_CHECKING:
-    from lightning_vr.training.module import DiffusionModule
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context that the trainer runs forward passes in."""
 
 
 class DiffusionLoss(NoisyLoss):
-    """The training loss of a DiffusionModule, with its own draws, target and control variate.
+    """The training loss of a ``Diffusion``, with its own draws, target and control variate.
 
     Args:
-        module: The module.
+        module: The model.
         precision: The trainer's precision.
     """
 
-    def __init__(self, module: "DiffusionModule", precision: Precision = nullcontext) -> None:
+    def __init__(self, module: Diffusion, precision: Precision = nullcontext) -> None:
         super().__init__()
         self.module = module
         self.precision = precision
@@ -100,8 +98,7 @@ class GivenLoss(NoisyLoss):
             losses = self.function(self.module, rows["x0"], rows["noise"], rows["t"])
         if losses.shape != rows["t"].shape:
             raise ValueError(
-                f"Argument `loss` expected to return one loss for each of the {len(rows['t'])} "
-                f"samples, but got a tensor of shape {tuple(losses.shape)}: "
-                f"average over all dimensions but the first."
+                f"`loss` must return one number for each of the {len(rows['t'])} samples, got a "
+                f"tensor of shape {tuple(losses.shape)}: average over all dimensions but the first."
             )
         return losses

@@ -1,8 +1,7 @@
 """The target's bank: the training set, encoded once before training."""
 
-from typing import TYPE_CHECKING, Any
-
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_vr.core.types import Clean
@@ -10,46 +9,50 @@ from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import Target
 from lightning_vr.lifecycle.training_set import check_equal_chances, encoded_training_set
 from lightning_vr.training.checks import check_clean
-
-if TYPE_CHECKING:
-    from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.diffusion import Diffusion
 
 
 @torch.no_grad()
-def fill_target(module: "DiffusionModule") -> None:
-    """Give ``module.target`` its references: the training set, encoded by the module on all ranks.
+def fill_target(model: Diffusion, trainer: Trainer) -> None:
+    """Give the model's target its references: the encoded training set, of all ranks.
 
-    A target that is sharded gets what this rank has read, and the set never exists as a whole.
+    A sharded target gets what this rank has read, and the set never exists as a whole.
 
     Raises:
-        ValueError: If samples, labels or indices are not what they must be, or samples do not come
-            equally often.
+        ValueError: If samples, labels or indices are wrong, or samples do not come equally often.
     """
-
-    def encode(positions: Tensor, batch: Any) -> Clean:
-        clean = module.clean(batch)
-        check_clean(clean, module.num_classes, positions)
-        return clean
-
-    target = module.target
+    target = model.target
     if isinstance(target, STF):
         target.bank = None  # an earlier fit's, beside which there may be no room
     if target.bank_size is None:
-        check_equal_chances(module.trainer)
-    clean = encoded_training_set(
-        module.trainer, encode, "Encoding references", target.bank_size, is_shard=target.sharded
-    )
+        check_equal_chances(trainer)
+    clean = read_references(model, trainer, target.bank_size, is_shard=target.sharded)
     if clean is not None:
-        fill(target, clean)
+        set_references(target, clean)
 
 
-def fill(target: Target, clean: Clean) -> None:
-    """Give a target the training set, or this rank's share of it if the target is sharded.
+def read_references(
+    model: Diffusion, trainer: Trainer, limit: int | None = None, *, is_shard: bool = False
+) -> Clean | None:
+    """Return the encoded and checked training set, or None if no samples are exchangeable.
 
     Args:
-        target: A target that takes references.
-        clean: What ``encoded_training_set`` has read for it.
+        model: The model.
+        trainer: A trainer that is fitting it.
+        limit: At most so many samples, evenly spaced, or None for all.
+        is_shard: Whether to return what this rank has read alone.
     """
+
+    def encode(positions: Tensor, batch: object) -> Clean:
+        clean = model.clean(batch)
+        check_clean(clean, model.num_classes, positions)
+        return clean
+
+    return encoded_training_set(trainer, encode, "Encoding references", limit, is_shard=is_shard)
+
+
+def set_references(target: Target, clean: Clean) -> None:
+    """Give a target the references that ``read_references`` has read for it."""
     target.fill(
         clean.x0,
         clean.group,

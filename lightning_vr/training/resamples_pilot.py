@@ -1,31 +1,32 @@
 """How many resamples of each sample pay: the pilot of ``CARV(resamples="auto")``.
 
-With V_B between samples and V_W within one, and seconds ``upstream`` to encode a sample and
-``denoise`` to train on one draw of it, variance times cost is least at ``K² = V_W upstream / (V_B
-denoise)`` (``variance.accounting``). No K gains more than ``1 + upstream / denoise``, so that the
+With variance V_B between samples and V_W within one, and seconds ``upstream`` to encode a sample
+and ``denoise`` to train on one draw of it, variance times cost is least at ``K² = V_W upstream /
+(V_B denoise)`` (``variance.accounting``). No K gains more than ``1 + upstream / denoise``, so the
 pilot ends after a few timed passes where ``encode`` is cheap. Elsewhere a nested design at the
-present weights tells V_B and V_W, with the very draws that training takes, strata and all; and what
-a pass takes whatever its size counts as upstream, since the number of samples is given. K depends
-on earlier draws alone, so that the estimate stays unbiased.
+present weights measures V_B and V_W with the draws of training, strata included; the fixed cost of
+a pass counts as upstream, since the number of samples is given. K depends on earlier draws alone,
+so that the estimate stays unbiased.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_vr.core.devices import timed
+from lightning_vr.core.devices import device_of, timed
 from lightning_vr.core.distributed import all_reduce_mean, broadcast, least
 from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
 from lightning_vr.core.rows import concatenated, tensors
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.carv import CARV
-from lightning_vr.lifecycle.precision import loss_scale
+from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.noisy_losses import DiffusionLoss
 from lightning_vr.variance.accounting import (
     CostModel,
@@ -34,9 +35,6 @@ from lightning_vr.variance.accounting import (
     variance_times_cost,
 )
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
-
-if TYPE_CHECKING:
-    from lightning_vr.training.module import DiffusionModule
 
 _LEAST_GAIN = 1.05
 """Predicted gain below which K stays as it is."""
@@ -50,48 +48,38 @@ _MEMORY = 0.5
 
 
 class ResamplesPilot:
-    """Chooses K while a module trains.
+    """Chooses K while a model trains.
 
     Args:
-        module: A module that is training with ``CARV(resamples="auto")``.
+        model: A model that is training with ``CARV(resamples="auto")``.
         draws: Its draws.
+        run: The run that it trains in.
 
     Attributes:
-        failures: How many times in a row gradients were not finite.
+        failures: Number of times in a row that gradients were not finite.
     """
 
-    def __init__(self, module: "DiffusionModule", draws: CARV) -> None:
-        self.module = module
-        self.draws = draws
+    def __init__(self, model: Diffusion, draws: CARV, run: RunContext) -> None:
+        self.model, self.draws, self.run = model, draws, run
         self._batches: list[Any] = []
         self.failures = self._not_before = 0
 
     def before_step(self, batch: Any) -> None:
         """Choose anew if it is time; all ranks must call it before each optimizer step."""
-        step, pilot = self.module.global_step, self.draws.pilot
+        step, pilot = self.run.step(), self.draws.pilot
         if pilot is not None and step - pilot["step"] < self.draws.pilot_every_n_steps:
             return
         if step < self._not_before:
             return
         with preserve_global_rng(), seed_global_rng(self._source("global")):
-            clean = self.module.clean(batch)
-            encode, denoise = self._mean_over_ranks(*self._seconds(batch, clean))
-            # no K gains more than this factor, but where a larger batch would gain it too
-            if 1 + encode / denoise <= _LEAST_GAIN:
-                reason = "so that no number of resamples could gain 5 %"
-                self._apply_resamples(step, self.draws.least_resamples, encode / denoise, reason)
-                return
-            self._batches.append(batch)
-            samples = least(len(self._batches) * len(clean.x0), self.module.device)
-            if samples < _PILOT_UNITS:
-                return
-            fixed, marginal = self._mean_over_ranks(*self._pass_seconds(clean))
-            cost = CostModel(0.0, encode + fixed / len(clean.x0), marginal or denoise)
-            between, within = self._mean_over_ranks(*self._components())
+            found = self._measure(step, batch)
+        if found is None:
+            return
         self._batches = []
+        between, within, encode, cost = found
         if not math.isfinite(between + within):
             # float16 until its loss scale is found: soon again, and less and less often
-            rank_zero_info(f"CARV at step {step}: gradients are not finite, and left out.")
+            rank_zero_info(f"CARV at step {step}: gradients are not finite and are left out.")
             self._not_before = step + 2**self.failures
             self.failures += 1
             return
@@ -109,8 +97,29 @@ class ResamplesPilot:
         assert self.draws.pilot is not None
         self.draws.pilot |= {"between": between, "within": within}
 
+    def _measure(self, step: int, batch: Any) -> tuple[float, float, float, CostModel] | None:
+        """Return V_B, V_W, seconds to encode a sample and the cost of a step.
+
+        Returns None if no number of resamples could gain, or until there are enough samples.
+        """
+        clean = self.model.clean(batch)
+        encode, denoise = self._mean_over_ranks(*self._seconds(batch, clean))
+        # no K gains more than this factor, except where a larger batch would gain it too
+        if 1 + encode / denoise <= _LEAST_GAIN:
+            reason = "so that no number of resamples could gain 5 %"
+            self._apply_resamples(step, self.draws.least_resamples, encode / denoise, reason)
+            return None
+        self._batches.append(batch)
+        samples = least(len(self._batches) * len(clean.x0), device_of(self.model))
+        if samples < _PILOT_UNITS:
+            return None
+        fixed, marginal = self._mean_over_ranks(*self._pass_seconds(clean))
+        cost = CostModel(0.0, encode + fixed / len(clean.x0), marginal or denoise)
+        between, within = self._mean_over_ranks(*self._components())
+        return between, within, encode, cost
+
     def _best(self, between: float, within: float, cost: CostModel) -> int:
-        """Return K of least variance times cost, unless the present one is nearly as good."""
+        """Return the K of least variance times cost, unless the present K is nearly as good."""
         group = self.draws.least_resamples
         pairs = CostModel(0.0, cost.upstream, group * cost.denoise)
         largest = self.draws.max_resamples // group
@@ -119,8 +128,8 @@ class ResamplesPilot:
         return best if gain > _LEAST_GAIN else self.draws.chosen
 
     def _apply_resamples(self, step: int, resamples: int, ratio: float, reason: str) -> None:
-        """Take rank 0's K, and say why."""
-        decision = broadcast(torch.tensor(resamples, device=self.module.device))
+        """Take rank 0's K, and report why."""
+        decision = broadcast(torch.tensor(resamples, device=device_of(self.model)))
         before, self.draws.chosen = self.draws.chosen, int(decision)
         self.draws.pilot = {"step": step}
         rank_zero_info(
@@ -130,13 +139,13 @@ class ResamplesPilot:
         )
 
     def _seconds(self, batch: Any, clean: Clean) -> tuple[float, float]:
-        """Return seconds to encode a sample, and to train on one draw of it as things are."""
+        """Return seconds to encode a sample, and to train on one draw of it at the present K."""
         count = len(clean.x0)
         encode, denoise = self._medians(lambda: self._upstream(batch), self._pass(clean))
         return encode / count, denoise / (count * self.draws.chosen)
 
     def _pass_seconds(self, clean: Clean) -> tuple[float, float]:
-        """Return seconds of a pass whatever its size, and of one draw more."""
+        """Return the fixed seconds of a pass, and the seconds of one more draw."""
         few, many = self.draws.least_resamples, self._pilot_resamples
         if few == many:
             return 0.0, 0.0
@@ -148,26 +157,26 @@ class ResamplesPilot:
         return fixed_and_marginal(few * size, many * size, *self._medians(smaller, larger))
 
     def _pass(self, clean: Clean) -> Callable[[], Any]:
-        """Return a function that trains on the draws of a batch, short of the optimizer."""
+        """Return a function that takes the gradient of a batch's draws."""
         measurement = self._measurement()
         source = self._source("timing")
-        times = self.draws.times(clean, self.module.objective, source)
+        times = self.draws.times(clean, self.model.objective, source)
         rows = measurement.loss.draw(clean, times, source)
         return lambda: measurement.gradient(rows, "timing")
 
     def _medians(self, *functions: Callable[[], Any], rounds: int = 3) -> list[float]:
         """Return the median seconds of calls in turn, after one of each to warm up."""
-        found = [[timed(f, self.module.device)[1] for f in functions] for _ in range(rounds + 1)]
+        found = [[timed(f, device_of(self.model))[1] for f in functions] for _ in range(rounds + 1)]
         return [statistics.median(times) for times in zip(*found[1:], strict=True)]
 
     def _components(self) -> tuple[float, float]:
         """Return V_B and V_W, both of one sample's gradient."""
-        parts = [tensors(self.module.clean(batch)) for batch in self._batches]
+        parts = [tensors(self.model.clean(batch)) for batch in self._batches]
         clean = Clean(**concatenated(parts))
         size = min(len(clean.x0), _PILOT_SAMPLES) // _PILOT_UNITS
         units = [clean.rows(slice(i * size, (i + 1) * size)) for i in range(_PILOT_UNITS)]
-        # sums of squares are no business of the trainer's precision, which the passes enter again
-        precise = torch.autocast(self.module.device.type, enabled=False)
+        # sums of squares need full precision; the passes enter that of the trainer again
+        precise = torch.autocast(device_of(self.model).type, enabled=False)
         with self._taking(self._pilot_resamples), precise:
             found = self._measurement().by_differences(units, "pilot")
         within = float((found.timestep + found.noise)[0]) * self._pilot_resamples
@@ -180,7 +189,7 @@ class ResamplesPilot:
 
     @contextmanager
     def _taking(self, resamples: int) -> Iterator[None]:
-        """Take so many draws of each sample, for a while."""
+        """Take ``resamples`` draws of each sample, for a while."""
         chosen, self.draws.chosen = self.draws.chosen, resamples
         try:
             yield
@@ -188,38 +197,37 @@ class ResamplesPilot:
             self.draws.chosen = chosen
 
     def _measurement(self) -> GradientMeasurement:
-        trainer = self.module.trainer
-        loss = DiffusionLoss(self.module, trainer.precision_plugin.forward_context)
-        groups = [0 for p in self.module.parameters() if p.requires_grad]
+        loss = DiffusionLoss(self.model, self.run.precision)
+        groups = [0 for p in self.model.parameters() if p.requires_grad]
         measurement = GradientMeasurement(loss, self._source, groups)
-        measurement.loss_scale = loss_scale(trainer)
+        measurement.loss_scale = self.run.loss_scale()
         return measurement
 
     def _source(self, *key: int | str) -> torch.Generator:
-        return self.module.generator("resamples", self.module.global_step, *key)
+        return self.model.generator("resamples", self.run.step(), *key)
 
     def _upstream(self, batch: Any) -> None:
-        """Run the upstream as training does, back too if it is trained."""
-        clean = self.module.clean(batch)
+        """Run the upstream as training does: forward, and backward if it is trained."""
+        clean = self.model.clean(batch)
         made = [clean.x0, *(clean.cond or {}).values()]
         outputs = [x for x in made if isinstance(x, Tensor) and x.requires_grad]
         if outputs:
-            parameters = [p for p in self.module.parameters() if p.requires_grad]
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
             cotangents = [torch.ones_like(x) for x in outputs]
             torch.autograd.grad(outputs, parameters, cotangents, allow_unused=True)
 
     def _mean_over_ranks(self, *values: float) -> list[float]:
-        device = self.module.device
+        device = device_of(self.model)
         mean = all_reduce_mean(torch.tensor(values, dtype=torch.float32, device=device))
         found: list[float] = mean.tolist()
         return found
 
 
-def resamples_pilot(module: "DiffusionModule") -> ResamplesPilot | None:
-    """Return a pilot for a module whose draws leave K open, else None."""
-    draws = module.draws
+def resamples_pilot(model: Diffusion, run: RunContext) -> ResamplesPilot | None:
+    """Return a pilot for a model whose draws leave K open, else None."""
+    draws = model.draws
     if isinstance(draws, CARV) and draws.resamples == "auto":
-        return ResamplesPilot(module, draws)
+        return ResamplesPilot(model, draws, run)
     return None
 
 

@@ -10,7 +10,7 @@ import yaml
 from lightning_vr.auditing import Audit, Candidate, save_report
 from lightning_vr.auditing.report import page, table
 from lightning_vr.auditing.result import MeasuredEstimator
-from lightning_vr.cli.command import VRCLI
+from lightning_vr.cli.vr_cli import VRCLI
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.proposals import LearnedProposal, TableProposal
 from lightning_vr.estimators.stf import STF

@@ -7,7 +7,7 @@ import torch
 import yaml
 from commands import write
 
-from lightning_vr.cli import main, trainer
+from lightning_vr.cli import main, vr_trainer
 
 BUDGET = "--budget=2"
 
@@ -71,7 +71,7 @@ def test_the_lines_to_paste_train_with_draws_that_learn(run, folder):
     assert settings["init_args"]["scope"] == "auto"
 
 
-def test_a_checkpoint_gives_the_weights_that_training_would_go_on_from(run, folder, monkeypatch):
+def test_a_checkpoint_gives_the_weights_that_training_would_continue_from(run, folder, monkeypatch):
     averaging = write(
         folder / "ema.yaml",
         trainer={
@@ -89,7 +89,7 @@ def test_a_checkpoint_gives_the_weights_that_training_would_go_on_from(run, fold
         seen.update({name: value.clone() for name, value in module.state_dict().items()})
         raise SystemExit(0)
 
-    monkeypatch.setattr(trainer, "run_audit", spy)
+    monkeypatch.setattr(vr_trainer, "run_audit", spy)
     with pytest.raises(SystemExit):
         main(["audit", "--ckpt_path", str(path), "--data", "EightGaussians"])
     assert seen.keys() == raw.keys()
@@ -101,7 +101,7 @@ def test_wrong_settings_of_an_audit_are_one_line(refused, folder):
     assert "budget" in refused("audit", "--budget=0")
     assert "there is no file" in refused("audit", "--candidates=none.yaml")
     assert "there is no file" in refused("audit", "--ckpt_path=none.ckpt")
-    assert "`data` is missing" in refused("audit", data=[])
+    assert "`data` must be configured" in refused("audit", data=[])
     path = folder / "candidates.yaml"
     path.write_text('[{"name": "a", "target": "Stff"}]')
     assert "Stff" in refused("audit", f"--candidates={path}")

@@ -52,7 +52,7 @@ def fit(flags, argument, fix, **kwargs):
 
 
 def own(flags, argument, fix):
-    """Data of one's own choice, in place of points."""
+    """Data of the flags' choice, in place of points."""
     return Bad(flags, argument, fix, data=[])
 
 
@@ -97,14 +97,19 @@ MODEL = [
     fit("--model.network.dimension=3", "`network`", "shape of the data"),
     fit("--model.network=ResidualMlp", "model.network", "use ResidualMLP"),
     fit("--model.network=diffusers.Unet2DModel", "model.network", "use diffusers.UNet2DModel"),
-    fit("--model.network.widht=16", "'widht'", "use width"),
+    fit("--model.network=Nonesuch", "`model.network`", "give the full path"),
+    fit("--model.network=nope.Nope", "`model.network`", "correct the path"),
+    fit("--model.network=[1]", "`model.network` must be a class", "give the full path"),
+    fit("--model.network=lightning_vr.posterior_mean", "`model.network`", "give the full path"),
+    fit("--model.network.widht=16", "`model.network.widht`", "use width"),
     fit("--model.network=torch.nn.Linear", "in_features", "set model.network.in_features"),
     fit("--model.network=torch.nn.ReLU", "`network`", "(x, t)"),
     fit("--model.sigma_data=0", "`sigma_data`", "positive"),
     fit("--model.prediction=noise", "model.prediction", "'epsilon'"),
-    fit("--model.lr=0.1", "'lr'", "optimizer"),
+    fit("--model.lr=0.1", "`model.lr`", "optimizer"),
     fit("--model=DiffusionModul", "model", "use DiffusionModule"),
     fit("--model.schedule=DDPM", "model.schedule", "use EDM, VE, VP"),
+    fit("--model.schedule=Schedule", "`model.schedule` must be a class", "use EDM, VE, VP"),
     fit("--model.schedule=EDM --model.schedule.sigma_min=90", "`sigma_min`", "< sigma_max"),
     file(
         "model: {init_args: {schedule: {class_path: VE, init_args: {sigma_max: .inf}}}}",
@@ -150,10 +155,14 @@ ESTIMATORS = [
     fit(
         f"{CARV}proposal=TableProposal --model.draws.proposal.probabilities=[0,1]",
         "`proposal`",
-        "mix in a share",
+        "mix in some",
     ),
+    fit("--model.draws.resamples=2", "`model.draws` must be a class", "use IID or CARV"),
+    fit("--model.draws=STF", "`model.draws`", "use IID or CARV"),
+    fit("--model.target=lightning_vr.CARV", "`model.target`", "use DSM or STF"),
+    fit(f"{TAYLOR}gate=[0]", "`model.control_variate.gate`", "tuple with 2 elements, 'auto'"),
     fit(f"{STF}references=513", "`references`", "use fewer, or 'all'"),
-    fit(f"{STF}reference=16", "'reference'", "use references"),
+    fit(f"{STF}reference=16", "`model.target.reference`", "use references"),
     fit(f"{TAYLOR}order=1", "`control_variate`", "use group normalisation", network=NORMALISED),
     file(
         "model: {init_args: {control_variate: {class_path: TaylorCV, "
@@ -165,9 +174,13 @@ ESTIMATORS = [
 
 OPTIMIZATION = [
     fit("--model.optimizer=Adamw", "model.optimizer", "use AdamW"),
+    fit("--model.optimizer=nope.Nope", "`model.optimizer`", "correct the path"),
+    fit("--model.optimizer=torch.nn.Linear", "`model.optimizer`", "give the full path"),
+    fit(f"{ADAM}betas=3", "`model.optimizer.betas`", "use a list"),
+    fit(f"{ADAM}lr=[1]", "`model.optimizer.lr` must be float", "use a decimal number"),
     fit(f"{ADAM}lr=-1", "model.optimizer", "0 or more"),
     fit(f"{ADAM}lr=fast", "model.optimizer.lr", "float"),
-    fit(f"{ADAM}momentum=0.9", "'momentum'", "betas"),
+    fit(f"{ADAM}momentum=0.9", "`model.optimizer.momentum`", "betas"),
     file(
         "model: {init_args: {optimizer: {class_path: AdamW, init_args: {lr: .inf}}}}",
         "`lr`",
@@ -188,7 +201,7 @@ DATA = [
     own("--data=Digits --data.validation_fraction=0", "`validation_fraction`", "between 0 and 1"),
     fit("--data.batch_size=513", "`batch_size`", "smaller batch"),
     fit("--data.batch_size=0", "`batch_size`", "at least 1"),
-    fit("--data.num_worker=2", "'num_worker'", "use num_workers"),
+    fit("--data.num_worker=2", "`data.num_worker`", "use num_workers"),
     own(f"{IMAGES}nowhere", "`path`", "existing folder"),
     own(f"{IMAGES}empty", "`path`", ".png"),
     own(f"{IMAGES}broken --data.batch_size=1", "broken/a.png", "repair or remove it"),
@@ -196,10 +209,14 @@ DATA = [
 
 TRAINER = [
     fit("--trainer.max_steps=many", "trainer.max_steps", "int"),
+    fit("--trainer.max_steps", "`--trainer.max_steps`", "write --trainer.max_steps=VALUE"),
+    fit("--trainer=3", "`trainer` must be a section", "one by one"),
+    fit("--trainer.callbacks=lightning_vr.CARV", "`trainer.callbacks`", "give the full path"),
+    fit("--trainer.logger=3", "`trainer.logger` must be a class", "give the full path"),
     fit("--trainer.gpus=1", "trainer.gpus", "--print_config"),
     fit("--trainer.accelerator=gpu", "trainer.accelerator", "use auto"),
     fit("--trainer.devices=0", "trainer.devices", "use auto"),
-    fit("--trainer.strategy=dpp", "strategy", "ddp"),
+    fit("--trainer.strategy=dpp", "`trainer.strategy`", "use auto, ddp"),
     fit(
         "--trainer.strategy=ddp --trainer.devices=-2",
         "trainer.devices",
@@ -226,7 +243,11 @@ CALLBACKS = [
         "`limit_val_batches` above 0",
         "--trainer.limit_val_batches=0",
     ),
-    callback("{class_path: TargetVariance, init_args: {sample: 99}}", "'sample'", "use samples"),
+    callback(
+        "{class_path: TargetVariance, init_args: {sample: 99}}",
+        "`trainer.callbacks.sample`",
+        "use samples",
+    ),
     callback("{class_path: TargetVariance, init_args: {samples: 1}}", "`samples`", "at least 64"),
     callback(
         "{class_path: TargetVariance, init_args: {references: [1000]}}",
@@ -247,7 +268,7 @@ CALLBACKS = [
 ]
 
 FILES = [
-    file("model: [", "`config`", "mend the YAML"),
+    file("model: [", "`config`", "fix the YAML"),
     file("- a\n- b", "`config`", "file of settings"),
     file("network: ResidualMLP", "network", "use model.network"),
     file("trainer: {max_step: 5}", "trainer.max_step", "use trainer.max_steps"),
@@ -272,7 +293,7 @@ OTHERS = [
     Bad("--candidates=nowhere.yaml", "`candidates`", "YAML file", command="audit"),
     audit("- name: [", "`candidates`", "mend it there"),
     audit("- {name: a, target: Stff}", "candidates.target", "use STF"),
-    audit("- {name: a, taget: STF}", "'taget'", "use target"),
+    audit("- {name: a, taget: STF}", "`candidates.taget`", "use target"),
     audit(
         "- {name: a, target: {class_path: STF, init_args: {references: 600}}}",
         "`references`",
@@ -343,7 +364,7 @@ def test_a_bad_configuration_is_one_line_that_names_the_argument_and_the_fix(bad
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_fix_that_a_line_tells_makes_the_configuration_run(flags, fix, folder, capsys):
+def test_the_fix_that_a_line_names_makes_the_configuration_run(flags, fix, folder, capsys):
     command = ["fit", *NETWORK, *POINTS, *SHORT, "--trainer.fast_dev_run=true", *shlex.split(flags)]
     with pytest.raises(SystemExit):
         main(command)

@@ -1,4 +1,4 @@
-"""Settings together with ``--ckpt_path``: each takes effect or is refused, none is ignored."""
+"""Settings together with ``--ckpt_path``: each takes effect or is refused; none is ignored."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_vr import STF, DiffusionModule, ResidualMLP
-from lightning_vr.cli.resume import last_checkpoint
+from lightning_vr.cli.last_checkpoint import last_checkpoint
 from lightning_vr.data import EightGaussians
 
 
@@ -60,7 +60,7 @@ def test_without_a_configured_model_the_checkpoint_builds_it(run, trained):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
-def test_settings_without_a_network_lie_on_top_of_the_checkpoint(command, run, trained):
+def test_settings_without_a_network_override_those_of_the_checkpoint(command, run, trained):
     flags = ["--model.sampler.steps=7", "--model.on_nonfinite=skip", "--trainer.max_steps=3"]
     model = settings(run(command, *flags, "--ckpt_path", trained, network=[]))["model"]["init_args"]
     assert (model["sampler"]["steps"], model["sampler"]["solver"]) == (7, "euler")
@@ -84,7 +84,7 @@ def test_a_configured_loss_takes_effect_on_the_weights_of_the_checkpoint(run, tr
     assert loss() != loss(*weighted) != loss(*weighted, "--model.weighting.gamma=1")
 
 
-def test_resuming_with_the_same_settings_goes_on(run, trained, same):
+def test_resuming_with_the_same_settings_continues(run, trained, same):
     folder = run("fit", "--ckpt_path", trained, "--trainer.max_steps=4", network=same)
     checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 4
@@ -108,12 +108,21 @@ def test_resuming_with_another_estimator_trains_with_it(run, trained, same):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model.optimizer.lr=0.02"], ["`model.optimizer.lr` is 0.02, but 0.01 in"]),
-        (["--model.optimizer.weight_decay=0"], ["`model.optimizer.weight_decay` is 0", "0.01"]),
-        (["--model.optimizer=SGD"], ["`model.optimizer` is torch.optim.sgd.SGD", "AdamW"]),
-        (["--model.lr_scheduler.step_size=9"], ["`model.lr_scheduler.step_size` is 9, but 100"]),
-        (["--model.lr_scheduler=null"], ["`model.lr_scheduler` is None", "StepLR"]),
-        (["--seed_everything=4"], ["`seed_everything` is 4, but 3"]),
+        (["--model.optimizer.lr=0.02"], ["`model.optimizer.lr` must be 0.01, as in", "got 0.02"]),
+        (
+            ["--model.optimizer.weight_decay=0"],
+            ["`model.optimizer.weight_decay` must be 0.01", "got 0"],
+        ),
+        (
+            ["--model.optimizer=SGD"],
+            ["`model.optimizer` must be", "AdamW", "got torch.optim.sgd.SGD"],
+        ),
+        (
+            ["--model.lr_scheduler.step_size=9"],
+            ["`model.lr_scheduler.step_size` must be 100", "got 9"],
+        ),
+        (["--model.lr_scheduler=null"], ["`model.lr_scheduler` must be", "StepLR", "got None"]),
+        (["--seed_everything=4"], ["`seed_everything` must be 3", "got 4"]),
     ],
     ids=lambda flags: flags[0] if flags[0].startswith("--") else "",
 )
@@ -128,7 +137,7 @@ def test_resuming_refuses_the_same_where_the_checkpoint_builds_the_module(name, 
     assert name.partition("=")[0].partition(".")[0] in error
 
 
-def test_another_learning_rate_is_no_matter_where_nothing_is_trained(run, trained):
+def test_another_learning_rate_is_allowed_where_nothing_is_trained(run, trained):
     run("validate", "--ckpt_path", trained, "--model.optimizer.lr=0.02", network=[])
 
 
@@ -154,7 +163,7 @@ def test_last_is_the_newest_run(run):
         ("--model.sigma_data=0.7", "model.sigma_data"),
     ],
 )
-def test_weights_that_were_trained_for_something_else_are_warned_of(flag, setting, run, trained):
+def test_weights_that_were_trained_for_something_else_raise_a_warning(flag, setting, run, trained):
     with pytest.warns(UserWarning, match=rf"Setting `{setting}` is .*whose weights were trained"):
         run("validate", "--ckpt_path", trained, flag)
 
@@ -247,10 +256,11 @@ def test_last_looks_where_lightning_makes_the_folders_of_runs(flags, runs, folde
     assert last_checkpoint(configured(*flags)).resolve() == path
 
 
-def test_a_file_that_is_none_or_no_checkpoint_is_refused(refused, folder):
+def test_a_missing_file_or_one_that_is_no_checkpoint_is_refused(refused, folder):
     (folder / "words.ckpt").write_text("words")
     assert "no file nonesuch.ckpt" in refused("validate", "--ckpt_path=nonesuch.ckpt")
-    assert "words.ckpt is no checkpoint" in refused("validate", "--ckpt_path=words.ckpt")
+    error = refused("validate", "--ckpt_path=words.ckpt")
+    assert "`ckpt_path` must be a checkpoint that loads safely, got words.ckpt" in error
 
 
 def test_the_best_checkpoint_of_no_fit_is_refused_in_one_line(refused):
@@ -258,7 +268,7 @@ def test_the_best_checkpoint_of_no_fit_is_refused_in_one_line(refused):
 
 
 @pytest.mark.parametrize("network", [[], NETWORK], ids=["described", "configured"])
-def test_a_run_of_python_goes_on_at_the_command_line(network, run, folder):
+def test_a_run_of_python_resumes_on_the_command_line(network, run, folder):
     trainer = Trainer(
         max_steps=2,
         logger=False,
@@ -292,13 +302,13 @@ def objects(trained):
     return write
 
 
-def test_a_network_that_no_configuration_rebuilds_is_to_be_configured(refused, run, objects):
+def test_a_network_that_no_configuration_rebuilds_must_be_configured(refused, run, objects):
     checkpoint = objects("network")
     assert "`network`" in refused("validate", checkpoint, network=[])
     run("validate", checkpoint)
 
 
-def test_an_optimizer_that_no_configuration_rebuilds_hinders_training_alone(
+def test_an_optimizer_that_no_configuration_rebuilds_prevents_only_training(
     refused, run, objects, same
 ):
     checkpoint = objects("optimizer", "lr_scheduler")
@@ -307,7 +317,7 @@ def test_an_optimizer_that_no_configuration_rebuilds_hinders_training_alone(
         assert "`model.optimizer`" in refused("fit", checkpoint, network=network)
 
 
-def test_a_schedule_that_is_a_function_hinders_training_alone(refused, run, trained, folder):
+def test_a_schedule_that_is_a_function_prevents_only_training(refused, run, trained, folder):
     checkpoint = torch.load(trained, weights_only=True)
     checkpoint["hyper_parameters"]["lr_scheduler"] = {
         "class_path": "diffusers.optimization.get_constant_schedule_with_warmup",

@@ -1,4 +1,4 @@
-"""Every configuration that ships runs, and leaves all of a run in one folder."""
+"""Every shipped configuration runs, and its run writes to one folder only."""
 
 from pathlib import Path
 

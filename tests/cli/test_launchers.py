@@ -18,7 +18,7 @@ import torch
 import yaml
 
 SECONDS = 120
-"""After so long a job is taken to hang."""
+"""Seconds after which a job counts as hanging."""
 
 SETTINGS = {
     "model": {

@@ -1,4 +1,4 @@
-"""Settings: short names, files that parse to themselves, and what is refused in one line."""
+"""Settings: short names, files that parse to themselves, and errors in one line."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def test_a_control_variate_is_fitted_and_logged(run):
     assert "control_variate/even/s" in header
 
 
-def test_a_run_folder_that_exists_is_no_obstacle(run, folder):
+def test_a_run_folder_that_exists_can_be_used_again(run, folder):
     flags = [*NETWORK, *POINTS, *SHORT, "--trainer.logger.version=0"]
     main(["fit", *flags])
     with pytest.warns(UserWarning, match="exists and is not empty"):
@@ -95,19 +95,19 @@ def test_a_module_of_ones_own_is_named_by_its_path(folder, monkeypatch):
         (["--model.prediction=noise"], ["model.prediction", "'epsilon'", "noise"]),
         (["--model.network.width=wide"], ["model.network.width", "int", "wide"]),
         (["--model.network.width=3"], ["`width`", "3"]),
-        (["--model.network=Nonesuch"], ["model.network", "No such class", "Nonesuch"]),
-        (["--model.sigma=3"], ["model", "'sigma' is not accepted"]),
+        (["--model.network=Nonesuch"], ["`model.network` must be a class", "Nonesuch"]),
+        (["--model.sigma=3"], ["`model.sigma` is not an argument of DiffusionModule"]),
         (["--model.target=STF", "--model.target.references=few"], ["model.target.ref", "few"]),
         (["--model.target=STF", "--model.target.references=513"], ["`references`", "512", "513"]),
         (["--model.control_variate=TaylorCV", "--model.control_variate.order=3"], ["`order`", "3"]),
         (["--model.label_dropout=0.1"], ["`label_dropout`", "num_classes"]),
         (["--model.optimizer=AdamW", "--model.optimizer.lr=-1"], ["learning rate", "-1"]),
-        (["--data=Nonesuch"], ["data", "No such class", "Nonesuch"]),
+        (["--data=Nonesuch"], ["`data` must be a class", "Nonesuch"]),
         (["--data.batch_size=513"], ["`batch_size`", "512", "513"]),
         (["--trainer.max_steps=many"], ["trainer.max_steps", "int", "many"]),
         (["--trainer.precision=3"], ["trainer.precision", "3"]),
         (["--trainer.devices=0"], ["devices", "0"]),
-        (["--nonesuch=1"], ["unrecognized", "--nonesuch"]),
+        (["--nonesuch=1"], ["`--nonesuch` is not a setting"]),
         (["--config=nonesuch.yaml"], ["config", "does not exist", "nonesuch.yaml"]),
     ],
     ids=lambda flags: flags[-1] if flags[-1].startswith("--") else "",
@@ -120,14 +120,14 @@ def test_a_wrong_setting_is_one_line_that_names_it(flags, words, refused):
 
 def test_a_broken_file_is_one_line(refused, folder):
     (folder / "broken.yaml").write_text("model: [")
-    assert "parsing config" in refused("fit", "--config=broken.yaml")
+    assert "`config` must be valid YAML" in refused("fit", "--config=broken.yaml")
 
 
 def test_what_is_missing_is_named(refused):
-    assert "`model` is missing" in refused("fit", network=[])
+    assert "`model` must be configured" in refused("fit", network=[])
     assert "network" in refused("fit", "--model.sampler.steps=3", network=[])
-    assert "`data` is missing" in refused("fit", data=[])
-    assert "`data` is missing" in refused("validate", data=[])
+    assert "`data` must be configured" in refused("fit", data=[])
+    assert "`data` must be configured" in refused("validate", data=[])
     assert "'nonesuch'" in refused("nonesuch")
     with pytest.raises(SystemExit):
         main([])
@@ -161,7 +161,7 @@ def test_the_traceback_of_a_wrong_setting_can_be_seen(run, monkeypatch):
 
 
 def test_importing_the_package_and_asking_for_help_is_light():
-    """In a process of its own: what takes long to import comes when it is needed."""
+    """In a process of its own: slow imports wait until they are needed."""
     code = """
 import sys
 heavy = {"diffusers", "wandb", "matplotlib", "sklearn"}

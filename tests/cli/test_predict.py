@@ -9,7 +9,8 @@ from commands import NETWORK, run_in, write
 from PIL import Image
 
 from lightning_vr import DiffusionModule
-from lightning_vr.cli.trainer import _SampleWriter
+from lightning_vr.cli.sample_writer import SampleWriter
+from lightning_vr.cli.vr_trainer import VRTrainer
 
 FEW = ["--model.sampler.steps=3"]
 LAST = "checkpoints/last.ckpt"
@@ -160,19 +161,35 @@ def test_between_batches_no_sample_stays_where_it_was_made(run, points, monkeypa
 
 def test_the_samples_of_two_processes_are_kept_by_one_on_the_cpu(run, points, monkeypatch, folder):
     """A spy looks at what the writer of each rank holds before it writes."""
-    write_samples = _SampleWriter.on_predict_epoch_end
+    write_samples = SampleWriter.on_predict_epoch_end
 
     def spy(writer, trainer, module):
         kept = [(str(x.device), x.dtype, len(x)) for x in writer._samples]
         torch.save(kept, folder / f"kept{trainer.global_rank}.pt")
         write_samples(writer, trainer, module)
 
-    monkeypatch.setattr(_SampleWriter, "on_predict_epoch_end", spy)
+    monkeypatch.setattr(SampleWriter, "on_predict_epoch_end", spy)
     several = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
     flags = [*points, *FEW, *several, "--num_samples=7", "--batch_size=2"]
     run("predict", *flags, network=[], data=[])
     kept = [torch.load(folder / f"kept{rank}.pt") for rank in range(2)]
     assert kept == [[("cpu", torch.float32, 4), ("cpu", torch.float32, 3)], []]
+
+
+def test_each_predict_of_a_trainer_writes_its_own_samples(points, folder):
+    trainer = VRTrainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = DiffusionModule.load_from_checkpoint(points[1])
+    callbacks = list(trainer.callbacks)
+    for num_samples in (3, 5):
+        trainer.predict(module, num_samples=num_samples)
+        assert arrays(folder)["samples"].shape == (num_samples, 2)
+        assert trainer.callbacks == callbacks
 
 
 def test_what_predict_cannot_do_is_one_line(refused, points):

@@ -1,4 +1,4 @@
-"""A run leaves its files in a folder of its own, and none in place of another's."""
+"""A run writes its files to its own folder and replaces no file of another run."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ FLAGS = [*NETWORK, *POINTS, *SHORT]
 
 
 class Shared(Logger):
-    """A logger of one folder for all runs, as most are."""
+    """A logger with one folder for all runs, as most loggers have."""
 
     name = "ours"
 

@@ -1,4 +1,4 @@
-"""A process that is asked to stop says so by its status, and ends in its own time."""
+"""A process that is asked to stop has a status that says so, and ends when it is done."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 from commands import NETWORK, POINTS, SHORT
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_vr.cli import command, main
+from lightning_vr.cli import entry_point, main
 
 SLOW = """
 import time
@@ -26,7 +26,7 @@ class Slow(Callback):
             time.sleep(8)
             Path("uploaded").touch()
 """
-"""Rank zero, as if it had much to upload, ends after Lightning has looked for ranks that failed."""
+"""Rank zero, as if it had much to upload, ends after Lightning has checked for failed ranks."""
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ class Slow(Callback):
     [(None, 143), ("0", 143), ("1", 0)],
     ids=["only one", "main one of a node", "started by it"],
 )
-def test_the_status_of_a_stopped_process_tells_where_nobody_takes_it_for_a_failure(
+def test_the_status_of_a_stopped_process_is_143_unless_lightning_started_it(
     local_rank, status, monkeypatch, capsys
 ):
     def stop(**kwargs):
         raise SIGTERMException
 
-    monkeypatch.setattr(command, "VRCLI", stop)
+    monkeypatch.setattr(entry_point, "VRCLI", stop)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)

@@ -18,39 +18,39 @@ def normal(*shape, key):
 
 
 def findings_of(loss, parts, second_moment=1000.0, share=None, values=None):
-    """Inner products of gradients ``loss (b, n, P)`` and ``parts (b, n, k, P)``, n groups."""
+    """Inner products of gradients ``loss (b, P)`` and ``parts (b, k, P)``."""
     bins = len(loss)
     share = torch.full((bins,), 1 / bins, dtype=WIDE) if share is None else share
     values = torch.ones(2, bins, dtype=WIDE) if values is None else values
     return PilotStatistics(
-        torch.einsum("bnp,bnkp->bnk", loss, parts),
-        torch.einsum("bnkp,bnlp->bnkl", parts, parts),
-        loss.square().sum(dim=(1, 2)),
+        torch.einsum("bp,bkp->bk", loss, parts),
+        torch.einsum("bkp,blp->bkl", parts, parts),
+        loss.square().sum(dim=1),
         torch.tensor(second_moment, dtype=WIDE),
         share,
         *values,
     )
 
 
-def random_findings(bins=3, groups=1, parts=1, key=0, **options):
-    loss = normal(bins, groups, 7, key=("loss", key))
-    own = normal(bins, groups, parts, 7, key=("parts", key))
-    return findings_of(loss + own.sum(dim=2), own, **options)
+def random_findings(bins=3, parts=1, key=0, **options):
+    loss = normal(bins, 7, key=("loss", key))
+    own = normal(bins, parts, 7, key=("parts", key))
+    return findings_of(loss + own.sum(dim=1), own, **options)
 
 
 def of_reductions(reductions, share):
     """Statistics of bins that take off given parts of the gradient with coefficients of one."""
     reductions = torch.as_tensor(reductions, dtype=WIDE)
     bins = len(reductions)
-    ones = torch.ones(bins, 1, 1, dtype=WIDE)
+    ones = torch.ones(bins, 1, dtype=WIDE)
     return PilotStatistics(
-        (reductions[:, None, None] + 1) / 2,
+        (reductions[:, None] + 1) / 2,
         ones[..., None],
         0.5 * torch.as_tensor(share, dtype=WIDE),
         torch.tensor(1.0, dtype=WIDE),
         torch.as_tensor(share, dtype=WIDE),
-        ones[:, 0, 0],
-        ones[:, 0, 0],
+        ones[:, 0],
+        ones[:, 0],
     )
 
 
@@ -64,52 +64,51 @@ def fit_of(*found, bins=3, cost=None, on_values=False, coefficient=None):
 
 def test_before_the_first_pilot_coefficients_are_one_and_the_gate_is_closed():
     fit = ControlFit(4, on_values=False, coefficient=None)
-    assert torch.equal(fit.coefficients, torch.ones(4, 1, 1, dtype=WIDE))
+    assert torch.equal(fit.coefficients, torch.ones(4, 1, dtype=WIDE))
     assert not fit.is_open.any()
     assert fit.predicted_speedup == 1
     assert not fit.reductions.any()
-    assert torch.equal(fit.fractions, torch.full((4,), 0.25, dtype=WIDE))
+    assert torch.equal(fit.shares, torch.full((4,), 0.25, dtype=WIDE))
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_coefficients_are_those_of_least_squares_in_each_bin_and_group(groups, parts):
-    loss = normal(4, groups, 9, key=("loss",))
-    own = normal(4, groups, parts, 9, key=("parts",)) + loss[:, :, None]
+def test_coefficients_are_those_of_least_squares_in_each_bin(parts):
+    loss = normal(4, 9, key=("loss",))
+    own = normal(4, parts, 9, key=("parts",)) + loss[:, None]
     own = own * torch.tensor([1e3, 1e-2], dtype=WIDE)[:parts, None]
     fit = fit_of(findings_of(loss, own), bins=4)
-    assert fit.coefficients.shape == (4, groups, parts)
-    for b, n in itertools.product(range(4), range(groups)):
-        expected = torch.linalg.lstsq(own[b, n].T, loss[b, n, :, None]).solution[:, 0]
-        torch.testing.assert_close(fit.coefficients[b, n], expected, rtol=1e-4, atol=0)
+    assert fit.coefficients.shape == (4, parts)
+    for b in range(4):
+        expected = torch.linalg.lstsq(own[b].T, loss[b, :, None]).solution[:, 0]
+        torch.testing.assert_close(fit.coefficients[b], expected, rtol=1e-4, atol=0)
 
 
 def test_what_is_seen_of_a_small_part_is_not_what_it_has_in_common_with_a_large_one():
     """``g = odd + 0.5 even``: fitted one by one, the even coefficient would be near a thousand."""
-    odd = normal(1, 1, 9, key=("odd",))
-    even = 1e-3 * (normal(1, 1, 9, key=("even",)) + odd)
-    found = findings_of(odd + 0.5 * even, torch.stack([odd, even], dim=2))
-    alone = found.products[0, 0, 1] / found.squares[0, 0, 1, 1]
+    odd = normal(1, 9, key=("odd",))
+    even = 1e-3 * (normal(1, 9, key=("even",)) + odd)
+    found = findings_of(odd + 0.5 * even, torch.stack([odd, even], dim=1))
+    alone = found.products[0, 1] / found.squares[0, 1, 1]
     assert alone > 100
     fit = fit_of(found, bins=1)
     expected = torch.tensor([1.0, 0.5], dtype=WIDE)
     # the ridge is a millionth, and the odd part is a thousand times as large
-    torch.testing.assert_close(fit.coefficients[0, 0], expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(fit.coefficients[0], expected, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("kept", [0, 1])
 def test_a_part_that_is_rounding_alone_has_coefficient_0(kept):
-    loss = normal(2, 1, 9, key=("loss",))
-    own = normal(2, 1, 2, 9, key=("parts",))
-    own[:, :, 1 - kept] *= 1e-6
+    loss = normal(2, 9, key=("loss",))
+    own = normal(2, 2, 9, key=("parts",))
+    own[:, 1 - kept] *= 1e-6
     fit = fit_of(findings_of(loss, own), bins=2)
-    assert not fit.coefficients[:, :, 1 - kept].any()
-    expected = (loss * own[:, :, kept]).sum(2) / own[:, :, kept].square().sum(2)
-    torch.testing.assert_close(fit.coefficients[:, :, kept], expected, rtol=1e-5, atol=0)
+    assert not fit.coefficients[:, 1 - kept].any()
+    expected = (loss * own[:, kept]).sum(1) / own[:, kept].square().sum(1)
+    torch.testing.assert_close(fit.coefficients[:, kept], expected, rtol=1e-5, atol=0)
 
 
 def test_a_bin_without_draws_has_coefficient_0_and_takes_nothing_off():
-    loss, own = normal(2, 1, 9, key=("loss",)), normal(2, 1, 2, 9, key=("parts",))
+    loss, own = normal(2, 9, key=("loss",)), normal(2, 2, 9, key=("parts",))
     loss[1], own[1] = 0, 0
     share = torch.tensor([1.0, 0.0], dtype=WIDE)
     fit = fit_of(findings_of(loss, own, share=share), bins=2, cost=Cost(0.0, 0.1))
@@ -119,17 +118,17 @@ def test_a_bin_without_draws_has_coefficient_0_and_takes_nothing_off():
 
 def test_a_reduction_is_that_of_the_coefficients_of_before():
     """The first pilot is judged with ones, the second with what the first has found."""
-    loss = normal(2, 3, 2, 9, key=("loss",))
-    own = normal(2, 3, 2, 2, 9, key=("parts",))
+    loss = normal(2, 3, 9, key=("loss",))
+    own = normal(2, 3, 2, 9, key=("parts",))
     first, second = (findings_of(*x, second_moment=2000.0) for x in zip(loss, own, strict=True))
 
     def taken(i, beta):
-        left = loss[i] - (beta[..., None] * own[i]).sum(dim=2)
-        return (loss[i].square() - left.square()).sum(dim=(1, 2))
+        left = loss[i] - (beta[..., None] * own[i]).sum(dim=1)
+        return (loss[i].square() - left.square()).sum(dim=1)
 
     fit = fit_of(first)
     before = fit.coefficients
-    expected = taken(0, torch.ones(3, 2, 2, dtype=WIDE))
+    expected = taken(0, torch.ones(3, 2, dtype=WIDE))
     torch.testing.assert_close(fit.reductions, expected / 2000)
     fit.add(second)
     expected = MEMORY * expected + taken(1, before)
@@ -143,15 +142,15 @@ def test_coefficients_fitted_to_noise_look_good_to_it_and_not_to_the_next_pilot(
     for key in range(300):
         pilots = [
             findings_of(
-                normal(1, 1, 20, key=("loss", key, i)), normal(1, 1, 2, 20, key=("parts", key, i))
+                normal(1, 20, key=("loss", key, i)), normal(1, 2, 20, key=("parts", key, i))
             )
             for i in range(2)
         ]
         fit = fit_of(pilots[0], bins=1)
-        beta = fit.coefficients[0, 0]
+        beta = fit.coefficients[0]
         for i, pilot in enumerate(pilots):
-            square = beta @ pilot.squares[0, 0] @ beta
-            found[i].append(2 * beta @ pilot.products[0, 0] - square)
+            square = beta @ pilot.squares[0] @ beta
+            found[i].append(2 * beta @ pilot.products[0] - square)
         before = fit.reductions * 1000
         fit.add(pilots[1])
         judged = fit.reductions * 1000 * (1 + MEMORY) - MEMORY * before
@@ -161,20 +160,20 @@ def test_coefficients_fitted_to_noise_look_good_to_it_and_not_to_the_next_pilot(
 
 
 def test_sums_fade_from_pilot_to_pilot():
-    pilots = [random_findings(groups=2, parts=2, key=key) for key in range(4)]
+    pilots = [random_findings(parts=2, key=key) for key in range(4)]
     fit = fit_of(*pilots)
     weights = [MEMORY ** (3 - i) for i in range(4)]
     products = sum(w * found.products for w, found in zip(weights, pilots, strict=True))
     squares = sum(w * found.squares for w, found in zip(weights, pilots, strict=True))
     expected = torch.linalg.solve(squares, products)
     torch.testing.assert_close(fit.coefficients, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(fit.fractions, torch.full((3,), 1 / 3, dtype=WIDE))
+    torch.testing.assert_close(fit.shares, torch.full((3,), 1 / 3, dtype=WIDE))
 
 
 def test_shares_are_means_over_pilots():
     share = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]], dtype=WIDE)
     fit = fit_of(*(random_findings(key=i, share=share[i]) for i in range(2)))
-    torch.testing.assert_close(fit.fractions, (MEMORY * share[0] + share[1]) / (MEMORY + 1))
+    torch.testing.assert_close(fit.shares, (MEMORY * share[0] + share[1]) / (MEMORY + 1))
 
 
 def best_by_trial(reductions, share, cost):
@@ -281,8 +280,8 @@ def test_no_bin_that_does_harm_opens_where_the_second_moment_comes_out_too_small
 
 
 def test_the_noise_that_is_taken_off_is_never_all_of_the_second_moment():
-    loss = normal(2, 1, 9, key=("loss",))
-    found = findings_of(loss, loss[:, :, None], second_moment=0.0)
+    loss = normal(2, 9, key=("loss",))
+    found = findings_of(loss, loss[:, None], second_moment=0.0)
     fit = fit_of(found, bins=2, cost=Cost(0.0, 0.0))
     assert 0.5 < float(fit.reductions.sum()) < 0.95
     assert fit.predicted_speedup == pytest.approx(float(1 / (1 - fit.reductions.sum())))
@@ -291,9 +290,9 @@ def test_the_noise_that_is_taken_off_is_never_all_of_the_second_moment():
 def test_a_fixed_coefficient_stays_and_is_what_is_judged():
     pilots = [random_findings(key=i) for i in range(2)]
     fit = fit_of(*pilots, coefficient=0.25)
-    assert torch.equal(fit.coefficients, torch.full((3, 1, 1), 0.25, dtype=WIDE))
+    assert torch.equal(fit.coefficients, torch.full((3, 1), 0.25, dtype=WIDE))
     first, second = (
-        0.5 * found.products[:, 0, 0] - 0.25**2 * found.squares[:, 0, 0, 0] for found in pilots
+        0.5 * found.products[:, 0] - 0.25**2 * found.squares[:, 0, 0] for found in pilots
     )
     torch.testing.assert_close(fit.reductions, (MEMORY * first + second) / (1000 * (1 + MEMORY)))
 
@@ -303,15 +302,15 @@ def test_the_coefficient_of_values_is_one_for_all_parts_and_from_values_alone():
     more = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]], dtype=WIDE)
     pilots = [random_findings(parts=2, values=values), random_findings(parts=2, values=more)]
     fit = fit_of(pilots[0], on_values=True)
-    assert fit.coefficients.shape == (3, 1, 1)
-    assert fit.coefficients[:, 0, 0].tolist() == [0.5, 3.0, 0.0]
+    assert fit.coefficients.shape == (3, 1)
+    assert fit.coefficients[:, 0].tolist() == [0.5, 3.0, 0.0]
     fit.add(pilots[1])
     expected = [(MEMORY * 2 + 1) / (MEMORY * 4 + 1), MEMORY * 3 / (MEMORY + 1), 0.0]
-    assert fit.coefficients[:, 0, 0].tolist() == pytest.approx(expected)
+    assert fit.coefficients[:, 0].tolist() == pytest.approx(expected)
     # what it takes off is judged by gradients all the same
     beta = torch.tensor([0.5, 3.0, 0.0], dtype=WIDE)
     judged = [
-        2 * b * found.products.sum(dim=(1, 2)) - b**2 * found.squares.sum(dim=(1, 2, 3))
+        2 * b * found.products.sum(dim=1) - b**2 * found.squares.sum(dim=(1, 2))
         for b, found in zip([torch.ones(3, dtype=WIDE), beta], pilots, strict=True)
     ]
     expected = (MEMORY * judged[0] + judged[1]) / (1000 * (1 + MEMORY))
@@ -320,7 +319,7 @@ def test_the_coefficient_of_values_is_one_for_all_parts_and_from_values_alone():
 
 @pytest.mark.parametrize("pilots", [0, 1, 3])
 def test_its_state_goes_through_a_file_of_numbers_and_goes_on_alike(pilots):
-    found = [random_findings(groups=2, parts=2, key=key) for key in range(pilots + 1)]
+    found = [random_findings(parts=2, key=key) for key in range(pilots + 1)]
     cost = Cost(0.05, 0.2) if pilots else None
     fit = fit_of(*found[:-1], cost=cost)
     again = ControlFit(3, on_values=False, coefficient=None)
@@ -332,11 +331,11 @@ def test_its_state_goes_through_a_file_of_numbers_and_goes_on_alike(pilots):
     assert torch.equal(fit.coefficients, again.coefficients)
     assert torch.equal(fit.is_open, again.is_open)
     assert torch.equal(fit.reductions, again.reductions)
-    assert torch.equal(fit.fractions, again.fractions)
+    assert torch.equal(fit.shares, again.shares)
     assert fit.predicted_speedup == again.predicted_speedup
 
 
 def test_a_fixed_coefficient_is_not_that_of_the_state():
     again = ControlFit(3, on_values=False, coefficient=0.25)
     again.load(fit_of(random_findings()).state())
-    assert torch.equal(again.coefficients, torch.full((3, 1, 1), 0.25, dtype=WIDE))
+    assert torch.equal(again.coefficients, torch.full((3, 1), 0.25, dtype=WIDE))

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_vr.core.gradients import parameter_groups
 from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import mapped, tensors
 from lightning_vr.core.types import Clean, Noised
@@ -68,9 +67,9 @@ def gradient(model, loss):
     return torch.cat([g.flatten() for g in parts])
 
 
-def with_coefficients(control, groups=1, key=0):
+def with_coefficients(control, key=0):
     """Set coefficients that nobody would choose."""
-    shape = (control.bins, groups, control.parts)
+    shape = (control.bins, control.parts)
     source = generator("coefficients", key)
     control.fit.coefficients = 3 * torch.randn(shape, generator=source, dtype=WIDE) - 1
     return control
@@ -125,7 +124,7 @@ def test_each_bin_and_part_has_its_coefficient(order):
     # noise levels are log-uniform over three orders of magnitude
     bins = (noised.sigma.double().log10() + 2).floor().long()
     assert len(bins.unique()) == 3
-    expected = -(control.fit.coefficients[bins, 0] * terms).sum(dim=1)
+    expected = -(control.fit.coefficients[bins] * terms).sum(dim=1)
     torch.testing.assert_close(regress(model, noised).control, expected)
 
 
@@ -182,14 +181,12 @@ def test_a_copy_on_a_device_is_kept_for_one_tensor_and_is_no_state():
         assert vars(another) == vars(DeviceCopy())
 
 
-@pytest.mark.parametrize("options", [{"gate": (0.1, 1.0)}, {"gate": "open", "by_group": True}])
+@pytest.mark.parametrize("gate", [(0.1, 1.0), "open"], ids=str)
 @orders
-def test_samples_in_float64_at_times_in_float32_will_do(order, options):
+def test_samples_in_float64_at_times_in_float32_will_do(order, gate):
     """Times are float32 whatever the samples are."""
-    control = TaylorCV(order, bins=2, **options)
+    control = with_coefficients(TaylorCV(order, bins=2, gate=gate))
     model = module(control)
-    groups = len(parameter_groups(model)[0]) if control.by_group else 1
-    with_coefficients(control, groups)
     clean = Clean(torch.randn(12, 2, generator=generator("clean"), dtype=WIDE))
     found = model.loss(clean, generator("loss"))
     assert found.noised.t.dtype == torch.float32
@@ -327,7 +324,7 @@ def gradients_of_control(model, steps, samples=8):
         ({"order": 1}, {"target": STF("batch")}),
         ({}, {"target": STF("batch")}),
         ({"order": 1, "expectation": "rademacher"}, {}),
-        ({"order": 1, "expectation": "gaussian", "probes": 2}, {"draws": CARV(2)}),
+        ({"order": 1, "expectation": "rademacher", "probes": 2}, {"draws": CARV(2)}),
         ({"order": 1}, {"draws": CARV(2, antithetic=True)}),
         ({"order": 2}, {"draws": CARV(4, antithetic=(0.1, 1.0)), "target": STF("batch")}),
     ],
@@ -380,18 +377,14 @@ def test_targets_of_references_are_what_the_loss_regresses_on_still():
         {"order": 2},
         {"order": 1, "expectation": "rademacher", "probes": 2},
         {"control": "objective"},
-        {"by_group": True},
-        {"order": 1, "by_group": True},
     ],
     ids=str,
 )
 def test_draws_in_chunks_have_the_loss_and_the_gradient_of_all_at_once(options):
     found = []
     for chunk in (3, None):
-        control = TaylorCV(bins=2, gate="open", **options)
+        control = with_coefficients(TaylorCV(bins=2, gate="open", **options))
         model = module(control, dtype=torch.float32, draws=CARV(4, chunk_size=chunk))
-        groups = len(parameter_groups(model)[0]) if control.by_group else 1
-        with_coefficients(control, groups)
         if control.control == "objective":
             control.fit.coefficients = control.fit.coefficients[..., :1]
         clean = Clean(torch.randn(4, 2, generator=generator("clean")))
@@ -435,9 +428,9 @@ def value_findings(model, noised):
     for b in range(control.bins):
         loss, term = losses[bins == b], terms[bins == b]
         sums[:, b] = torch.stack([((loss - loss.mean()) * term).sum(), term.square().sum()])
-    ones = torch.ones(control.bins, 1, control.parts, dtype=WIDE)
+    ones = torch.ones(control.bins, control.parts, dtype=WIDE)
     squares = torch.diag_embed(ones)
-    return PilotStatistics(ones, squares, ones[:, 0, 0], ones[0, 0, 0], ones[:, 0, 0], *sums)
+    return PilotStatistics(ones, squares, ones[:, 0], ones[0, 0], ones[:, 0], *sums)
 
 
 @pytest.mark.parametrize(("order", "least"), [(0, 5), (1, 50)])
@@ -458,7 +451,7 @@ def test_the_objectives_coefficient_makes_the_values_of_the_loss_less_noisy(orde
 @orders
 def test_the_objectives_term_is_with_the_part_that_has_no_parameter(order):
     control = TaylorCV(order, gate="open", control="objective")
-    control.fit.coefficients = torch.full((8, 1, 1), 0.6, dtype=WIDE)
+    control.fit.coefficients = torch.full((8, 1), 0.6, dtype=WIDE)
     model = module(control)
     noised = draws_of(model)
     terms = taylor_terms(model.predict, noised, model.objective, order).sum(dim=1)
@@ -466,74 +459,20 @@ def test_the_objectives_term_is_with_the_part_that_has_no_parameter(order):
     torch.testing.assert_close(regress(model, noised).control, expected)
 
 
-@pytest.mark.parametrize("gate", ["open", (0.1, 1.0), "auto"], ids=str)
-@orders
-def test_groups_of_parameters_have_coefficients_of_their_own(order, gate):
-    control = TaylorCV(order, bins=3, gate=gate, by_group=True)
-    control.fit.is_open = torch.tensor([True, False, True])
-    model = module(control)
-    names, groups = parameter_groups(model)
-    assert len(names) > 2
-    with_coefficients(control, len(names))
-    noised = draws_of(model, 20)
-    found = torch.autograd.grad(regress(model, noised).loss, list(model.parameters()))
-
-    bins = (noised.sigma.double().log10() + 2).floor().long()
-    inside = {
-        "open": bins >= 0,
-        "auto": bins != 1,
-        (0.1, 1.0): (noised.sigma >= 0.1) & (noised.sigma <= 1.0),
-    }[gate]
-    reference = module()
-    plain = regress(reference, noised)
-    expected = list(torch.autograd.grad(plain.loss, list(reference.parameters())))
-    terms = taylor_terms(reference.predict, noised, reference.objective, order)
-    for b, part in itertools.product(range(3), range(control.parts)):
-        mean = terms[(bins == b) & inside, part].sum() / 20
-        own = torch.autograd.grad(mean, list(reference.parameters()), retain_graph=True)
-        for i, (group, g) in enumerate(zip(groups, own, strict=True)):
-            expected[i] = expected[i] - control.fit.coefficients[b, group, part] * g
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("order", [0, 1])
-def test_groups_with_one_coefficient_have_the_loss_of_that_coefficient(order):
-    """Its value too, which is logged: what explains the noise must not add to it."""
-    noised = draws_of(module(), 20)
-    found = []
-    for by_group in (True, False):
-        control = with_coefficients(TaylorCV(order, bins=2, gate="open", by_group=by_group))
-        if by_group:
-            groups = len(parameter_groups(module())[0])
-            control.fit.coefficients = control.fit.coefficients.expand(-1, groups, -1)
-        found.append(regress(module(control), noised).control)
-    torch.testing.assert_close(*found)
-
-
-def test_by_group_needs_a_module_to_tell_parameters_apart():
-    control = with_coefficients(TaylorCV(gate="open", by_group=True), groups=2)
-    model = module(control)
-    with pytest.raises(ValueError, match=r"`network` expected to be a method of an nn\.Module"):
-        regress(model, draws_of(model), Counted(model))
-
-
 def test_directions_are_drawn_with_unit_covariance_and_without_regard_to_the_noise(z_score):
     noised = draws_of(module(), 4000)
-    for expectation in ("rademacher", "gaussian"):
-        control = TaylorCV(1, expectation, probes=3)
-        before = replace(noised)
-        probes = control.draw(noised, generator("probes")).probes
-        assert noised == before
-        assert probes.shape == (4000, 3, 2)
-        assert probes.dtype == WIDE
-        assert (expectation == "rademacher") == bool((probes.abs() == 1).all())
-        flat = probes.flatten(1)
-        for i, j in itertools.combinations_with_replacement(range(6), 2):
-            if i != j or expectation == "gaussian":
-                assert abs(z_score(flat[:, i] * flat[:, j], float(i == j))) < 4.5
-        for i, j in itertools.product(range(6), range(2)):
-            assert abs(z_score(flat[:, i] * noised.noise[:, j])) < 4.5
+    control = TaylorCV(1, "rademacher", probes=3)
+    before = replace(noised)
+    probes = control.draw(noised, generator("probes")).probes
+    assert noised == before
+    assert probes.shape == (4000, 3, 2)
+    assert probes.dtype == WIDE
+    assert (probes.abs() == 1).all()
+    flat = probes.flatten(1)
+    for i, j in itertools.combinations(range(6), 2):
+        assert abs(z_score(flat[:, i] * flat[:, j])) < 4.5
+    for i, j in itertools.product(range(6), range(2)):
+        assert abs(z_score(flat[:, i] * noised.noise[:, j])) < 4.5
 
 
 def test_without_random_directions_nothing_is_drawn():
@@ -546,8 +485,8 @@ def test_without_random_directions_nothing_is_drawn():
 @pytest.mark.parametrize(
     ("options", "size", "message"),
     [
-        ({"order": 1}, 17, "order 1 .* 16 numbers at most, but they have 17: use expectation='rad"),
-        ({"order": 2}, 17, "order 2 .* 16 numbers at most, but they have 17: use order 1 or 0"),
+        ({"order": 1}, 17, "at most 16 numbers .* order 1, got 17: use expectation='rad"),
+        ({"order": 2}, 17, "at most 16 numbers .* order 2, got 17: use order 1 or 0"),
         ({"order": 1}, 16, None),
         ({"order": 0}, 17, None),
         ({"order": 1, "expectation": "rademacher"}, 17, None),
@@ -568,24 +507,34 @@ def test_exact_traces_are_for_samples_of_few_numbers(options, size, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": 3}, "`order` expected to be 0, 1 or 2, but got 3"),
-        ({"order": -1}, "`order` expected to be 0, 1 or 2, but got -1"),
-        ({"order": 1, "expectation": "hutchinson"}, "`expectation` .* one of exact, rademacher, g"),
-        ({"expectation": "rademacher"}, "'exact' with order 0, .* the mean of order 0 is exact"),
-        ({"order": 2, "expectation": "gaussian"}, "'exact' with order 2, .* takes exact traces"),
-        ({"order": 1, "probes": 2}, "`probes` .* to be left out with exact .* but got 2"),
-        ({"order": 1, "expectation": "gaussian", "probes": 0}, "`probes` .* 1 or more, .* got 0"),
-        ({"bins": 0}, "`bins` expected to be at least 1, but got 0"),
-        ({"refit_every_n_steps": 0}, "`refit_every_n_steps` expected to be at least 1, but got 0"),
-        ({"gate": "closed"}, "`gate` expected to be 'auto', 'open' or two noise .* got 'closed'"),
-        ({"gate": "on"}, "`gate` expected .* got 'on'"),
-        ({"gate": (1.0, 1.0)}, r"0 <= low < high, but got \(1.0, 1.0\)"),
-        ({"gate": (-1.0, 1.0)}, r"0 <= low < high, but got \(-1.0, 1.0\)"),
-        ({"gate": (0.0, math.nan)}, "`gate` expected"),
-        ({"gate": (0.0, 1.0, 2.0)}, "`gate` expected"),
-        ({"control": "loss"}, "`control` expected to be 'gradient' or 'objective', .* got 'loss'"),
-        ({"by_group": True, "coefficient": 1.0}, "`by_group` expected to be False"),
-        ({"by_group": True, "control": "objective"}, "`by_group` expected to be False"),
+        ({"order": 3}, "`order` must be 0, 1 or 2, got 3"),
+        ({"order": -1}, "`order` must be 0, 1 or 2, got -1"),
+        (
+            {"order": 1, "expectation": "hutchinson"},
+            "`expectation` must be 'exact' or 'rademacher', got 'hutchinson'",
+        ),
+        (
+            {"expectation": "rademacher"},
+            "must be 'exact' with order 0, got .* the mean of order 0 is",
+        ),
+        (
+            {"order": 2, "expectation": "rademacher"},
+            "must be 'exact' with order 2, got .* takes exact traces",
+        ),
+        ({"order": 1, "probes": 2}, "`probes` must be 1 with expectation='exact', got 2: leave"),
+        (
+            {"order": 1, "expectation": "rademacher", "probes": 0},
+            "`probes` must be at least 1, got 0",
+        ),
+        ({"bins": 0}, "`bins` must be at least 1, got 0"),
+        ({"refit_every_n_steps": 0}, "`refit_every_n_steps` must be at least 1, got 0"),
+        ({"gate": "closed"}, "`gate` must be 'auto', 'open' or two noise .* got 'closed'"),
+        ({"gate": "on"}, "`gate` must .* got 'on'"),
+        ({"gate": (1.0, 1.0)}, r"0 <= low < high, got \(1.0, 1.0\)"),
+        ({"gate": (-1.0, 1.0)}, r"0 <= low < high, got \(-1.0, 1.0\)"),
+        ({"gate": (0.0, math.nan)}, "`gate` must be"),
+        ({"gate": (0.0, 1.0, 2.0)}, "`gate` must be"),
+        ({"control": "loss"}, "`control` must be 'gradient' or 'objective', got 'loss'"),
     ],
     ids=str,
 )
@@ -598,17 +547,15 @@ def learned(**options):
     """A control variate after a pilot of random findings."""
     control = TaylorCV(**options)
     source = generator("learned")
-    groups = len(parameter_groups(module())[0]) if control.by_group else 1
-    shape = (control.bins, groups, control.parts)
-    c = torch.randn(*shape, 9, generator=source, dtype=WIDE)
-    g = c.sum(dim=2) + torch.randn(*shape[:2], 9, generator=source, dtype=WIDE)
+    c = torch.randn(control.bins, control.parts, 9, generator=source, dtype=WIDE)
+    g = c.sum(dim=1) + torch.randn(control.bins, 9, generator=source, dtype=WIDE)
     ones = torch.full((control.bins,), 1 / control.bins, dtype=WIDE)
     control.fit.cost = Cost(0.01, 0.1)
     control.fit.add(
         PilotStatistics(
-            torch.einsum("bnp,bnkp->bnk", g, c),
-            torch.einsum("bnkp,bnlp->bnkl", c, c),
-            g.square().sum(dim=(1, 2)),
+            torch.einsum("bp,bkp->bk", g, c),
+            torch.einsum("bkp,blp->bkl", c, c),
+            g.square().sum(dim=1),
             1.5 * g.square().sum(),
             ones,
             ones,
@@ -620,7 +567,7 @@ def learned(**options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"order": 1, "bins": 3}, {"by_group": True}, {"control": "objective"}], ids=str
+    "options", [{}, {"order": 1, "bins": 3}, {"control": "objective"}], ids=str
 )
 def test_what_is_learned_goes_through_a_file_of_weights(options, tmp_path):
     control = learned(**options)
@@ -640,35 +587,52 @@ def test_what_is_learned_goes_through_a_file_of_weights(options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "differing"),
     [
-        {"order": 2},
-        {"order": 1, "expectation": "gaussian"},
-        {"order": 1, "bins": 4},
-        {"order": 1, "control": "objective"},
-        {"order": 1, "by_group": True},
+        ({"order": 2}, "`order` is 2, the checkpoint's is 1"),
+        (
+            {"order": 1, "expectation": "rademacher"},
+            "`expectation` is 'rademacher', the checkpoint's is 'exact'",
+        ),
+        ({"order": 1, "bins": 4}, "`bins` is 4, the checkpoint's is 8"),
+        (
+            {"order": 1, "control": "objective"},
+            "`control` is 'objective', the checkpoint's is 'gradient'",
+        ),
+        ({"bins": 4}, "`order` is 0, the checkpoint's is 1, `bins` is 4, the checkpoint's is 8"),
     ],
     ids=str,
 )
-def test_what_was_learned_with_other_settings_is_left_alone(options):
+def test_what_was_learned_with_other_settings_is_dropped_and_says_so(options, differing, caplog):
     control = TaylorCV(**options)
     found = module(control).load_state_dict(module(learned(order=1)).state_dict())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"TaylorCV: {differing}: its coefficients and gate are dropped, and learning starts anew."
+    ]
     assert not found.missing_keys
     assert not found.unexpected_keys
     assert control.get_extra_state() == TaylorCV(**options).get_extra_state()
 
 
-def test_a_checkpoint_without_a_control_variate_leaves_it_as_built():
+def test_a_checkpoint_without_a_control_variate_leaves_it_as_built(caplog):
     control = learned()
     found = module(control).load_state_dict(module().state_dict())
     assert not found.missing_keys
     assert not found.unexpected_keys
     assert control.get_extra_state() == learned().get_extra_state()
+    assert [record.getMessage() for record in caplog.records] == [
+        "TaylorCV: the checkpoint was written with a different estimator or proposal in this slot: "
+        "TaylorCV starts as it was built."
+    ]
 
 
-def test_a_checkpoint_with_a_control_variate_loads_without_one():
+def test_a_checkpoint_with_a_control_variate_loads_without_one_and_says_so(caplog):
     trained = module(learned())
     model = module()
     torch.nn.init.zeros_(model.network.project_out.weight)
     model.load_state_dict(trained.state_dict())
     assert torch.equal(model.network.project_out.weight, trained.network.project_out.weight)
+    assert [record.getMessage() for record in caplog.records] == [
+        "`control_variate` is None, but the checkpoint was written with one: what that one learned "
+        "is dropped."
+    ]

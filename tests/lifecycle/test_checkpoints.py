@@ -53,11 +53,36 @@ class Saving(DiffusionModule):
 
 
 class Hiding(DiffusionModule):
-    """Keeps a network out of its weights."""
+    """Keeps a network outside its weights."""
 
     def __init__(self, encoder: nn.Module, **kwargs):
         super().__init__(**kwargs)
         self.encoder = [encoder]
+
+
+class Student(DiffusionModule):
+    """Builds a module of its base class, and one of its own class, in its constructor."""
+
+    def __init__(self, width: int, has_teachers: bool = True):
+        super().__init__(ResidualMLP(width=width, depth=1))
+        if has_teachers:
+            self.teachers = [
+                DiffusionModule(network(), prediction="v"),
+                Student(width + 2, has_teachers=False),
+            ]
+
+
+class Aloof(DiffusionModule):
+    """Calls its base class by name, so that no call can be followed out to its own arguments."""
+
+    def __init__(self, width: int, depth: int = 1):
+        DiffusionModule.__init__(self, ResidualMLP(width=width, depth=depth))
+
+
+class PartlyPositional(DiffusionModule):
+    def __init__(self, scale: float, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = scale
 
 
 class Outer(LightningModule):
@@ -165,11 +190,12 @@ def test_a_module_of_the_command_line_reloads(tmp_path, monkeypatch):
         lambda: Fixed(6),
         lambda: Keywords(3.0, network=network(), schedule=VP()),
         lambda: Positional(network(), VP()),
+        lambda: PartlyPositional(3.0, network(), VP()),
         lambda: Unfollowed(network=network(), schedule=VP()),
         lambda: Saving(ResidualMLP(width=4), network=network()),
         lambda: DiffusionModule(Local(3, Local(2))),
     ],
-    ids=["own", "keywords", "positional", "unfollowed", "saving", "network"],
+    ids=["own", "keywords", "positional", "partly positional", "unfollowed", "saving", "network"],
 )
 def test_subclasses_reload_from_the_base_class(make, saved):
     module = make()
@@ -211,7 +237,7 @@ def test_what_diffusers_makes_reloads(saved):
     assert again.lr_scheduler.function.keywords == cosine.keywords
 
 
-def test_a_subclass_may_take_up_a_plain_module(saved):
+def test_a_subclass_loads_the_checkpoint_of_its_base_class(saved):
     again = Keywords.load_from_checkpoint(saved(DiffusionModule(network())), scale=5.0)
     assert (type(again), again.scale) == (Keywords, 5.0)
 
@@ -267,6 +293,20 @@ def test_strictness_is_a_choice(saved):
 
 def test_a_module_inside_of_another_keeps_to_its_own_arguments():
     assert "inner_width" not in Outer(8).inner.hparams
+    student = Student(8)
+    teacher, twin = student.teachers
+    assert (student.hparams.width, student.hparams.has_teachers) == (8, True)
+    assert (twin.hparams.width, twin.hparams.has_teachers) == (10, False)
+    assert teacher.hparams.prediction == "v"
+    assert "width" not in teacher.hparams
+
+
+def test_arguments_that_cannot_be_followed_are_named_and_can_be_given(saved):
+    module = Aloof(8, depth=2)
+    path = saved(module)
+    with pytest.raises(ValueError, match=r"`width` .*must be given again.*\(path, width=...\)"):
+        Aloof.load_from_checkpoint(path)
+    assert same_weights(Aloof.load_from_checkpoint(path, width=8, depth=2), module)
 
 
 def test_a_class_that_is_not_imported_is_named(saved):
@@ -298,7 +338,7 @@ def test_an_open_file_reloads(saved):
         assert DiffusionModule.load_from_checkpoint(file).prediction == "v"
 
 
-def test_a_fresh_process_reloads_without_a_word(saved):
+def test_a_fresh_process_reloads_without_output(saved):
     path = saved(everything())
     code = f"""
 import lightning_vr

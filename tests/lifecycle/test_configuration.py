@@ -59,7 +59,7 @@ class Plain:
 
 
 class Inverse(nn.Module):
-    """Keeps something else under the argument's name, which no shape tells."""
+    """Keeps something else under the argument's name, with the same shapes."""
 
     def __init__(self, scale=1.0):
         super().__init__()
@@ -68,7 +68,7 @@ class Inverse(nn.Module):
 
 
 class Wider(nn.Module):
-    """Keeps something else under the argument's name, as its shapes tell."""
+    """Keeps something else under the argument's name, with other shapes."""
 
     def __init__(self, width=4):
         super().__init__()
@@ -207,7 +207,7 @@ def test_an_import_path_leads_back():
 
 
 @pytest.mark.parametrize("make", [lambda: ResidualMLP(width=8), Numeric], ids=["meta", "real"])
-def test_describing_moves_no_random_state(make):
+def test_describing_leaves_random_state_unchanged(make):
     value = make()
     torch.manual_seed(0)
     before = torch.get_rng_state()

@@ -26,11 +26,12 @@ from lightning_vr import (
     Uniform,
     UnitWeighting,
 )
-from lightning_vr.core.gradients import parameter_groups
 from lightning_vr.core.rng import generator
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.estimators.taylor.coefficients import Cost, PilotStatistics
 from lightning_vr.estimators.taylor.terms import taylor_terms
+from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.training import control_measurement
 from lightning_vr.training.control_measurement import ControlMeasurement
 from lightning_vr.training.control_pilot import ControlPilot
 
@@ -102,7 +103,7 @@ def costing(monkeypatch):
 def findings(bins=8, parts=1, reduction=0.0):
     """What is found where all coefficients are to be one, and take off a share of each bin."""
     share = torch.full((bins,), 1 / bins, dtype=WIDE)
-    products = (reduction * share)[:, None, None].expand(bins, 1, parts) / parts
+    products = (reduction * share)[:, None].expand(bins, parts) / parts
     return PilotStatistics(
         products, torch.diag_embed(products), share / 2, torch.tensor(1.0, dtype=WIDE), *[share] * 3
     )
@@ -145,7 +146,7 @@ def test_what_a_pilot_finds_is_the_closed_form(samples, resamples, accumulated, 
     """Of w - v, the gradient of a draw up to ``2 / d = 1``, and of -α z, that of its odd term."""
     model = constant_module(TaylorCV(bins=2), draws=CARV(resamples, scope="none"))
     model._trainer = trainer_of(accumulate_grad_batches=accumulated)
-    pilot = ControlMeasurement(model, model.control_variate)
+    pilot = ControlMeasurement(model, model.control_variate, RunContext.of(model.trainer))
     found = []
     for i in range(80):
         clean = Clean(torch.randn(samples, 2, generator=generator("x", i)))
@@ -155,8 +156,8 @@ def test_what_a_pilot_finds_is_the_closed_form(samples, resamples, accumulated, 
     for b, square in enumerate((0.5 + 1 / math.pi, 0.5 - 1 / math.pi)):
         # of half of the draws, in two dimensions
         expected = 0.5 * 2 * square / in_step
-        assert abs(z_score(found.products[:, b, 0, 0], expected)) < 4
-        assert abs(z_score(found.squares[:, b, 0, 0, 0], expected)) < 4
+        assert abs(z_score(found.products[:, b, 0], expected)) < 4
+        assert abs(z_score(found.squares[:, b, 0, 0], expected)) < 4
         # which is all of what the noise adds
         assert abs(z_score(found.loss_squares[:, b], expected)) < 4
         assert abs(z_score(found.share[:, b], 0.5)) < 4
@@ -167,20 +168,16 @@ def test_what_a_pilot_finds_is_the_closed_form(samples, resamples, accumulated, 
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("by_group", [False, True])
-def test_coefficients_are_those_of_gradients_by_plain_autograd(order, by_group):
+def test_coefficients_are_those_of_gradients_by_plain_autograd(order):
     """Of the same draws: each time with two noises, and the difference of their gradients."""
-    control = TaylorCV(order, bins=2, gate="open", by_group=by_group, refit_every_n_steps=5)
+    control = TaylorCV(order, bins=2, gate="open", refit_every_n_steps=5)
     model = module(control)
     fit(model, steps=1)
 
     reference = module(TaylorCV(order, bins=2))
     reference.seed = model.seed
-    _, groups = parameter_groups(reference)
-    groups = groups if by_group else [0] * len(groups)
     x0 = Points().x0[:16]
     parameters = list(reference.parameters())
-    count = max(groups) + 1
     sums = torch.zeros(2, 1 + control.parts, sum(p.numel() for p in parameters), dtype=WIDE)
 
     def source(*key):
@@ -197,15 +194,11 @@ def test_coefficients_are_those_of_gradients_by_plain_autograd(order, by_group):
                 g = torch.autograd.grad(value, parameters, retain_graph=True)
                 sums[b, k] += sign * torch.cat([x.flatten() for x in g])
 
-    group = torch.tensor(groups).repeat_interleave(torch.tensor([p.numel() for p in parameters]))
-    assert control.fit.coefficients.shape == (2, count, control.parts)
+    assert control.fit.coefficients.shape == (2, control.parts)
     for b in range(2):
-        for n in range(count):
-            g, *c = sums[b][:, group == n]
-            expected = torch.linalg.lstsq(torch.stack(c, dim=1), g[:, None]).solution[:, 0]
-            torch.testing.assert_close(
-                control.fit.coefficients[b, n], expected, rtol=1e-3, atol=1e-3
-            )
+        g, *c = sums[b]
+        expected = torch.linalg.lstsq(torch.stack(c, dim=1), g[:, None]).solution[:, 0]
+        torch.testing.assert_close(control.fit.coefficients[b], expected, rtol=1e-3, atol=1e-3)
 
 
 class Reads(TorchDispatchMode):
@@ -220,33 +213,34 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("by_group", [False, True])
-def test_numbers_that_a_pilot_reads_are_not_more_for_more_parameters(by_group):
+def test_numbers_that_a_pilot_reads_are_not_more_for_more_parameters():
     counts = []
     for depth in (1, 4):
-        control = TaylorCV(1, bins=2, gate="open", by_group=by_group)
+        control = TaylorCV(1, bins=2, gate="open")
         model = module(control, ResidualMLP(2, width=8, depth=depth))
         model._trainer = trainer_of()
         with Reads() as reads:
-            ControlMeasurement(model, control).measure(Clean(Points().x0), generator)
+            ControlMeasurement(model, control, RunContext.of(model.trainer)).measure(
+                Clean(Points().x0), generator
+            )
         counts.append(reads.count)
     assert counts[0] == counts[1]
 
 
 def test_the_time_of_a_pilot_is_that_of_all_it_does(monkeypatch):
     """Also of inner products, which here take much longer than the passes."""
-    inner_products, calls = ControlMeasurement._in_groups, []
+    inner_products, calls = control_measurement._product_in_order, []
 
-    def slow(measurement, *gradients):
+    def slow(*gradients):
         time.sleep(0.02)
         calls.append(gradients)
-        return inner_products(measurement, *gradients)
+        return inner_products(*gradients)
 
-    monkeypatch.setattr(ControlMeasurement, "_in_groups", slow)
+    monkeypatch.setattr(control_measurement, "_product_in_order", slow)
     control = TaylorCV(bins=2, gate="open")
     model = module(control)
     model._trainer = trainer_of()
-    measurement = ControlMeasurement(model, control)
+    measurement = ControlMeasurement(model, control, RunContext.of(model.trainer))
     start = time.perf_counter()
     measurement.measure(Clean(Points().x0), generator)
     taken = time.perf_counter() - start
@@ -258,7 +252,7 @@ def test_a_coefficient_comes_out_without_error_where_the_noise_is_explained_full
     control = TaylorCV(bins=4, gate="open", refit_every_n_steps=1)
     fit(constant_module(control), steps=3)
     torch.testing.assert_close(
-        control.fit.coefficients, torch.ones(4, 1, 1, dtype=WIDE), rtol=1e-4, atol=0
+        control.fit.coefficients, torch.ones(4, 1, dtype=WIDE), rtol=1e-4, atol=0
     )
 
 
@@ -309,7 +303,7 @@ def test_a_pilot_does_not_disturb_training(costing, options, kind):
         found.append((states.found, weights(model).tolist()))
         if control is not None:
             assert control.pilot["count"] == 4
-            assert not torch.equal(control.fit.coefficients, torch.ones(2, 1, 1, dtype=WIDE))
+            assert not torch.equal(control.fit.coefficients, torch.ones(2, 1, dtype=WIDE))
             assert not control.fit.is_open.any()
     assert found[0] == found[1]
 
@@ -345,7 +339,7 @@ def test_timing_and_pilots_meet_no_gradients_of_parameters():
     assert control.pilot["seconds"] > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"order": 1}, {"by_group": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"order": 1}], ids=str)
 def test_a_resumed_run_goes_on_bit_by_bit(tmp_path, options):
     def control():
         return TaylorCV(bins=2, gate="open", refit_every_n_steps=3, **options)
@@ -400,7 +394,7 @@ def test_what_is_fitted_is_what_training_takes(costing):
     noised = model.estimate.noised
     terms = taylor_terms(model.predict, noised, model.objective, 0)[:, 0]
     bins = control.bin(noised.t, model.objective)
-    beta = control.fit.coefficients[:, 0, 0] * control.fit.is_open
+    beta = control.fit.coefficients[:, 0] * control.fit.is_open
     torch.testing.assert_close(model.estimate.control, -(beta[bins] * terms).float().detach())
     assert not model.estimate.control.requires_grad
 
@@ -450,7 +444,7 @@ def test_what_it_costs_is_timed_and_an_order_more_costs_more():
 
 
 @pytest.mark.parametrize("gate", ["auto", "open"])
-@pytest.mark.parametrize("options", [{}, {"order": 1}, {"by_group": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"order": 1}], ids=str)
 def test_what_was_fitted_is_logged_by_name(costing, gate, options):
     costing(0.0, 0.1)
     control = TaylorCV(bins=2, gate=gate, refit_every_n_steps=1, **options)
@@ -458,18 +452,15 @@ def test_what_was_fitted_is_logged_by_name(costing, gate, options):
     metrics = fit(model, steps=1).callback_metrics
     # the middles of the halves of three decades
     levels = ["0.056", "1.8"]
-    groups = [f"{name}/" for name in parameter_groups(model)[0]] if control.by_group else [""]
     parts = ["odd", "even"][: control.parts]
-    expected = {f"control_variate/{x}/{g}s{s}" for x in parts for g in groups for s in levels}
+    expected = {f"control_variate/{x}/s{s}" for x in parts for s in levels}
     expected |= {f"control_variate/reduction/s{s}" for s in levels}
     if gate == "auto":
         expected |= {f"control_variate/open/s{s}" for s in levels}
         expected |= {"control_variate/saving", "control_variate/share"}
     assert {name for name in metrics if name.startswith("control_variate")} == expected
     betas = control.fit.coefficients
-    assert float(metrics[f"control_variate/odd/{groups[-1]}s1.8"]) == pytest.approx(
-        float(betas[1, -1, 0]), rel=1e-5
-    )
+    assert float(metrics["control_variate/odd/s1.8"]) == pytest.approx(float(betas[1, 0]), rel=1e-5)
 
 
 @pytest.fixture
@@ -492,7 +483,7 @@ def run_of(monkeypatch):
             accumulate_grad_batches=1,
             precision_plugin=SimpleNamespace(forward_context=nullcontext),
         )
-        pilot, seen = ControlPilot(model, control), []
+        pilot, seen = ControlPilot(model, control, RunContext.of(model.trainer)), []
         for step in range(up_to or int(steps)):
             model._trainer.global_step = step
             before = control.pilot and dict(control.pilot)

@@ -552,5 +552,5 @@ def test_groups_are_those_of_trainable_parameters():
     module[0].requires_grad_(False)
     assert parameter_groups(module) == (["weight", "bias"], [0, 1])
     module.requires_grad_(False)
-    with pytest.raises(ValueError, match="expected to have trainable parameters, but Sequential"):
+    with pytest.raises(ValueError, match="must have trainable parameters, got a Sequential"):
         parameter_groups(module)

@@ -1,0 +1,118 @@
+"""The settings that a checkpoint was written with, beside those that are configured."""
+
+import inspect
+from typing import Any, NamedTuple
+
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from lightning_vr.lifecycle.configuration import describe, imported
+from lightning_vr.lifecycle.hyperparameters import SavedArguments
+from lightning_vr.process.predictions import PredictionType
+from lightning_vr.process.schedules import EDM, Schedule
+from lightning_vr.training.module import DiffusionModule
+
+_OPTIMIZATION = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable | None}
+_NETWORK = {
+    "schedule": Schedule,
+    "prediction": PredictionType,
+    "sigma_data": float,
+    "num_classes": int | None,
+}
+"""What a network is trained for: with another one its weights mean nothing."""
+
+
+class Change(NamedTuple):
+    """A setting that differs from a checkpoint's.
+
+    Attributes:
+        name: The setting.
+        configured: Its value now.
+        saved: Its value in the checkpoint.
+    """
+
+    name: str
+    configured: Any
+    saved: Any
+
+
+def model_settings(checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:
+    """Return what rebuilds the module of a checkpoint, as the command line takes a module.
+
+    Partials of functions, which the command line does not take, are left out.
+
+    Raises:
+        ValueError: If the checkpoint does not say.
+    """
+    saved = SavedArguments.of(checkpoint)
+    if saved.class_path is None:
+        raise ValueError(
+            f"`model` must be configured, as the checkpoint {path} does not say how to rebuild its "
+            f"module: give a network, as in --model.network ResidualMLP."
+        )
+    arguments = {
+        name: value
+        for name, value in saved.described.items()
+        if name not in _OPTIMIZATION or _parsed(_OPTIMIZATION[name], value) is not None
+    }
+    return {"class_path": saved.class_path, "init_args": arguments}
+
+
+def changed_optimization(model: dict[str, Any], checkpoint: dict[str, Any]) -> list[Change]:
+    """Return the optimizer's settings that differ from a checkpoint's.
+
+    Resuming restores the optimizer with its hyperparameters, so that no change takes effect.
+    """
+    return _changes(model, checkpoint, _OPTIMIZATION)
+
+
+def changed_network(model: dict[str, Any], checkpoint: dict[str, Any]) -> list[Change]:
+    """Return the settings that the weights of a checkpoint were not trained for."""
+    return _changes(model, checkpoint, _NETWORK)
+
+
+def _changes(
+    model: dict[str, Any], checkpoint: dict[str, Any], types: dict[str, Any]
+) -> list[Change]:
+    arguments = SavedArguments.of(checkpoint)
+    saved = dict.fromkeys(arguments.objects, "an object of Python's") | arguments.described
+    changes = []
+    for name, kind in types.items():
+        if name not in model["init_args"]:
+            continue
+        default = describe(inspect.signature(DiffusionModule).parameters[name].default)
+        if kind is Schedule:
+            default = {"class_path": f"{EDM.__module__}.{EDM.__qualname__}"}
+        now, then = (
+            _flat(_parsed(kind, given) or given, f"model.{name}")
+            for given in (model["init_args"][name] or default, saved.get(name) or default)
+        )
+        changed = [key for key in now | then if now.get(key) != then.get(key)]
+        # arguments of another class may all differ
+        changed = [f"model.{name}"] if f"model.{name}" in changed else changed
+        changes += [Change(key, now.get(key), then.get(key)) for key in changed]
+    return changes
+
+
+def _parsed(kind: Any, given: Any) -> Any:
+    """Return settings with all defaults, or None if they do not fit the type."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--given", type=kind)
+    try:
+        return parser.parse_object({"given": given}).as_dict()["given"]
+    except ArgumentError:
+        return None
+
+
+def _flat(settings: Any, name: str) -> dict[str, Any]:
+    """Return ``a.b: value`` for nested settings; the name alone stands for their class."""
+    if not isinstance(settings, dict):
+        return {name: settings}
+    parts = {}
+    for key, value in settings.items():
+        if key == "class_path":
+            kind = imported(value)
+            parts[name] = value if kind is None else f"{kind.__module__}.{kind.__qualname__}"
+        else:
+            parts.update(_flat(value, name if key == "init_args" else f"{name}.{key}"))
+    return parts

@@ -1,0 +1,228 @@
+"""LightningCLI, where what is configured wins over what a checkpoint says."""
+
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+# a short class name resolves once its class is imported
+import lightning_vr.callbacks
+import lightning_vr.data
+import lightning_vr.estimators
+import lightning_vr.lifecycle
+import lightning_vr.metrics
+import lightning_vr.process  # noqa: F401
+from lightning_vr.cli.checkpoint_settings import (
+    Change,
+    changed_network,
+    changed_optimization,
+    model_settings,
+)
+from lightning_vr.cli.last_checkpoint import last_checkpoint
+from lightning_vr.cli.save_run_config import SaveRunConfig
+from lightning_vr.cli.trainer_checks import check_trainer_settings
+from lightning_vr.cli.vr_trainer import VRTrainer
+from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
+from lightning_vr.lifecycle.hyperparameters import SavedArguments
+from lightning_vr.training.module import DiffusionModule
+
+_LOADERS = {
+    "fit": "train_dataloader",
+    "audit": "train_dataloader",
+    "validate": "val_dataloader",
+    "test": "test_dataloader",
+}
+_LOGGER = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": ""}}
+
+
+class VRCLI(LightningCLI):
+    """Lightning's command line with ``DiffusionModule`` as the model and without its pitfalls.
+
+    Args:
+        model_class: The class that ``--model`` names a subclass of.
+        datamodule_class: The class that ``--data`` names a subclass of.
+        **kwargs: As ``LightningCLI`` takes them.
+    """
+
+    def __init__(
+        self,
+        model_class: type[LightningModule] = DiffusionModule,
+        datamodule_class: type[LightningDataModule] = LightningDataModule,
+        **kwargs: Any,
+    ) -> None:
+        self._checkpoint: dict[str, Any] | None = None
+        args = kwargs.get("args")
+        self._arguments = sys.argv[1:] if args is None else args
+        defaults: dict[str, Any] = {
+            "subclass_mode_model": True,
+            "subclass_mode_data": True,
+            "auto_configure_optimizers": False,
+            "seed_everything_default": 0,
+            "save_config_callback": SaveRunConfig,
+            "trainer_class": VRTrainer,
+            "trainer_defaults": {"logger": _LOGGER},
+            "parser_kwargs": {
+                "prog": "lightning-vr",
+                "description": "Variance-reduced diffusion training. A wrong setting is one line; "
+                "LIGHTNING_VR_TRACEBACK=1 shows where it was raised.",
+                "version": version("lightning-vr"),
+                "exit_on_error": False,
+            },
+        }
+        super().__init__(model_class, datamodule_class, **(defaults | kwargs))
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands and which of their arguments the command line sets itself."""
+        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        # filling one takes a tenth of a second: fill only that of the subcommand, if known
+        first = next(iter(self._arguments), None)
+        if first in self.subcommands() and first != subcommand:
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, model and data; a checkpoint may stand in for the last two."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": x for name, x in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(self._model_class, "model", True, required=False)
+        parser.add_lightning_class_args(self._datamodule_class, "data", True, required=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; where no module is configured, a checkpoint's hyperparameters are the defaults."""
+        if not hasattr(self, "_subcommand_parsers"):
+            self._parse(args)
+            return
+        missing: Exception | None = None
+        try:
+            self._parse(args)
+        except ArgumentError as error:
+            missing = error
+            self._parse_without_network(args, error)
+        if missing is None and self._settings.model is None:
+            missing = ValueError(
+                "`model` must be configured: give a network, as in --model.network ResidualMLP, or "
+                "a configuration file, or the --ckpt_path of a run."
+            )
+        path = self._checkpoint_path()
+        if path is None:
+            if missing is not None:
+                raise missing
+            return
+        self._checkpoint = read_checkpoint(path)
+        if missing is not None:
+            arguments = SavedArguments.of(self._checkpoint)
+            arguments.check_complete(path, given=("optimizer", "lr_scheduler"))
+            self._set_default("model", model_settings(self._checkpoint, path))
+        seed = self._checkpoint_seed()
+        if self.config.subcommand == "fit" and seed is not None:
+            self._set_default("seed_everything", seed)
+        self._parse(args)
+        self._settings.ckpt_path = path
+
+    def before_instantiate_classes(self) -> None:
+        """Check settings that Lightning would accept and not follow."""
+        if hasattr(self, "_subcommand_parsers"):
+            check_trainer_settings(self._settings.trainer)
+
+    def after_instantiate_classes(self) -> None:
+        """Check what would fail later with a traceback."""
+        loader = _LOADERS.get(str(self.subcommand))
+        if loader and self.datamodule is None and not is_overridden(loader, self.model):
+            raise ValueError(
+                f"`data` must be configured: name a data module, as in `{self.subcommand} --data "
+                f"Digits`."
+            )
+        is_built = not is_overridden("configure_model", self.model)
+        if self._checkpoint and self.model.strict_loading and is_built:
+            check_weights(self.model, self._checkpoint, self._settings.ckpt_path)
+        # each run has its own folder; without training only a checkpoint's weights matter
+        messages = [
+            "The dirpath has changed from",
+            "`isinstance.treespec, LeafSpec.` is deprecated",
+        ]
+        if self.subcommand != "fit":
+            messages += ["callbacks used to create the checkpoint", "the WeightAveraging callback"]
+        for message in messages:
+            warnings.filterwarnings("ignore", f".*{message}")
+
+    @property
+    def _settings(self) -> Namespace:
+        settings = self.config[self.config.subcommand]
+        assert isinstance(settings, Namespace)
+        return settings
+
+    def _parse(self, args: ArgsType) -> None:
+        if isinstance(args, (dict, Namespace)):
+            self.config = self.parser.parse_object(args)
+        else:
+            self.config = self.parser.parse_args(args)
+
+    def _parse_without_network(self, args: ArgsType, error: ArgumentError) -> None:
+        kind = self._model_class
+        placeholder = {"network": {"class_path": "torch.nn.Identity"}}
+        class_path = f"{kind.__module__}.{kind.__qualname__}"
+        self._set_default("model", {"class_path": class_path, "init_args": placeholder})
+        try:
+            self._parse(args)
+        except ArgumentError:
+            raise error from None
+
+    def _set_default(self, name: str, value: Any) -> None:
+        for parser in self._subcommand_parsers.values():
+            if name in parser.get_defaults():
+                parser.set_defaults({name: value})
+
+    def _parse_ckpt_path(self) -> None:
+        # here Lightning would let a checkpoint's hyperparameters override the settings
+        if self._checkpoint is None:
+            return
+        model = self._settings.model.as_dict()
+        for name, configured, saved in changed_network(model, self._checkpoint):
+            rank_zero_warn(
+                f"Setting `{name}` is {configured}, but {saved} in {self._settings.ckpt_path}, "
+                f"whose weights were trained with it: unless you mean this, use the config.yaml of "
+                f"their run."
+            )
+        if self.config.subcommand != "fit":
+            return
+        changes = changed_optimization(model, self._checkpoint)
+        seed = self._checkpoint_seed()
+        if seed is not None and self._settings.seed_everything != seed:
+            changes.append(Change("seed_everything", self._settings.seed_everything, seed))
+        if changes:
+            name, configured, saved = changes[0]
+            raise ValueError(
+                f"`{name}` must be {saved}, as in {self._settings.ckpt_path}, whose training state "
+                f"`fit` restores, got {configured}: leave it out, or train from the start without "
+                f"--ckpt_path."
+            )
+
+    def _checkpoint_seed(self) -> int | None:
+        seed = (self._checkpoint or {}).get(STATE, {}).get("seed")
+        return seed if seed is not None and seed < 2**32 else None
+
+    def _checkpoint_path(self) -> str | None:
+        """Return the file of ``ckpt_path``, or None if not given or left for Lightning to find."""
+        path = self._settings.ckpt_path
+        if path == "last":
+            return str(last_checkpoint(self._settings.trainer))
+        if path in (None, "best", "hpc") or str(path).startswith("registry"):
+            return None
+        if "://" not in str(path) and not Path(path).is_file():
+            raise ValueError(
+                f"`ckpt_path` must be a checkpoint file or 'last', but there is no file {path}: "
+                f"correct the path."
+            )
+        return str(path)

@@ -1,0 +1,109 @@
+"""Lightning's trainer with a ``predict`` that draws samples and an ``audit``."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.pytorch import LightningDataModule, Trainer
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from lightning_vr.auditing.candidates import read_candidates
+from lightning_vr.auditing.report import save, table
+from lightning_vr.auditing.run import audit as run_audit
+from lightning_vr.cli.sample_writer import SampleWriter
+from lightning_vr.core.validation import check_at_least
+from lightning_vr.lifecycle.checkpoints import load_training_weights, read_checkpoint
+from lightning_vr.lifecycle.loggers import run_folder
+from lightning_vr.training.module import DiffusionModule
+
+
+class VRTrainer(Trainer):
+    """A ``Trainer`` whose ``predict`` draws samples and whose ``audit`` compares estimators."""
+
+    def audit(
+        self,
+        model: DiffusionModule,
+        datamodule: LightningDataModule,
+        candidates: str | Path | None = None,
+        budget: PositiveFloat = 120.0,
+        ckpt_path: str | Path | None = None,
+    ) -> None:
+        """Measure what each estimator would save per unit of compute, and advise.
+
+        Writes audit.json, audit.md and audit.png to the run's folder.
+
+        Args:
+            model: A module.
+            datamodule: Its training data.
+            candidates: A YAML file with a list of candidates, each with a name and the slots
+                (draws, target, control_variate) that it fills; the package's own if not given.
+            budget: Seconds to spend; more where three repetitions of each candidate need them.
+            ckpt_path: The checkpoint whose weights to audit: a file, or 'last' for that of the
+                newest run.
+        """
+        if ckpt_path is not None:
+            load_training_weights(model, read_checkpoint(ckpt_path))
+        given = None if candidates is None else read_candidates(candidates)
+        found = run_audit(model, datamodule, given, budget=budget, trainer=self)
+        folder = run_folder(self)
+        if not self.is_global_zero:
+            return
+        save(found, folder)
+        console = Console()
+        console.print(table(found))
+        console.print(found.advice, style="bold")
+        console.print(found.config, highlight=False)
+        print(f"The audit is in {folder}: audit.json, audit.md, audit.png")
+
+    def predict(  # type: ignore[override]
+        self,
+        model: DiffusionModule,
+        datamodule: LightningDataModule | None = None,
+        num_samples: PositiveInt = 100,
+        batch_size: PositiveInt = 256,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Draw samples and write them to the run's folder, as samples.npz and samples.png.
+
+        Args:
+            model: A module; the weights come from ``ckpt_path``.
+            datamodule: Ignored.
+            num_samples: How many; classes are cycled over.
+            batch_size: How many at a time, on each process.
+            ckpt_path: The checkpoint to draw from: a file, or 'last' for that of the newest run.
+            weights_only: As ``torch.load`` takes it.
+
+        Raises:
+            ValueError: If the module is not trained, or if there are fewer samples than processes.
+        """
+        if ckpt_path is None and model.sample_shape is None:
+            raise ValueError(
+                "`ckpt_path` must be given, as predict draws from a trained module: name a "
+                "checkpoint file, or 'last'."
+            )
+        # each process draws at least one sample
+        check_at_least("num_samples", num_samples, self.world_size)
+        classes = model.num_classes or 1
+        requests: Any = [
+            {"index": torch.tensor(i), "label": torch.tensor(i % classes)}
+            for i in range(num_samples)
+        ]
+        loader: DataLoader[Any] = DataLoader(requests, batch_size)
+        # requests cost nothing to load
+        warnings.filterwarnings("ignore", "The 'predict_dataloader' does not have many workers")
+        writer = SampleWriter(model.num_classes)
+        self.callbacks.append(writer)  # type: ignore[attr-defined]
+        try:
+            super().predict(
+                model,
+                loader,
+                return_predictions=False,
+                ckpt_path=ckpt_path,
+                weights_only=weights_only,
+            )
+        finally:
+            self.callbacks.remove(writer)  # type: ignore[attr-defined]

@@ -1,0 +1,186 @@
+"""ResumableModule: what any LightningModule needs to be stopped anywhere and to resume exactly.
+
+* **Resume**: seed, gradients within an accumulation window, logs and validation runs that a
+  checkpoint cut short are kept in the checkpoint and made up for (``resuming.py``).
+* **Stop**: a signal to one rank stops or saves all of them at the end of the same batch
+  (``stopping.py``).
+* **Files**: checkpoints and CSV logs are written whole or not at all, and neither a full disk nor
+  a logger that raises ends a run (``checkpoint_io.py``, ``csv_logs.py``, ``loggers.py``).
+* **Numbers**: an optimizer step that is not finite is refused, or left out on all ranks
+  (``finite_guard.py``).
+
+The hooks are the module's and not a callback's: those of callbacks run before ``ModelCheckpoint``,
+and what a resumed run makes up for must come last.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_vr.core.distributed import broadcast
+from lightning_vr.core.keyed_module import KeyedModule
+from lightning_vr.core.rng import set_global_rng
+from lightning_vr.lifecycle.checkpoint_io import use_durable_checkpoints
+from lightning_vr.lifecycle.checkpoints import STATE
+from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
+from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
+from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
+from lightning_vr.lifecycle.loggers import warn_on_logger_errors
+from lightning_vr.lifecycle.resuming import Resuming
+from lightning_vr.lifecycle.stopping import CoordinatedStop, bypass_collectives
+from lightning_vr.lifecycle.strategies import check_strategy
+
+_NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
+
+
+class ResumableModule(KeyedModule, LightningModule):
+    """A LightningModule whose runs stop safely, save durably and resume exactly.
+
+    Derive from it in place of ``LightningModule``. torch's global generator is seeded in each
+    training step by the run's seed, the rank and the step, so that dropout and augmentation repeat.
+    Data modules of this package resume in mid-epoch; other loaders resume as Lightning has it.
+
+    A subclass that overrides a hook calls ``super()``; ``prepare_training`` needs no such call.
+
+    Attributes:
+        seed: The seed of the run: fixed when training starts, and kept in checkpoints.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._resuming = Resuming()
+        self._stop = CoordinatedStop()
+        self._guard = FiniteGuard("raise")
+        self._hooks_called: set[str] = set()
+        self._undo_seeding: Callable[[], None] | None = None
+
+    @property
+    def on_nonfinite(self) -> OnNonFinite:
+        """What to do where a number is not finite: ``"raise"``, or ``"skip"`` the step."""
+        return self._guard.action
+
+    @on_nonfinite.setter
+    def on_nonfinite(self, action: OnNonFinite) -> None:
+        self._guard = FiniteGuard(action)
+
+    def prepare_training(self) -> None:
+        """Prepare what the first step needs; override it. All ranks call it, on their device."""
+
+    def on_fit_start(self) -> None:
+        """Install run safeguards: durable checkpoints, tolerant loggers, coordinated stopping."""
+        self._hooks_called = {"on_fit_start"}
+        check_strategy(self.trainer, self)
+        self._resuming.begin(self.trainer)
+        self._stop.install_signal_handlers(self.trainer)
+        use_durable_checkpoints(self.trainer)
+        keep_csv_logs_whole(self.trainer)
+        warn_on_logger_errors(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Fix the seed of the run, prepare training, and run the hooks that a resume skipped."""
+        self._hooks_called.add("on_train_start")
+        if self.seed is None:
+            self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
+        equalize_epoch_length(self.trainer)
+        self._resuming.restore_gradients(self)
+        self.prepare_training()
+        self._resuming.replay_skipped_hooks(self.trainer)
+
+    def on_fit_end(self) -> None:
+        """Log the final step's pending metrics when resuming a finished run."""
+        self._hooks_called = set()
+        if self._resuming.is_due:
+            self._resuming.end(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        """Look at the lengths of loaders that were made anew."""
+        if self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            equalize_epoch_length(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin a micro-step with keyed randomness and a clean record."""
+        self._hooks_called.add("on_train_batch_start")
+        self._check_hooks_called()
+        micro_step = batch_idx % self.trainer.accumulate_grad_batches
+        if micro_step == 0:
+            self._guard.begin_step()
+        self._resuming.begin_batch(self.trainer)
+        source = self.generator("global", self.global_step, micro_step)
+        self._undo_seeding = set_global_rng(source)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Note that gradients are about to change, and whether the loss is finite."""
+        self._check_hooks_called()
+        if self.automatic_optimization:  # else more forward passes may follow
+            self._restore_global_rng()
+        self._resuming.has_backward_begun = True
+        self._guard.add_loss(loss)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Raise, or leave the step out, if a number is not finite."""
+        if not self._guard.check(self.trainer, self):
+            skip_step(self.trainer, self, optimizer)
+            self.log("train/skipped_steps", float(self._guard.skipped))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Restore the global generators, and stop here if any rank was asked to."""
+        self._restore_global_rng()
+        self._stop.synchronize(self.trainer)
+
+    def on_validation_epoch_end(self) -> None:
+        """Note that the validation run has ended, and stop if any rank was asked to."""
+        self._resuming.has_validated = not self.trainer.sanity_checking
+        self._stop.synchronize(self.trainer)
+
+    def stop_if_asked(self) -> None:
+        """End what takes long at once if any rank was asked to; all ranks call it.
+
+        Raises:
+            SIGTERMException: If one was.
+        """
+        self._stop.synchronize(self.trainer)
+        if self.trainer.received_sigterm:
+            raise SIGTERMException
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed and gradients that wait, so that a resumed run repeats."""
+        state = checkpoint.setdefault(STATE, {})
+        state["seed"] = self.seed
+        if self._is_fitting:
+            bypass_collectives(self.trainer)
+            state |= self._resuming.state(self, checkpoint)
+            state["skipped"] = self._guard.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take what ``on_save_checkpoint`` kept, to resume a fit."""
+        state = checkpoint.get(STATE, {})
+        if self._is_fitting:
+            self.seed = state.get("seed")
+            self._resuming.load(state)
+            self._guard.skipped = state.get("skipped", 0)
+
+    def _check_hooks_called(self) -> None:
+        """Raise if a subclass has overridden a hook that a run needs without ``super()``."""
+        for hook in _NEEDED_HOOKS:
+            if hook not in self._hooks_called:
+                raise MisconfigurationException(
+                    f"`{type(self).__name__}.{hook}` must call `super().{hook}(...)`, which sets "
+                    f"seeds and prepares the run, but does not: call it first, or override "
+                    f"`prepare_training` instead."
+                )
+
+    def _restore_global_rng(self) -> None:
+        if self._undo_seeding is not None:
+            self._undo_seeding()
+        self._undo_seeding = None
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING

@@ -1,0 +1,325 @@
+"""Diffusion: clean samples, draws, target, network and loss as an nn.Module, for any training loop.
+
+    batch → encode → draws → target → network → loss
+
+Each slot has a plain default: ``IID`` draws, the ``DSM`` target, no control variate. All randomness
+comes from the generator that ``loss`` is given; ``generator`` makes one that is keyed by the run's
+seed, the rank and whatever tells one draw from others, so that ranks draw different noise and a run
+that resumes draws the same.
+"""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_vr.core.devices import device_of, dtype_of
+from lightning_vr.core.gradients import mean_in_chunks
+from lightning_vr.core.keyed_module import KeyedModule
+from lightning_vr.core.rows import Rows, tensors
+from lightning_vr.core.types import (
+    WHOLE_STEP,
+    Clean,
+    LossEstimate,
+    Noised,
+    StepPart,
+    TargetEstimate,
+    Times,
+)
+from lightning_vr.core.validation import check_choice, check_positive
+from lightning_vr.estimators.draws import IID, Draws, drop_labels
+from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
+from lightning_vr.estimators.slot import drop_control_variate
+from lightning_vr.estimators.targets import DSM, Target
+from lightning_vr.process.networks import call_network, class_labels
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.predictions import PredictionType
+from lightning_vr.process.sampling import Sampler, evaluating
+from lightning_vr.process.schedules import EDM, Schedule
+from lightning_vr.process.timesteps import Density
+from lightning_vr.process.weightings import UnitWeighting, Weighting
+from lightning_vr.training.checks import (
+    check_call,
+    check_clean,
+    check_conditioning,
+    check_estimators,
+    check_group,
+    check_guidance,
+    check_times,
+    check_upstream,
+)
+
+
+class Diffusion(KeyedModule):
+    """A diffusion model with pluggable estimators of its loss.
+
+    Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
+    and ``predict`` (how the network is called). It trains in any loop; ``DiffusionModule`` is the
+    same as a LightningModule.
+
+    Example::
+
+        model = Diffusion(network, target=STF("batch"))
+        for step, x0 in enumerate(batches):
+            loss = model.loss(x0, model.generator("train", step)).loss
+
+    Args:
+        network: Called as ``network(x, t)``, with ``class_labels=`` if ``num_classes`` is given
+            and a sample's condition as keywords; returns a tensor, a tuple that starts with one,
+            or an object with ``sample``. Any ``nn.Module``, diffusers' models among them.
+        schedule: Scales of sample and noise; ``EDM()`` if not given.
+        prediction: What the network predicts. ``"edm"`` preconditions it, for every schedule.
+        timesteps: Density of t; the schedule's usual one if not given.
+        weighting: Loss weight in x0 space; unit weight on what the network predicts if not given.
+        draws: Times and noise for each sample; ``IID()`` if not given.
+        target: Estimate of E[x0 | x_t] to regress on; ``DSM()`` if not given.
+        control_variate: A term of the loss whose gradient has mean zero.
+        sigma_data: Standard deviation of the data, for the preconditioning of ``"edm"``.
+        num_classes: Number of class labels that the network is conditioned on. Its embedding needs
+            one more, the last, for dropped labels. Without it labels are ignored.
+        label_dropout: Fraction of labels to drop, for classifier-free guidance.
+        sampler: How samples are drawn; ``Sampler()`` if not given.
+
+    Attributes:
+        sample_shape: Shape of one encoded sample, known from the first batch on.
+        seed: Seed of ``generator``; torch's initial seed if it is None.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule | None = None,
+        prediction: PredictionType = "edm",
+        timesteps: Density | None = None,
+        weighting: Weighting | None = None,
+        draws: Draws | None = None,
+        target: Target | None = None,
+        control_variate: ControlVariate | None = None,
+        sigma_data: float = 0.5,
+        num_classes: int | None = None,
+        label_dropout: float = 0.0,
+        sampler: Sampler | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("prediction", prediction, get_args(PredictionType))
+        check_positive("sigma_data", sigma_data)
+        check_conditioning(network, num_classes, label_dropout)
+        self.network = network
+        self.schedule = schedule or EDM()
+        self.prediction = prediction
+        self.timesteps = timesteps or self.schedule.default_timesteps()
+        self.weighting = weighting or UnitWeighting(prediction, sigma_data)
+        self.draws = draws or IID()
+        self.target = target or DSM()
+        self.control_variate = control_variate
+        self.sigma_data = sigma_data
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+        self.sampler = sampler or Sampler()
+        self.sampler.noise_levels(self.schedule)  # raises where its bounds do not fit the schedule
+
+        if type(self).predict is Diffusion.predict:
+            may_condition = type(self).encode is not Diffusion.encode
+            check_call(network, num_classes, may_condition=may_condition)
+        check_guidance(self.sampler.guidance, num_classes)
+        check_times(self.objective)
+        check_estimators(self.draws, control_variate, self.objective, network)
+        self.register_load_state_dict_pre_hook(drop_control_variate)  # type: ignore[no-untyped-call]
+
+        self.sample_shape: tuple[int, ...] | None = None
+        self._checked_modes: set[bool] = set()
+
+    def encode(self, batch: Any) -> Clean:
+        """Turn a batch into clean samples; override it for latents or conditions.
+
+        Args:
+            batch: What ``Clean.from_batch`` takes, unless overridden.
+        """
+        return Clean.from_batch(batch)
+
+    def clean(self, batch: Any) -> Clean:
+        """Encode a batch, without labels if the network is unconditional.
+
+        Samples are exchangeable given what the network is conditioned on, so labels that it does
+        not see must not mask references.
+        """
+        clean = self.encode(batch)
+        return clean if self.num_classes is not None else replace(clean, group=None)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Turn samples into pictures or other data; the identity unless overridden."""
+        return x0
+
+    def predict(self, x: Tensor, noised: Noised) -> Tensor:
+        """Call the network on scaled samples ``x (B, *)``; override it for other signatures."""
+        arguments: dict[str, Any] = dict(noised.cond or {})
+        if self.num_classes is not None:
+            arguments["class_labels"] = class_labels(noised.group, noised.t, self.num_classes)
+        time = self.schedule.embedding_time(noised.t)
+        return call_network(self.network, x.to(dtype_of(self.network)), time, arguments)
+
+    def denoise(
+        self,
+        xt: Tensor,
+        t: Tensor,
+        group: Tensor | None = None,
+        cond: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Return x0_hat ``(B, *)`` for ``xt (B, *)`` at times ``t (B,)``.
+
+        Args:
+            xt: Noised samples.
+            t: Times.
+            group: Class labels ``(B,)``, negative where unconditional; None if all are.
+            cond: Further condition of the network.
+        """
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        weight = torch.ones_like(t)
+        noised = Noised(xt, xt, torch.zeros_like(xt), t, alpha, sigma, weight, group, cond)
+        return denoise(self.predict, noised, self.objective)
+
+    def loss(
+        self,
+        batch: Any,
+        source: torch.Generator,
+        *,
+        draws: Draws | None = None,
+        target: Target | None = None,
+        part: StepPart = WHOLE_STEP,
+    ) -> LossEstimate:
+        """Return the loss of a batch: an unbiased estimate, whatever the slots hold.
+
+        The first batch in training and the first in evaluation mode are checked.
+
+        Args:
+            batch: What ``encode`` takes.
+            source: Generator of all randomness, on the batch's device.
+            draws: Used in place of the model's own; validation uses ``IID()``.
+            target: Used in place of the model's own; validation uses ``DSM()``.
+            part: The part of an optimizer step that the batch is.
+        """
+        clean = self.clean(batch)
+        if self.training not in self._checked_modes:
+            check_clean(clean, self.num_classes, allow_nonfinite=self.skips_nonfinite)
+            check_upstream(clean, self.target)
+            self.sample_shape = tuple(clean.x0.shape[1:])
+            self._checked_modes.add(self.training)
+        draws = draws or self.draws
+        times = draws.times(clean, self.objective, source, part)
+        found = self.draw(clean, source, times, draws=draws, target=target)
+        return self.compute_loss(*found, draws=draws)
+
+    def draw(
+        self,
+        clean: Clean,
+        source: torch.Generator,
+        times: Times,
+        *,
+        draws: Draws | None = None,
+        target: Target | None = None,
+    ) -> tuple[Noised, TargetEstimate]:
+        """Noise clean samples at given times and estimate what to regress on.
+
+        Args:
+            clean: B clean samples.
+            source: Generator of all randomness, on their device.
+            times: Times from ``draws.times``.
+            draws: Used in place of the model's own.
+            target: Used in place of the model's own.
+        """
+        noised = (draws or self.draws).noise(clean, self.schedule, times, source)
+        if self.training and self.label_dropout > 0 and noised.group is not None:
+            noised = replace(noised, group=drop_labels(noised.group, self.label_dropout, source))
+        found = (target or self.target)(noised, clean, source)
+        if self.control_variate is not None:
+            noised = self.control_variate.draw(noised, source)
+        return noised, found
+
+    def compute_loss(
+        self, noised: Noised, target: TargetEstimate, *, draws: Draws | None = None
+    ) -> LossEstimate:
+        """Return the loss of the network, in chunks if the draws ask for them."""
+        chunk = (draws or self.draws).chunk(len(noised.t), noised.t.device)
+        if chunk >= len(noised.t):
+            return self._estimate(noised, target)
+        rows = {"noised": tensors(noised), "target": tensors(target)}
+        loss, terms = mean_in_chunks(self, self._loss_terms, rows, chunk, scale=self.loss_scale())
+        per_draw, control = terms.unbind(dim=1)
+        return LossEstimate(loss, per_draw, noised, target, control)
+
+    def per_draw_losses(self, rows: Rows) -> Tensor:
+        """Return the loss of each row of ``"noised"`` and ``"target"``, ``(n,)``."""
+        return self._loss_terms(rows).sum(dim=1)
+
+    def loss_scale(self) -> float:
+        """Return the factor on the loss while it is differentiated; float16 needs one above 1."""
+        return 1.0
+
+    @property
+    def skips_nonfinite(self) -> bool:
+        """Whether samples that are not finite are dealt with after the loss, and not refused."""
+        return False
+
+    @property
+    def objective(self) -> Objective:
+        """The loss as an expectation, whatever estimates it."""
+        return Objective(
+            self.schedule, self.timesteps, self.weighting, self.prediction, self.sigma_data
+        )
+
+    def sample(
+        self,
+        count: int,
+        *,
+        group: Tensor | None = None,
+        cond: dict[str, Any] | None = None,
+        shape: tuple[int, ...] | None = None,
+        sampler: Sampler | None = None,
+        source: torch.Generator | None = None,
+        batch_size: int = 256,
+        progress: bool = False,
+    ) -> Tensor:
+        """Return samples in x0 space ``(count, *shape)``; ``decode`` turns them into pictures.
+
+        Args:
+            count: Number of samples.
+            group: Class labels ``(count,)``, or None for samples without a class.
+            cond: Further condition, one row per sample in each tensor.
+            shape: Shape of one sample; that of the training data if not given.
+            sampler: Used in place of the model's own.
+            source: Generator of the noise, on the model's device.
+            batch_size: Number of samples at a time.
+            progress: Whether to show a progress bar if it takes longer than a second.
+        """
+        shape = shape or self.sample_shape
+        if shape is None:
+            raise ValueError(
+                "`shape` must be given until the model has seen training data, got None: pass the "
+                "shape of one sample, for example (1, 8, 8)."
+            )
+        if group is not None:
+            check_group(group, self.num_classes)
+        source = source or self.generator("sample")
+        size, dtype = (count, *shape), torch.float32
+        noise = torch.randn(size, generator=source, device=device_of(self), dtype=dtype)
+        with torch.no_grad(), evaluating(self):
+            return (sampler or self.sampler).draw(
+                self.denoise,
+                self.schedule,
+                noise,
+                group=None if group is None else group.to(device_of(self)),
+                cond=cond,
+                batch_size=batch_size,
+                progress=progress,
+            )
+
+    def _estimate(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
+        return diffusion_loss(self.predict, noised, target, self.objective, self.control_variate)
+
+    def _loss_terms(self, rows: Rows) -> Tensor:
+        """Return the squared error of each row and the term of the control variate, ``(n, 2)``."""
+        noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
+        found = self._estimate(noised, target)
+        control = torch.zeros_like(found.per_draw) if found.control is None else found.control
+        return torch.stack([found.per_draw, control], dim=1)
