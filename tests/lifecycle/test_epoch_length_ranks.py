@@ -243,7 +243,7 @@ def test_gradients_are_measured_on_as_many_samples_as_all_ranks_have(
     every_n_steps, tmp_path, monkeypatch
 ):
     # as often as to measure in a few steps, by the cost that follows from the size of a batch
-    monkeypatch.setattr(gradient_variance, "_COST_SHARE", 20)
+    monkeypatch.setattr(gradient_variance, "_TIME_BUDGET", 20)
     callback = GradientVariance(every_n_steps=every_n_steps, samples=4, noise_levels=2)
     found = fit(tmp_path, build(), PerRank(LARGE_AND_SMALL), callback, max_epochs=1)
     assert_equal_weights(found)

@@ -39,9 +39,10 @@ from lightning_vr.metrics import FrechetMetric, IdentityFeatures
 from lightning_vr.process.timesteps import LogUniform
 from lightning_vr.training.noisy_losses import DiffusionLoss
 from lightning_vr.variance.components import Components
-from lightning_vr.variance.excess_loss import ExcessLoss, IrreducibleVariance
+from lightning_vr.variance.excess_loss import ExcessLoss
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
 from lightning_vr.variance.gradient_statistics import GradientStatistics
+from lightning_vr.variance.irreducible_variance import IrreducibleVariance
 from lightning_vr.variance.removed_variance import RemovedVariance
 from lightning_vr.variance.target_curves import TargetVarianceCurve
 
