@@ -1,13 +1,13 @@
 """Attach the callbacks to a trainer that knows nothing of lightning_vr.
 
 A denoising diffusion model as people write it in Lightning, on real digits. ``TargetVariance``
-needs its schedule and how a batch becomes clean samples; ``GradientVariance`` would tell totals
-without arguments, and tells where they come from given the loss of each sample; ``SampleGrid`` and
-``FrechetDistance`` need a function that samples from it. Run it with
+needs the schedule and a function that turns a batch into clean samples. ``GradientVariance``
+measures totals without arguments, and splits them by source if it is given the loss of each sample.
+``SampleGrid`` and ``FrechetDistance`` need a function that samples from the module.
 
     python examples/attach_to_a_trainer.py --max_epochs 20
 
-and look into ``runs/attach``.
+The results are in ``runs/attach``.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Denoiser(LightningModule):
 
 
 def loss(module: Denoiser, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Return what the module trains on, for each sample."""
+    """Return the training loss of each sample."""
     predicted = module(SCHEDULE.perturb(x0, noise, t), t)
     return (predicted - noise).square().flatten(1).mean(dim=1)
 

@@ -13,11 +13,10 @@ from torch import nn
 from lightning_vr.core.devices import device_of
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import ControlVariate
+from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.estimators.targets import Target
 from lightning_vr.lifecycle.configuration import UndescribableError, describe
 from lightning_vr.training.diffusion import Diffusion
-
-SLOTS = ("draws", "target", "control_variate")
 
 
 @dataclass(frozen=True)

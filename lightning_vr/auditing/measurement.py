@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_vr.auditing.batch_pairs import batch_pairs
-from lightning_vr.auditing.candidates import SLOTS, Candidate, settings
+from lightning_vr.auditing.candidates import Candidate, settings
 from lightning_vr.auditing.default_candidates import default_candidates
 from lightning_vr.auditing.preparation import (
     choose_resamples,
@@ -40,6 +40,7 @@ from lightning_vr.core.distributed import all_reduce_mean, broadcast, least, ran
 from lightning_vr.core.gradients import parameter_groups
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import Clean
+from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.lifecycle.configuration import UndescribableError
 from lightning_vr.lifecycle.precision import loss_scale, loss_scaler
 from lightning_vr.lifecycle.run_context import RunContext

@@ -2,7 +2,7 @@
 
 ``WeightAveraging`` swaps its weights in when a validation epoch starts and out when it ends, so
 what a callback sees in between depends on the order of the callbacks. ``on_validation_end`` comes
-after all of that, whatever the order; here the averaged weights are put in place explicitly.
+after all of that, whatever the order; here the averaged weights are swapped in explicitly.
 """
 
 from abc import ABC, abstractmethod
@@ -16,78 +16,76 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_vr.core.rng import generator, preserve_global_rng
+from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.weight_averaging import averaged_weights
 from lightning_vr.process.sampling import evaluating
 from lightning_vr.training.module import DiffusionModule
 
 SampleFunction = Callable[[LightningModule, int], Tensor]
-"""``(module, count) -> samples (count, *)``, for modules that are not ours."""
+"""``(module, count) -> samples (count, *)``, for modules that are no ``DiffusionModule``."""
 
 
 class AfterValidation(Callback, ABC):
-    """Measures on the model's samples at the end of validation and test runs.
+    """Evaluates samples of the model at the end of validation and test runs.
 
     Args:
-        sample: Draws samples from a module that is no ``DiffusionModule``.
-        every_n_validations: Measure after every n-th validation run of a fit.
+        sample: Generates samples of a module that is no ``DiffusionModule``.
+        every_n_validations: Evaluate after every n-th validation run of a fit.
     """
 
     def __init__(self, sample: SampleFunction | None, every_n_validations: int) -> None:
-        if every_n_validations < 1:
-            raise ValueError(
-                f"Argument `every_n_validations` expected to be at least 1, "
-                f"but got {every_n_validations}."
-            )
+        check_at_least("every_n_validations", every_n_validations, 1)
         self.sample = sample
         self.every_n_validations = every_n_validations
         self._validations = 0
 
     @abstractmethod
-    def measure(self, trainer: Trainer, module: LightningModule) -> None:
-        """Sample and report; the averaged weights are in place. All ranks call it."""
+    def evaluate(self, trainer: Trainer, module: LightningModule) -> None:
+        """Generate samples and report on them, on all ranks, with the averaged weights in place."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that cannot be sampled."""
+        """Raise if the module cannot be sampled."""
         if self.sample is None and not isinstance(pl_module, DiffusionModule):
             raise MisconfigurationException(
-                f"{type(self).__name__} cannot sample from a {type(pl_module).__name__}: pass "
-                f"`sample`, a function (module, count) -> samples, or use a DiffusionModule."
+                f"`sample` must be given, as {type(self).__name__} cannot sample from a "
+                f"{type(pl_module).__name__}, got None: pass a function (module, count) -> "
+                f"samples, or use a DiffusionModule."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a trainer that never validates."""
+        """Raise if the trainer never validates."""
         if not trainer.enable_validation:
             raise MisconfigurationException(
-                f"{type(self).__name__} samples after each validation run, and this trainer has "
-                f"none: give a validation DataLoader and a `limit_val_batches` above 0."
+                f"{type(self).__name__} samples after each validation run, but this trainer does "
+                f"not validate: give a validation DataLoader and a `limit_val_batches` above 0."
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, with averaged weights where a callback keeps some."""
+        """Evaluate with the averaged weights, if a callback keeps some."""
         if trainer.sanity_checking:
             return
         self._validations += trainer.state.fn == TrainerFn.FITTING
         if self._validations % self.every_n_validations == 0:
             with averaged_weights(trainer, pl_module):
-                self.measure(trainer, pl_module)
+                self.evaluate(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, with the weights that were tested."""
-        self.measure(trainer, pl_module)
+        """Evaluate with the weights that were tested."""
+        self.evaluate(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of validation runs so far."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of validation runs."""
         self._validations = state_dict["validations"]
 
-    def draw(self, module: LightningModule, count: int, key: str, start: int = 0) -> Tensor:
-        """Return ``count`` decoded samples, of all those with ``key`` the ones from ``start`` on.
+    def generate(self, module: LightningModule, count: int, key: str, start: int = 0) -> Tensor:
+        """Return ``count`` decoded samples of the stream ``key``, from number ``start`` on.
 
-        They depend on the run's seed and these two alone. Classes, if there are any, are cycled
-        over.
+        They depend on the run's seed, the key and the start alone. Sample i has class i modulo the
+        number of classes, if there are classes.
         """
         with module.trainer.precision_plugin.forward_context():
             if self.sample is None and isinstance(module, DiffusionModule):

@@ -1,8 +1,9 @@
-"""FrechetDistance: how far the model's samples are from the training set, during training.
+"""FrechetDistance: the distance of the model's samples from the training set, during training.
 
 The squared Fréchet distance between Gaussians fitted to features of both (Heusel et al. 2017, arXiv
-1706.08500). It depends on the features and on the number of samples, and compares only at equal
-ones, so both stand in the metric's name; it is an FID with ``InceptionFeatures`` alone.
+1706.08500). It depends on the features and on the number of samples, and only values for the same
+features and number can be compared, so both are part of the metric's name. With
+``InceptionFeatures`` alone it is an FID.
 """
 
 from collections.abc import Callable
@@ -11,37 +12,37 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
 from lightning_vr.core.distributed import rank, world_size
+from lightning_vr.core.progress import progress_bar
 from lightning_vr.lifecycle.loggers import log_numbers
 from lightning_vr.lifecycle.training_set import training_batches
 from lightning_vr.metrics import Features, FrechetMetric, IdentityFeatures, RandomConvFeatures
 from lightning_vr.training.module import DiffusionModule
 
 _BLOCK = 250
-"""Samples per draw. Their noise depends on the block alone, whatever the number of ranks."""
+"""Samples generated at a time. Their noise does not depend on the number of ranks."""
 
 
 class FrechetDistance(AfterValidation):
     """Logs ``frechet_distance/<features>_n<samples>`` after validation.
 
-    The real side is the training set, read once. Averaged weights are measured where a
-    ``WeightAveraging`` callback keeps some, whatever the order of the callbacks. The value can be
-    monitored by ``ModelCheckpoint``.
+    The real samples are the training set, which is read once. If a ``WeightAveraging`` callback
+    keeps averaged weights, these are evaluated, whatever the order of the callbacks.
+    ``ModelCheckpoint`` can monitor the value.
 
     Args:
-        features: The space to compare in. By default a fixed random convolution for images, and the
-            points themselves for points.
+        features: The space to compare in. By default fixed random convolutions for images, and
+            the points themselves for points.
         samples: Number of generated samples, over all ranks.
-        real_samples: At most so many of the training set, evenly spaced; all if not given.
-        every_n_validations: Measure after every n-th validation run of a fit.
+        real_samples: At most this many of the training set, evenly spaced; all if not given.
+        every_n_validations: Evaluate after every n-th validation run of a fit.
         sample: A function ``(module, count) -> samples`` for modules that are no DiffusionModule.
         clean: A function from a training batch to real samples, for such modules.
 
     Raises:
-        ValueError: If there are fewer samples than features, so that no covariance has full rank.
+        ValueError: If there are no more samples than features, so that no covariance has full rank.
     """
 
     def __init__(
@@ -64,30 +65,28 @@ class FrechetDistance(AfterValidation):
 
     @property
     def state_key(self) -> str:
-        """Tell two instances with different features or counts apart."""
+        """A key that differs between instances with other features or numbers of samples."""
         name = None if self.features is None else self.features.name
         return self._generate_state_key(features=name, samples=self.samples)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse samples that the features do not fit, by a look at one for each rank."""
+        """Raise if the features do not fit the training data, by one sample on each rank."""
         super().on_train_start(trainer, pl_module)
         self._metric = None  # of an earlier fit's data
         with torch.no_grad():
-            for _, batch in training_batches(trainer, "Looking at the data", world_size()):
-                real = self._real(pl_module, batch)
+            for _, batch in training_batches(trainer, "Checking the data", world_size()):
+                real = self._real_samples(pl_module, batch)
                 (self.features or self._default_features(real)).check_images(real)
 
-    def measure(self, trainer: Trainer, module: LightningModule) -> None:
-        """Sample, compare with the training set and log."""
+    def evaluate(self, trainer: Trainer, module: LightningModule) -> None:
+        """Generate samples, compare them with the training set and log the distance."""
         metric = self._metric or self._read_training_set(trainer, module)
         self._metric = metric
-        metric.reset(keep_real=True)
+        metric.reset()
         starts = range(rank() * _BLOCK, self.samples, world_size() * _BLOCK)
         is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        for start in tqdm(
-            starts, "Sampling", leave=False, delay=1, disable=None if is_shown else True
-        ):
-            samples = self.draw(module, min(_BLOCK, self.samples - start), "frechet", start)
+        for start in progress_bar(starts, "Sampling", is_shown=is_shown):
+            samples = self.generate(module, min(_BLOCK, self.samples - start), "frechet", start)
             metric.update(samples, real=False)
         name = f"frechet_distance/{metric.features.name}_n{self.samples}"
         log_numbers(trainer, {name: float(metric.compute())})
@@ -98,23 +97,24 @@ class FrechetDistance(AfterValidation):
             for _, batch in training_batches(
                 trainer, "Reading the training set", self.real_samples
             ):
-                real = self._real(module, batch)
+                real = self._real_samples(module, batch)
                 if metric is None:
-                    metric = FrechetMetric(self.features or self._default_features(real))
+                    features = self.features or self._default_features(real)
+                    metric = FrechetMetric(features, reset_real_features=False)
                     metric.to(real.device)
                 metric.update(real, real=True)
         assert metric is not None, "a DataLoader over an empty training set yields no batch"
         return metric
 
-    def _real(self, module: LightningModule, batch: Any) -> Tensor:
+    def _real_samples(self, module: LightningModule, batch: Any) -> Tensor:
         with module.trainer.precision_plugin.forward_context():
             if self.clean is not None:
                 return self.clean(batch)
             if isinstance(module, DiffusionModule):
                 return module.decode(module.clean(batch).x0)
         raise ValueError(
-            f"Argument `clean` is needed for a {type(module).__name__}: a function from a training "
-            f"batch to real samples."
+            f"`clean` must be given for a {type(module).__name__}, got None: pass a function from "
+            f"a training batch to real samples."
         )
 
     def _default_features(self, real: Tensor) -> Features:
@@ -128,7 +128,7 @@ class FrechetDistance(AfterValidation):
         for name, count in (("samples", self.samples), ("real_samples", self.real_samples)):
             if count is not None and count <= features.dimension:
                 raise ValueError(
-                    f"Argument `{name}` expected to be more than {features.dimension}, the number "
-                    f"of features of {features.name!r}, but got {count}: take more samples or "
-                    f"smaller features."
+                    f"`{name}` must be more than {features.dimension}, the number of features of "
+                    f"{features.name!r}, got {count}: use more samples, or features of a smaller "
+                    f"dimension."
                 )

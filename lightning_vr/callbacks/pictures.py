@@ -16,10 +16,10 @@ def save_picture(samples: Tensor, path: Path, columns: int | None = None) -> Non
     Args:
         samples: Images with 1 or 3 channels, or points in the plane.
         path: The PNG to write; its folder is made.
-        columns: Number of columns of the grid; a square if not given.
+        columns: Number of columns of the grid; the grid is square if not given.
 
     Raises:
-        ValueError: If samples are neither.
+        ValueError: If samples are neither images nor points.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = samples.detach().float().cpu()
@@ -28,18 +28,19 @@ def save_picture(samples: Tensor, path: Path, columns: int | None = None) -> Non
     elif samples.ndim == 2 and samples.shape[1] == 2:
         _scatter(samples, path)
     else:
-        raise ValueError(_no_picture(tuple(samples.shape[1:])))
+        raise ValueError(picture_shape_message(tuple(samples.shape[1:])))
 
 
 def is_picture(shape: tuple[int, ...]) -> bool:
-    """Return whether samples of ``shape`` are what ``save_picture`` can draw."""
+    """Return whether ``save_picture`` can draw samples of ``shape``."""
     return (len(shape) == 3 and shape[0] in (1, 3)) or shape == (2,)
 
 
-def _no_picture(shape: tuple[int, ...]) -> str:
+def picture_shape_message(shape: tuple[int, ...]) -> str:
+    """Return the error message for samples of a ``shape`` that ``save_picture`` cannot draw."""
     return (
-        f"Samples expected to be images (1 or 3, H, W) or points (2,), but got {shape}: override "
-        f"`decode` to turn them into pictures, or leave SampleGrid out."
+        f"Samples must be images (1 or 3, H, W) or points (2,), got {shape}: override `decode` to "
+        f"turn them into pictures, or leave SampleGrid out."
     )
 
 

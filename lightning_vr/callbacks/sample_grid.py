@@ -1,4 +1,4 @@
-"""SampleGrid: what the model draws, the same noise at every look, as pictures."""
+"""SampleGrid: pictures of samples of the model, from the same noise each time."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
-from lightning_vr.callbacks.pictures import _no_picture, is_picture, save_picture
+from lightning_vr.callbacks.pictures import is_picture, picture_shape_message, save_picture
 from lightning_vr.core.rng import preserve_global_rng
+from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.loggers import log_picture, run_folder, training_goes_on
 from lightning_vr.training.module import DiffusionModule
 
@@ -18,12 +19,12 @@ class SampleGrid(AfterValidation):
     """Writes samples as a picture after validation, to ``samples/`` in the run's folder.
 
     Images make a grid, one column per class if there are classes; points in the plane make a
-    scatter plot. The noise is the same each time, so that one sees samples grow. Loggers that can
-    show pictures get them too.
+    scatter plot. The noise is the same each time, so that pictures can be compared. Loggers that
+    can show pictures get them too.
 
     Args:
-        samples: How many.
-        every_n_validations: Draw after every n-th validation run of a fit.
+        samples: Number of samples.
+        every_n_validations: Write a picture after every n-th validation run of a fit.
         sample: A function ``(module, count) -> samples`` for modules that are no DiffusionModule;
             images in [-1, 1].
 
@@ -39,8 +40,7 @@ class SampleGrid(AfterValidation):
         sample: SampleFunction | None = None,
     ) -> None:
         super().__init__(sample, every_n_validations)
-        if samples < 1:
-            raise ValueError(f"Argument `samples` expected to be at least 1, but got {samples}.")
+        check_at_least("samples", samples, 1)
         self.samples = samples
         self._is_checked = False
 
@@ -52,7 +52,7 @@ class SampleGrid(AfterValidation):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Refuse samples that make no picture, once their shape is known."""
+        """Raise if samples cannot be drawn as a picture, once their shape is known."""
         if (
             self._is_checked
             or self.sample is not None
@@ -61,17 +61,17 @@ class SampleGrid(AfterValidation):
             return
         self._is_checked = True
         with torch.no_grad(), preserve_global_rng():
-            shape = self.draw(pl_module, 1, "shape").shape[1:]
+            shape = self.generate(pl_module, 1, "shape").shape[1:]
         if not is_picture(tuple(shape)):
-            raise MisconfigurationException(_no_picture(tuple(shape)))
+            raise MisconfigurationException(picture_shape_message(tuple(shape)))
 
-    def measure(self, trainer: Trainer, module: LightningModule) -> None:
-        """Draw the samples and write their picture."""
+    def evaluate(self, trainer: Trainer, module: LightningModule) -> None:
+        """Generate the samples and write their picture."""
         stage = trainer.state.fn or TrainerFn.FITTING
         is_fit = stage == TrainerFn.FITTING
         name = f"step_{trainer.global_step:08d}" if is_fit else stage.value
         path = run_folder(trainer) / "samples" / f"{name}.png"
-        samples = self.draw(module, self.samples, "grid")
+        samples = self.generate(module, self.samples, "grid")
         if trainer.is_global_zero:
             with training_goes_on(trainer, f"The samples {path}"):
                 save_picture(samples, path, columns=_columns(module, len(samples)))
@@ -79,6 +79,6 @@ class SampleGrid(AfterValidation):
 
 
 def _columns(module: LightningModule, count: int) -> int | None:
-    """Return the number of classes, so that each has a column, if there is a sample of each."""
+    """Return the number of classes, for a column each, if there is a sample of each class."""
     classes = getattr(module, "num_classes", None)
     return classes if classes and classes <= count else None

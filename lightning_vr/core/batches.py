@@ -1,18 +1,12 @@
-"""Rows of a batch, whatever it is made of: tensors and texts in tuples, dictionaries and so on."""
+"""Rows of a batch of any structure: tensors and texts in tuples, dictionaries and dataclasses."""
 
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-
-class _IsText(type):
-    def __instancecheck__(cls, x: Any) -> bool:
-        return isinstance(x, (list, tuple)) and all(isinstance(each, str) for each in x)
-
-
-class _Texts(metaclass=_IsText):
-    """What collate functions make of one text for each sample."""
+_ROWS = (Tensor, list, tuple)
+"""What may have one entry for each sample: collate functions make lists of texts."""
 
 
 def batch_size(batch: Any) -> int:
@@ -25,8 +19,8 @@ def batch_size(batch: Any) -> int:
     apply_to_collection(batch, Tensor, lambda x: sizes.append(len(x)) if x.ndim else None)
     if not sizes:
         raise ValueError(
-            f"The batch expected to hold a tensor with one row for each sample, "
-            f"but got {type(batch).__name__}: let the collate function stack tensors."
+            f"The batch must hold a tensor with one row for each sample, "
+            f"got {type(batch).__name__}: let the collate function stack tensors."
         )
     return sizes[0]
 
@@ -36,14 +30,17 @@ def take_rows(batch: Any, start: int, stop: int) -> Any:
     size = batch_size(batch)
 
     def rows(x: Any) -> Any:
-        is_scalar = isinstance(x, Tensor) and x.ndim == 0
-        return x if is_scalar or len(x) != size else x[start:stop]
+        if isinstance(x, Tensor) or all(isinstance(each, str) for each in x):
+            is_scalar = isinstance(x, Tensor) and x.ndim == 0
+            return x if is_scalar or len(x) != size else x[start:stop]
+        parts = [apply_to_collection(each, _ROWS, rows) for each in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
 
-    return apply_to_collection(batch, (Tensor, _Texts), rows)
+    return apply_to_collection(batch, _ROWS, rows)
 
 
 def is_plain(batch: Any) -> bool:
-    """Tell whether a batch is made of tensors, texts and numbers alone, as files safely hold it."""
+    """Return whether a batch holds only tensors, texts and numbers, as files safely do."""
     if isinstance(batch, dict):
         return all(isinstance(key, str) and is_plain(value) for key, value in batch.items())
     if isinstance(batch, (list, tuple)):

@@ -129,7 +129,7 @@ def destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
-class SharedError(ValueError):
+class SynchronizedError(ValueError):
     """An error that all ranks raise at the same place."""
 
 
@@ -140,4 +140,4 @@ def ranks_save_together() -> bool:
     ``SystemExit``, reaches all ranks.
     """
     kind = sys.exc_info()[0]
-    return world_size() == 1 or kind is None or issubclass(kind, (SystemExit, SharedError))
+    return world_size() == 1 or kind is None or issubclass(kind, (SystemExit, SynchronizedError))

@@ -8,7 +8,7 @@ disturbing training (Salmon et al. 2011, "Parallel random numbers: as easy as 1,
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -26,27 +26,35 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def set_global_rng(source: torch.Generator) -> None:
-    """Let torch's global generators start from a keyed one's seed.
+def set_global_rng(source: torch.Generator) -> Callable[[], None]:
+    """Let torch's global generators start from a keyed one's seed, for dropout and the like.
 
-    For what draws from them and cannot be told otherwise: dropout, the sampling of an encoder.
+    Returns:
+        A function that puts the global generators back to where they were.
     """
     # `torch.manual_seed` takes a hundred times as long, and queues a call for each idle device
-    for stream in _global_streams(source):
+    streams = [torch.default_generator]
+    if source.device.type == "cuda":
+        streams.append(torch.cuda.default_generators[source.device.index or 0])
+    states = [stream.get_state() for stream in streams]
+    for stream in streams:
         stream.manual_seed(source.initial_seed())
+
+    def restore() -> None:
+        for stream, state in zip(streams, states, strict=True):
+            stream.set_state(state)
+
+    return restore
 
 
 @contextmanager
 def seed_global_rng(source: torch.Generator) -> Iterator[None]:
-    """Do what ``set_global_rng`` does for a while; restore the global generators on leaving."""
-    streams = _global_streams(source)
-    states = [stream.get_state() for stream in streams]
+    """Seed torch's global generators as ``set_global_rng`` does; restore them on leaving."""
+    restore = set_global_rng(source)
     try:
-        set_global_rng(source)
         yield
     finally:
-        for stream, state in zip(streams, states, strict=True):
-            stream.set_state(state)
+        restore()
 
 
 @contextmanager
@@ -60,10 +68,3 @@ def preserve_global_rng() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-def _global_streams(source: torch.Generator) -> list[torch.Generator]:
-    streams = [torch.default_generator]
-    if source.device.type == "cuda":
-        streams.append(torch.cuda.default_generators[source.device.index or 0])
-    return streams

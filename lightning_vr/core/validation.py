@@ -76,8 +76,16 @@ def check_finite(name: str, x: Tensor) -> None:
         )
 
 
-def check_labels(name: str, labels: Tensor, num_classes: int | None) -> None:
+def check_labels(
+    name: str, labels: Tensor, num_classes: int | None, count: int | None = None
+) -> None:
     """Raise if ``labels (n,)`` are no integers in ``[0, num_classes)``.
+
+    Args:
+        name: The argument.
+        labels: What it is.
+        num_classes: Number of classes.
+        count: Number of samples n, if known.
 
     Raises:
         ValueError: With the number of wrong labels and the first of them.
@@ -87,10 +95,11 @@ def check_labels(name: str, labels: Tensor, num_classes: int | None) -> None:
             f"`num_classes` must be given with `{name}`, got None: set it to the number of "
             f"classes, or leave `{name}` out."
         )
-    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+    shape = (len(labels) if labels.ndim else 1,) if count is None else (count,)
+    if labels.shape != shape or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
-            f"`{name}` must be integers of shape (n,), one for each sample, got {labels.dtype} of "
-            f"shape {tuple(labels.shape)}."
+            f"`{name}` must be integers of shape ({'n' if count is None else count},), one for "
+            f"each sample, got {labels.dtype} of shape {tuple(labels.shape)}."
         )
     wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
     if len(wrong):

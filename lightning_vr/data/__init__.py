@@ -1,4 +1,7 @@
-"""Data modules: bundled digits, points from known densities, images of a user's own."""
+"""Data modules: handwritten digits, points from known densities, the user's own images.
+
+The room imports ``core`` alone.
+"""
 
 from lightning_vr.data.datamodule import SplitDataModule
 from lightning_vr.data.dataset import InMemoryDataset, SampleDataset

@@ -1,15 +1,13 @@
 """A training set, a validation set and their loaders: what all data modules here share.
 
-The training loader shuffles and drops the last uneven batch, for batches of different sizes on
-different ranks would bias a mean over them. It deals samples to the ranks itself; into the
+The training loader shuffles and drops the last, smaller batch, because batches of different sizes
+on different ranks would bias a mean over them. It distributes samples over the ranks itself; in the
 validation loader Lightning puts its distributed sampler under DDP. The ``"index"`` of a sample is
-its position in the data set whatever the sampler.
+its position in the data set, whatever the sampler.
 
 A checkpoint holds the position in the training order, so that a resumed run goes on with the next
-batch, in mid-epoch as well.
+batch, also in the middle of an epoch.
 """
-
-from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
@@ -21,6 +19,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_vr.core.validation import check_at_least
 from lightning_vr.data.dataset import Sample, SampleDataset
 from lightning_vr.data.order import EpochOrder, ResumableLoader
 
@@ -35,8 +34,8 @@ class SplitDataModule(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
-        expect_at_least("batch_size", batch_size, 1)
-        expect_at_least("num_workers", num_workers, 0)
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("num_workers", num_workers, 0)
 
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -53,17 +52,17 @@ class SplitDataModule(LightningDataModule, ABC):
     @property
     @abstractmethod
     def num_classes(self) -> int | None:
-        """Number of classes, ``None`` if the data has no labels."""
+        """Number of classes, None if the data has no labels."""
 
     @abstractmethod
     def build_datasets(self) -> tuple[SampleDataset, SampleDataset]:
-        """The training set and the validation set."""
+        """Build the training set and the validation set."""
 
     def setup(self, stage: str = "fit") -> None:
-        """Builds both data sets, whatever the stage.
+        """Build both data sets, whatever the stage.
 
         Args:
-            stage: Lightning's name of what is about to run.
+            stage: Lightning's name of the stage that is about to run.
 
         Raises:
             ValueError: If the training set cannot fill one batch on every process.
@@ -75,31 +74,31 @@ class SplitDataModule(LightningDataModule, ABC):
         processes = self.trainer.world_size if self.trainer is not None else 1
         largest = count // processes
         if self.batch_size > largest:
-            shared = f" shared by {processes} processes" if processes > 1 else ""
+            divided = f" divided by {processes} processes" if processes > 1 else ""
             raise ValueError(
-                f"Argument `batch_size` expected to be between 1 and {largest}, the size of the"
-                f" training set{shared}, but got {self.batch_size}: choose a smaller batch."
+                f"`batch_size` must be between 1 and {largest}, the size of the training set"
+                f"{divided}, got {self.batch_size}: use a smaller batch."
             )
 
     @property
     def train_dataset(self) -> SampleDataset:
-        """The training set; a batch's ``"index"`` counts its rows."""
-        return self._built("train_dataset")[0]
+        """The training set; the ``"index"`` in a batch is a position in it."""
+        return self._datasets_for("train_dataset")[0]
 
     @property
     def validation_dataset(self) -> SampleDataset:
         """The validation set."""
-        return self._built("validation_dataset")[1]
+        return self._datasets_for("validation_dataset")[1]
 
     @property
     def sigma_data(self) -> float:
-        """Overall standard deviation of the training data; known after ``setup``."""
+        """Standard deviation of all entries of the training data; known after ``setup``."""
         if self._sigma_data is None:
-            self._sigma_data = self._built("sigma_data")[0].standard_deviation()
+            self._sigma_data = self._datasets_for("sigma_data")[0].standard_deviation()
         return self._sigma_data
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches of one size, from where a resumed run stands."""
+        """Return shuffled batches of one size, from the position of a resumed run on."""
         trainer, start = self.trainer, self._position
         if "seed" not in start:
             seed = torch.initial_seed() % 2**63
@@ -113,53 +112,54 @@ class SplitDataModule(LightningDataModule, ABC):
             start=start.pop("batches", 0) * self.batch_size,
         )
         return ResumableLoader(
-            self.train_dataset, sampler=self._order, drop_last=True, **self._loading()
+            self.train_dataset, sampler=self._order, drop_last=True, **self._loader_options()
         )
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """The whole validation set, in order."""
-        return DataLoader(self.validation_dataset, **self._loading())
+        """Return the whole validation set, in order."""
+        return DataLoader(self.validation_dataset, **self._loader_options())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where training stands in the order of its samples."""
+        """Return the position of training in the order of its samples."""
         order = self._order
         if self.trainer is None or order is None:
             return {}
         epoch, batches = order.epoch, order.start // self.batch_size
-        if order.begun is not None:
+        if order.started_epoch is not None:
             progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-            epoch, batches = order.begun, progress.current.processed
+            epoch, batches = order.started_epoch, progress.current.processed
         if batches >= self.trainer.num_training_batches:
             epoch, batches = epoch + 1, 0
         size = self.batch_size * self.trainer.world_size
         return {"seed": order.seed, "epoch": epoch, "batches": batches, "size": size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there.
+        """Continue from the position of a checkpoint.
 
         Raises:
-            MisconfigurationException: If it is the middle of an epoch of batches of another size.
+            MisconfigurationException: If it is in the middle of an epoch of batches of another
+                size.
         """
         ranks = 1 if self.trainer is None else self.trainer.world_size
         if state_dict["batches"] and state_dict["size"] != self.batch_size * ranks:
             raise MisconfigurationException(
-                f"Argument `batch_size` expected to be {state_dict['size'] / ranks:g} on "
-                f"{ranks} processes, for the checkpoint is from the middle of an epoch with "
-                f"batches of {state_dict['size']} in all, but got {self.batch_size}: resume with "
-                f"as many samples in a batch, or from a checkpoint of the end of an epoch."
+                f"`batch_size` must be {state_dict['size'] / ranks:g} on {ranks} processes, as the "
+                f"checkpoint is from the middle of an epoch with batches of {state_dict['size']} "
+                f"in all, got {self.batch_size}: use batches of the same size, or resume from a "
+                f"checkpoint of the end of an epoch."
             )
         self._position = {name: state_dict[name] for name in ("seed", "epoch", "batches")}
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """The validation set: none of these data sets keeps a third part."""
+        """Return the validation set: none of these data sets has a test set of its own."""
         return self.val_dataloader()
 
-    def _built(self, name: str) -> tuple[SampleDataset, SampleDataset]:
+    def _datasets_for(self, name: str) -> tuple[SampleDataset, SampleDataset]:
         if self._datasets is None:
             raise RuntimeError(f"`{name}` is known after `setup`: call `setup()` first.")
         return self._datasets
 
-    def _loading(self) -> dict[str, Any]:
+    def _loader_options(self) -> dict[str, Any]:
         return {
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
@@ -169,18 +169,18 @@ class SplitDataModule(LightningDataModule, ABC):
 
 
 def stratified_split(label: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Splits samples at random, each class in the same proportion to within one sample.
+    """Split samples at random, each class in the same proportion to within one sample.
 
-    Samples are ordered by class, at random within a class, and every ``1/fraction``-th one is
+    Samples are ordered by class, at random within a class, and one in ``1/fraction`` of them is
     held out.
 
     Args:
-        label: Classes of shape ``(N,)``; all alike for a plain random split.
-        fraction: Share of the samples to hold out, rounded up to a whole number of them.
+        label: Classes of shape ``(N,)``; all equal for a plain random split.
+        fraction: Fraction of the samples to hold out, rounded up to a whole number of them.
         seed: Seed of the order.
 
     Returns:
-        Sorted positions of the training samples and of the held out samples.
+        Sorted positions of the training samples and of the held-out samples.
 
     Raises:
         ValueError: If either part would be empty.
@@ -189,8 +189,9 @@ def stratified_split(label: Tensor, fraction: float, seed: int) -> tuple[Tensor,
     held_out = math.ceil(fraction * count) if 0 < fraction < 1 else 0
     if not 0 < held_out < count:
         raise ValueError(
-            "Argument `validation_fraction` expected to be between 0 and 1 and to leave a sample on"
-            f" either side of the split, but got {fraction} of {count} samples."
+            f"`validation_fraction` must be between 0 and 1 and leave at least one sample in each "
+            f"part of the split, got {fraction} of {count} samples: use a fraction such as 0.1, or "
+            f"more samples."
         )
 
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -200,18 +201,3 @@ def stratified_split(label: Tensor, fraction: float, seed: int) -> tuple[Tensor,
     every = torch.arange(held_out, dtype=torch.float64).add(0.5).mul(count / held_out).long()
     chosen[by_class[every]] = True
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
-
-
-def expect_at_least(name: str, value: float, least: float) -> None:
-    """Refuses a number below the smallest one allowed, and ``nan``.
-
-    Args:
-        name: The argument.
-        value: What it is.
-        least: The smallest it may be.
-
-    Raises:
-        ValueError: If it is smaller.
-    """
-    if not value >= least:
-        raise ValueError(f"Argument `{name}` expected to be at least {least}, but got {value}.")

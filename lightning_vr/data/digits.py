@@ -5,8 +5,6 @@ Repository, 1998 (its test set). Small enough to train on one processor core, an
 training set to serve as references.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from lightning_vr.data.dataset import InMemoryDataset
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """All digits, training and validation alike.
+    """Return all digits, those of training and validation.
 
     Returns:
         Images, float32 of shape ``(1797, 1, 8, 8)``, the 17 grey levels scaled to ``[-1, 1]``, and
@@ -33,7 +31,7 @@ class Digits(SplitDataModule):
 
     Args:
         batch_size: Samples per batch and process.
-        validation_fraction: Share of each class that is held out; 0.2 holds out 360 of 1797 images.
+        validation_fraction: Fraction of each class to hold out; 0.2 holds out 360 of 1797 images.
         seed: Seed of the split.
         num_workers: Processes that load batches; 0 loads them in the training process.
     """
@@ -56,11 +54,11 @@ class Digits(SplitDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Ten digits."""
+        """Ten, one per digit."""
         return 10
 
     def build_datasets(self) -> tuple[InMemoryDataset, InMemoryDataset]:
-        """The digits, split by class."""
+        """Split the digits by class."""
         images, labels = digits()
         train, validation = stratified_split(labels, self.validation_fraction, self.seed)
         return (

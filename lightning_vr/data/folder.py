@@ -1,7 +1,5 @@
 """A folder of image files as training data."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -38,7 +36,7 @@ class ImageFiles:
             return image
 
     def name(self, index: int) -> str:
-        """The path of a file.
+        """Return the path of a file.
 
         Args:
             index: Its position.
@@ -46,7 +44,7 @@ class ImageFiles:
         return str(self.paths[index])
 
     def verify(self) -> None:
-        """Looks at the structure of each file, of at most 4096 evenly spaced ones.
+        """Check the structure of the files, of at most 4096 evenly spaced ones.
 
         Raises:
             ValueError: If one is not an image; the error names it.
@@ -65,9 +63,9 @@ class ImageFolder(ImageDataModule):
     Hidden files and folders (a leading dot) are left out, links are followed, transparency is
     dropped. Files are checked at ``setup``, up to 4096 of them, and again when they are decoded.
 
-    Mirroring is an unlabelled augmentation: the network is not told of it and learns the density
-    of images and mirror images together. Both are samples with an ``"index"`` of their own, so
-    that a bank of references knows both; an epoch is twice as long.
+    Mirroring is an unlabelled augmentation: the network does not know of it and learns the density
+    of images and mirror images together. Both are samples with their own ``"index"``, so that
+    references can hold both; an epoch is twice as long.
 
     Args:
         path: The folder.
@@ -77,7 +75,7 @@ class ImageFolder(ImageDataModule):
         labels_from_folders: Whether the first level of sub-folders names the classes, numbered in
             the order of their names.
         horizontal_flip: Whether to give every training image a second time, mirrored.
-        validation_fraction: Share of the images (of each class) that is held out.
+        validation_fraction: Fraction of the images (of each class) to hold out.
         seed: Seed of the split.
         num_workers: Processes that load batches; 0 loads them in the training process.
     """
@@ -108,7 +106,7 @@ class ImageFolder(ImageDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of sub-folders with images if they name the classes, else ``None``."""
+        """Number of sub-folders with images if they name the classes, else None."""
         return len(self.classes) if self.labels_from_folders else None
 
     @cached_property
@@ -117,13 +115,14 @@ class ImageFolder(ImageDataModule):
         loose = [path for path in self._files if len(path.parts) == 1]
         if loose:
             raise ValueError(
-                "Argument `labels_from_folders` expected every image to be in a sub-folder of"
-                f" {self.path}, but {loose[0]} is not: move it, or set the argument to false."
+                f"`labels_from_folders` must be false unless every image is in a sub-folder of "
+                f"{self.path}, got true and the image {loose[0]}: move it to a sub-folder, or set "
+                f"`labels_from_folders` to false."
             )
         return sorted({path.parts[0] for path in self._files})
 
     def build_datasets(self) -> tuple[DecodedImages, DecodedImages]:
-        """The images, split by class."""
+        """Split the images by class."""
         ImageFiles([self.path / path for path in self._files]).verify()
         label = self._labels()
 
@@ -146,10 +145,10 @@ class ImageFolder(ImageDataModule):
 
     @cached_property
     def _files(self) -> list[Path]:
-        """Paths relative to the folder, sorted."""
+        """Sorted paths relative to the folder."""
         if not self.path.is_dir():
             raise ValueError(
-                f"Argument `path` expected to be an existing folder, but got {self.path}."
+                f"`path` must be an existing folder, got {self.path}: check its spelling."
             )
 
         files = []
@@ -163,7 +162,8 @@ class ImageFolder(ImageDataModule):
 
         if not files:
             raise ValueError(
-                "Argument `path` expected to hold images, but none of the files in"
-                f" {self.path} and its sub-folders ends in {', '.join(EXTENSIONS)}."
+                f"`path` must be a folder of images, got {self.path}, and none of the files in it "
+                f"and its sub-folders ends in {', '.join(EXTENSIONS)}: use another folder, or "
+                f"convert the images."
             )
         return sorted(files)

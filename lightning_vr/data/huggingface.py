@@ -1,7 +1,5 @@
 """Images of a Hugging Face data set that was written with ``save_to_disk``."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +34,7 @@ class ImageColumn:
         return image  # type: ignore[no-any-return]
 
     def name(self, index: int) -> str:
-        """The row and column of an image.
+        """Return the row and column of an image.
 
         Args:
             index: Its position.
@@ -57,11 +55,11 @@ class HuggingFaceImages(ImageDataModule):
         size: Side of the square images, in pixels.
         batch_size: Samples per batch and process.
         image_column: Column of the images, of type ``datasets.Image``.
-        label_column: Column of the classes, integers from 0; none for data without labels.
+        label_column: Column of the classes, integers from 0; None for data without labels.
         train_split: Split to train on, if the data set has several.
-        validation_split: Split to validate on; by default a share of the training split is
+        validation_split: Split to validate on; by default a fraction of the training split is
             held out.
-        validation_fraction: Share of the images (of each class) that is held out if there is no
+        validation_fraction: Fraction of the images (of each class) to hold out if there is no
             validation split.
         channels: 1 for grey, 3 for colour.
         horizontal_flip: Whether to give every training image a second time, mirrored.
@@ -101,7 +99,7 @@ class HuggingFaceImages(ImageDataModule):
 
     @cached_property
     def num_classes(self) -> int | None:
-        """Classes of a ``ClassLabel`` column, else one more than the largest label."""
+        """Number of classes of a ``ClassLabel`` column, else one more than the largest label."""
         if self.label_column is None:
             return None
         rows = self._split(self.train_split)
@@ -109,7 +107,7 @@ class HuggingFaceImages(ImageDataModule):
         return declared or int(self._labels(rows).max()) + 1
 
     def build_datasets(self) -> tuple[DecodedImages, DecodedImages]:
-        """The training and the validation split, or two parts of the training split."""
+        """Return the training and the validation split, or two parts of the training split."""
         train = self._split(self.train_split)
         if self.validation_split is not None:
             validation = self._split(self.validation_split)
@@ -127,38 +125,38 @@ class HuggingFaceImages(ImageDataModule):
         labels = rows[self.label_column][:]
         if not all(isinstance(label, int) for label in labels):
             raise ValueError(
-                f"Argument `label_column` expected to name a column of integers, but"
-                f" {self.label_column!r} holds {rows.features[self.label_column]}, or rows without"
-                " a label: see `datasets.Dataset.class_encode_column`."
+                f"`label_column` must be a column of integers, got {self.label_column!r}, which "
+                f"holds {rows.features[self.label_column]}, or rows without a label: use "
+                f"`datasets.Dataset.class_encode_column`, and remove rows without a label."
             )
         return torch.tensor(labels, dtype=torch.int64)
 
     def _split(self, name: str) -> Any:
-        """Rows of a split, its columns checked."""
+        """Return the rows of a split after a check of its columns."""
         splits = self._splits
         if name not in splits:
             raise ValueError(
-                f"Arguments `train_split` and `validation_split` expected to be in {list(splits)},"
-                f" the splits of {self.path}, but got {name!r}."
+                f"`train_split` and `validation_split` must be in {list(splits)}, the splits of "
+                f"{self.path}, got {name!r}: use one of those."
             )
 
         features = splits[name].features
         images = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
         if self.image_column not in images:
             raise ValueError(
-                f"Argument `image_column` expected to be in {images}, the columns of images in"
-                f" {self.path}, but got {self.image_column!r}."
+                f"`image_column` must be in {images}, the columns of images in {self.path}, got "
+                f"{self.image_column!r}: use one of those."
             )
         if self.label_column is not None and self.label_column not in features:
             raise ValueError(
-                f"Argument `label_column` expected to be in {list(features)}, the columns of"
-                f" {self.path}, but got {self.label_column!r}."
+                f"`label_column` must be in {list(features)}, the columns of {self.path}, got "
+                f"{self.label_column!r}: use one of those, or leave it out."
             )
         return splits[name].with_format(None)
 
     @cached_property
     def _splits(self) -> dict[str, Any]:
-        """All splits by name; one without a name is called as the training split is."""
+        """All splits by name; a data set without splits is the training split."""
         try:
             from datasets import Dataset, load_from_disk
         except ImportError as error:
@@ -170,7 +168,7 @@ class HuggingFaceImages(ImageDataModule):
             loaded = load_from_disk(str(self.path))
         except FileNotFoundError as error:
             raise ValueError(
-                "Argument `path` expected to be a folder written by `datasets` with save_to_disk,"
-                f" but got {self.path}."
+                f"`path` must be a folder that `save_to_disk` of `datasets` wrote, got {self.path}:"
+                f" save the data set there first."
             ) from error
         return {self.train_split: loaded} if isinstance(loaded, Dataset) else dict(loaded)

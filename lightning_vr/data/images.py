@@ -1,10 +1,8 @@
-"""Images of a user's own: decoded, cropped, resized and scaled one sample at a time.
+"""The user's own images: decoded, cropped, resized and scaled one sample at a time.
 
-An image is turned as its EXIF record says, cropped to its central square, resized with the bicubic
+An image is rotated as its EXIF record says, cropped to its central square, resized with the bicubic
 filter (which averages when it shrinks) and scaled from 8 bits to ``[-1, 1]``.
 """
-
-from __future__ import annotations
 
 import math
 from pathlib import Path
@@ -15,34 +13,35 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lightning_vr.data.datamodule import SplitDataModule, expect_at_least
-from lightning_vr.data.dataset import Sample, SampleDataset, check_labels
+from lightning_vr.core.validation import check_at_least, check_labels
+from lightning_vr.data.datamodule import SplitDataModule
+from lightning_vr.data.dataset import Sample, SampleDataset
 
 MEASURED_FOR_SIGMA = 1024
 
 
 class ImageSource(Protocol):
-    """Where images come from: a sequence that decodes on access."""
+    """A sequence of images that decodes them on access."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Image.Image: ...
 
     def name(self, index: int) -> str:
-        """What to call an image in an error."""
+        """Return the name of an image for error messages."""
 
 
 class DecodedImages(SampleDataset):
-    """Images decoded as they are asked for.
+    """Images that are decoded on access.
 
     Args:
         source: The images.
-        label: Classes of shape ``(N,)``, or ``None``.
+        label: Classes of shape ``(N,)``, or None.
         num_classes: Number of classes; required with ``label``.
         size: Side of the square images, in pixels.
         channels: 1 for grey, 3 for colour.
         horizontal_flip: Whether to give every image a second time, mirrored: positions N to 2N - 1.
-            So nothing is random, and a position stands for one picture, as references need it.
+            Nothing is random: each position is one image, as references need it.
 
     Raises:
         ValueError: If a label is missing or outside ``[0, num_classes)``; on access, if an image
@@ -60,7 +59,7 @@ class DecodedImages(SampleDataset):
         horizontal_flip: bool = False,
     ) -> None:
         if label is not None:
-            check_labels(label, len(source), num_classes)
+            check_labels("label", label, num_classes, len(source))
         self.source = source
         self.label = label
         self.size = size
@@ -81,7 +80,7 @@ class DecodedImages(SampleDataset):
         return sample
 
     def decode(self, index: int) -> Tensor:
-        """One image as it is, never mirrored.
+        """Return one image, not mirrored.
 
         Args:
             index: Its position in the source.
@@ -98,7 +97,7 @@ class DecodedImages(SampleDataset):
             raise unreadable(self.source.name(index), error) from error
 
     def standard_deviation(self) -> float:
-        """Standard deviation over all pixels of at most 1024 evenly spaced images."""
+        """Return the standard deviation of all pixels of at most 1024 evenly spaced images."""
         chosen = evenly_spaced(len(self.source), MEASURED_FOR_SIGMA)
         moments = torch.zeros(2, dtype=torch.float64)
         for index in chosen:
@@ -110,15 +109,15 @@ class DecodedImages(SampleDataset):
 
 
 class ImageDataModule(SplitDataModule):
-    """Images at one size, how they are mirrored and how they are split.
+    """Base of the data modules of images: their size, mirroring and split.
 
     Args:
-        path: Where the images are.
+        path: Folder of the images.
         size: Side of the square images, in pixels.
         batch_size: Samples per batch and process.
         channels: 1 for grey, 3 for colour.
         horizontal_flip: Whether to give every training image a second time, mirrored.
-        validation_fraction: Share of the images (of each class) that is held out.
+        validation_fraction: Fraction of the images (of each class) to hold out.
         seed: Seed of the split.
         num_workers: Processes that load batches; 0 loads them in the training process.
     """
@@ -135,10 +134,11 @@ class ImageDataModule(SplitDataModule):
         num_workers: int,
     ) -> None:
         super().__init__(batch_size, num_workers)
-        expect_at_least("size", size, 1)
+        check_at_least("size", size, 1)
         if channels not in (1, 3):
             raise ValueError(
-                f"Argument `channels` expected to be 1 (grey) or 3 (colour), but got {channels}."
+                f"`channels` must be 1 (grey) or 3 (colour), got {channels}: use 1 or 3, and "
+                f"images are converted."
             )
         self.path = Path(path)
         self.size = size
@@ -153,11 +153,11 @@ class ImageDataModule(SplitDataModule):
         return (self.channels, self.size, self.size)
 
     def decoded(self, source: ImageSource, label: Tensor | None, training: bool) -> DecodedImages:
-        """Images as a data set, mirrored only if they are for training.
+        """Return images as a data set, mirrored only if they are for training.
 
         Args:
             source: The images.
-            label: Classes of shape ``(N,)``, or ``None``.
+            label: Classes of shape ``(N,)``, or None.
             training: Whether this is the training set.
         """
         return DecodedImages(
@@ -171,7 +171,7 @@ class ImageDataModule(SplitDataModule):
 
 
 def to_tensor(image: Image.Image, size: int, channels: Literal[1, 3]) -> Tensor:
-    """Turns, crops, resizes and scales an image.
+    """Rotate, crop, resize and scale an image.
 
     Args:
         image: An image of 8 bits per channel.
@@ -202,22 +202,22 @@ def to_tensor(image: Image.Image, size: int, channels: Literal[1, 3]) -> Tensor:
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:
-    """At most ``most`` positions out of ``count``, evenly spaced from the first.
+    """Return at most ``most`` positions out of ``count``, evenly spaced from the first.
 
     Args:
         count: Number of positions.
-        most: Number of positions wanted.
+        most: Largest number of positions to return.
     """
     chosen = min(count, most)
     return [count * position // chosen for position in range(chosen)]
 
 
 def unreadable(name: str, error: Exception) -> ValueError:
-    """The error of an image that cannot be used.
+    """Return the error for an image that cannot be used.
 
     Args:
-        name: What to call the image.
-        error: What its decoder said.
+        name: Name of the image.
+        error: The error of its decoder.
     """
     return ValueError(
         f"Image {name} cannot be read ({type(error).__name__}: {error}): repair or remove it."

@@ -13,15 +13,13 @@ and so is :math:`p(x_0 | x_t)`:
     \nabla \log p_t(x_t) &= -\sum_c r_c T_c^{-1} (x_t - \alpha\mu_c)
 
 All of it is diagonal in the eigenvectors of :math:`\Sigma_c`, which do not depend on the noise and
-are found once. The score is summed as written and not taken from
-:math:`(\alpha \bar m - x_t) / \sigma^2`, and the covariance around :math:`\bar m`: both differences
-cancel at low noise.
+are computed once. The score is summed as written and not taken from
+:math:`(\alpha \bar m - x_t) / \sigma^2`, and the variance is taken around :math:`\bar m`: at low
+noise the differences would cancel.
 
 Source: Gaussian conditioning as in C. M. Bishop, "Pattern Recognition and Machine Learning" (2006),
 eq. 2.113-2.117, one component at a time.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Conditioned:
-    """The components given x_t, in the eigenvectors of each; ``B`` may be 1 for a shared noise.
+    """The components given x_t, each in its own eigenvectors; ``B`` is 1 for a shared noise level.
 
     Attributes:
         log_joint: log of weight times density of x_t, ``(B, C)``.
@@ -53,15 +51,15 @@ class Conditioned:
 
 
 class GaussianMixture(nn.Module):
-    """A mixture of C Gaussians in d dimensions and everything a diffusion makes of it.
+    """A mixture of C Gaussians in d dimensions, and its densities and posteriors under noise.
 
-    Results come in the precision of ``xt``, and in float32 for half precision. A component may
-    be a point (zero covariance) as long as the noise is positive.
+    Results have the dtype of ``xt``, float32 for half precision. A component may be a point (zero
+    covariance) as long as the noise level is positive.
 
     Args:
         means: Means of shape ``(C, d)``.
-        std: Standard deviation of isotropic components, one for all or of shape ``(C,)``.
-        covariances: Covariances of shape ``(C, d, d)`` in place of ``std``.
+        std: Standard deviation of isotropic components, one number or of shape ``(C,)``.
+        covariances: Covariances of shape ``(C, d, d)`` instead of ``std``.
         weights: Probabilities of shape ``(C,)``; equal by default.
 
     Raises:
@@ -84,16 +82,16 @@ class GaussianMixture(nn.Module):
         super().__init__()
         if means.ndim != 2 or not means.is_floating_point() or not means.isfinite().all():
             raise ValueError(
-                "Argument `means` expected to be finite floating point numbers of shape (C, d),"
-                f" but got {means.dtype} of shape {tuple(means.shape)}."
+                f"`means` must be finite floating-point numbers of shape (C, d), got {means.dtype} "
+                f"of shape {tuple(means.shape)}: give one row for each component."
             )
         if weights is None:
             weights = means.new_full((len(means),), 1 / len(means))
         _check_weights(weights, len(means))
         if (std is None) == (covariances is None):
             raise ValueError(
-                "Arguments `std` and `covariances` expected exactly one to be given,"
-                f" but got {'neither' if std is None else 'both'}."
+                f"Exactly one of `std` and `covariances` must be given, got "
+                f"{'neither' if std is None else 'both'}: use `std` for isotropic components."
             )
 
         if covariances is not None:
@@ -106,10 +104,10 @@ class GaussianMixture(nn.Module):
         self.register_buffer("axes", axes)
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Independent draws.
+        """Draw independent samples.
 
         Args:
-            count: Number of draws.
+            count: Number of samples.
             generator: Source of randomness, on the device of the mixture.
 
         Returns:
@@ -127,7 +125,7 @@ class GaussianMixture(nn.Module):
         return self.means[component] + offset, component
 
     def log_density(self, xt: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """Log density of x_t.
+        """Return the log density of x_t.
 
         Args:
             xt: Noised data of shape ``(B, d)``.
@@ -140,7 +138,7 @@ class GaussianMixture(nn.Module):
         return self._condition(xt, alpha, sigma).log_joint.logsumexp(1)
 
     def score(self, xt: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """Gradient of the log density of x_t in x_t.
+        """Return the gradient of the log density of x_t in x_t.
 
         Args:
             xt: Noised data of shape ``(B, d)``.
@@ -154,7 +152,7 @@ class GaussianMixture(nn.Module):
         return _average(given.responsibility, self._rotate(given.score))
 
     def posterior_mean(self, xt: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """Mean of x0 given x_t: the optimal denoiser.
+        """Return the mean of x0 given x_t: the optimal denoiser.
 
         Args:
             xt: Noised data of shape ``(B, d)``.
@@ -170,7 +168,7 @@ class GaussianMixture(nn.Module):
     def posterior_variance(
         self, xt: Tensor, alpha: Tensor | float, sigma: Tensor | float
     ) -> Tensor:
-        """Trace of the covariance of x0 given x_t, without the covariance.
+        """Return the trace of the covariance of x0 given x_t, without the covariance.
 
         Args:
             xt: Noised data of shape ``(B, d)``.
@@ -184,38 +182,12 @@ class GaussianMixture(nn.Module):
         deviation = self._deviations(given)
         return (given.responsibility * (given.variance + deviation.square()).sum(2)).sum(1)
 
-    def posterior_covariance(
-        self, xt: Tensor, alpha: Tensor | float, sigma: Tensor | float
-    ) -> Tensor:
-        """Covariance of x0 given x_t.
-
-        Args:
-            xt: Noised data of shape ``(B, d)``.
-            alpha: Signal level, a scalar or ``(B,)``.
-            sigma: Noise level, a scalar or ``(B,)``.
-
-        Returns:
-            Covariances of shape ``(B, d, d)``.
-        """
-        given = self._condition(xt, alpha, sigma)
-        deviation = self._deviations(given)
-
-        with torch.autocast(xt.device.type, enabled=False):
-            between = torch.einsum("bc,bci,bcj->bij", given.responsibility, deviation, deviation)
-            if self.axes is None:
-                return between + _average(given.responsibility, given.variance).diag_embed()
-            axes = self.axes.to(deviation)
-            within = torch.einsum(
-                "bc,cij,bcj,ckj->bik", given.responsibility, axes, given.variance, axes
-            )
-            return between + within
-
     def _condition(self, xt: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Conditioned:
-        """Conditions every component on x_t."""
+        """Condition every component on x_t."""
         if xt.ndim != 2 or xt.shape[1] != self.means.shape[1]:
             raise ValueError(
-                f"Argument `xt` expected to be of shape (B, {self.means.shape[1]}),"
-                f" but got {tuple(xt.shape)}: flatten it first."
+                f"`xt` must have shape (B, {self.means.shape[1]}), got {tuple(xt.shape)}: flatten "
+                f"each sample first."
             )
         xt = xt.to(torch.promote_types(xt.dtype, torch.float32))
         alpha, sigma = _per_sample("alpha", alpha, xt), _per_sample("sigma", sigma, xt)
@@ -224,8 +196,8 @@ class GaussianMixture(nn.Module):
         noised = alpha.square() * variances + sigma.square()
         if not (noised > 0).all():
             raise ValueError(
-                "Argument `sigma` expected to be positive where a component has no width,"
-                f" but the smallest is {float(sigma.min())}."
+                f"`sigma` must be positive where a component has variance 0, got "
+                f"{float(sigma.min())}: use noise levels above 0, or components with a variance."
             )
 
         residual = self._rotate(xt.unsqueeze(1) - alpha * self.means.to(xt), inverse=True)
@@ -245,7 +217,7 @@ class GaussianMixture(nn.Module):
         return means - _average(given.responsibility, means).unsqueeze(1)
 
     def _rotate(self, vector: Tensor, inverse: bool = False) -> Tensor:
-        """Turns ``(B, C, d)`` from the eigenvectors of each component to plain coordinates."""
+        """Rotate ``(B, C, d)`` from the eigenvectors of each component to plain coordinates."""
         if self.axes is None:
             return vector
         with torch.autocast(vector.device.type, enabled=False):
@@ -261,8 +233,8 @@ def _per_sample(name: str, value: Tensor | float, xt: Tensor) -> Tensor:
     value = torch.as_tensor(value, dtype=xt.dtype, device=xt.device)
     if value.ndim > 1 or value.numel() not in (1, len(xt)):
         raise ValueError(
-            f"Argument `{name}` expected to be a scalar or of shape ({len(xt)},),"
-            f" but got {tuple(value.shape)}."
+            f"`{name}` must be a scalar or have shape ({len(xt)},), got {tuple(value.shape)}: give "
+            f"one noise level for all samples, or one for each."
         )
     return value.reshape(-1, 1, 1)
 
@@ -271,30 +243,30 @@ def _check_weights(weights: Tensor, count: int) -> None:
     positive = weights.shape == (count,) and bool((weights > 0).all())
     if not positive or not math.isclose(float(weights.sum()), 1, abs_tol=1e-5):
         raise ValueError(
-            f"Argument `weights` expected to be {count} positive numbers that sum to 1,"
-            f" but got {weights.tolist()}."
+            f"`weights` must be {count} positive numbers that sum to 1, got {weights.tolist()}: "
+            f"divide them by their sum, and leave out components of weight 0."
         )
 
 
 def _isotropic(means: Tensor, std: float | Tensor | None) -> Tensor:
-    """Variances ``(C, d)`` from standard deviations of components."""
+    """Return variances ``(C, d)`` from the standard deviations of components."""
     deviations = torch.as_tensor(std, dtype=means.dtype, device=means.device)
     single = deviations.ndim == 0 or deviations.shape == means.shape[:1]
     if not single or not (deviations >= 0).all():
         raise ValueError(
-            "Argument `std` expected to be one non-negative number or one for each of the"
-            f" {len(means)} components, but got {deviations.tolist()}."
+            f"`std` must be one non-negative number or one for each of the {len(means)} "
+            f"components, got {deviations.tolist()}: use `covariances` for other components."
         )
     return deviations.square().reshape(-1, 1).expand(means.shape).contiguous()
 
 
 def _diagonalise(means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances ``(C, d)`` along the eigenvectors ``(C, d, d)`` of covariances."""
+    """Return variances ``(C, d)`` along the eigenvectors ``(C, d, d)`` of covariances."""
     count, dimension = means.shape
     if covariances.shape != (count, dimension, dimension):
         raise ValueError(
-            f"Argument `covariances` expected to be of shape {(count, dimension, dimension)},"
-            f" but got {tuple(covariances.shape)}."
+            f"`covariances` must have shape {(count, dimension, dimension)}, got "
+            f"{tuple(covariances.shape)}: give one for each component."
         )
 
     variances, axes = torch.linalg.eigh(covariances.to(means))
@@ -302,8 +274,9 @@ def _diagonalise(means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:
     symmetric = torch.allclose(covariances, covariances.mT)
     if not symmetric or not (variances >= -rounding).all():
         raise ValueError(
-            "Argument `covariances` expected to be symmetric and positive semi-definite, but got"
-            f" a smallest eigenvalue of {float(variances.min()):g}, symmetric: {symmetric}."
+            f"`covariances` must be symmetric and positive semi-definite, got a smallest "
+            f"eigenvalue of {float(variances.min()):g}, symmetric: {symmetric}: compute them as "
+            f"A Aᵀ from real A."
         )
     # a singular covariance has eigenvalues of -1e-17 instead of 0
     return variances.clamp_min(0), axes

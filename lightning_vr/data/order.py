@@ -1,9 +1,9 @@
-"""The order of training samples: a pure function of (seed, epoch), which can begin in mid-epoch.
+"""The order of training samples: a pure function of (seed, epoch), which can start in mid-epoch.
 
-Lightning restores where an epoch stood, but not what a shuffling loader would have given next. Here
-one permutation per epoch is dealt to the ranks in turn, so that the batches of a step are the next
-samples of the permutation whatever the number of ranks, and a position in it is all there is to
-restore.
+Lightning restores the position in an epoch, but not what a shuffling loader would have given next.
+Here the ranks take turns in one permutation per epoch, so that the batches of a step are the next
+samples of the permutation whatever the number of ranks, and its position is all that must be
+restored.
 """
 
 from collections.abc import Iterator, Sized
@@ -16,18 +16,18 @@ from lightning_vr.core.rng import generator
 
 
 class EpochOrder(DistributedSampler[Any]):
-    """Shuffled positions for one rank; Lightning leaves it alone and tells it the epoch.
+    """Shuffled positions for one rank; Lightning does not replace it and sets its epoch.
 
     Args:
-        dataset: What is drawn from.
-        seed: Of all epochs' permutations, the same on all ranks.
+        dataset: The data set.
+        seed: Seed of the permutations of all epochs, the same on all ranks.
         rank: This rank.
         world_size: Number of ranks. Up to W - 1 samples of an epoch are left out.
         epoch: The first epoch.
-        start: How many of the rank's samples the first epoch leaves out at its beginning.
+        start: Number of the rank's samples that the first epoch skips.
 
     Attributes:
-        begun: The epoch that was begun last, or None before the first.
+        started_epoch: The epoch that was started last, or None before the first.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class EpochOrder(DistributedSampler[Any]):
         super().__init__(dataset, world_size, rank, seed=seed, drop_last=True)
         self.epoch = epoch
         self.start = start
-        self.begun: int | None = None
+        self.started_epoch: int | None = None
 
     def __iter__(self) -> Iterator[int]:
         assert isinstance(self.dataset, Sized)
@@ -51,13 +51,13 @@ class EpochOrder(DistributedSampler[Any]):
         order = torch.randperm(len(self.dataset), generator=source)
         own = order[: self.total_size][self.rank :: self.num_replicas]
         start, self.start = self.start, 0
-        self.begun = self.epoch
-        self.epoch += 1  # for loops that do not tell it
+        self.started_epoch = self.epoch
+        self.epoch += 1  # for training loops that do not set the epoch
         return iter(own[start:].tolist())
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose data module knows where it stood: Lightning asks loaders, not data modules."""
+    """A loader whose data module keeps its position: Lightning asks loaders, not data modules."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the data module keeps the position."""

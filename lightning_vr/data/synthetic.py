@@ -1,12 +1,10 @@
 r"""Points drawn from densities that are known exactly.
 
-All sets are drawn from a seed: the training set first and the validation set from the rest of the
-same stream, so that the two never share a draw. Coordinates are centred and have variance one on
-average, by the moments of the density and not of the draw, so that a set and its density agree
-exactly. :class:`EightGaussians` carries its density as ``mixture``.
+All sets are drawn from a seed: first the training set, then the validation set from the rest of
+the same stream, so that the two never share a draw. Coordinates are centred and have variance one
+on average, by the moments of the density and not of the draw, so that a set and its density agree
+exactly. :class:`EightGaussians` holds its density as ``mixture``.
 """
-
-from __future__ import annotations
 
 import math
 from abc import abstractmethod
@@ -14,7 +12,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_vr.data.datamodule import SplitDataModule, expect_at_least
+from lightning_vr.core.validation import check_at_least
+from lightning_vr.data.datamodule import SplitDataModule
 from lightning_vr.data.dataset import InMemoryDataset
 from lightning_vr.data.mixture import GaussianMixture
 
@@ -34,8 +33,8 @@ class SyntheticPoints(SplitDataModule):
         self, batch_size: int, num_samples: int, num_validation: int, seed: int, num_workers: int
     ) -> None:
         super().__init__(batch_size, num_workers)
-        expect_at_least("num_samples", num_samples, 1)
-        expect_at_least("num_validation", num_validation, 1)
+        check_at_least("num_samples", num_samples, 1)
+        check_at_least("num_validation", num_validation, 1)
         self.num_samples = num_samples
         self.num_validation = num_validation
         self.seed = seed
@@ -47,7 +46,7 @@ class SyntheticPoints(SplitDataModule):
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws points of shape ``(count, d)`` and labels of shape ``(count,)``.
+        """Draw points of shape ``(count, d)`` and labels of shape ``(count,)``.
 
         Args:
             count: Number of points.
@@ -55,7 +54,7 @@ class SyntheticPoints(SplitDataModule):
         """
 
     def build_datasets(self) -> tuple[InMemoryDataset, InMemoryDataset]:
-        """The training set, and the validation set from the same stream."""
+        """Draw the training set, then the validation set from the same stream."""
         generator = torch.Generator().manual_seed(self.seed)
         train = self._dataset(self.num_samples, generator)
         return train, self._dataset(self.num_validation, generator)
@@ -94,8 +93,8 @@ class EightGaussians(SyntheticPoints):
         super().__init__(batch_size, num_samples, num_validation, seed, num_workers)
         if not 0 <= std < 1:
             raise ValueError(
-                "Argument `std` expected to be at least 0 and below 1, the spread of the whole set,"
-                f" but got {std}."
+                f"`std` must be at least 0 and below 1, the standard deviation of the whole set, "
+                f"got {std}: use a smaller one, such as 0.1."
             )
 
         angles = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
@@ -108,7 +107,7 @@ class EightGaussians(SyntheticPoints):
         return 8
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws from the mixture.
+        """Draw from the mixture.
 
         Args:
             count: Number of points.
@@ -143,7 +142,7 @@ class Moons(SyntheticPoints):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_samples, num_validation, seed, num_workers)
-        expect_at_least("noise", noise, 0)
+        check_at_least("noise", noise, 0)
         self.noise = noise
 
     @property
@@ -152,7 +151,7 @@ class Moons(SyntheticPoints):
         return 2
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws a moon, an angle and the noise.
+        """Draw a moon, an angle and the noise.
 
         Args:
             count: Number of points.
@@ -198,7 +197,7 @@ class Checkerboard(SyntheticPoints):
         super().__init__(batch_size, num_samples, num_validation, seed, num_workers)
         if squares < 2 or squares % 2:
             raise ValueError(
-                f"Argument `squares` expected to be an even number from 2 up, but got {squares}."
+                f"`squares` must be an even number of 2 or more, got {squares}: use one such as 4."
             )
         self.squares = squares
 
@@ -208,7 +207,7 @@ class Checkerboard(SyntheticPoints):
         return self.squares**2 // 2
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws a dark square and a point on it.
+        """Draw a dark square and a point on it.
 
         Args:
             count: Number of points.

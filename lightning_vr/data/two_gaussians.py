@@ -18,14 +18,12 @@ in Diffusion Models" (ICLR 2023, arXiv:2302.00670) define V_DSM and measure it o
 closed form is derived here.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
 
-from lightning_vr.data.datamodule import expect_at_least
+from lightning_vr.core.validation import check_at_least
 from lightning_vr.data.mixture import GaussianMixture
 from lightning_vr.data.synthetic import SyntheticPoints
 
@@ -33,13 +31,13 @@ from lightning_vr.data.synthetic import SyntheticPoints
 class TwoGaussians(SyntheticPoints):
     r"""Two equal Gaussians at :math:`\pm mean \cdot 1` in any dimension, labelled by component.
 
-    Coordinates are as given: their variance is :math:`mean^2 + std^2`.
+    Coordinates are not rescaled: their variance is :math:`mean^2 + std^2`.
 
     Args:
         batch_size: Samples per batch and process.
         dimension: Number of dimensions.
         mean: Each coordinate of the first mean; the second is its negative.
-        std: Standard deviation of either Gaussian; zero makes two points.
+        std: Standard deviation of each Gaussian; zero makes two points.
         num_samples: Size of the training set.
         num_validation: Size of the validation set.
         seed: Seed of the draws.
@@ -61,8 +59,8 @@ class TwoGaussians(SyntheticPoints):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_samples, num_validation, seed, num_workers)
-        expect_at_least("dimension", dimension, 1)
-        expect_at_least("std", std, 0)
+        check_at_least("dimension", dimension, 1)
+        check_at_least("std", std, 0)
         self.dimension = dimension
         self.mean = mean
         self.std = std
@@ -81,7 +79,7 @@ class TwoGaussians(SyntheticPoints):
         return 2
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws from the mixture.
+        """Draw from the mixture.
 
         Args:
             count: Number of points.
@@ -90,7 +88,7 @@ class TwoGaussians(SyntheticPoints):
         return self.mixture.sample(count, generator)
 
     def target_variance(self, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """V_DSM in units of the unweighted score, exactly.
+        """Return the exact V_DSM in units of the unweighted score.
 
         Args:
             alpha: Signal level, a scalar or ``(B,)``.
@@ -113,13 +111,13 @@ def two_gaussians_target_variance(
     std: float,
     dimension: int,
 ) -> Tensor:
-    """V_DSM of two equal Gaussians at plus and minus a mean, exactly.
+    """Return the exact V_DSM of two equal Gaussians at plus and minus a mean.
 
     Args:
         alpha: Signal level, a scalar or ``(B,)``.
         sigma: Noise level, positive, a scalar or ``(B,)``.
         distance: Norm of the mean.
-        std: Standard deviation s of either Gaussian.
+        std: Standard deviation s of each Gaussian.
         dimension: Number of dimensions d.
 
     Returns:
@@ -129,7 +127,9 @@ def two_gaussians_target_variance(
     alpha = torch.as_tensor(alpha, dtype=torch.float64)
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
     if not (sigma > 0).all():
-        raise ValueError(f"Argument `sigma` expected to be positive, but got {sigma.tolist()}.")
+        raise ValueError(
+            f"`sigma` must be positive, got {sigma.tolist()}: use noise levels above 0."
+        )
 
     noised = (alpha * std).square() + sigma.square()
     separation = (alpha * distance / noised.sqrt()).unsqueeze(-1)

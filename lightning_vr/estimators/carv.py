@@ -182,7 +182,8 @@ def stratify(u: Tensor, scope: Scope, part: StepPart, generator: torch.Generator
         shape = (total * count, 1) if scope == "global" else (total, count)
         # of each column a permutation: which stratum is whose must not follow the order of data
         numbers = torch.rand(shape, generator=shared, device=u.device, dtype=torch.float32)
-        order = numbers.argsort(dim=0)
+        # float32 numbers tie in large steps, and ranks must order ties alike
+        order = numbers.argsort(dim=0, stable=True)
         if scope == "global":
             found = (order.reshape(total, count)[own] + u) / (total * count)
         else:

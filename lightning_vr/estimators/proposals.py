@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vr.core.distributed import all_reduce_sum
+from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.timesteps import Truncated
 
@@ -278,9 +279,9 @@ class LearnedProposal(Proposal):
         self.table = torch.cat([faded, (self.table[2] + counts)[None]])
         self.observed = torch.zeros_like(self.observed)
 
-    def get_extra_state(self) -> dict[str, Tensor]:
+    def get_extra_state(self) -> dict[str, Any]:
         """Return what was learned, for the checkpoint."""
-        return {"table": self.table, "observed": self.observed}
+        return {"moment": self.moment, "table": self.table, "observed": self.observed}
 
     def state_over_ranks(self, mean: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Return the state for a checkpoint within an accumulation window.
@@ -293,12 +294,21 @@ class LearnedProposal(Proposal):
         """
         return self.get_extra_state() | {"observed": mean(self.observed)}
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take what was learned, unless it was in other bins."""
-        if state["table"].shape == self.table.shape:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Load what was learned, or warn if it is of other bins or of another moment."""
+        bins, moment = state["table"].shape[1], state["moment"]
+        if bins != self.bins:
+            reason = f"`bins` is {self.bins}, the checkpoint's table has {bins}"
+        elif moment != self.moment:
+            reason = f"`moment` is {self.moment!r}, the checkpoint's table is of {moment!r}"
+        else:
             self.table, self.observed = (
                 state[name].to(getattr(self, name), copy=True) for name in ("table", "observed")
             )
+            return
+        warn_of_dropped_state(
+            f"LearnedProposal: {reason}: the table is dropped, and learning starts anew."
+        )
 
 
 def _cumulated(masses: Tensor) -> Tensor:

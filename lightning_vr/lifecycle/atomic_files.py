@@ -1,4 +1,4 @@
-"""Files that are whole or as they were, wherever the process is killed or the disk is full."""
+"""Files that are replaced as a whole, even if the process is killed or the disk is full."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
-    """Open a file that takes the place of ``path`` once all is written, and durably so.
+    """Open a file that takes the place of ``path`` once it is written and on the disk.
 
     Args:
         path: What to replace, on a local file system.
@@ -17,7 +17,7 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]
         **options: As ``open`` takes them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a name that nobody who looks for checkpoints takes for one
+    # a name that a search for checkpoints does not find
     partial = path.with_name(f".{path.name.replace('ckpt', 'partial')}")
     try:
         with partial.open(mode, **options) as file:
@@ -25,7 +25,21 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        _flush_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _flush_folder(folder: Path) -> None:
+    """Write a folder's entries to the disk: without it a power failure may undo the renaming."""
+    if os.name != "posix":
+        return  # Windows opens no folders
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # some network file systems cannot flush a folder, and need not
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there, and a full disk that does not end a run.
+"""Checkpoints that are written whole or not at all, and a full disk that does not end a run.
 
-A checkpoint is written beside its place, made durable and then moved there, which is atomic on one
-file system: a process that is killed at any moment leaves the former file or the new one. If the
-disk is full the run goes on with a warning, and what the new checkpoint was to replace stays until
-that one is written, or replaced by another.
+A checkpoint is written to a file beside its path, flushed to the disk and then renamed, which is
+atomic on one file system: a process that is killed at any moment leaves the old file or the new
+one. If the disk is full the run goes on with a warning, and the checkpoint that the new one would
+have replaced stays until a later one is written.
 """
 
 from pathlib import Path
@@ -19,23 +19,23 @@ from lightning_vr.lifecycle.loggers import is_training
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically, and survives a disk that cannot take one.
+    """Writes checkpoints atomically, and warns where the disk is full.
 
-    A ``DiffusionModule`` puts it in place of Lightning's plain one; for other modules give it to
+    A ``ResumableModule`` puts it in place of Lightning's plain one; for other modules give it to
     the trainer: ``Trainer(plugins=[DurableCheckpointIO()])``.
     """
 
     def __init__(self) -> None:
-        # where it is known, checkpoints that are saved outside of training fail as usual
+        # if it is known, a checkpoint that is saved outside of training raises as usual
         self.trainer: Trainer | None = None
-        # the last one, if it could not be written, and what stays in the place of such ones
+        # the last checkpoint, if it could not be written, and the files kept in place of such ones
         self._failed: str | None = None
         self._kept: list[tuple[str, Any]] = []
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint, or warn that the disk does not take it."""
+        """Write a checkpoint, or warn that it could not be written."""
         try:
             if "://" in str(path) or storage_options is not None:
                 super().save_checkpoint(checkpoint, path, storage_options)
@@ -46,15 +46,15 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 raise
             self._failed = str(path)
             rank_zero_warn(
-                f"The checkpoint {path} could not be written ({error}): training goes on, and the "
-                f"checkpoints before it stay."
+                f"The checkpoint {path} could not be written ({error}): training goes on, and "
+                f"earlier checkpoints are kept."
             )
             return
         self._failed = None
         self._remove_kept_for(path)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint, unless the one that replaces it could not be written."""
+        """Remove a checkpoint, unless its replacement could not be written."""
         if self._failed is not None:
             self._kept.append((self._failed, path))
             return
@@ -62,7 +62,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self._remove_kept_for(path)
 
     def _remove_kept_for(self, path: Any) -> None:
-        """Remove what was kept because ``path`` could not be written: it is now, or is replaced."""
+        """Remove files that were kept because ``path`` could not be written: now it is."""
         replaced = [old for failed, old in self._kept if failed == str(path)]
         self._kept = [pair for pair in self._kept if pair[0] != str(path)]
         for old in replaced:
@@ -82,7 +82,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         with replacing(path) as file:
             torch.save(checkpoint, file)
     except BaseException as error:
-        # torch's writer complains of positions after a write has failed
+        # torch's writer raises an error of its own after a write has failed
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise

@@ -1,8 +1,8 @@
-"""A CSV log that loses no row where the process is killed or the disk is full.
+"""A CSV log that loses no row if the process is killed or the disk is full.
 
-Lightning's writer empties the file and begins anew whenever a number of a new name comes: who is
-killed then, or finds the disk full, has lost all rows. Here a file with more columns is written
-beside the old one and moved there, and rows that the disk does not take come with the next ones.
+Lightning's writer empties the file and writes all rows anew whenever there is a new column: a kill
+or a full disk at that moment loses them. Here a file with more columns is written beside the old
+one and renamed, and rows that could not be written are written with the next ones.
 """
 
 import csv
@@ -19,7 +19,7 @@ from lightning_vr.lifecycle.atomic_files import replacing
 
 
 class _WholeWriter(ExperimentWriter):
-    """Lightning's writer, with another way to save."""
+    """Lightning's writer with a ``save`` that appends rows or replaces the whole file."""
 
     def save(self) -> None:
         if not self.metrics:
@@ -34,7 +34,7 @@ class _WholeWriter(ExperimentWriter):
 
 
 def keep_csv_logs_whole(trainer: Trainer) -> None:
-    """Let the local CSV logs of a trainer lose no row; call it once they are open."""
+    """Make the local CSV logs of a trainer lose no row; call it once they are open."""
     for logger in trainer.loggers:
         writer = logger.experiment if type(logger) is CSVLogger else None
         if type(writer) is ExperimentWriter and "://" not in writer.metrics_file_path:
@@ -61,5 +61,5 @@ def _append(path: Path, columns: list[str], rows: Sequence[Mapping[str, Any]]) -
         with path.open("a", newline="") as file:
             csv.DictWriter(file, columns).writerows(rows)
     except BaseException:
-        os.truncate(path, size)  # a part may be written, and all come with the next
+        os.truncate(path, size)  # some rows may be written; all will be with the next ones
         raise

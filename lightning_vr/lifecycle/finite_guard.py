@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_vr.core.distributed import (
-    SharedError,
+    SynchronizedError,
     all_reduce_sum,
     gather_objects,
     rank,
@@ -86,7 +86,7 @@ class FiniteGuard:
         """Return whether the step may be made; all ranks call it, before the optimizer's step.
 
         Raises:
-            SharedError: If it may not and steps are not to be skipped.
+            SynchronizedError: If it may not and steps are not to be skipped.
         """
         if self._is_finite(trainer, module):
             return True
@@ -94,7 +94,7 @@ class FiniteGuard:
         what = min(found)[1] if found else _first_parameter(module)
         message = f"Optimizer step {trainer.global_step} met a number that is not finite: {what}"
         if self.action == "raise":
-            raise SharedError(
+            raise SynchronizedError(
                 f"{message} The last checkpoint, if there is one, holds what was trained until "
                 f"then; `on_nonfinite='skip'` leaves such steps out."
             )

@@ -1,6 +1,6 @@
-"""Where numbers and pictures go: every logger, and always a file in the run's folder.
+"""Numbers and pictures for every logger, and the run's folder for files.
 
-None of them ends a training run: a logger that raises, or a disk that is full, costs a warning.
+No logger ends a training run: one that raises, or a disk that is full, is a warning.
 """
 
 import functools
@@ -29,15 +29,15 @@ _LOGGER_METHODS = (
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the folder of this run, made if need be. All ranks must call it."""
+    """Return the folder of this run, which is created if it does not exist; all ranks call it."""
     logger = trainer.logger
     if logger is None or isinstance(logger, (CSVLogger, TensorBoardLogger)):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
     else:
-        # its log_dir is shared by all runs: this one's checkpoints lie below, where Lightning says
+        # all runs share its log_dir: this run's folder is where Lightning puts its checkpoints
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         own = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
-        # only rank zero has the experiment, which may give name and version
+        # only rank 0 has the experiment, which may give name and version
         folder = trainer.strategy.broadcast(own)
     with training_goes_on(trainer, f"The folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,17 +45,17 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def is_training(trainer: Trainer) -> bool:
-    """Tell whether a trainer is within a fit, also in an error that ends it."""
+    """Return whether a trainer is within a fit, also during an error that ends it."""
     return trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None
 
 
 @contextmanager
 def training_goes_on(trainer: Trainer, what: str) -> Iterator[None]:
-    """Turn what is raised into a warning while a trainer is fitting. No collective in it.
+    """Turn an error into a warning while a trainer is fitting; no collective may be within.
 
     Args:
         trainer: The trainer.
-        what: What could not be written, as a sentence begins.
+        what: What could not be written, as the subject of a sentence.
     """
     try:
         yield
@@ -68,16 +68,16 @@ def training_goes_on(trainer: Trainer, what: str) -> Iterator[None]:
 
 
 def warn_on_logger_errors(trainer: Trainer) -> None:
-    """Let the loggers warn where they raise in training, once for each of their methods."""
+    """Make loggers warn instead of raising in training, once for each of their methods."""
     for logger in trainer.loggers:
         for name in _LOGGER_METHODS:
             method = getattr(logger, name, None)
             if method is not None:
-                # an earlier trainer's may be there
-                setattr(logger, name, _forgiving(getattr(method, "wrapped", method), trainer))
+                # an earlier trainer may have wrapped it
+                setattr(logger, name, _warning_once(getattr(method, "wrapped", method), trainer))
 
 
-def _forgiving(method: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
+def _warning_once(method: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
     has_warned = False
 
     @functools.wraps(method)
@@ -100,19 +100,19 @@ def _forgiving(method: Callable[..., Any], trainer: Trainer) -> Callable[..., An
 
 
 def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
-    """Send ``numbers`` to every logger in one event, and to what callbacks can monitor."""
+    """Send ``numbers`` to every logger in one event, and to the metrics that callbacks monitor."""
     if trainer.sanity_checking:
         return
     for logger in trainer.loggers:
         with training_goes_on(trainer, f"Numbers to {type(logger).__name__}"):
             logger.log_metrics(dict(numbers), step=trainer.global_step)
-    monitored = trainer.callback_metrics  # each look at it waits for the device
+    monitored = trainer.callback_metrics  # each access waits for the device
     for name, value in numbers.items():
         monitored[name] = torch.tensor(value)
 
 
 def log_picture(trainer: Trainer, name: str, path: Path) -> None:
-    """Show the PNG at ``path`` in every logger that can show pictures. Rank 0 alone calls it."""
+    """Show the PNG at ``path`` in every logger that can show pictures; rank 0 alone calls it."""
     for logger in trainer.loggers:
         with training_goes_on(trainer, f"The picture of {name} to {type(logger).__name__}"):
             _show(logger, name, path, trainer.global_step)
@@ -129,9 +129,9 @@ def _show(logger: Any, name: str, path: Path, step: int) -> None:
 
 
 def level_names(levels: Tensor) -> list[str]:
-    """Return noise levels in decimals, with as few digits as tell them apart.
+    """Return noise levels as decimals with the fewest digits that make them distinct.
 
-    Some loggers refuse the plus sign of an exponent in a name.
+    Some loggers reject a name with the plus sign of an exponent.
     """
     for digits in range(2, 18):
         names = [

@@ -1,4 +1,4 @@
-"""What the trainer's precision does to losses."""
+"""The trainer's precision: how it scales losses."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from lightning.pytorch import Trainer
 
 
 def loss_scaler(trainer: Trainer) -> Any:
-    """Return what scales losses, so that float16 gradients do not vanish, or None."""
+    """Return the scaler that keeps float16 gradients from vanishing, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def unscales_itself(optimizer: Any) -> bool:
-    """Tell whether an optimizer takes scaled gradients, as fused ones do."""
+    """Return whether an optimizer takes scaled gradients, as fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def loss_scale(trainer: Trainer) -> float:
-    """Return what the trainer multiplies losses by."""
+    """Return the factor that the trainer multiplies losses by."""
     scaler = loss_scaler(trainer)
     return 1.0 if scaler is None else float(scaler.get_scale())

@@ -13,6 +13,7 @@ The hooks are the module's and not a callback's: those of callbacks run before `
 and what a resumed run makes up for must come last.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
-from lightning_vr.lifecycle.stopping import SharedStop, bypass_collectives
+from lightning_vr.lifecycle.stopping import CoordinatedStop, bypass_collectives
 from lightning_vr.lifecycle.strategies import check_strategy
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
@@ -55,9 +56,10 @@ class ResumableModule(KeyedModule, LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._resuming = Resuming()
-        self._stop = SharedStop()
+        self._stop = CoordinatedStop()
         self._guard = FiniteGuard("raise")
         self._hooks_called: set[str] = set()
+        self._undo_seeding: Callable[[], None] | None = None
 
     @property
     def on_nonfinite(self) -> OnNonFinite:
@@ -105,15 +107,19 @@ class ResumableModule(KeyedModule, LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin a micro-step with keyed randomness and a clean record."""
         self._hooks_called.add("on_train_batch_start")
+        self._check_hooks_called()
         micro_step = batch_idx % self.trainer.accumulate_grad_batches
         if micro_step == 0:
             self._guard.begin_step()
         self._resuming.begin_batch(self.trainer)
-        set_global_rng(self.generator("global", self.global_step, micro_step))
+        source = self.generator("global", self.global_step, micro_step)
+        self._undo_seeding = set_global_rng(source)
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Note that gradients are about to change, and whether the loss is finite."""
-        self.check_hooks_called()
+        self._check_hooks_called()
+        if self.automatic_optimization:  # else more forward passes may follow
+            self._restore_global_rng()
         self._resuming.has_backward_begun = True
         self._guard.add_loss(loss)
 
@@ -124,7 +130,8 @@ class ResumableModule(KeyedModule, LightningModule):
             self.log("train/skipped_steps", float(self._guard.skipped))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop here if any rank was asked to."""
+        """Restore the global generators, and stop here if any rank was asked to."""
+        self._restore_global_rng()
         self._stop.synchronize(self.trainer)
 
     def on_validation_epoch_end(self) -> None:
@@ -159,7 +166,7 @@ class ResumableModule(KeyedModule, LightningModule):
             self._resuming.load(state)
             self._guard.skipped = state.get("skipped", 0)
 
-    def check_hooks_called(self) -> None:
+    def _check_hooks_called(self) -> None:
         """Raise if a subclass has overridden a hook that a run needs without ``super()``."""
         for hook in _NEEDED_HOOKS:
             if hook not in self._hooks_called:
@@ -168,6 +175,11 @@ class ResumableModule(KeyedModule, LightningModule):
                     f"seeds and prepares the run, but does not: call it first, or override "
                     f"`prepare_training` instead."
                 )
+
+    def _restore_global_rng(self) -> None:
+        if self._undo_seeding is not None:
+            self._undo_seeding()
+        self._undo_seeding = None
 
     @property
     def _is_fitting(self) -> bool:

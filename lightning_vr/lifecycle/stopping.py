@@ -1,9 +1,11 @@
-"""Signals to stop or to save that all ranks take at the end of the same batch.
+"""Signals to stop or to save, which all ranks obey at the end of the same batch.
 
-Lightning's handlers broadcast and save from wherever their rank happens to be, also from within
-another collective or between an optimizer's step and its count, and each rank ends where it sees
-SIGTERM first: others wait for it for ever. Here the handlers take a note, and the ranks agree on it
-after each training batch and each validation run.
+Lightning's handlers broadcast and save wherever the signal finds their rank, even within another
+collective or between an optimizer's step and its count, and each rank ends where it first sees
+SIGTERM, so that others wait for it for ever. Here the handlers only record the signal, and the
+ranks exchange their records after each training batch and each validation run.
+
+Private attributes of Lightning's signal connector are as seen in version 2.6.
 """
 
 import sys
@@ -19,24 +21,24 @@ from lightning_vr.core.distributed import all_reduce_sum, rank, ranks_save_toget
 from lightning_vr.lifecycle.loggers import is_training
 
 _SECONDS_TO_HEAR = 10
-"""How long a rank that fails waits to hear that the first one has, too."""
+"""How long a rank that fails waits for the news that rank 0 has failed, too."""
 
 
-class SharedStop:
-    """Whether this rank was asked to stop or to save, and what the ranks make of it."""
+class CoordinatedStop:
+    """Records whether this rank was asked to stop or to save, and synchronizes the ranks."""
 
     def __init__(self) -> None:
         self._stop_asked = self._save_asked = False
 
     def install_signal_handlers(self, trainer: Trainer) -> None:
-        """Handle signals in Lightning's place; call it before that registers its handlers."""
+        """Replace Lightning's signal handlers; call it before Lightning registers them."""
         self._stop_asked = self._save_asked = False
         connector: Any = trainer._signal_connector
 
         def note_save(*_: Any) -> None:
             self._save_asked = True
 
-        connector._slurm_sigusr_handler_fn = note_save  # SLURM's, ahead of its time limit
+        connector._slurm_sigusr_handler_fn = note_save  # SLURM sends it before its time limit
         if trainer.world_size == 1:
             return
 
@@ -49,7 +51,7 @@ class SharedStop:
         connector._sigterm_notifier_fn = note_stop
 
     def synchronize(self, trainer: Trainer) -> None:
-        """Let Lightning save or stop on all ranks if one was asked to; all of them call it."""
+        """Let Lightning save or stop on all ranks if any rank was asked to; all of them call it."""
         stop, save = self._stop_asked, self._save_asked
         if world_size() > 1:
             asked = torch.tensor([float(stop), float(save)], device=trainer.strategy.root_device)
@@ -63,10 +65,10 @@ class SharedStop:
 
 
 class _FailedBarrier:
-    """Where ranks that fail wait for the first one's files, if that one fails, too.
+    """A barrier of ranks that fail: they wait for the files of rank 0, if that fails, too.
 
-    Other ranks may be in a collective that ends only when these ranks are gone, so that they do not
-    meet by one: they tell by the store.
+    It uses the store, as other ranks may be in a collective that ends only when these ranks are
+    gone.
     """
 
     def __init__(self) -> None:
@@ -78,7 +80,7 @@ class _FailedBarrier:
         self._met += 1
         self._tell()
         if rank() > 0:
-            with suppress(RuntimeError):  # the first one has not failed, or is gone
+            with suppress(RuntimeError):  # rank 0 has not failed, or is gone
                 self._store.wait([self._key(0)], timedelta(seconds=_SECONDS_TO_HEAR))
                 self._store.wait([self._key(self._met)])
 
@@ -91,7 +93,7 @@ class _FailedBarrier:
 
 
 def bypass_collectives(trainer: Trainer) -> None:
-    """Let a rank save and end in an error of its own, whatever the others do."""
+    """Let a rank that fails alone save and end without the other ranks."""
     strategy: Any = trainer.strategy
     is_error = isinstance(sys.exc_info()[1], Exception)
     if not is_error or ranks_save_together() or not is_training(trainer):

@@ -17,9 +17,9 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
-from tqdm.auto import tqdm
 
 from lightning_vr.core.distributed import all_gather_rows, rank, world_size
+from lightning_vr.core.progress import progress_bar
 from lightning_vr.core.rng import generator, preserve_global_rng, seed_global_rng
 from lightning_vr.core.types import Clean
 
@@ -27,20 +27,20 @@ from lightning_vr.core.types import Clean
 def training_batches(
     trainer: Trainer, title: str, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Yield ``(positions, batch)`` over the training set in order, this rank's share.
+    """Yield ``(positions, batch)`` of this rank over the training set in order.
 
     Shows a progress bar if it takes longer than a second.
 
     Args:
         trainer: A trainer that is fitting.
-        title: What the progress bar says.
+        title: Text of the progress bar.
         limit: Stop after about this many samples over all ranks, evenly spaced, or None for all.
 
     Raises:
         ValueError: If the training data is not one map-style data set behind one DataLoader.
     """
     loader = training_loader(trainer)
-    positions = _share(trainer, limit)
+    positions = _rank_positions(trainer, limit)
     batch_size = loader.batch_size or 64
     own = DataLoader(
         loader.dataset,
@@ -53,18 +53,18 @@ def training_batches(
         multiprocessing_context=loader.multiprocessing_context,
     )
     is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    # a random upstream gives the same in a resumed run
+    # a random upstream draws the same in a resumed run
     source = generator("training set", rank(), device=trainer.strategy.root_device)
     with preserve_global_rng(), seed_global_rng(source):
         # tqdm starts the loader when it is made, and a loader that starts draws a seed
-        bar = tqdm(own, title, leave=False, delay=1, disable=None if is_shown else True)
+        bar = progress_bar(own, title, is_shown=is_shown)
         for i, batch in enumerate(bar):
             at = torch.tensor(positions[i * batch_size : (i + 1) * batch_size])
             yield at, transfer_batch(trainer, batch)
 
 
 def transfer_batch(trainer: Trainer, batch: Any) -> Any:
-    """Return a batch as training gets it: in the trainer's precision, through the hooks, moved."""
+    """Return a batch as training gets it: in the trainer's precision, after its hooks, moved."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -83,16 +83,16 @@ def encoded_training_set(
     Args:
         trainer: A trainer that is fitting.
         encode: Turns ``(positions, batch)`` into clean samples.
-        title: What the progress bar says.
+        title: Text of the progress bar.
         limit: At most so many samples, evenly spaced, or None for all.
-        is_shard: Whether to return what this rank has read alone: of W ranks every W-th sample.
+        is_shard: Whether to return only what this rank has read: every W-th sample of W ranks.
 
     Returns:
         Samples, their labels if they have any, and their positions as indices if every batch
-        carries indices; None if the samples have a condition that no other is known to share.
+        carries indices; None if samples have a condition without a ``cond_group``.
     """
     device = trainer.strategy.root_device
-    count, done, indexed = len(_share(trainer, limit)), 0, True
+    count, done, indexed = len(_rank_positions(trainer, limit)), 0, True
     found: dict[str, Tensor] = {}
     for at, batch in training_batches(trainer, title, limit):
         with trainer.precision_plugin.forward_context():
@@ -104,7 +104,7 @@ def encoded_training_set(
         for name, part in parts.items():
             if part is None:
                 continue
-            # a list of parts, put together at the end, would take the memory twice
+            # to concatenate a list of parts at the end would take the memory twice
             if name not in found:
                 found[name] = part.new_empty(count, *part.shape[1:], device=device)
             found[name][done : done + len(at)] = part.detach()
@@ -121,12 +121,12 @@ def encoded_training_set(
 
 
 def check_equal_chances(trainer: Trainer) -> None:
-    """Refuse a loader that does not give every sample of its data set equally often.
+    """Raise if a loader does not draw every sample of its data set equally often.
 
-    A sampler of another kind than torch's is taken at its word.
+    Samplers that are not torch's are trusted.
 
     Raises:
-        ValueError: If the bank of the whole data set would not be what training sees.
+        ValueError: If training does not see the whole data set, as the bank would.
     """
     loader = training_loader(trainer)
     sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
@@ -134,36 +134,39 @@ def check_equal_chances(trainer: Trainer) -> None:
         sampler = sampler.dataset._sampler  # type: ignore[attr-defined]
     if isinstance(sampler, (SubsetRandomSampler, WeightedRandomSampler)):
         raise ValueError(
-            f"Argument `references` expected a training set whose samples come equally often, but "
-            f"its loader has a {type(sampler).__name__}, so that a bank of all of them would give "
-            f"another mean: wrap the data in torch.utils.data.Subset, or use references='batch'."
+            f"`references` from the training set must come equally often in training, got a loader "
+            f"with a {type(sampler).__name__}, whose mean is not that of all samples: wrap the "
+            f"data in torch.utils.data.Subset, or use references='batch'."
         )
     overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]
     if overfit > 0:
         raise ValueError(
-            f"Argument `overfit_batches` expected to be 0 with a bank of the whole training set, "
-            f"but got {overfit}: wrap the data in torch.utils.data.Subset, or use "
-            f"references='batch'."
+            f"`overfit_batches` must be 0 with references from the whole training set, got "
+            f"{overfit}: wrap the data in torch.utils.data.Subset, or use references='batch'."
         )
 
 
-def _share(trainer: Trainer, limit: int | None) -> list[int]:
-    """Return the positions that this rank reads, of about ``limit`` evenly spaced ones."""
+def _rank_positions(trainer: Trainer, limit: int | None) -> list[int]:
+    """Return the positions that this rank reads, of at most ``limit`` evenly spaced ones."""
     size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
     count = size if limit is None else min(limit, size)
     return [i * size // count for i in range(count)][rank() :: world_size()]
 
 
 def training_loader(trainer: Trainer) -> DataLoader[Any]:
-    """Return the one loader of the training set, the data module's when not fitting, or refuse."""
+    """Return the loader of the training set: the trainer's, or its data module's when not fitting.
+
+    Raises:
+        ValueError: If it is not one DataLoader of a map-style data set.
+    """
     loader = trainer.train_dataloader
     data = getattr(trainer, "datamodule", None)
     if loader is None and data is not None:
         loader = data.train_dataloader()
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
-            f"Argument `train_dataloaders` expected to be one DataLoader of a map-style data set, "
-            f"whose samples have positions, but got {type(loader).__name__}: "
-            f"use STF(references='batch') and switch off what reads the whole training set."
+            f"`train_dataloaders` must be one DataLoader of a map-style data set, whose samples "
+            f"have positions, got {type(loader).__name__}: use STF(references='batch') and no "
+            f"callback that reads the whole training set."
         )
     return loader

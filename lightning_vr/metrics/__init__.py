@@ -1,4 +1,7 @@
-"""Distances between real and generated samples."""
+"""Distances between sets of real and generated samples.
+
+The room imports ``core`` alone.
+"""
 
 from lightning_vr.metrics.features import (
     DigitFeatures,
@@ -7,7 +10,7 @@ from lightning_vr.metrics.features import (
     InceptionFeatures,
     RandomConvFeatures,
 )
-from lightning_vr.metrics.frechet import FrechetMetric, frechet_distance
+from lightning_vr.metrics.frechet_metric import FrechetMetric, frechet_distance
 
 __all__ = [
     "DigitFeatures",

@@ -1,16 +1,14 @@
 """Features: the frozen networks in whose space two sets of images are compared.
 
-A Fréchet distance is a number about a feature space, and only numbers from the same space and the
-same count of samples compare; so every extractor has a ``name``, which goes in the logged key. What
-an extractor does not see, its distance does not count: a classifier of digits is blind to faint
-noise, pixels are blind to everything beyond two moments, and two that disagree say more than one.
+A Fréchet distance depends on the feature space, and only numbers from the same space and the same
+number of samples can be compared; so every feature extractor has a ``name``, which is part of the
+logged key. A distance misses what its features do not represent: a classifier of digits is blind to
+faint noise, and pixels to everything beyond two moments. Compare in more than one space.
 
-Untrained convolutions are a fair, neutral choice away from photographs: Naeem et al. 2020, arXiv
-2002.09797, section 3. Inception features in the resize of TensorFlow 1, the one of published FID
-values: Heusel et al. 2017, arXiv 1706.08500, as ported by torch-fidelity.
+Untrained convolutions are a neutral choice for images that are not photographs: Naeem et al. 2020,
+arXiv 2002.09797, section 3. Inception features use the resize of TensorFlow 1, that of published
+FID values: Heusel et al. 2017, arXiv 1706.08500, as ported by torch-fidelity.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_vr.core.rng import generator
+from lightning_vr.core.validation import check_at_least
 
 DIGIT_WEIGHTS = Path(__file__).with_name("digit_classifier.pt")
 
@@ -30,14 +29,14 @@ DIGIT_WEIGHTS = Path(__file__).with_name("digit_classifier.pt")
 class Features(nn.Module):
     """A network that is always in evaluation mode, without gradients, in float32, without autocast.
 
-    A frozen copy of the network is kept, so that training the original later neither moves the
-    measure nor is disturbed by it.
+    It holds a frozen copy of the network, so that training the original later does not change the
+    features.
 
     Args:
         network: Maps ``(B, *)`` to ``(B, dimension)``; images come in ``[-1, 1]``.
         dimension: Number of features.
-        name: Goes in the logged key; the class of the network if not given.
-        shape: Shape of one sample, None for a free size; unchecked if not given.
+        name: Part of the logged key; the class of the network if not given.
+        shape: Shape of one sample, with None for any size; not checked if not given.
 
     Raises:
         ValueError: When called, if a sample or its features have another shape than stated.
@@ -55,8 +54,7 @@ class Features(nn.Module):
         shape: Sequence[int | None] | None = None,
     ) -> None:
         super().__init__()
-        if dimension < 1:
-            raise ValueError(f"dimension={dimension} must be at least 1: the number of features")
+        check_at_least("dimension", dimension, 1)
         self.dimension = dimension
         self.name = name or type(network).__name__
         self.shape = None if shape is None else tuple(shape)
@@ -71,35 +69,36 @@ class Features(nn.Module):
 
         if features.shape != (len(images), self.dimension):
             raise ValueError(
-                f"the network of {self.name!r} gave features of shape {tuple(features.shape)} for"
-                f" {len(images)} samples, expected {(len(images), self.dimension)}: correct"
-                f" dimension={self.dimension} or flatten what the network returns"
+                f"The network of {self.name!r} must return features of shape "
+                f"{(len(images), self.dimension)} for {len(images)} samples, got "
+                f"{tuple(features.shape)}: correct `dimension`, which is {self.dimension}, or "
+                f"flatten the features."
             )
         return features
 
-    def train(self, mode: bool = True) -> Features:
+    def train(self, mode: bool = True) -> "Features":
         """Stay in evaluation mode whatever ``mode`` is."""
         return super().train(False)
 
     def check_images(self, images: Tensor) -> None:
-        """Refuse images of another type or shape than the network takes."""
+        """Raise if images have another type or shape than the network takes."""
         if not images.is_floating_point():
             raise ValueError(
-                f"images must be floating point, in [-1, 1], got {images.dtype}: scale bytes by"
-                " images / 127.5 - 1, and complex values by torch.view_as_real"
+                f"`images` must be floating point, in [-1, 1], got {images.dtype}: scale bytes by "
+                f"images / 127.5 - 1, and convert complex values by torch.view_as_real."
             )
         if self.shape is not None and not _fits(images, self.shape):
             sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
             raise ValueError(
-                f"images of shape {tuple(images.shape)} do not fit the features {self.name!r}:"
-                f" expected (B, {sizes}), so use other features"
+                f"`images` must have shape (B, {sizes}) for the features {self.name!r}, got "
+                f"{tuple(images.shape)}: use other features."
             )
 
 
 class DigitClassifier(nn.Module):
     """Convolutions on digits of 8 by 8 pixels: 32 features, then the logits of ten classes.
 
-    The weights that ship are trained by ``python -m lightning_vr.metrics.digit_classifier``.
+    ``examples/digits/train_digit_classifier.py`` trains the weights that are part of the package.
     """
 
     def __init__(self) -> None:
@@ -128,7 +127,7 @@ class DigitClassifier(nn.Module):
 class DigitFeatures(Features):
     """The 32 penultimate features of a small classifier of handwritten digits.
 
-    Its weights are part of the package; ``digit_classifier.py`` says how they were trained.
+    ``examples/digits/train_digit_classifier.py`` trains its weights, which are part of the package.
 
     Example:
         >>> DigitFeatures().probabilities(torch.zeros(4, 1, 8, 8)).shape
@@ -147,8 +146,8 @@ class DigitFeatures(Features):
     def probabilities(self, images: Tensor) -> Tensor:
         """Return the probabilities ``(B, 10)`` of the ten digits for ``images (B, 1, 8, 8)``.
 
-        A sample whose largest probability is above 0.9 is a recognisable digit; of the real ones
-        94 % are.
+        A sample whose largest probability is above 0.9 counts as a recognisable digit, which 94 %
+        of the real ones are.
         """
         features = self(images)
         with frozen_float32(images.device):
@@ -157,7 +156,7 @@ class DigitFeatures(Features):
 
 
 class RandomConvFeatures(Features):
-    """Three random convolutions, averaged over the image: untrained, for images of any size.
+    """Three untrained random convolutions, averaged over the image, for images of any size.
 
     Args:
         channels: Channels of the images.
@@ -166,14 +165,13 @@ class RandomConvFeatures(Features):
     """
 
     def __init__(self, channels: int = 1, dimension: int = 64, seed: int = 0) -> None:
-        if channels < 1:
-            raise ValueError(f"channels={channels} must be at least 1: the channels of the images")
+        check_at_least("channels", channels, 1)
         network = _RandomConvolutions((channels, 32, 64, dimension), seed)
         super().__init__(network, dimension, name="random-conv", shape=(channels, None, None))
 
 
 class IdentityFeatures(Features):
-    """The sample itself, flattened: for points in the plane, or as the plainest look at pixels.
+    """The flattened sample itself: for points in the plane, or for pixels as they are.
 
     Args:
         dimension: Number of values in one sample.
@@ -186,13 +184,13 @@ class IdentityFeatures(Features):
 class InceptionFeatures(Features):
     """The 2048 features of Inception v3: with these a Fréchet distance is an FID.
 
-    Values outside ``[-1, 1]`` are clamped and the images rounded to 256 levels, as files hold them.
+    Values outside ``[-1, 1]`` are clamped and the images rounded to 256 levels, as in image files.
 
     Args:
-        weights: File of the converted TensorFlow weights; nothing is downloaded.
+        weights: File of the converted TensorFlow weights; it is not downloaded.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ModuleNotFoundError: If torch-fidelity is not installed.
     """
 
@@ -222,15 +220,16 @@ class _InceptionOnUnitRange(nn.Module):
         super().__init__()
         if not weights.is_file():
             raise FileNotFoundError(
-                f"weights={str(weights)!r} is not a file: nothing is downloaded, so fetch"
-                " pt_inception-2015-12-05-6726825d.pth of torch-fidelity and give its path"
+                f"`weights` must be an existing file, got {str(weights)!r}: nothing is downloaded, "
+                f"so download pt_inception-2015-12-05-6726825d.pth of torch-fidelity and give its "
+                f"path."
             )
         try:
             import torch_fidelity  # noqa: F401
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "InceptionFeatures needs torch-fidelity: pip install lightning-vr[inception];"
-                " its weights come from a file that you give, never from a download"
+                "InceptionFeatures needs torch-fidelity: pip install lightning-vr[inception]. It "
+                "reads its weights from the file that you give and downloads nothing."
             ) from error
         from torchmetrics.image.fid import NoTrainInceptionV3
 

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from lightning_vr.core.progress import progress_bar
 from lightning_vr.process.schedules import Schedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -131,7 +131,7 @@ class Sampler:
 
         x = sigma[0] * noise.to(wide)
         steps = range(self.steps - 1)
-        for i in tqdm(steps, "Sampling", leave=False, delay=1, disable=None if progress else True):
+        for i in progress_bar(steps, "Sampling", is_shown=progress):
             x0, eps = x0_and_noise(x, i)
             x = alpha[i + 1] * x0 + sigma[i + 1] * eps
             if self.solver == "heun":

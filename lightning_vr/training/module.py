@@ -116,7 +116,6 @@ class DiffusionModule(Diffusion, ResumableModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-step and keep its estimate for callbacks."""
-        self.check_hooks_called()
         micro_steps = self.trainer.accumulate_grad_batches
         micro_step = batch_idx % micro_steps
         if micro_step == 0:

@@ -33,9 +33,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lightning_vr.core.distributed import all_gather_rows, rank, world_size
+from lightning_vr.core.progress import progress_bar
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import UNLABELLED, Clean, Noised, TargetEstimate
 from lightning_vr.estimators.stf import STF
@@ -90,8 +90,7 @@ def measure_target_variance(
 
     mine = range(rank(), blocks, world_size())
     found = levels.new_empty(len(mine), len(levels), 3 + 2 * len(counts))
-    bar = tqdm(mine, "Target variance", leave=False, delay=1, disable=None if progress else True)
-    for i, block in enumerate(bar):
+    for i, block in enumerate(progress_bar(mine, "Target variance", is_shown=progress)):
         clean = data.draw(samples // blocks, label_dropout, seed, block)
         found[i] = _measure_block(data, clean, levels, counts, (seed, block))
 

@@ -1,7 +1,5 @@
 """Training steps on the digits: what estimators cost over the plain one."""
 
-from contextlib import nullcontext
-
 import torch
 from diffusers import UNet2DModel
 from lightning.pytorch import Trainer
@@ -14,6 +12,7 @@ from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import DSM
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.estimators.taylor.terms import clean_points, first_term
+from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.training.control_pilot import control_pilot
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.resamples_pilot import resamples_pilot
@@ -43,12 +42,16 @@ def training_step(prepare=None, **settings):
     batch = {"image": images[index], "label": labels[index], "index": index}
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     module.log = lambda *_, **__: None
-    pilots = resamples_pilot(module), control_pilot(module)
+    run = RunContext.of(module.trainer)
+    pilots = resamples_pilot(module, run), control_pilot(module, run)
     module._pilots = [pilot for pilot in pilots if pilot is not None]
     if prepare is not None:
         prepare(module)
 
+    module._check_hooks_called = lambda: None
+
     def step():
+        module.on_train_batch_start(batch, 0)
         loss = module.training_step(batch, 0)
         optimizer.zero_grad()
         loss.backward()
@@ -111,7 +114,8 @@ def test_keyed_generators_and_strata_against_one_stream(compare, monkeypatch):
     def other():
         with monkeypatch.context() as patch:
             patch.setattr(
-                "lightning_vr.training.module.seed_global_rng", lambda source: nullcontext()
+                "lightning_vr.lifecycle.resumable_module.set_global_rng",
+                lambda source: lambda: None,
             )
             patch.setattr("lightning_vr.training.module.generator", lambda *_, **__: None)
             plain()
@@ -128,7 +132,7 @@ def test_keyed_generators_and_strata_against_one_stream(compare, monkeypatch):
 def unchecked(module):
     """Take no look at what is finite."""
     module.on_before_optimizer_step = lambda optimizer: None
-    module._guard.add = lambda *_: None
+    module._guard.add_draws = module._guard.add_loss = lambda *_: None
 
 
 def test_checks_of_what_is_finite_against_none(compare):

@@ -97,7 +97,7 @@ def test_captions_go_with_their_samples():
 
 @pytest.mark.parametrize("batch", [["a", "b"], {"scale": SCALE}, (), "text", None, 3])
 def test_a_batch_without_rows_is_refused(batch):
-    message = f"expected to hold a tensor with one row for each sample, but got {type(batch)}"
+    message = f"must hold a tensor with one row for each sample, got {type(batch)}"
     message = message.replace(str(type(batch)), type(batch).__name__)
     with pytest.raises(ValueError, match=message):
         batch_size(batch)

@@ -96,8 +96,8 @@ def test_what_needs_the_data_says_so_before_setup(name):
 
 def test_batch_larger_than_the_training_set_is_refused():
     message = (
-        "Argument `batch_size` expected to be between 1 and 1437, the size of the training set,"
-        " but got 5000: choose a smaller batch."
+        "`batch_size` must be between 1 and 1437, the size of the training set, got 5000: use a"
+        " smaller batch."
     )
     with pytest.raises(ValueError, match=message):
         Digits(batch_size=5000).setup()
@@ -109,18 +109,18 @@ def test_batch_as_large_as_the_training_set_is_one_batch():
     assert len(datamodule.train_dataloader()) == 1
 
 
-def test_batch_larger_than_the_share_of_a_process_is_refused():
+def test_batch_larger_than_the_samples_of_a_process_is_refused():
     datamodule = Moons(num_samples=1000, batch_size=600)
     datamodule.trainer = SimpleNamespace(world_size=2)
-    with pytest.raises(ValueError, match=r"between 1 and 500, .* by 2 processes, but got 600"):
+    with pytest.raises(ValueError, match=r"between 1 and 500, .* divided by 2 processes, got 600"):
         datamodule.setup()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "`batch_size` expected to be at least 1, but got 0"),
-        ({"num_workers": -1}, "`num_workers` expected to be at least 0, but got -1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"num_workers": -1}, "`num_workers` must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments_are_refused_when_built(arguments, message):
@@ -128,7 +128,7 @@ def test_bad_arguments_are_refused_when_built(arguments, message):
         Digits(**arguments)
 
 
-def test_stratified_split_parts_the_samples():
+def test_stratified_split_puts_each_sample_into_one_part():
     label = torch.tensor([0] * 50 + [1] * 30 + [2] * 23)
     train, held_out = stratified_split(label, 0.2, seed=0)
     assert len(held_out) == 21
@@ -136,11 +136,11 @@ def test_stratified_split_parts_the_samples():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_stratified_split_holds_out_the_same_share_of_each_class(seed):
+def test_stratified_split_holds_out_the_same_fraction_of_each_class(seed):
     label = torch.tensor([0] * 50 + [1] * 30 + [2] * 23)
     _, held_out = stratified_split(label, 0.2, seed)
-    shares = label[held_out].bincount() - 0.2 * label.bincount()
-    assert shares.abs().max() <= 1.05
+    fraction = label[held_out].bincount() - 0.2 * label.bincount()
+    assert fraction.abs().max() <= 1.05
 
 
 def test_stratified_split_holds_out_each_sample_equally_often():
@@ -149,9 +149,9 @@ def test_stratified_split_holds_out_each_sample_equally_often():
     for seed in range(2000):
         times[stratified_split(label, 0.25, seed)[1]] += 1
     for group in (times[:7], times[7:]):
-        share = group.mean() / 2000
-        error = (share * (1 - share) / 2000).sqrt()
-        assert ((group / 2000 - share).abs() / error).max() < 4
+        fraction = group.mean() / 2000
+        error = (fraction * (1 - fraction) / 2000).sqrt()
+        assert ((group / 2000 - fraction).abs() / error).max() < 4
 
 
 def test_stratified_split_follows_its_seed():
@@ -161,8 +161,8 @@ def test_stratified_split_follows_its_seed():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 0.95, float("nan")])
-def test_split_that_leaves_nothing_on_a_side_is_refused(fraction):
-    with pytest.raises(ValueError, match=f"but got {fraction} of 10 samples"):
+def test_split_with_an_empty_part_is_refused(fraction):
+    with pytest.raises(ValueError, match=f"got {fraction} of 10 samples"):
         stratified_split(torch.zeros(10), fraction, seed=0)
 
 

@@ -49,14 +49,20 @@ def with_nan() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (with_nan(), "3 of 1797 samples are not finite, first at index 17"),
-        (torch.zeros(4, 2, dtype=torch.complex64), "real floating point tensor, but got torch.com"),
-        (torch.zeros(4, 2, dtype=torch.uint8), "real floating point tensor, but got torch.uint8"),
-        (torch.zeros(0, 2), r"non-empty batch of shape \(N, \*\), but got shape \(0, 2\)"),
-        (torch.zeros(4), r"non-empty batch of shape \(N, \*\), but got shape \(4,\)"),
+        (with_nan(), "`x` must be finite, but 3 of 1797 samples are not, the first at index 17"),
+        (
+            torch.zeros(4, 2, dtype=torch.complex64),
+            "`x` must be a real floating-point tensor, got torch.com",
+        ),
+        (
+            torch.zeros(4, 2, dtype=torch.uint8),
+            "`x` must be a real floating-point tensor, got torch.uint8",
+        ),
+        (torch.zeros(0, 2), r"`x` must have shape \(n, \*\) with n of 1 or more .*, got \(0, 2\)"),
+        (torch.zeros(4), r"`x` must have shape \(n, \*\) with n of 1 or more .*, got \(4,\)"),
     ],
 )
-def test_data_that_are_no_finite_real_batch_are_refused(x, message):
+def test_data_that_are_not_a_finite_real_batch_are_refused(x, message):
     with pytest.raises(ValueError, match=message):
         InMemoryDataset(x, key="image")
 
@@ -64,12 +70,12 @@ def test_data_that_are_no_finite_real_batch_are_refused(x, message):
 @pytest.mark.parametrize(
     ("label", "num_classes", "message"),
     [
-        ([0, 1, -1, 3], 3, "between 0 and 2: 2 of 4 labels are not, first at index 2, .* is -1"),
-        ([0, 1, 2], 3, r"integers of shape \(4,\), but got torch.int64 of shape \(3,\)"),
-        ([0.0, 1.0, 2.0, 0.0], 3, r"but got torch.float32 of shape \(4,\)"),
-        ([0, 1, 2, 0], None, "`num_classes` expected to be given with `label`"),
+        ([0, 1, -1, 3], 3, r"in \[0, 3\), .* 2 of 4 are not, the first at index 2, which is -1"),
+        ([0, 1, 2], 3, r"integers of shape \(4,\), .*, got torch.int64 of shape \(3,\)"),
+        ([0.0, 1.0, 2.0, 0.0], 3, r"`label` .*, got torch.float32 of shape \(4,\)"),
+        ([0, 1, 2, 0], None, "`num_classes` must be given with `label`"),
     ],
 )
-def test_labels_that_are_no_classes_are_refused(label, num_classes, message):
+def test_invalid_labels_are_refused(label, num_classes, message):
     with pytest.raises(ValueError, match=message):
         InMemoryDataset(torch.zeros(4, 2), torch.tensor(label), key="x0", num_classes=num_classes)

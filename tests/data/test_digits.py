@@ -41,6 +41,6 @@ def test_attributes_of_the_digits_are_known_before_setup():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_split_without_a_side_is_refused(fraction):
-    with pytest.raises(ValueError, match=f"`validation_fraction` .* but got {fraction} of 1797"):
+def test_split_with_an_empty_part_is_refused(fraction):
+    with pytest.raises(ValueError, match=f"`validation_fraction` .* got {fraction} of 1797"):
         Digits(validation_fraction=fraction).setup()

@@ -100,7 +100,7 @@ def test_named_splits_are_used_whole(splits):
             assert torch.equal(data[index]["image"], to_tensor(image, 8, 3))
 
 
-def test_training_split_is_parted_if_no_other_is_named(splits):
+def test_training_split_is_divided_if_no_validation_split_is_named(splits):
     datamodule = ready(HuggingFaceImages(splits, size=8, batch_size=2))
     assert len(datamodule.train_dataset) == 8
     assert len(datamodule.validation_dataset) == 1
@@ -136,41 +136,43 @@ def test_data_set_travels_to_worker_processes(path):
     assert torch.equal(copy[3]["image"], data[3]["image"])
 
 
-def test_folder_of_no_data_set_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`path` expected to be a folder written by `datasets`"):
+def test_folder_without_a_data_set_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="`path` must be a folder that `save_to_disk` of `datasets` wrote"
+    ):
         HuggingFaceImages(tmp_path, size=8).setup()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_column": "photo"}, r"`image_column` expected to be in \['image'\]"),
-        ({"image_column": "name"}, r"`image_column` expected to be in \['image'\]"),
-        ({"label_column": "breed"}, r"`label_column` expected to be in \['image', 'kind'"),
-        ({"label_column": "name"}, "`label_column` expected to name a column of integers"),
+        ({"image_column": "photo"}, r"`image_column` must be in \['image'\]"),
+        ({"image_column": "name"}, r"`image_column` must be in \['image'\]"),
+        ({"label_column": "breed"}, r"`label_column` must be in \['image', 'kind'"),
+        ({"label_column": "name"}, "`label_column` must be a column of integers, got 'name'"),
     ],
 )
-def test_columns_that_do_not_serve_are_refused(path, arguments, message):
+def test_missing_and_unsuitable_columns_are_refused(path, arguments, message):
     with pytest.raises(ValueError, match=message):
         HuggingFaceImages(path, size=8, batch_size=2, **arguments).setup()
 
 
 @pytest.mark.parametrize("arguments", [{"train_split": "all"}, {"validation_split": "valid"}])
 def test_unknown_splits_are_refused(splits, arguments):
-    with pytest.raises(ValueError, match=r"expected to be in \['train', 'test'\], the splits of"):
+    with pytest.raises(ValueError, match=r"must be in \['train', 'test'\], the splits of"):
         HuggingFaceImages(splits, size=8, batch_size=2, **arguments).setup()
 
 
 def test_a_single_split_has_no_other_to_validate_on(path):
-    with pytest.raises(ValueError, match=r"expected to be in \['train'\], the splits of"):
+    with pytest.raises(ValueError, match=r"must be in \['train'\], the splits of"):
         HuggingFaceImages(path, size=8, batch_size=2, validation_split="test").setup()
 
 
 @pytest.mark.parametrize(
     ("column", "labels", "message"),
     [
-        ("kind", [-1] + [0] * 11, r"1 of .* labels are not, first at index \d+, where it is -1"),
-        ("number", [-1] + [0] * 11, "where it is -1"),
+        ("kind", [-1] + [0] * 11, r"1 of .* are not, the first at index \d+, which is -1"),
+        ("number", [-1] + [0] * 11, "which is -1"),
         ("number", [None] + [0] * 11, "or rows without a label"),
     ],
 )

@@ -193,7 +193,7 @@ class TestImageFolder:
         assert torch.equal(copy[3]["image"], data[3]["image"])
 
     def test_missing_folder_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="`path` expected to be an existing folder, but got"):
+        with pytest.raises(ValueError, match="`path` must be an existing folder, got"):
             ImageFolder(tmp_path / "nowhere", size=8).setup()
 
     def test_folder_without_images_is_refused_with_what_is_looked_for(self, tmp_path):
@@ -222,14 +222,16 @@ class TestImageFolder:
 
     def test_images_outside_of_class_folders_are_refused(self, folder):
         picture(0).save(folder / "loose.png")
-        with pytest.raises(ValueError, match=r"every image to be in a sub-folder .* loose\.png"):
+        with pytest.raises(
+            ValueError, match=r"every image is in a sub-folder .* got true and the image loose\.png"
+        ):
             ImageFolder(folder, size=8, batch_size=2, labels_from_folders=True).setup()
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"size": 0}, "`size` expected to be at least 1, but got 0"),
-            ({"channels": 4}, r"`channels` expected to be 1 \(grey\) or 3 \(colour\), but got 4"),
+            ({"size": 0}, "`size` must be at least 1, got 0"),
+            ({"channels": 4}, r"`channels` must be 1 \(grey\) or 3 \(colour\), got 4"),
         ],
     )
     def test_bad_arguments_are_refused_when_built(self, arguments, message):

@@ -35,12 +35,12 @@ def test_points_are_centred_with_variance_one_per_coordinate(datamodule):
 
 
 @pytest.mark.parametrize("datamodule", [EightGaussians(), Moons(), Checkerboard()])
-def test_every_class_has_an_equal_share(datamodule):
+def test_all_classes_are_equally_frequent(datamodule):
     label = ready(datamodule).train_dataset.label
-    share = 1 / datamodule.num_classes
-    error = math.sqrt(share * (1 - share) / len(label))
+    fraction = 1 / datamodule.num_classes
+    error = math.sqrt(fraction * (1 - fraction) / len(label))
     counts = label.bincount(minlength=datamodule.num_classes) / len(label)
-    assert ((counts - share).abs() / error).max() < 4
+    assert ((counts - fraction).abs() / error).max() < 4
 
 
 def test_training_and_validation_sets_share_no_point():
@@ -93,13 +93,13 @@ def test_checkerboard_points_lie_on_the_dark_square_they_are_labelled_with(squar
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: EightGaussians(std=1.0), "`std` expected to be at least 0 and below 1"),
-        (lambda: EightGaussians(std=float("nan")), "`std` expected to be at least 0 and below 1"),
-        (lambda: Moons(noise=-1.0), "`noise` expected to be at least 0, but got -1.0"),
-        (lambda: Moons(num_samples=0), "`num_samples` expected to be at least 1, but got 0"),
-        (lambda: Moons(num_validation=0), "`num_validation` expected to be at least 1"),
-        (lambda: Checkerboard(squares=3), "`squares` expected to be an even number from 2 up"),
-        (lambda: Checkerboard(squares=0), "`squares` expected to be an even number from 2 up"),
+        (lambda: EightGaussians(std=1.0), "`std` must be at least 0 and below 1"),
+        (lambda: EightGaussians(std=float("nan")), "`std` must be at least 0 and below 1"),
+        (lambda: Moons(noise=-1.0), "`noise` must be at least 0, got -1.0"),
+        (lambda: Moons(num_samples=0), "`num_samples` must be at least 1, got 0"),
+        (lambda: Moons(num_validation=0), "`num_validation` must be at least 1, got 0"),
+        (lambda: Checkerboard(squares=3), "`squares` must be an even number of 2 or more"),
+        (lambda: Checkerboard(squares=0), "`squares` must be an even number of 2 or more"),
     ],
 )
 def test_bad_arguments_are_refused(build, message):

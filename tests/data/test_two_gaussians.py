@@ -83,15 +83,15 @@ def test_target_variance_keeps_the_shape_of_the_noise_levels():
 
 
 def test_noise_of_zero_is_refused():
-    with pytest.raises(ValueError, match=r"`sigma` expected to be positive, but got 0\.0"):
+    with pytest.raises(ValueError, match=r"`sigma` must be positive, got 0\.0"):
         TwoGaussians().target_variance(1.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dimension": 0}, "`dimension` expected to be at least 1, but got 0"),
-        ({"std": -0.1}, "`std` expected to be at least 0, but got -0.1"),
+        ({"dimension": 0}, "`dimension` must be at least 1, got 0"),
+        ({"std": -0.1}, "`std` must be at least 0, got -0.1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -1,13 +1,15 @@
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import UNLABELLED, Clean, LossEstimate, StepPart, TargetEstimate
-from lightning_vr.estimators.carv import CARV
+from lightning_vr.estimators.carv import CARV, stratify
 from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.estimators.proposals import LearnedProposal, TableProposal, WeightProposal
@@ -109,6 +111,33 @@ def test_one_draw_of_each_sample_hits_the_strata_of_the_step_once(parts):
     for scope in ("auto", "global", "nested"):
         u = torch.cat([noised.t for noised in parts_of(CARV(1, scope=scope), PLAIN, 7, parts)])
         assert (hits(u.double()[None], 7 * parts) == 1).all()
+
+
+class SortsTiesInAnotherOrder(TorchDispatchMode):
+    """Another machine: its unstable sort is right, and orders ties in another way."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        options = kwargs or {}
+        if func.overloadpacket is not torch.ops.aten.sort or options.get("stable"):
+            return func(*args, **options)
+        x, axis = args[0], options.get("dim", args[1] if len(args) > 1 else -1)
+        values, order = x.flip(axis).sort(dim=axis, stable=True)
+        return values, x.shape[axis] - 1 - order
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("scope", ["global", "nested"])
+def test_ranks_order_strata_alike_where_their_random_numbers_tie(scope, count, monkeypatch):
+    """Ties are rare in float32 numbers and matter where two ranks meet: here a third are equal."""
+    uniform = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *args, **options: uniform(*args, **options) * 3 // 1)
+    samples, found = 50, []
+    for rank in range(2):
+        u = torch.full((samples, count), 0.5, dtype=WIDE)
+        part = StepPart(rank, 2, generator("strata"))
+        with SortsTiesInAnotherOrder() if rank else nullcontext():
+            found.append(stratify(u, scope, part, generator("unused")))
+    assert (hits(torch.cat(found).reshape(1, -1), 2 * samples * count) == 1).all()
 
 
 @pytest.mark.parametrize("scope", ["global", "nested"])

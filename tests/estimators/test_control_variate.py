@@ -578,34 +578,52 @@ def test_what_is_learned_goes_through_a_file_of_weights(options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "differing"),
     [
-        {"order": 2},
-        {"order": 1, "expectation": "rademacher"},
-        {"order": 1, "bins": 4},
-        {"order": 1, "control": "objective"},
+        ({"order": 2}, "`order` is 2, the checkpoint's is 1"),
+        (
+            {"order": 1, "expectation": "rademacher"},
+            "`expectation` is 'rademacher', the checkpoint's is 'exact'",
+        ),
+        ({"order": 1, "bins": 4}, "`bins` is 4, the checkpoint's is 8"),
+        (
+            {"order": 1, "control": "objective"},
+            "`control` is 'objective', the checkpoint's is 'gradient'",
+        ),
+        ({"bins": 4}, "`order` is 0, the checkpoint's is 1, `bins` is 4, the checkpoint's is 8"),
     ],
     ids=str,
 )
-def test_what_was_learned_with_other_settings_is_left_alone(options):
+def test_what_was_learned_with_other_settings_is_dropped_and_says_so(options, differing, caplog):
     control = TaylorCV(**options)
     found = module(control).load_state_dict(module(learned(order=1)).state_dict())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"TaylorCV: {differing}: its coefficients and gate are dropped, and learning starts anew."
+    ]
     assert not found.missing_keys
     assert not found.unexpected_keys
     assert control.get_extra_state() == TaylorCV(**options).get_extra_state()
 
 
-def test_a_checkpoint_without_a_control_variate_leaves_it_as_built():
+def test_a_checkpoint_without_a_control_variate_leaves_it_as_built(caplog):
     control = learned()
     found = module(control).load_state_dict(module().state_dict())
     assert not found.missing_keys
     assert not found.unexpected_keys
     assert control.get_extra_state() == learned().get_extra_state()
+    assert [record.getMessage() for record in caplog.records] == [
+        "TaylorCV: the checkpoint was written with a different estimator or proposal in this slot: "
+        "TaylorCV starts as it was built."
+    ]
 
 
-def test_a_checkpoint_with_a_control_variate_loads_without_one():
+def test_a_checkpoint_with_a_control_variate_loads_without_one_and_says_so(caplog):
     trained = module(learned())
     model = module()
     torch.nn.init.zeros_(model.network.project_out.weight)
     model.load_state_dict(trained.state_dict())
     assert torch.equal(model.network.project_out.weight, trained.network.project_out.weight)
+    assert [record.getMessage() for record in caplog.records] == [
+        "`control_variate` is None, but the checkpoint was written with one: what that one learned "
+        "is dropped."
+    ]

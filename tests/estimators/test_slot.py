@@ -97,11 +97,91 @@ OTHERS = [
     ("iid", "learned"),
     ("carv", "learned"),
     ("more-bins", "learned"),
+    ("learned", "more-bins"),
     ("learned", "iid"),
     ("learned", "carv"),
     ("iid", "carv"),
     ("carv", "iid"),
 ]
+
+
+STARTS_ANEW = {
+    ("learned", "more-bins"): (
+        "LearnedProposal: `bins` is 4, the checkpoint's table has 2: the table is dropped, and "
+        "learning starts anew."
+    ),
+    ("more-bins", "learned"): (
+        "LearnedProposal: `bins` is 2, the checkpoint's table has 4: the table is dropped, and "
+        "learning starts anew."
+    ),
+    ("learned", "iid"): (
+        "IID: the checkpoint was written with a different estimator or proposal in this slot: what "
+        "that one learned is dropped, and IID starts as it was built."
+    ),
+    ("learned", "carv"): (
+        "CARV: the checkpoint was written with a different estimator or proposal in this slot: "
+        "what that one learned is dropped, and CARV starts as it was built."
+    ),
+    ("iid", "learned"): (
+        "CARV: the checkpoint was written with a different estimator or proposal in this slot: "
+        "CARV starts as it was built."
+    ),
+}
+
+
+@pytest.mark.parametrize(("saved", "built"), STARTS_ANEW)
+def test_a_checkpoint_whose_learned_state_does_not_fit_says_so_once(
+    saved, built, checkpoint_of, caplog
+):
+    path, _ = checkpoint_of(saved)
+    model = module(DRAWS[built]())
+    caplog.clear()
+    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    assert messages(caplog) == [STARTS_ANEW[saved, built]]
+
+
+@pytest.mark.parametrize("name", ["iid", "carv", "learned"])
+def test_a_checkpoint_of_the_same_draws_says_nothing(name, checkpoint_of, caplog):
+    path, _ = checkpoint_of(name)
+    model = module(DRAWS[name]())
+    caplog.clear()
+    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    assert messages(caplog) == []
+
+
+def test_a_table_of_another_moment_is_dropped_and_says_so(caplog):
+    learned, other = (LearnedProposal(moment, bins=2) for moment in ("loss", "gradient"))
+    learned.observe(torch.tensor([0.2, 0.7]), torch.ones(2), torch.ones(2))
+    learned.advance()
+    other.load_state_dict(learned.state_dict())
+    assert not other.table.any()
+    assert messages(caplog) == [
+        "LearnedProposal: `moment` is 'gradient', the checkpoint's table is of 'loss': the table "
+        "is dropped, and learning starts anew."
+    ]
+
+
+def test_the_state_within_an_accumulation_window_is_the_mean_over_the_ranks():
+    learned = LearnedProposal(bins=2)
+    learned.observe(torch.tensor([0.2, 0.7]), torch.ones(2), torch.ones(2))
+    learned.advance()
+    learned.observe(torch.tensor([0.2, 0.2]), torch.ones(2), torch.ones(2))
+    table, observed = learned.table.clone(), learned.observed.clone()
+    state = learned.state_over_ranks(lambda x: x / 2)
+    assert torch.equal(state["observed"], observed / 2)
+    assert torch.equal(learned.observed, observed)
+    again = LearnedProposal(bins=2)
+    again.set_extra_state(state)
+    assert torch.equal(again.table, table)
+    assert torch.equal(again.observed, observed / 2)
+
+
+def messages(caplog):
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "lightning_vr.estimators.slot"
+    ]
 
 
 @pytest.mark.parametrize(("saved", "built"), OTHERS)

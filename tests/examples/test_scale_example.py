@@ -1,4 +1,4 @@
-"""What STF costs on paper against what processes that talk by gloo count."""
+"""The costs of STF on paper against counts of processes that communicate by gloo."""
 
 import runpy
 import sys
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_vr import posterior_mean
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "scale_on_paper.py"
+EXAMPLE = Path(__file__).parents[2] / "examples/scale/scale_on_paper.py"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_memory_traffic_and_flop_are_those_of_the_formulas(paper, ranks, sizes, 
             assert error <= 0.1 * getattr(expected, name), (str(mode), name, found, expected)
 
 
-def test_formulas_that_are_off_are_refused(paper):
+def test_wrong_formulas_are_refused(paper):
     work = paper.Workload("small", 1000, 64, 32, 10)
     expected = paper.cost(work, paper.Mode("all", sharded=True), 2)
     paper.check(expected, expected)
@@ -56,13 +56,13 @@ def test_formulas_that_are_off_are_refused(paper):
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_sharing_out_divides_the_bank_and_leaves_the_work(paper, number):
+def test_sharding_divides_the_bank_but_not_the_work(paper, number):
     work = paper.WORKLOADS[number]
     for ranks in (2, 8, 64):
         whole, shared = (paper.cost(work, paper.Mode("all", s), ranks) for s in (False, True))
         assert shared.flop == pytest.approx(whole.flop)
         assert ranks * whole.flop == pytest.approx(4 * work.batch * work.count * work.dim)
-        # 4-byte numbers of a sample, and its place, next to which its norm and label are small
+        # 4-byte numbers of a sample; its position, norm and label are small beside them
         assert shared.bank == pytest.approx(whole.bank / ranks, rel=5e-3)
         queries = 4 * work.batch * work.dim * (ranks - 1) / ranks
         assert shared.sent == pytest.approx(2 * queries, rel=5e-3)
@@ -109,11 +109,11 @@ def test_tables_are_printed(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     for mode in ("DSM()", 'STF("batch")', "STF(4096)", 'STF("all")', 'STF("all", sharded)'):
         assert sum(line.startswith(f"| {mode} ") for line in lines) == 6
-    page = EXAMPLE.with_suffix(".md").read_text()
+    page = EXAMPLE.with_name("README.md").read_text()
     assert [line for line in lines if line and line not in page] == []
 
 
-def test_what_is_timed_is_a_ranks_part_of_the_queries_and_references(paper, monkeypatch):
+def test_a_ranks_part_of_the_queries_and_references_is_timed(paper, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     example = runpy.run_path(str(EXAMPLE.with_name("scale_on_gpu.py")), run_name="scale_on_gpu")
     calls = []

@@ -1,4 +1,4 @@
-"""Taylor control variates on digits run as a reader would run them, and do what theory says."""
+"""The study of Taylor control variates on digits runs as a reader runs it, and fits theory."""
 
 import json
 import runpy
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+STUDY = Path(__file__).parents[2] / "examples/control_variates"
 
 
-# of torch's forward-mode derivatives, when they are first used
+# torch warns when forward-mode derivatives are first used
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_taylor_control_variates_are_compared_on_digits(tmp_path, monkeypatch, capsys):
     arguments = ["--quick", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["taylor_digits.py", *arguments])
-    runpy.run_path(str(EXAMPLES / "taylor_digits.py"), run_name="__main__")
+    runpy.run_path(str(STUDY / "taylor_digits.py"), run_name="__main__")
     printed = capsys.readouterr().out
     for row in ("plain", "Taylor 0, gate auto", "Taylor 0, open", "pairs", "strata", "Taylor 1"):
         assert f"\n{row}" in printed
@@ -28,9 +28,9 @@ def test_taylor_control_variates_are_compared_on_digits(tmp_path, monkeypatch, c
     assert [(row["level"], row["order"]) for row in rows] == [
         (0.002, 0), (0.002, 1), (0.3, 0), (0.3, 1),
     ]  # fmt: skip
-    # where there is hardly any noise the network is its polynomial, and the coefficient is 1
+    # with hardly any noise the network is its polynomial, and the coefficient is 1
     for row in rows[:2]:
         assert row["fitted"][1] > 100
         assert abs(row["beta"][0] - 1) < 0.01
-    # no fixed coefficient takes off more of the noise component than the fitted one
+    # no fixed coefficient removes more of the noise component than the fitted one
     assert all(lost[0] < 0.05 for row in rows for lost in row["lost"])

@@ -1,4 +1,4 @@
-"""The examples on Taylor control variates run as a reader would run them."""
+"""The studies of Taylor control variates run as a reader runs them."""
 
 import json
 import runpy
@@ -16,7 +16,7 @@ from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+STUDY = Path(__file__).parents[2] / "examples/control_variates"
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def printed(tmp_path, monkeypatch, capsys):
 
     def run(name):
         monkeypatch.setattr(sys, "argv", [name, "--quick", "--folder", str(tmp_path)])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        runpy.run_path(str(STUDY / name), run_name="__main__")
         return capsys.readouterr().out.splitlines()
 
     return run
@@ -61,8 +61,8 @@ def test_taylor_polynomials_explain_more_at_lower_noise(printed, tmp_path):
         assert by_level["0.01"]["reductions"]["order 2"] > by_level["0.01"]["reductions"]["order 0"]
 
 
-def test_the_complexity_example_agrees_with_the_library_on_what_the_noise_is_worth():
-    example = runpy.run_path(str(EXAMPLES / "taylor_complexity.py"))
+def test_the_complexity_example_agrees_with_the_library_on_the_noise_component():
+    example = runpy.run_path(str(STUDY / "taylor_complexity.py"))
     module = example["trained"](16, 1, 0, 100)
     data = EightGaussians()
     data.setup("fit")

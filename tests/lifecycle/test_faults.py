@@ -196,7 +196,7 @@ class TestNonFinite:
             trainer().fit(model, DataLoader(Spoilt(1.0), batch_size=8))
 
     def test_a_bad_choice_is_refused(self):
-        with pytest.raises(ValueError, match="`on_nonfinite` expected to be 'raise' or 'skip'"):
+        with pytest.raises(ValueError, match="must be 'raise' or 'skip', got 'ignore'"):
             module(on_nonfinite="ignore")
 
 

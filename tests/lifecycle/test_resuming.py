@@ -335,7 +335,7 @@ def test_a_gradient_of_a_batch_that_failed_is_not_kept(batch, lost, whole, tmp_p
         check((fit(tmp_path, ckpt_path=tmp_path / LAST), logs(tmp_path)), whole("plain"))
         return
     assert (window["lost"], window["gradients"]) == (1, {})
-    with pytest.warns(UserWarning, match="gradients of 1 batches that waited are lost"):
+    with pytest.warns(UserWarning, match="gradients of 1 batches are lost"):
         fit(tmp_path, ckpt_path=tmp_path / LAST)
 
 
@@ -365,7 +365,7 @@ def test_a_checkpoint_of_a_validation_run_that_was_made_up_for_asks_for_no_other
 
 def test_stopped_after_the_last_step_where_steps_are_counted(whole_by_steps, tmp_path):
     # 2, 2 and 1 batches in the steps of an epoch
-    with pytest.warns(UserWarning, match="is of the run's last step"):
+    with pytest.warns(UserWarning, match="is from the run's last step"):
         end, found = stop_and_resume(tmp_path, "on_train_batch_end", 12, **STEPS)
     expected_end, expected = whole_by_steps
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):

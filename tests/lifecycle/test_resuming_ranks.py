@@ -195,8 +195,8 @@ def test_resumed_within_an_epoch_with_another_number_of_samples_it_is_refused(
 ):
     path = stopped(batch)
     message = (
-        "Argument `batch_size` expected to be 8 on 1 processes, for the checkpoint is from the "
-        "middle of an epoch with batches of 8 in all, but got 4"
+        "`batch_size` must be 8 on 1 processes, as the checkpoint is from the middle of an epoch "
+        "with batches of 8 in all, got 4"
     )
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, ranks=1, ckpt_path=path)

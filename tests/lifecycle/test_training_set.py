@@ -133,7 +133,7 @@ def test_a_bank_of_samples_that_do_not_come_equally_often_is_refused(kind, refer
 
 
 def test_a_bank_of_more_than_a_run_overfits_is_refused():
-    with pytest.raises(ValueError, match="`overfit_batches` expected to be 0"):
+    with pytest.raises(ValueError, match="`overfit_batches` must be 0"):
         fit(module(target=STF("all")), overfit_batches=1)
 
 

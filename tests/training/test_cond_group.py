@@ -40,9 +40,9 @@ def test_labels_are_classes_alone_or_classes_and_numbers_next_to_each_other():
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        (NUMBER[:3], r"`cond_group` expected to be integers of shape \(4,\), .* shape \(3,\)"),
-        (NUMBER.float(), r"`cond_group` expected to be integers .* but got torch.float32"),
-        (NUMBER - 1, "`cond_group` expected to be 0 or more, but got -1"),
+        (NUMBER[:3], r"`cond_group` must be integers of shape \(4,\), .* got .* shape \(3,\)"),
+        (NUMBER.float(), r"`cond_group` must be integers .* got torch.float32"),
+        (NUMBER - 1, "`cond_group` must be at least 0, got -1"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(numbers, message):

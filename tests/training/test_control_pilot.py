@@ -33,6 +33,7 @@ from lightning_vr.core.rng import generator
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.estimators.taylor.coefficients import Cost, PilotStatistics
 from lightning_vr.estimators.taylor.terms import taylor_terms
+from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.training import control_measurement
 from lightning_vr.training.control_measurement import ControlMeasurement
 from lightning_vr.training.control_pilot import ControlPilot
@@ -125,7 +126,7 @@ def test_what_a_pilot_finds_is_the_closed_form(samples, resamples, accumulated, 
     """Of w - v, the gradient of a draw up to ``2 / d = 1``, and of -α z, that of its odd term."""
     model = constant_module(TaylorCV(bins=2), draws=CARV(resamples, scope="none"))
     model._trainer = quiet_trainer(accumulate_grad_batches=accumulated)
-    pilot = ControlMeasurement(model, model.control_variate)
+    pilot = ControlMeasurement(model, model.control_variate, RunContext.of(model.trainer))
     found = []
     for i in range(80):
         clean = Clean(torch.randn(samples, 2, generator=generator("x", i)))
@@ -199,7 +200,9 @@ def test_numbers_that_a_pilot_reads_are_not_more_for_more_parameters():
         model = module(control, ResidualMLP(2, width=8, depth=depth))
         model._trainer = quiet_trainer()
         with Reads() as reads:
-            ControlMeasurement(model, control).measure(Clean(POINTS.x0), generator)
+            ControlMeasurement(model, control, RunContext.of(model.trainer)).measure(
+                Clean(POINTS.x0), generator
+            )
         counts.append(reads.count)
     assert counts[0] == counts[1]
 
@@ -217,7 +220,7 @@ def test_the_time_of_a_pilot_is_that_of_all_it_does(monkeypatch):
     control = TaylorCV(bins=2, gate="open")
     model = module(control)
     model._trainer = quiet_trainer()
-    measurement = ControlMeasurement(model, control)
+    measurement = ControlMeasurement(model, control, RunContext.of(model.trainer))
     start = time.perf_counter()
     measurement.measure(Clean(POINTS.x0), generator)
     taken = time.perf_counter() - start
@@ -460,7 +463,7 @@ def run_of(monkeypatch):
             accumulate_grad_batches=1,
             precision_plugin=SimpleNamespace(forward_context=nullcontext),
         )
-        pilot, seen = ControlPilot(model, control), []
+        pilot, seen = ControlPilot(model, control, RunContext.of(model.trainer)), []
         for step in range(up_to or int(steps)):
             model._trainer.global_step = step
             before = control.pilot and dict(control.pilot)

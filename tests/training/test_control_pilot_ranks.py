@@ -22,6 +22,7 @@ from lightning_vr import (
 from lightning_vr.core.distributed import rank
 from lightning_vr.core.rng import generator
 from lightning_vr.estimators.taylor.coefficients import PilotStatistics
+from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.process.timesteps import LogUniform
 from lightning_vr.training.control_measurement import ControlMeasurement
 
@@ -127,7 +128,7 @@ def pilots(rank):
     model._trainer = Parts()
     found = []
     for own in (False, True):
-        pilot = ControlMeasurement(model, model.control_variate)
+        pilot = ControlMeasurement(model, model.control_variate, RunContext.of(model.trainer))
         if own:
             pilot.over_ranks = lambda values: values.double()
         some = []

@@ -490,6 +490,6 @@ def test_the_frechet_distance_is_that_of_all_samples_in_one_process(name, ranks,
     metric.update(DATA.x0, real=True)
     for start in range(0, GENERATED, 250):
         count = min(250, GENERATED - start)
-        metric.update(callback.draw(alone.module, count, "frechet", start), real=False)
+        metric.update(callback.generate(alone.module, count, "frechet", start), real=False)
     (key,) = [key for key in found[0]["numbers"] if key.startswith("frechet_distance/")]
     assert_logged(found, {key: float(metric.compute())}, "frechet_distance/")

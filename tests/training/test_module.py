@@ -131,7 +131,7 @@ class TestRandomness:
         module, batch = conditional_module(), next(iter(loader()))
         draws = []
         for rank in (0, 1):
-            monkeypatch.setattr("lightning_vr.training.module.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("lightning_vr.core.keyed_module.rank", lambda rank=rank: rank)
             draws.append(module.loss(batch, module.generator("train", 0, 0)).noised)
         assert not torch.isin(draws[0].t, draws[1].t).any()
         assert not torch.isin(draws[0].noise, draws[1].noise).any()
@@ -468,12 +468,12 @@ class TestSampling:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({}, "`shape` is needed until the module has seen training data"),
+            ({}, "`shape` must be given until the model has seen training data"),
             (
                 {"shape": (2,), "group": torch.tensor([0, 2])},
-                r"labels expected to be in \[0, 2\).* got 2",
+                r"`group` must be in \[0, 2\).* which is 2: set `num_classes` to 3",
             ),
-            ({"shape": (2,), "group": torch.zeros(2)}, "labels expected to be integers"),
+            ({"shape": (2,), "group": torch.zeros(2)}, "`group` must be integers"),
         ],
     )
     def test_samples_that_mean_nothing_are_refused(self, options, message):
@@ -482,7 +482,7 @@ class TestSampling:
 
     def test_labels_for_a_module_without_classes_are_refused(self):
         module = DiffusionModule(network())
-        with pytest.raises(ValueError, match="`group` needs a class-conditional module"):
+        with pytest.raises(ValueError, match="`group` must be None without classes"):
             module.sample(2, shape=(2,), group=torch.zeros(2, dtype=torch.int64))
 
 
@@ -573,11 +573,11 @@ class TestBadInput:
         [
             ({"prediction": "eps"}, "`prediction` expected to be one of x0, .* but got 'eps'"),
             ({"sigma_data": 0.0}, "`sigma_data` expected to be positive"),
-            ({"num_classes": 0}, "`num_classes` expected to be at least 1, but got 0"),
-            ({"label_dropout": 0.1}, "`label_dropout` of 0.1 needs labels to drop"),
+            ({"num_classes": 0}, "`num_classes` must be at least 1, got 0"),
+            ({"label_dropout": 0.1}, "`label_dropout` must be 0 without classes, got 0.1"),
             (
                 {"num_classes": 2, "label_dropout": 1.5},
-                "`label_dropout` expected to be between 0 and 1, but got 1.5",
+                "`label_dropout` must be between 0 and 1, got 1.5",
             ),
         ],
     )
@@ -591,16 +591,16 @@ class TestBadInput:
 
     @pytest.mark.parametrize("target", [DSM(), STF("batch"), STF(8)], ids=["DSM", "batch", "bank"])
     def test_samples_that_are_not_finite_are_refused(self, target):
-        with pytest.raises(ValueError, match="expected to be finite, but sample 3 is not"):
+        with pytest.raises(ValueError, match="must be finite, but sample 3 is not"):
             self.fit(nan_at(3), target=target)
 
     def test_a_bank_finds_the_sample_that_is_not_finite_wherever_it_stands(self):
-        with pytest.raises(ValueError, match="expected to be finite, but sample 29 is not"):
+        with pytest.raises(ValueError, match="must be finite, but sample 29 is not"):
             self.fit(nan_at(29), target=STF("all"))
 
     @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint8])
     def test_samples_that_are_not_real_numbers_are_refused(self, dtype):
-        with pytest.raises(ValueError, match=f"`x0` expected to be a real .* but got {dtype}"):
+        with pytest.raises(ValueError, match=f"`x0` must be a real .* got {dtype}"):
             self.fit(points(x0=torch.ones(32, 2).to(dtype)))
 
     @pytest.mark.parametrize("validation", [False, True])
@@ -608,11 +608,11 @@ class TestBadInput:
     def test_a_label_outside_its_range_is_refused(self, target, validation):
         data = points(label=torch.full((32,), 5)) if target.bank_size == 0 else large_label()
         worst = 5 if target.bank_size == 0 else 2
-        with pytest.raises(ValueError, match=rf"in \[0, 2\), as `num_classes` .* got {worst}"):
+        with pytest.raises(ValueError, match=rf"in \[0, 2\), as `num_classes` .* which is {worst}"):
             self.fit(data, validation, target=target)
 
     def test_labels_that_are_no_classes_are_refused(self):
-        with pytest.raises(ValueError, match="labels expected to be integers"):
+        with pytest.raises(ValueError, match="`group` must be integers"):
             self.fit(points(label=torch.rand(32)))
 
     @pytest.mark.parametrize("references", [33, 4096])
@@ -621,7 +621,7 @@ class TestBadInput:
             self.fit(points(), target=STF(references))
 
     def test_an_index_that_is_not_the_position_is_refused(self):
-        with pytest.raises(ValueError, match="sample 0 has index 7: let the data set's item i"):
+        with pytest.raises(ValueError, match="sample 0 has index 7: let item i of the data set"):
             self.fit(points(offset=7), target=STF(8))
 
     def test_all_references_without_indices_are_refused(self):
@@ -662,7 +662,10 @@ def test_edm_defaults_are_those_of_the_paper():
 
 
 def test_a_class_embedding_without_room_for_the_dropped_label_is_refused():
-    with pytest.raises(ValueError, match="num_class_embeds=10, but 10 classes and the dropped"):
+    with pytest.raises(
+        ValueError,
+        match=r"10 classes and the dropped label, .*num_class_embeds=10: .* 11",
+    ):
         DiffusionModule(ResidualMLP(num_class_embeds=10), num_classes=10)
 
 

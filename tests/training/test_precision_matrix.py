@@ -60,6 +60,7 @@ from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import concatenated, tensors
 from lightning_vr.core.types import LossEstimate, StepPart
 from lightning_vr.estimators.loss import diffusion_loss
+from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.process.weightings import UnitWeighting
 from lightning_vr.training.control_pilot import control_pilot
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
@@ -237,7 +238,10 @@ def by_hand(name, parts, clipping, device):
     x0, index = POINTS.x0.to(device), torch.arange(SAMPLES, device=device)
     if module.target.bank_size != 0:
         module.target.fill(x0, None, indexed=True)
-    pilots = [pilot for pilot in (resamples_pilot(module), control_pilot(module)) if pilot]
+    run = RunContext.of(module.trainer)
+    pilots = [
+        pilot for pilot in (resamples_pilot(module, run), control_pilot(module, run)) if pilot
+    ]
     size, parameters, found = BATCH // parts, list(module.parameters()), []
     for step in range(STEPS):
         module._trainer.global_step = step
@@ -668,7 +672,7 @@ class TestRefused:
     def test_strategies_that_shard_the_weights(self, strategy):
         module = module_of("plain")
         module._trainer = SimpleNamespace(strategy=strategy())
-        with pytest.raises(ValueError, match="`strategy` expected to leave each rank the whole"):
+        with pytest.raises(ValueError, match="`strategy` must leave all weights on each rank"):
             module.on_fit_start()
 
     def test_a_compiled_network_without_room_for_dropped_labels(self):

@@ -93,7 +93,7 @@ def test_two_ranks_train_as_one_process_on_the_whole_batch_with_their_draws(resu
         for rank, found in enumerate(results):
             index = found["index"][step]
             batch = {"x0": Points.x0[index], "label": index % 2, "index": index}
-            monkeypatch.setattr("lightning_vr.training.module.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("lightning_vr.core.keyed_module.rank", lambda rank=rank: rank)
             losses.append(model.loss(batch, model.generator("train", step, 0)).loss)
         model.zero_grad()
         (0.5 * (losses[0] + losses[1])).backward()

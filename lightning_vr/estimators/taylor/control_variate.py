@@ -28,6 +28,7 @@ from lightning_vr.core.devices import widest_float
 from lightning_vr.core.rows import concatenated, mapped, tensors
 from lightning_vr.core.types import Noised, TargetEstimate
 from lightning_vr.estimators.loss import ControlVariate, Network, network_output
+from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.estimators.taylor.coefficients import ControlFit, DeviceCopy
 from lightning_vr.estimators.taylor.terms import (
     clean_points,
@@ -156,14 +157,26 @@ class TaylorCV(ControlVariate):
         return {"settings": self._settings, "fit": self.fit.state(), "pilot": self.pilot}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what was learned with the same settings; else begin anew."""
-        if state.get("settings") == self._settings:
-            self.fit.load(state["fit"])
-            self.pilot = state["pilot"]
+        """Load what was learned with the same settings, or warn if they differ."""
+        own, saved = self._settings, state["settings"]
+        differing = [
+            f"`{name}` is {value!r}, the checkpoint's is {saved[name]!r}"
+            for name, value in own.items()
+            if saved[name] != value
+        ]
+        if differing:
+            warn_of_dropped_state(
+                f"TaylorCV: {', '.join(differing)}: its coefficients and gate are dropped, and "
+                f"learning starts anew."
+            )
+            return
+        self.fit.load(state["fit"])
+        self.pilot = state["pilot"]
 
     @property
-    def _settings(self) -> list[Any]:
-        return [self.order, self.expectation, self.bins, self.control]
+    def _settings(self) -> dict[str, Any]:
+        names = ("order", "expectation", "bins", "control")
+        return {name: getattr(self, name) for name in names}
 
     def _open_rows(self, noised: Noised, objective: Objective) -> Tensor | None:
         """Return the draws that it runs for, or None for all."""

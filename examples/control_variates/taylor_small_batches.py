@@ -1,24 +1,24 @@
-"""What pairs and control variates are worth where batches are small and low noise dominates.
+"""Measure what pairs and control variates gain where batches are small and low noise dominates.
 
-    python examples/taylor_small_batches.py
+    python examples/control_variates/taylor_small_batches.py
 
 An MLP learns the score of points in the plane from 32 draws a step. With unit weight on the error
 of the score, whose target is ``-ε / σ``, and noise levels from 0.002 to 1, nearly all of the
-gradient is the noise of the lowest levels: the setting of Jeha, Grathwohl, Andersen, Ek and
-Frellsen 2024, arXiv 2408.12270, whose claim it repeats. With unit weight on ε, as usual, noise of
-all levels counts alike. What it finds, in 2000 steps, two seeds:
+gradient is the noise of the lowest levels. This is the setting of Jeha, Grathwohl, Andersen, Ek and
+Frellsen 2024, arXiv 2408.12270. With unit weight on ε, as usual, noise of all levels counts alike.
+Results in 2000 steps, two seeds:
 
-* With weight on the score, plain training learns next to nothing below noise 0.3, and with batches
+* With weight on the score, plain training learns almost nothing below noise 0.3, and with batches
   of 64 hardly more. Pairs of opposite noise and all orders learn.
-* 16 pairs, which cost nothing, do most of it. 32 pairs take as many passes through the network as
-  order 0, and are as good or better: there is little reason for a control variate of order 0.
+* 16 pairs, which cost nothing, give most of the gain. 32 pairs take as many passes through the
+  network as order 0, and are as good or better: there is little reason for order 0.
 * Order 1 learns eight Gaussians still better, at 4 times the time of a plain step. Order 2 is no
   better than order 1, at 10 times.
-* A coefficient of 1 below noise 0.3 does as well as fitted ones: low noise is all that matters.
+* A coefficient of 1 below noise 0.3 does as well as fitted ones: only low noise matters.
 * The gate opens, and then does what an open one does.
-* With weight on ε all arms end within a tenth of each other, 32 pairs at the best end.
+* With weight on ε all arms end within a tenth of each other, and 32 pairs are best.
 
-It takes ten minutes on one thread. Look into ``runs/taylor_small_batches``.
+It takes ten minutes on one thread. The results are in ``runs/taylor_small_batches``.
 """
 
 import argparse
@@ -57,17 +57,17 @@ LEVELS = (0.03, 0.1, 0.3)
 """Noise levels at which the score is compared with the exact one."""
 
 SHOWN = 0.1
-"""The one of which curves are drawn."""
+"""The noise level whose curves are drawn."""
 
 POINTS = 1 << 16
-"""Of a training set: so many that its own score is nearly that of the density."""
+"""Size of a training set, so large that its own score is nearly that of the density."""
 
 EVALUATIONS = 10
 
 WIDTH = 64
 
 SLOW = ("order 1", "order 2")
-"""Arms of the first workload alone: their steps take several times as long."""
+"""Arms that only the first workload has: their steps take several times as long."""
 
 
 def pairs() -> dict[str, Any]:
@@ -89,7 +89,7 @@ ARMS: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
     "order 0, 1 below 0.3": (32, partial(control, 0, gate=(0.0, 0.3), coefficient=1.0)),
     "order 0, gate": (32, partial(control, 0)),
 }
-"""Batch size, and what goes into the module's slots."""
+"""Batch size and contents of the module's slots."""
 
 
 class Truth:
@@ -118,13 +118,13 @@ class Truth:
 
 
 class History(Callback):
-    """Errors, and the share of draws that a control variate runs for, while a module trains."""
+    """Errors during training, and the fraction of draws for which a control variate runs."""
 
     def __init__(self, truth: Truth, every: int) -> None:
         self.truth, self.every = truth, every
         self.steps: list[int] = []
         self.errors: list[list[float]] = []
-        self.shares: list[float] = []
+        self.fractions: list[float] = []
         self.seconds = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_: object) -> None:
@@ -135,7 +135,7 @@ class History(Callback):
         self.errors.append(self.truth.errors(module))
         if isinstance(module.control_variate, TaylorCV):
             fit = module.control_variate.fit
-            self.shares.append(float(fit.shares[fit.is_open].sum()))
+            self.fractions.append(float(fit.shares[fit.is_open].sum()))
         self.seconds += time.process_time() - begin
 
 
@@ -148,7 +148,7 @@ def points(dataset: Any) -> Tensor:
 
 
 def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: int) -> dict:
-    """Train one arm and return what became of it."""
+    """Train one arm and return its errors, seconds and open fraction."""
     seed_everything(seed, verbose=False)
     batch_size, slots = ARMS[arm]
     name, weight = workload
@@ -176,7 +176,7 @@ def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: i
     begin = time.process_time()
     trainer.fit(module, data)
     seconds = time.process_time() - begin - history.seconds
-    share = statistics.mean(history.shares) if arm.endswith("gate") else None
+    fraction = statistics.mean(history.fractions) if arm.endswith("gate") else None
     return {
         "workload": list(workload),
         "arm": arm,
@@ -184,7 +184,7 @@ def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: i
         "steps": history.steps,
         "errors": history.errors,
         "seconds": seconds,
-        "open": share,
+        "open": fraction,
     }
 
 

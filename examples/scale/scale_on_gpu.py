@@ -1,9 +1,9 @@
-"""What a rank's references take on the GPU of this machine, next to ``scale_on_paper.py``.
+"""Measure what a rank's references take on this machine's GPU, next to ``scale_on_paper.py``.
 
-    python examples/scale_on_gpu.py
+    python examples/scale/scale_on_gpu.py
 
 One GPU stands for one of eight: it answers as many queries from as many references, of random
-numbers. What the eight would send to each other is left out on both sides.
+numbers. Communication between the eight is left out on both sides.
 """
 
 import statistics
@@ -34,7 +34,7 @@ BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
 
 
 def milliseconds(work: Workload, mode: Mode, device: torch.device) -> float:
-    """Return what the posterior mean of a rank's queries takes: the median of some rounds."""
+    """Return the milliseconds of a rank's posterior means: the median of some rounds."""
     source = generator("scale on gpu", device=device)
     count, references = (round(x) for x in visited(work, mode, GPUS))
     rows = torch.randn(references, work.dim, generator=source, device=device)
@@ -61,12 +61,12 @@ def milliseconds(work: Workload, mode: Mode, device: torch.device) -> float:
 
 def main():
     if not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device here")
+        raise SystemExit("This machine has no CUDA device: run it where there is one.")
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(device)
     bandwidth = next((value for chip, value in BANDWIDTHS.items() if chip in name), None)
     if bandwidth is None:
-        raise SystemExit(f"no data sheet for {name}: add its bandwidth to BANDWIDTHS")
+        raise SystemExit(f"There is no data sheet for {name}: add its bandwidth to BANDWIDTHS.")
     on = Machine(GPUS, hbm=bandwidth)
     rows = [["", "", "queries", "references", "ms on paper", "ms measured"]]
     for work in WORKLOADS:

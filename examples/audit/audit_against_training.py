@@ -1,14 +1,14 @@
-"""Check what an audit of targets predicts against training: does the multiplier come true?
+"""Compare the savings that an audit of targets predicts with those of training.
 
-Three workloads train with the plain target, with the STF whose multiplier the audit says is
-largest, and with the plain target at twice the batch size, each over several seeds. Compared is the
-compute (steps, times the seconds of a step that the audit measures) to reach the held-out denoising
-loss that the plain target has at the end, averaged over seeds. The doubled batch, which halves the
-variance, shows what less variance is worth at all. Run it with
+Three workloads train with the plain target, with the STF that has the largest multiplier in the
+audit, and with the plain target at twice the batch size, each over several seeds. What is compared
+is the compute (steps, times the seconds of a step that the audit measures) to reach the held-out
+denoising loss that the plain target has at the end, averaged over seeds. The doubled batch halves
+the variance, and shows what a smaller variance gains at all.
 
-    python examples/audit_against_training.py --workload digits_edm --seeds 5
+    python examples/audit/audit_against_training.py --workload digits_edm --seeds 5
 
-and look into ``runs/audit_against_training``.
+The results are in ``runs/audit_against_training``.
 """
 
 import argparse
@@ -31,9 +31,10 @@ from lightning_vr.lifecycle.weight_averaging import averaged_weights
 from lightning_vr.process.sampling import evaluating
 
 WORKLOADS = {"digits_edm": 750, "digits_ve": 750, "eight_gaussians": 3000}
-"""Names and steps of training; the held-out loss is measured thirty times."""
+"""Steps of training for each workload."""
 
 EVALUATIONS = 30
+"""How often the held-out loss is measured."""
 
 
 def network(workload: str) -> torch.nn.Module:
@@ -71,7 +72,7 @@ def build(
 
 
 class HeldOutLoss(Callback):
-    """Plain denoising loss of held-out samples: times stratified, noise the same at every look."""
+    """Plain denoising loss of held-out samples, with stratified times and fixed noise."""
 
     def __init__(self, every: int, repeats: int) -> None:
         self.every, self.repeats = every, repeats
@@ -129,21 +130,21 @@ def train(
 
 
 def steps_to(loss: float, steps: np.ndarray, losses: np.ndarray) -> float:
-    """Return the first step at which a curve, made monotone, is down to ``loss``."""
+    """Return the first step at which a curve, made monotone, reaches ``loss``."""
     best = np.minimum.accumulate(losses)
     if best[-1] > loss:
         return float("nan")
     i = int(np.argmax(best <= loss))
     if i == 0:
         return float(steps[0])
-    share = (best[i - 1] - loss) / (best[i - 1] - best[i])
-    return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
+    fraction = (best[i - 1] - loss) / (best[i - 1] - best[i])
+    return float(steps[i - 1] + fraction * (steps[i] - steps[i - 1]))
 
 
-def predicted_speedup(
+def step_ratio(
     base: np.ndarray, other: np.ndarray, steps: np.ndarray, source: np.random.Generator
 ) -> tuple[float, float, float]:
-    """Return steps of ``base`` over steps of ``other`` to the loss ``base`` ends at, with 95 %."""
+    """Return steps of ``base`` over those of ``other`` to the final loss of ``base``, with 95 %."""
 
     def ratio(b: np.ndarray, o: np.ndarray) -> float:
         goal = b.mean(axis=0)[int(0.7 * len(steps)) :].mean()
@@ -154,13 +155,13 @@ def predicted_speedup(
         rows = source.integers(len(base), size=len(base))
         drawn.append(ratio(base[rows], other[rows]))
     low, high = np.nan, np.nan
-    if not np.isnan(drawn).all():  # too short a run may never get there
+    if not np.isnan(drawn).all():  # a short run may never reach the loss
         low, high = np.nanquantile(drawn, [0.025, 0.975])
     return ratio(base, other), float(low), float(high)
 
 
 def predict(workload: str, budget: float, folder: Path) -> None:
-    """Audit in the middle of training with the plain target; keep the best candidate."""
+    """Audit in the middle of training with the plain target; store the best candidate."""
     _, halfway = train(workload, DSM(), seed=100, steps=WORKLOADS[workload] // 2)
     _, data = build(workload, DSM())
     targets = [STF("batch"), STF(256), STF(1024), STF("all")]
@@ -181,7 +182,7 @@ def predict(workload: str, budget: float, folder: Path) -> None:
 
 
 def realise(workload: str, seeds: int, folder: Path) -> None:
-    """Train with the plain target, the candidate and the doubled batch; keep held-out losses."""
+    """Train with the plain target, the candidate and the doubled batch; store the losses."""
     prediction = json.loads((folder / f"{workload}_predicted.json").read_text())
     arms = {
         "plain": (DSM, 1),
@@ -223,7 +224,7 @@ def report(folder: Path) -> None:
 
 
 def compare(name: str, prediction: dict, trained: dict) -> None:
-    """Print what was predicted and what came of it, of averaged weights and of raw ones."""
+    """Print the predicted and the realised savings, of averaged weights and of raw ones."""
     print(
         f"\n{name}: {prediction['candidate']}, noise ratio {prediction['noise_ratio']:.3g}, "
         f"RE {interval(*prediction['efficiency'])}, ECM {interval(*prediction['multiplier'])}, "
@@ -233,9 +234,9 @@ def compare(name: str, prediction: dict, trained: dict) -> None:
     for key in ("averaged", "raw"):
         losses = {arm: np.array(curves[key]) for arm, curves in trained["losses"].items()}
         source = np.random.default_rng(0)
-        fewer = predicted_speedup(losses["plain"], losses["candidate"], steps, source)
-        doubled = predicted_speedup(losses["plain"], losses["doubled batch"], steps, source)
-        # what the doubled batch says a factor on the variance is worth, as a power of it
+        fewer = step_ratio(losses["plain"], losses["candidate"], steps, source)
+        doubled = step_ratio(losses["plain"], losses["doubled batch"], steps, source)
+        # the doubled batch says what a factor on the variance saves in steps, as a power of it
         exponent = np.log2(doubled[0])
         worth = prediction["efficiency"][0] ** exponent * time
         print(

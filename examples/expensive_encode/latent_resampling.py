@@ -1,21 +1,21 @@
-"""How many times to noise each latent: an autoencoder upstream of a small denoiser.
+"""Find how many times to noise each latent: an autoencoder upstream of a small denoiser.
 
 Digits are enlarged and encoded on the fly by diffusers' ``AutoencoderKL``, which is trained first
 and then frozen, before a ``UNet2DModel`` learns to denoise their latents. Encoding takes longer
-than training on one draw of time and noise, so that ``CARV`` noises each latent K times. At fixed
-trained weights, for each K: the variance of the gradient of a step and the seconds that a step
-takes. Their product, whose inverse is the compute that a given variance costs, is compared with
-what a pilot at K = 4 predicts, and with the K that ``CARV("auto")`` takes. Run it with
+than training on one draw of time and noise, so ``CARV`` noises each latent K times. For each K, at
+fixed trained weights, this measures the variance of the gradient of a step and the seconds of a
+step. Their product is proportional to the compute that a given variance costs. It is compared with
+the prediction of a pilot at K = 4, and with the K that ``CARV("auto")`` takes.
 
-    python examples/latent_resampling.py
+    python examples/expensive_encode/latent_resampling.py
 
-and look into ``runs/latent_resampling``. It takes a quarter of an hour on one thread. What encoding
-costs depends on ``--image_size`` and ``--vae_width``; the cheaper settings of the README are
+The results are in ``runs/latent_resampling``, after a quarter of an hour on one thread. The cost of
+encoding depends on ``--image_size`` and ``--vae_width``; the cheaper settings of the README are
 
     --image_size 32 --batches 48 --steps 500 --seeds 3 --folder runs/latents_32
     --image_size 16 --vae_width 16 --batches 48 --steps 500 --seeds 3 --folder runs/latents_16
 
-A run that was stopped goes on where it was.
+A run that was stopped continues where it was.
 """
 
 import argparse
@@ -52,17 +52,17 @@ from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 LATENT_SIDE = 8
 LATENT_SPREAD = 0.5
-"""Standard deviation that latents are scaled to, which ``DiffusionModule`` expects."""
+"""Standard deviation of scaled latents: the ``sigma_data`` that is the default."""
 
 PILOT = 4
-"""K of the pilot that the predictions rest on."""
+"""K of the pilot from which the predictions are made."""
 
 BATCHES_PER_ESTIMATE = 4
 KINDS = {"independent": "independent draws", "stratified": "strata and learned proposal"}
 
 
 class LatentDiffusion(DiffusionModule):
-    """Diffusion of an autoencoder's latents, which are made on the fly.
+    """Diffusion of an autoencoder's latents, encoded on the fly.
 
     Args:
         autoencoder: Folder or name of a pretrained ``AutoencoderKL``.
@@ -160,7 +160,7 @@ def build(options: argparse.Namespace, draws: CARV, weights: Path | None = None)
 
 
 def fit(module: LatentDiffusion, data: Digits, steps: int) -> None:
-    # the autoencoder's, on purpose
+    # the autoencoder stays in evaluation mode on purpose
     warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")
     Trainer(
         accelerator="cpu",
@@ -185,7 +185,7 @@ def train_denoiser(options: argparse.Namespace, data: Digits, weights: Path) -> 
 
 
 def estimator(kind: str, resamples: int | str, weights: Path) -> CARV:
-    """Return draws of a kind, with the proposal that training has learned if it has one."""
+    """Return draws of a kind, with the learned proposal where the kind has one."""
     if kind == "independent":
         return CARV(resamples, scope="none")
     proposal = LearnedProposal()
@@ -194,8 +194,8 @@ def estimator(kind: str, resamples: int | str, weights: Path) -> CARV:
 
 
 def encoded_batches(module: LatentDiffusion, data: Digits, count: int) -> list[Clean]:
-    """Encode batches, those of an epoch disjoint as those of an endless data set would be."""
-    torch.manual_seed(1)  # the same ones when a run goes on
+    """Encode batches; those of an epoch are disjoint, as those of an endless data set would be."""
+    torch.manual_seed(1)  # the same batches when a run continues
     found: list[Clean] = []
     while len(found) < count:
         found += [module.clean(batch) for batch in data.train_dataloader()]
@@ -205,7 +205,7 @@ def encoded_batches(module: LatentDiffusion, data: Digits, count: int) -> list[C
 def components(module: LatentDiffusion, batches: list[Clean], key: str) -> list[list[float]]:
     """Return the components of a step's variance for one sample: ``data, timestep, noise, total``.
 
-    Each estimate is of a few batches by themselves, so that they can be resampled.
+    Each estimate rests on a few batches of its own, so that estimates can be resampled.
     """
     size = BATCHES_PER_ESTIMATE
     groups = [0 for p in module.parameters() if p.requires_grad]
@@ -216,7 +216,7 @@ def components(module: LatentDiffusion, batches: list[Clean], key: str) -> list[
 
 
 class StepTimer:
-    """Times whole steps in turn, so that what else the machine does affects all alike."""
+    """Times whole steps in turn, so that other work on the machine slows all of them alike."""
 
     def __init__(self, module: LatentDiffusion, data: Digits) -> None:
         self.module = copy.deepcopy(module)
@@ -227,7 +227,7 @@ class StepTimer:
     def measure(
         self, steps: dict[str, tuple[int, CARV]], rounds: int
     ) -> dict[str, list[list[float]]]:
-        """Return, for each of ``steps`` (samples and draws), seconds to encode and of the rest."""
+        """Return seconds to encode and of the rest, for each of ``steps`` (samples and draws)."""
         found: dict[str, list[list[float]]] = {name: [] for name in steps}
         for i in range(rounds + 1):
             for name, (samples, draws) in steps.items():
@@ -251,13 +251,13 @@ class StepTimer:
 
 
 class Results(dict):
-    """What is known so far, on disk after every measurement."""
+    """Measurements so far, stored on disk after each of them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(json.loads(path.read_text()) if path.exists() else {})
         self.path = path
 
-    def keep(self, key: str, value: Any) -> None:
+    def store(self, key: str, value: Any) -> None:
         self[key] = value
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self, indent=1))
@@ -265,7 +265,7 @@ class Results(dict):
 
 
 def measure(options: argparse.Namespace, data: Digits, weights: Path, results: Results) -> None:
-    """Measure what is not known yet: the pilot, the K of auto, variances and seconds for each K."""
+    """Measure what is missing: the pilot, the K of auto, variances and seconds for each K."""
     module = build(options, CARV(1), weights)
 
     @cache
@@ -274,41 +274,41 @@ def measure(options: argparse.Namespace, data: Digits, weights: Path, results: R
 
     if "pilot" not in results:
         module.draws = estimator("independent", PILOT, weights)
-        results.keep("pilot", components(module, batches()[options.batches :], "pilot"))
+        results.store("pilot", components(module, batches()[options.batches :], "pilot"))
     arms = {f"{kind} {k}": estimator(kind, k, weights) for kind in KINDS for k in options.resamples}
     for kind in KINDS:
         chosen = results.get(f"auto {kind}") or []
         for seed in range(len(chosen), options.seeds):
             chosen.append(automatic(options, data, kind, weights, seed))
-            results.keep(f"auto {kind}", chosen)
+            results.store(f"auto {kind}", chosen)
         middle = statistics.median_low(each["resamples"] for each in chosen)
         arms.setdefault(f"{kind} {middle}", estimator(kind, middle, weights))
 
     for name, draws in arms.items():
         if f"variance {name}" not in results:
             module.draws = draws
-            results.keep(
+            results.store(
                 f"variance {name}", components(module, batches()[: options.batches], "sweep")
             )
             total = statistics.fmean(each[3] for each in results[f"variance {name}"])
             print(f"{name}: variance {total:.4g}", flush=True)
     steps = {name: (options.samples, draws) for name, draws in arms.items()}
-    # the pilot's steps in the same rounds; the largest of the sweep are left to be predicted
+    # the pilot's steps run in the same rounds; the largest K of the sweep are predicted from them
     for samples, k in pilot_shapes(options.samples):
         steps[f"pilot {samples} {k}"] = (samples, estimator("independent", k, weights))
     if set(results.get("seconds", {})) != set(steps):
-        results.keep("seconds", StepTimer(module, data).measure(steps, options.rounds))
+        results.store("seconds", StepTimer(module, data).measure(steps, options.rounds))
 
 
 def pilot_shapes(samples: int) -> list[tuple[int, int]]:
-    """Return R and K of the steps that the model of their seconds is fitted to."""
+    """Return R and K of the steps to which the cost model is fitted."""
     return [(samples // 4, 1), (samples // 4, 4), (samples // 2, 2), (samples, 1), (samples, 4)]
 
 
 def automatic(
     options: argparse.Namespace, data: Digits, kind: str, weights: Path, seed: int
 ) -> dict[str, Any]:
-    """Return what ``CARV("auto")`` finds in its first pilot when training goes on."""
+    """Return the result of the first pilot of ``CARV("auto")`` when training continues."""
     module = build(options, estimator(kind, "auto", weights), weights)
     module.seed = seed
     fit(module, data, 2)
@@ -318,7 +318,7 @@ def automatic(
 
 
 def summarise(options: argparse.Namespace, results: Results) -> dict[str, Any]:
-    """Return predictions and what came of them, from what was measured."""
+    """Return predictions and realised values from the measurements."""
     pilot = torch.tensor(results["pilot"], dtype=torch.float64)
     between = bootstrap(lambda mean: mean, pilot[:, 0])
     within = bootstrap(lambda mean: PILOT * mean, pilot[:, 1] + pilot[:, 2])
@@ -361,7 +361,7 @@ def compare(
     within: float,
     cost: CostModel,
 ) -> dict[str, Any]:
-    """Return what was measured at one K, and what the pilot predicts."""
+    """Return the measurements at one K and the predictions of the pilot."""
 
     def predicted(k: int) -> float:
         return (between + within / k) * cost.seconds(samples, k) / samples
@@ -511,7 +511,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image_size", type=int, default=64, choices=(16, 32, 64, 128))
     parser.add_argument("--vae_width", type=int, default=32)
-    parser.add_argument("--autoencoder", help="a pretrained one; trained here if not given")
+    parser.add_argument("--autoencoder", help="a pretrained one (default: train one)")
     parser.add_argument("--samples", type=int, default=32, help="R, samples of a step")
     parser.add_argument("--vae_steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=800, help="of training the denoiser")
@@ -519,7 +519,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=40, help="of timing")
     parser.add_argument("--seeds", type=int, default=5, help="for the K of auto")
     parser.add_argument("--folder", type=Path, default=Path("runs/latent_resampling"))
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="run for a few seconds, as a test")
     options = parser.parse_args()
     options.resamples = [1, 2, 4, 8, 16]
     if options.quick:
@@ -535,7 +535,7 @@ def main() -> None:
     results = Results(options.folder / "results.json")
     settings = {name: str(value) for name, value in vars(options).items() if name != "folder"}
     if results.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{options.folder} has results of other settings: use another --folder.")
+        raise SystemExit(f"{options.folder} has results of other settings: use another `--folder`.")
 
     seed_everything(0, verbose=False)
     data = Digits(batch_size=options.samples)
@@ -548,7 +548,7 @@ def main() -> None:
     if not weights.exists():
         train_denoiser(options, data, weights)
     measure(options, data, weights, results)
-    results.keep("summary", summarise(options, results))
+    results.store("summary", summarise(options, results))
     table = report(results["summary"], options.samples)
     (options.folder / "table.txt").write_text(table + "\n")
     print(table)

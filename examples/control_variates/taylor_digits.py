@@ -2,24 +2,24 @@
 
 Jeha, Grathwohl, Andersen, Ek and Frellsen 2024 (arXiv 2408.12270) report 1.4 times less gradient
 variance at order 2 on MNIST, and no better loss. This repeats their experiment on the digits of
-scikit-learn, against estimators that take no more passes:
+scikit-learn, and compares with estimators that take no more passes:
 
 1. Training from the same seeds: held-out denoising loss and Fréchet distance, at equal steps and at
    equal time. Pairs take half as many samples, so that a step has as many draws.
-2. Gradient variance early in training and at its end, and what it costs, by ``audit``.
+2. Gradient variance and its cost, early in training and at its end, by ``audit``.
 3. What is left of the noise component at single noise levels, with coefficients fitted on the
    gradients of other draws and with fixed ones.
 4. Orders 0, 1 and 2 with exact means, on digits of 4 by 4 pixels and an MLP: order 2 takes samples
    of 16 numbers at most.
 
-    python examples/taylor_digits.py
+    python examples/control_variates/taylor_digits.py
 
-takes half an hour on one core. Look into ``runs/taylor_digits``.
+takes half an hour on one core. The results are in ``runs/taylor_digits``.
 
-After 500 steps of EDM it found, with the gradient variance that is left and the time of a step over
-the plain ones: order 0 73 % at 1.8, order 1 42 % at 8.2, pairs 42 % at 1.8. With β = 1 below a
-noise level of 0.3, as in other code, order 0 leaves 161 %. So pairs pay at equal time, with a
-held-out loss that is 0.7 % lower, and order 0 does not: its gate stays closed.
+After 500 steps of EDM, order 0 leaves 73 % of the gradient variance in 1.8 times the time of a
+step, order 1 42 % in 8.2 times, and pairs 42 % in 1.8 times. With β = 1 below a noise level of 0.3,
+as in other code, order 0 leaves 161 %. So pairs pay at equal time, with a held-out loss that is
+0.7 % lower, and order 0 does not: its gate stays closed.
 """
 
 import argparse
@@ -69,7 +69,7 @@ SCHEDULES = {"EDM": EDM, "VE": VE}
 LEVELS = (0.002, 0.01, 0.03, 0.1, 0.3, 1.0)
 FIXED = (0.25, 0.5, 0.75, 1.0)
 ORDERS = {0: [1], 1: [2, 3]}
-"""Which rows of ``gradients`` are the terms of an order."""
+"""Rows of ``gradients`` that are the terms of an order."""
 
 Results = dict[str, Any]
 
@@ -79,8 +79,8 @@ class Arm:
     """One way to train.
 
     Attributes:
-        batch: Samples of a step, over those of the others.
-        slots: What is in the module's slots.
+        batch: Samples of a step, over those of the other arms.
+        slots: Contents of the module's slots.
     """
 
     batch: float = 1.0
@@ -161,11 +161,11 @@ def fit(
 class Watch(Callback):
     """Times steps; measures the denoising loss of held-out digits with averaged weights.
 
-    Times are stratified, and the noise is the same at every look.
+    Times are stratified, and the noise is the same in every measurement.
 
     Args:
-        every: Steps from one look to the next.
-        early: Step after which to keep the weights.
+        every: Steps from one measurement to the next.
+        early: Step after which to store the weights.
     """
 
     def __init__(self, every: int, early: int) -> None:
@@ -185,7 +185,7 @@ class Watch(Callback):
         self.t = module.timesteps.icdf(u.double().clamp(1e-9, 1 - 1e-9)).float()
 
     def on_train_batch_start(self, *_: object) -> None:
-        # of the processor: whatever else the machine does, all arms are timed alike
+        # processor time, so that other work on the machine does not count
         self.start = time.process_time()
 
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_: object) -> None:
@@ -211,12 +211,12 @@ class Watch(Callback):
 
 
 def train(options: argparse.Namespace, name: str, seed: int) -> tuple[Results, list[Any]]:
-    """Train once; return what came of it, and the early and the final weights."""
+    """Train once; return losses, seconds and distance, and the early and the final weights."""
     seed_everything(seed, verbose=False)
     arm = arms()[name]
     module = build(options, **arm.slots)
     data = Digits(batch_size=int(arm.batch * options.batch))
-    watch = Watch(options.steps // options.looks, options.early)
+    watch = Watch(options.steps // options.evaluations, options.early)
     trainer = fit(module, data, options.steps, [EMAWeightAveraging(decay=0.98), watch])
 
     metric = FrechetMetric(DigitFeatures())
@@ -228,7 +228,7 @@ def train(options: argparse.Namespace, name: str, seed: int) -> tuple[Results, l
     found = {
         "steps": watch.steps,
         "losses": watch.losses,
-        # the first steps warm up; pilots are in the mean
+        # the first steps warm up; pilots count in the mean
         "seconds": float(np.mean(watch.seconds[options.early :])),
         "distance": float(metric.compute()),
     }
@@ -240,7 +240,7 @@ def train(options: argparse.Namespace, name: str, seed: int) -> tuple[Results, l
 
 
 class Shrunken(DiffusionModule):
-    """Trains on digits of 4 by 4 pixels, as 16 numbers."""
+    """Trains on digits of 4 by 4 pixels, flattened to 16 numbers."""
 
     def encode(self, batch: Any) -> Clean:
         clean = super().encode(batch)
@@ -263,7 +263,7 @@ def audit_of_orders(options: argparse.Namespace) -> Audit:
 
 
 def gradients(module: DiffusionModule, noised: Noised, target: TargetEstimate) -> Tensor:
-    """Gradients of the loss, of the term of order 0 and of both of order 1, ``(4, P)``."""
+    """Return gradients of the loss, of the term of order 0 and of both of order 1, ``(4, P)``."""
     objective, predict = module.objective, module.predict
     loss = diffusion_loss(predict, noised, target, objective).per_draw
     terms = [taylor_terms(predict, noised, objective, order) for order in ORDERS]
@@ -278,7 +278,7 @@ def gradients(module: DiffusionModule, noised: Noised, target: TargetEstimate) -
 def covariances(
     options: argparse.Namespace, module: DiffusionModule, images: Clean, level: float
 ) -> Tensor:
-    """Covariances of those gradients given sample and time, of each repeat ``(n, 4, 4)``."""
+    """Return covariances of those gradients given sample and time, by repeat ``(n, 4, 4)``."""
     found, size = [], options.level_batch
     for repeat in range(options.repeats):
         source = functools.partial(generator, str(level), repeat)
@@ -293,7 +293,7 @@ def covariances(
 
 
 def variance(covariance: Tensor, order: int, beta: Tensor) -> Tensor:
-    """Variance of ``g - β c`` from covariances ``(m, 4, 4)``, ``(m,)``."""
+    """Return the variance of ``g - β c`` from covariances ``(m, 4, 4)``, ``(m,)``."""
     weights = torch.zeros(4, dtype=torch.float64)
     weights[0], weights[ORDERS[order]] = 1.0, -beta
     return torch.einsum("i,mij,j->m", weights, covariance, weights)
@@ -302,8 +302,8 @@ def variance(covariance: Tensor, order: int, beta: Tensor) -> Tensor:
 def reductions(
     options: argparse.Namespace, module: DiffusionModule, images: Clean
 ) -> list[Results]:
-    """By what factor the noise component falls at each level, for fitted and fixed coefficients."""
-    # with labels given and none dropped, noise is all that is left
+    """Return the factor by which the noise component falls, for fitted and fixed coefficients."""
+    # with labels given and none dropped, only noise is left
     module.eval().control_variate = TaylorCV(1, "rademacher", gate="open")
     rows = []
     for level in options.levels:
@@ -313,19 +313,19 @@ def reductions(
             mean = fitting.mean(dim=0)
             beta = torch.linalg.solve(mean[terms][:, terms], mean[terms, 0])
             row = {"level": level, "order": order, "beta": beta.tolist()}
-            row["fitted"] = falls(measured, order, beta)
-            row["fixed"] = [falls(measured, order, torch.full_like(beta, b)) for b in FIXED]
-            row["lost"] = [loses(measured, order, beta, b) for b in FIXED]
+            row["fitted"] = reduction(measured, order, beta)
+            row["fixed"] = [reduction(measured, order, torch.full_like(beta, b)) for b in FIXED]
+            row["lost"] = [lost_reduction(measured, order, beta, b) for b in FIXED]
             rows.append(row)
     return rows
 
 
-def falls(measured: Tensor, order: int, beta: Tensor) -> Interval:
+def reduction(measured: Tensor, order: int, beta: Tensor) -> Interval:
     return bootstrap(lambda mean: ratio(mean[:, 0, 0], variance(mean, order, beta)), measured)
 
 
-def loses(measured: Tensor, order: int, beta: Tensor, fixed: float) -> Interval:
-    """Share of the noise component that a fixed coefficient takes off and the fitted does not."""
+def lost_reduction(measured: Tensor, order: int, beta: Tensor, fixed: float) -> Interval:
+    """Return the fraction of noise that a fixed coefficient removes beyond the fitted one."""
     other = torch.full_like(beta, fixed)
 
     def difference(mean: Tensor) -> Tensor:
@@ -344,25 +344,25 @@ def audited(found: Audit) -> Results:
 
 
 def measure(options: argparse.Namespace, results: Results) -> None:
-    """Measure all, and keep what is known so far."""
+    """Measure everything, and store results on the way."""
 
-    def keep() -> None:
+    def store() -> None:
         (options.folder / "results.json").write_text(json.dumps(results, indent=1))
 
     results |= {"training": {name: [] for name in arms()}, "audits": {}, "levels": {}}
     weights = train_arms(options, results, seed=0)
-    keep()
+    store()
     for name, state in list(weights.items())[-1 if options.quick else 0 :]:
         measure_at(options, name, state, results)
-        keep()
+        store()
     results["audits"]["4 by 4"] = audited(audit_of_orders(options))
     for seed in range(1, options.seeds):
         train_arms(options, results, seed)
-    keep()
+    store()
 
 
 def train_arms(options: argparse.Namespace, results: Results, seed: int) -> dict[str, Any]:
-    """Train every arm; return the weights of the plain one, early and in the end."""
+    """Train every arm; return the weights of the plain arm, early and at the end."""
     weights: dict[str, Any] = {}
     for name, runs in results["training"].items():
         found, states = train(options, name, seed)
@@ -390,7 +390,7 @@ def measure_at(options: argparse.Namespace, name: str, weights: Any, results: Re
 
 
 def audit_table(name: str, found: Results) -> str:
-    """One row for each estimator; variances as shares of that of the plain one."""
+    """Return a row for each estimator; variances are fractions of that of the plain one."""
     plain, seconds = (found["estimators"][0][key] for key in ("components", "seconds"))
     whole, noise = plain["total"][0], plain["noise"][0]
     lines = [
@@ -402,9 +402,9 @@ def audit_table(name: str, found: Results) -> str:
     ]
     for row in found["estimators"]:
         parts = row["components"]
-        shares = [100 * parts[key][0] / whole for key in ("data", "timestep", "noise", "total")]
+        percent = [100 * parts[key][0] / whole for key in ("data", "timestep", "noise", "total")]
         lines.append(
-            f"{row['name']:26}{shares[0]:6.0f}{shares[1]:6.0f}{shares[2]:7.0f}{shares[3]:7.0f}"
+            f"{row['name']:26}{percent[0]:6.0f}{percent[1]:6.0f}{percent[2]:7.0f}{percent[3]:7.0f}"
             f"{noise / parts['noise'][0]:16.2f}{interval(row['efficiency']):>22}"
             f"{row['seconds'] / seconds:8.2f} ({1e3 * row['seconds']:4.0f} ms)"
             f"{interval(row['multiplier']):>26}"
@@ -414,7 +414,7 @@ def audit_table(name: str, found: Results) -> str:
 
 
 def level_table(name: str, rows: list[Results]) -> str:
-    """Factors on the noise component; ! where a fixed coefficient surely beats the fitted one."""
+    """Return factors on the noise component; ! where a fixed coefficient surely does better."""
     header = f"{'order':>6}{'s':>7}{'β odd':>8}{'even':>7}{'fitted':>34}"
     lines = ["", f"{name}: the noise component falls by", header]
     lines[-1] += "".join(f"{f'β = {b:g}':>11}" for b in FIXED)
@@ -428,7 +428,7 @@ def level_table(name: str, rows: list[Results]) -> str:
 
 
 def training_table(found: dict[str, list[Results]]) -> str:
-    """Held-out loss and distance at equal steps, and the loss in the time of the plain steps."""
+    """Return loss and distance at equal steps, and the loss in the time of the plain steps."""
     plain = found["plain"]
     seconds = np.mean([run["seconds"] for run in plain])
     lines = [
@@ -446,8 +446,8 @@ def training_table(found: dict[str, list[Results]]) -> str:
             f"{listed(distances, 2):>26}"
         )
     opened = {name: [run["open"] for run in runs] for name, runs in found.items() if "auto" in name}
-    for name, shares in opened.items():
-        lines.append(f"{name}: share of bins that are open at the end {listed(shares, 2)}")
+    for name, fractions in opened.items():
+        lines.append(f"{name}: fraction of bins that are open at the end {listed(fractions, 2)}")
     return "\n".join(lines)
 
 
@@ -551,12 +551,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=18, help="pairs of noises for each level")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--folder", type=Path, default=Path("runs/taylor_digits"))
-    parser.add_argument("--quick", action="store_true", help="some seconds, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="run for some seconds, as a test")
     options = parser.parse_args()
-    settings: dict[str, Any] = {"batch": 128, "width": 32, "sampler_steps": 18, "looks": 10}
+    settings: dict[str, Any] = {"batch": 128, "width": 32, "sampler_steps": 18, "evaluations": 10}
     settings |= {"level_batch": 8, "levels": LEVELS, "orders": (0, 1, 2)}
     if options.quick:
-        settings |= {"batch": 32, "width": 8, "sampler_steps": 2, "looks": 2, "samples": 40}
+        settings |= {"batch": 32, "width": 8, "sampler_steps": 2, "evaluations": 2, "samples": 40}
         settings |= {"level_batch": 2, "levels": (0.002, 0.3), "orders": (0, 1), "repeats": 6}
         settings |= {"steps": 4, "early": 2, "seeds": 1, "budget": 0.5}
     vars(options).update(settings)

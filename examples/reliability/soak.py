@@ -1,11 +1,11 @@
-"""A long run of the digits with every callback on and faults injected: does memory stay flat?
+"""Train for long with every callback on and faults injected: does memory stay flat?
 
-    python examples/soak.py --minutes 30
+    python examples/reliability/soak.py --minutes 30
 
-Trains `configs/digits_stf.yaml` for so many minutes with averaged weights, target and gradient
-variance, Fréchet distance, sample grids and checkpoints, all far more often than anyone would. On
-the way samples turn NaN, the disk is full for checkpoints and pictures, and a logger raises.
-Prints resident memory at one third and at the end, and every warning that came.
+This trains ``configs/digits_stf.yaml`` with averaged weights, target and gradient variance, Fréchet
+distance, sample grids and checkpoints, all far more often than usual. Meanwhile samples turn NaN,
+the disk is full for checkpoints and pictures, and a logger raises. At the end it prints resident
+memory at one third and at the end, and every warning.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning_vr.callbacks import sample_grid as samples
 from lightning_vr.cli import VRCLI
 
-CONFIG = Path(__file__).parent.parent / "configs/digits_stf.yaml"
+CONFIG = Path(__file__).parents[2] / "configs/digits_stf.yaml"
 PAGE = os.sysconf("SC_PAGE_SIZE")
 CYCLE = 1000
-"""Steps after which the faults come again."""
+"""Steps after which the faults repeat."""
 
 
 def resident() -> float:
@@ -39,7 +39,7 @@ def resident() -> float:
 
 
 class FlakyLogger(Logger):
-    """Raises now and then."""
+    """Raises in some calls."""
 
     name, version = "flaky", 0
 
@@ -53,11 +53,11 @@ class FlakyLogger(Logger):
             raise ConnectionError("injected: no route to the logger")
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Take nothing."""
+        """Ignore hyperparameters."""
 
 
 class Soak(Callback):
-    """Injects faults, keeps track of memory, and stops when the time is over."""
+    """Injects faults, records memory, and stops when the time is over."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.start = seconds, 0.0
@@ -72,24 +72,24 @@ class Soak(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Spoil a sample now and then; fill the disk for a while."""
+        """Set a sample to NaN in some steps; let the disk be full for a while."""
         step = trainer.global_step
         if step % (CYCLE // 2) == CYCLE // 4:
             batch["image" if "image" in batch else "x0"][3] = torch.nan
-            self.faults["spoilt samples"] += 1
+            self.faults["NaN samples"] += 1
         self.is_full = 0.3 <= step % CYCLE / CYCLE < 0.42
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Read the memory, and stop in time."""
+        """Record the memory, and stop in time."""
         seconds = time.monotonic() - self.start
         if trainer.global_step % (CYCLE // 50) == 0:
             self.memory.append((seconds, resident()))
         if seconds > self.seconds:
             trainer.should_stop = True
 
-    def fail_if_full(self, room: ModuleType, function: str, what: str) -> Any:
+    def fail_if_full(self, module: ModuleType, function: str, what: str) -> Any:
         """Return a context in which a module's function raises while the disk is full."""
-        real = getattr(room, function)
+        real = getattr(module, function)
 
         def write(*args: Any, **kwargs: Any) -> Any:
             if self.is_full:
@@ -97,11 +97,11 @@ class Soak(Callback):
                 raise OSError(errno.ENOSPC, "injected: no space left on device")
             return real(*args, **kwargs)
 
-        return mock.patch.object(room, function, write)
+        return mock.patch.object(module, function, write)
 
 
 def settings(folder: Path, steps: int) -> dict[str, Any]:
-    """Return the digits' configuration, with everything more often."""
+    """Return the configuration of the digits with more frequent callbacks."""
     config = yaml.safe_load(CONFIG.read_text())
     config["model"]["init_args"]["on_nonfinite"] = "skip"
     trainer = config["trainer"] | {
@@ -136,10 +136,10 @@ def report(soak: Soak, seen: list[warnings.WarningMessage]) -> None:
 
 
 def main() -> None:
-    """Run it."""
+    """Train with faults, then report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--steps", type=int, default=-1, help="stop here if that is sooner")
+    parser.add_argument("--steps", type=int, default=-1, help="stop after so many, if sooner")
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     given = parser.parse_args()
 

@@ -6,8 +6,9 @@ With normal distributions fitted to the features of either set,
 
 the squared 2-Wasserstein distance of the two normals (Dowson and Landau 1982); on Inception
 features it is the FID of Heusel et al. 2017, arXiv 1706.08500, equation 6. The trace of the root is
-the sum of the roots of the eigenvalues of ``√A B √A``, which is symmetric; ``A B`` is not, and
-roots taken of it turn complex when a covariance is near singular.
+the sum of the roots of the eigenvalues of ``√A B √A``, which is symmetric. ``A B``, which
+torchmetrics uses, is not: where a covariance is singular its eigenvalues turn complex by rounding,
+and equal sets get a distance of about -1e-7.
 
 The estimate from n samples is biased upwards, by about a constant over n that depends on the
 distribution (Chong and Forsyth 2020, arXiv 1911.07023): compare values at equal n only.
@@ -16,33 +17,35 @@ Only the count, the sum and the sum of outer products of the features are kept, 
 add up over batches, ranks and runs, so that any split of the samples gives the same distance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lightning_vr.metrics.features import Features
 
-Side = Literal["real", "generated"]
+Side = Literal["real", "fake"]
 
 
-class FrechetMetric(Metric):
+class FrechetMetric(FrechetInceptionDistance):
     """Streaming Fréchet distance between real and generated samples.
 
-    The sums are in the state dict, the weights of ``features`` are not. They are float64 whatever
-    dtype the metric is moved to, and on the CPU where the device has no float64. Under a process
-    group ``compute`` is collective and gives every rank the distance over the samples of all.
+    This is torchmetrics' ``FrechetInceptionDistance`` for any ``Features``. It checks its input,
+    returns float64, and is never negative. The sums are in the state dict, the weights of
+    ``features`` are not. The sums are float64 whatever dtype the metric is moved to, and on the CPU
+    where the device has no float64. Under a process group ``compute`` is collective and gives every
+    rank the distance over the samples of all.
 
     Args:
         features: The space in which the sets are compared, see ``Features``.
+        reset_real_features: Whether ``reset`` forgets the real samples too. False suits data that
+            do not change between evaluations.
         **kwargs: For ``torchmetrics.Metric``, such as ``process_group``.
 
     Raises:
-        ValueError: If ``features`` is no ``Features``.
+        ValueError: If ``features`` is not a ``Features``.
 
     Example:
         >>> metric = FrechetMetric(IdentityFeatures(2))
@@ -51,42 +54,30 @@ class FrechetMetric(Metric):
         >>> metric.compute()  # close to 2, the squared distance of the means
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    plot_lower_bound = 0.0
-
     features: Features
-    real_count: Tensor
-    real_sum: Tensor
-    real_outer: Tensor
-    generated_count: Tensor
-    generated_sum: Tensor
-    generated_outer: Tensor
 
-    def __init__(self, features: Features, **kwargs: Any) -> None:
-        # a cached distance would go stale when a state is loaded or merged
-        super().__init__(compute_with_cache=False, **kwargs)
+    def __init__(
+        self, features: Features, *, reset_real_features: bool = True, **kwargs: Any
+    ) -> None:
         if not isinstance(features, Features):
             raise ValueError(
-                f"features must be a Features, got {type(features).__name__}: wrap a network of"
-                " your own as Features(network, dimension=...)"
+                f"`features` must be a Features, got {type(features).__name__}: wrap your own "
+                f"network as Features(network, dimension=...)."
             )
+        super().__init__(
+            _Unchanged(features.dimension),  # torchmetrics gets features, not images
+            reset_real_features,
+            compute_with_cache=False,  # a cached distance is wrong once a state is loaded or merged
+            **kwargs,
+        )
+        self.persistent(True)
         # past nn.Module's registry, which would put the weights in the state dict
         object.__setattr__(self, "features", features)
 
-        size = features.dimension
-        for side in ("real", "generated"):
-            count, total = torch.tensor(0), torch.zeros(size, dtype=torch.float64)
-            outer = torch.zeros(size, size, dtype=torch.float64)
-            self.add_state(f"{side}_count", count, dist_reduce_fx="sum", persistent=True)
-            self.add_state(f"{side}_sum", total, dist_reduce_fx="sum", persistent=True)
-            self.add_state(f"{side}_outer", outer, dist_reduce_fx="sum", persistent=True)
-
     @property
     def update_called(self) -> bool:
-        """Whether there are samples, be they updated, loaded or merged."""
-        return bool(self.real_count + self.generated_count)
+        """Whether there are samples: updated, loaded or merged."""
+        return bool(self.real_features_num_samples + self.fake_features_num_samples)
 
     def update(self, images: Tensor, real: bool) -> None:
         """Add samples to one side.
@@ -98,15 +89,11 @@ class FrechetMetric(Metric):
         Raises:
             ValueError: If images or features are complex or not finite, or of the wrong shape.
         """
-        side: Side = "real" if real else "generated"
         features = self.features(images)
-        _refuse_non_finite(f"{side} images", images)
-        _refuse_non_finite(f"features {self.features.name!r} of the {side} images", features)
-
-        features = features.to(self.real_sum)
-        self._add(f"{side}_count", len(features))
-        self._add(f"{side}_sum", features.sum(dim=0))
-        self._add(f"{side}_outer", features.T @ features)
+        side = "real" if real else "generated"
+        _check_real_and_finite(f"{side} images", images)
+        _check_real_and_finite(f"features {self.features.name!r} of the {side} images", features)
+        super().update(features.to(self.real_features_sum), real)
 
     def compute(self) -> Tensor:
         """Return the squared Fréchet distance, a float64 scalar.
@@ -114,49 +101,31 @@ class FrechetMetric(Metric):
         Raises:
             ValueError: If a side has too few samples for a covariance of full rank.
         """
-        return frechet_distance(*self._moments("real"), *self._moments("generated"))
+        return frechet_distance(*self._moments("real"), *self._moments("fake"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: one batch has one side only, and so no distance."""
+        """Raise: one batch has one side only, and so no distance."""
         raise TypeError(
-            "FrechetMetric has no value per batch: call update(images, real=...), then compute()"
+            "FrechetMetric has no value per batch: call update(images, real=...), then compute()."
         )
 
-    def reset(self, *, keep_real: bool = False) -> None:
-        """Forget all samples, or the generated ones only.
-
-        Args:
-            keep_real: Keep the real side, for data that do not change between evaluations.
-        """
-        kept = {
-            name: state
-            for name, state in self.metric_state.items()
-            if keep_real and name.startswith("real_")
-        }
-        super().reset()
-        for name, state in kept.items():
-            setattr(self, name, state)
-
-    def _add(self, name: str, increment: Tensor | int) -> None:
-        # out of place: a loaded state may share its memory with the checkpoint
-        setattr(self, name, getattr(self, name) + increment)
-
     def _moments(self, side: Side) -> tuple[Tensor, Tensor]:
-        count = int(getattr(self, f"{side}_count"))
+        count = int(getattr(self, f"{side}_features_num_samples"))
         least = self.features.dimension + 1
         if count < least:
             # torchmetrics would leave the sums of all ranks in place of our own
             self.unsync(self._is_synced)
             raise ValueError(
-                f"the {side} side has {count} samples, fewer than the {least} that"
-                f" {self.features.dimension} features {self.features.name!r} need: update with"
-                " more samples or take features of a smaller dimension"
+                f"The {'real' if side == 'real' else 'generated'} side must have at least {least} "
+                f"samples for a covariance of the {self.features.dimension} features "
+                f"{self.features.name!r}, got {count}: update with more samples, or use features "
+                f"of a smaller dimension."
             )
-        mean = getattr(self, f"{side}_sum") / count
-        scatter = getattr(self, f"{side}_outer") - count * torch.outer(mean, mean)
+        mean = getattr(self, f"{side}_features_sum") / count
+        scatter = getattr(self, f"{side}_features_cov_sum") - count * torch.outer(mean, mean)
         return mean, scatter / (count - 1)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> FrechetMetric:
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> "FrechetMetric":
         self._device = fn(torch.empty(0, device=self._device)).device
         self.features.to(self._device)
         for name in self._defaults:
@@ -177,19 +146,26 @@ class FrechetMetric(Metric):
             state = getattr(self, name)
             loaded = state_dict.pop(prefix + name, None)
             if loaded is None:
-                missing_keys += [prefix + name] if strict and self._persistent[name] else []
+                missing_keys += [prefix + name] if strict else []
             elif loaded.shape != state.shape:
                 error_msgs.append(
-                    f"{prefix + name} has shape {tuple(loaded.shape)}, expected"
-                    f" {tuple(state.shape)}: it was saved with other features than"
-                    f" {self.features.name!r}"
+                    f"`{prefix + name}` must have shape {tuple(state.shape)}, got "
+                    f"{tuple(loaded.shape)}: it was saved with other features than "
+                    f"{self.features.name!r}, so build the metric with those."
                 )
             else:
-                setattr(self, name, loaded.to(state))
+                # a copy, as torchmetrics adds in place and would change the checkpoint
+                setattr(self, name, loaded.to(state, copy=True))
 
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+class _Unchanged(nn.Identity):
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
 
 
 def frechet_distance(
@@ -229,8 +205,11 @@ def _square_root(covariance: Tensor) -> Tensor:
 
 def _float64(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     if value.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}")
-    _refuse_non_finite(name, value)
+        raise ValueError(
+            f"`{name}` must have shape {shape}, got {tuple(value.shape)}: give both sides moments "
+            f"of the same features."
+        )
+    _check_real_and_finite(f"`{name}`", value)
     return value.to(_float64_device(value.device)).double()
 
 
@@ -238,12 +217,12 @@ def _float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _refuse_non_finite(name: str, values: Tensor) -> None:
+def _check_real_and_finite(name: str, values: Tensor) -> None:
     if values.is_complex():
-        raise ValueError(f"{name} must be real, got {values.dtype}: use torch.view_as_real")
+        raise ValueError(f"{name} must be real, got {values.dtype}: use torch.view_as_real.")
     wrong = int((~values.isfinite()).sum())
     if wrong:
         raise ValueError(
-            f"{name} must be finite, {wrong} of {values.numel()} values are not: the sampler or the"
-            " network diverged"
+            f"{name} must be finite, but {wrong} of {values.numel()} values are not: check whether "
+            f"the sampler or the network diverged."
         )

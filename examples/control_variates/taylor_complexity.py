@@ -1,28 +1,28 @@
-"""How large a network may be for its Taylor polynomial to explain the gradient's noise.
+"""Find how large a network may be for its Taylor polynomial to explain the gradient's noise.
 
-    python examples/taylor_complexity.py
+    python examples/control_variates/taylor_complexity.py
 
-For MLPs of several widths and depths, trained on eight Gaussians: what the noise ε adds to the
-variance of the gradient at one noise level s, over what is left of it with pairs of opposite noise
-(at equal draws) and with control variates of orders 0, 1 and 2 (per draw, whatever they cost). The
-coefficients are fitted to the gradients of one half of the samples, and judged by the other half
-(Jeha, Grathwohl, Andersen, Ek and Frellsen 2024, arXiv 2408.12270). What it finds:
+MLPs of several widths and depths are trained on eight Gaussians. What the noise ε adds to the
+variance of the gradient at one noise level s is compared with what is left of it under pairs of
+opposite noise (at equal draws) and under control variates of orders 0, 1 and 2 (per draw, at any
+cost). Coefficients are fitted to the gradients of one half of the samples, and judged by the
+other half (Jeha, Grathwohl, Andersen, Ek and Frellsen 2024, arXiv 2408.12270). Results:
 
 * At a tenth of the width of a Gaussian, s = 0.01, everything explains nearly everything: pairs and
   order 0 a factor of 300 to 4000, order 1 of 10⁵ to 10⁷, order 2 of 10⁸ to 10¹⁰. As samples and
-  times add variance of their own, orders 1 and 2 cannot be worth more than order 0 there.
+  times add variance of their own, orders 1 and 2 cannot gain more than order 0 there.
 * The larger the noise, the more the size of the network matters. At s = 0.1 order 1 falls from 1100
   with width 16 and depth 1 to 6 with width 64 and depth 8; at s = 0.3 from 19 to 1 with width 256
-  and depth 4, where hardly anything helps any more.
-* Pairs leave what order 0 leaves, the part that is even in ε, and take no coefficient. The factor
+  and depth 4, where hardly anything helps.
+* Pairs leave the same as order 0, the part that is even in ε, and need no coefficient. The factor
   of two between them at low noise is that of the passes through the network.
 * Order 2 can be worse than order 1 where its polynomial diverges, in deep networks at s = 0.1 and
   more, and worse than nothing.
-* A fitted coefficient is at least about as good as any fixed one. Order 0 with 1 doubles the noise
-  at s = 0.3, where the fitted one takes a fifth off. Only at low noise, where next to nothing is
-  left, does a fixed 1 leave less by up to a half: 64 samples tell the coefficient to a percent.
+* A fitted coefficient is about as good as any fixed one, or better. Order 0 with 1 doubles noise
+  at s = 0.3, where the fitted one removes a fifth. Only at low noise, where almost nothing is left,
+  does a fixed 1 leave less by up to a half: 64 samples fit the coefficient to a percent.
 
-It takes seven minutes on one thread. Look into ``runs/taylor_complexity``.
+It takes seven minutes on one thread. The results are in ``runs/taylor_complexity``.
 """
 
 import argparse
@@ -48,32 +48,32 @@ from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.estimators.taylor.terms import taylor_terms
 
 NETWORKS = [(width, depth) for width in (16, 64, 256) for depth in (1, 2, 4, 8)][:-1]
-"""Widths and depths; the last, left out, would take as long as all others together."""
+"""Widths and depths, without the last pair, which would take as long as all others together."""
 
 WIDE = 128
-"""Width above which half as many samples do: gradients are large, and averages over more."""
+"""Width above which half as many samples suffice: larger gradients are averages over more."""
 
 LEVELS = (0.01, 0.03, 0.1, 0.3)
 """Noise levels; each of the eight Gaussians has a standard deviation of 0.1."""
 
 TERMS = {"order 0": [1], "order 1": [2, 3], "order 2": [4, 5]}
-"""Which of the numbers of ``Terms`` are the odd and the even term of each order."""
+"""Positions in ``Terms`` of the odd and the even term of each order."""
 
 PAIR = 6
-"""Where the mean of the losses of a pair is among the covariances."""
+"""Position among the covariances of the mean loss of a pair."""
 
 FIXED = (0.25, 0.5, 0.75, 1.0)
-"""Coefficients that the fitted ones are compared with, in one network."""
+"""Fixed coefficients, compared with fitted ones in one network."""
 
 SHOWN = (64, 2)
 """Width and depth of that network."""
 
 ELEMENTS = 1 << 26
-"""Numbers of gradients at a time, a quarter of a gigabyte."""
+"""Numbers of gradients at a time: a quarter of a gigabyte."""
 
 
 class Terms(nn.Module):
-    """The loss of a draw, and what Taylor polynomials of the network say of it."""
+    """The loss of a draw and its Taylor terms."""
 
     def __init__(self, module: DiffusionModule) -> None:
         super().__init__()
@@ -115,13 +115,13 @@ def trained(width: int, depth: int, seed: int, steps: int) -> DiffusionModule:
 def covariances(
     module: DiffusionModule, x0: Tensor, level: float, key: str
 ) -> tuple[Tensor, float]:
-    """Return what gradients of loss, terms and pairs have in common at a noise level.
+    """Return the covariances of the gradients of loss, terms and pairs at a noise level.
 
     Args:
         module: A trained module.
         x0: Samples ``(n, d)``.
         level: The noise level.
-        key: Tells the draws from others.
+        key: Names the draws.
 
     Returns:
         The trace of the covariance of each two gradients over the noise, given sample and time,
@@ -141,7 +141,7 @@ def covariances(
             opposites.append(gradients(terms, parameters, opposite, is_controlled=False)[0])
             losses += float(loss.sum()) / (2 * len(x0))
         pairs = [(v[:, :1] + o) / 2 for v, o in zip(vectors, opposites, strict=True)]
-        # what differs between two draws for one sample has twice the covariance
+        # the difference of two draws for one sample has twice the covariance
         first, second = (torch.cat([v, p], dim=1) for v, p in zip(vectors, pairs, strict=True))
         difference = (first - second).double()
         found += torch.einsum("nip,njp->ij", difference, difference) / (2 * len(x0))
@@ -151,7 +151,7 @@ def covariances(
 def draws(
     module: DiffusionModule, x0: Tensor, level: float, source: torch.Generator
 ) -> tuple[Rows, Rows]:
-    """Return a draw of each sample at a noise level, and the one of opposite noise."""
+    """Return a draw of each sample at a noise level, and the draw with opposite noise."""
     t = module.schedule.time(torch.full((len(x0),), level))
     noised, target = module.draw(Clean(x0), source, Times(t, torch.ones_like(t)))
     xt = module.schedule.perturb(x0, -noised.noise, t)
@@ -193,11 +193,11 @@ def reduction(covariance: Tensor, order: str, beta: Tensor) -> float:
 
 
 def measure(module: DiffusionModule, x0: Tensor, level: float) -> dict:
-    """Return reductions at a noise level: fitted on one half of the samples, measured on the other.
+    """Return reductions at a noise level, fitted on one half of the samples, measured on the other.
 
     Args:
         module: A trained module.
-        x0: Samples that it has not seen ``(n, d)``.
+        x0: Held-out samples ``(n, d)``.
         level: The noise level.
     """
     first, second = x0.chunk(2)
@@ -228,7 +228,7 @@ def report(found: dict[tuple[int, int], dict[float, dict]]) -> None:
 
 
 def report_coefficients(by_level: dict[float, dict]) -> None:
-    """Print what fixed coefficients do in one network, beside the fitted ones."""
+    """Print the reductions by fixed coefficients in one network, beside the fitted ones."""
     width, depth = SHOWN
     print(f"\nwidth {width}, depth {depth}: fixed coefficients, and fitted ones on other draws")
     head = "".join(f"{f'{b:g}':>11}" for b in FIXED)

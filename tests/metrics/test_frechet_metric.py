@@ -9,6 +9,7 @@ import torch
 from scipy import linalg
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lightning_vr.data.digits import digits
 from lightning_vr.metrics import (
@@ -96,14 +97,14 @@ def test_orthogonal_maps_of_the_features_do_not_change_the_distance():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("mean_b", torch.zeros(3), r"mean_b has shape \(3,\), expected \(2,\)"),
-        ("covariance_a", torch.eye(3), r"covariance_a has shape \(3, 3\), expected \(2, 2\)"),
-        ("mean_a", torch.tensor([0.0, torch.nan]), "mean_a must be finite, 1 of 2"),
-        ("covariance_b", torch.eye(2) * torch.inf, "covariance_b must be finite"),
-        ("covariance_b", torch.eye(2) * 1j, "covariance_b must be real, got torch.complex64"),
+        ("mean_b", torch.zeros(3), r"`mean_b` must have shape \(2,\), got \(3,\)"),
+        ("covariance_a", torch.eye(3), r"`covariance_a` must have shape \(2, 2\), got \(3, 3\)"),
+        ("mean_a", torch.tensor([0.0, torch.nan]), "`mean_a` must be finite, but 1 of 2"),
+        ("covariance_b", torch.eye(2) * torch.inf, "`covariance_b` must be finite"),
+        ("covariance_b", torch.eye(2) * 1j, "`covariance_b` must be real, got torch.complex64"),
     ],
 )
-def test_moments_that_make_no_distance_are_refused_by_name(name, value, message):
+def test_invalid_moments_are_refused_by_name(name, value, message):
     arguments = {"mean_a": torch.zeros(2), "covariance_a": torch.eye(2)}
     arguments |= {"mean_b": torch.zeros(2), "covariance_b": torch.eye(2)}
     with pytest.raises(ValueError, match=message):
@@ -121,6 +122,12 @@ def test_the_streamed_distance_is_that_of_the_unbiased_moments_of_all_samples():
     torch.testing.assert_close(metric.compute(), expected, rtol=1e-12, atol=0)
 
 
+def test_the_distance_is_that_of_torchmetrics_where_covariances_are_regular():
+    metric = filled(REAL, GENERATED)
+    expected = FrechetInceptionDistance.compute(metric)
+    torch.testing.assert_close(metric.compute(), expected, rtol=1e-9, atol=0)
+
+
 def test_the_distance_of_two_normals_is_found_within_its_sampling_error():
     a, b = draws(100_000, 3, seed=3), 2 * draws(100_000, 3, seed=4) + torch.tensor([1.0, 0, 0])
     assert filled(a, b).compute().item() == pytest.approx(1 + 3, abs=0.05)
@@ -134,7 +141,7 @@ def test_merging_two_halves_equals_the_whole():
     )
 
 
-def test_an_empty_metric_takes_over_what_is_merged_into_it():
+def test_an_empty_metric_equals_what_is_merged_into_it():
     empty, whole = points_metric(), filled(REAL, GENERATED)
     empty.merge_state(whole)
     assert torch.equal(empty.compute(), whole.compute())
@@ -159,8 +166,8 @@ def test_a_loaded_state_takes_the_device_and_precision_of_the_metric():
     metric = points_metric().to("meta")
     metric.load_state_dict(state)
     assert {sums.device.type for sums in metric.metric_state.values()} == {"meta"}
-    assert metric.real_outer.dtype == torch.float64
-    assert metric.real_count.dtype == torch.int64
+    assert metric.real_features_cov_sum.dtype == torch.float64
+    assert metric.real_features_num_samples.dtype == torch.int64
 
 
 def test_updates_after_loading_leave_the_checkpoint_alone():
@@ -175,7 +182,9 @@ def test_updates_after_loading_leave_the_checkpoint_alone():
 def test_the_state_dict_holds_sums_and_no_weights_of_the_features():
     metric = FrechetMetric(DigitFeatures())
     sides = {
-        f"{side}_{sums}" for side in ("real", "generated") for sums in ("count", "sum", "outer")
+        f"{side}_features_{name}"
+        for side in ("real", "fake")
+        for name in ("num_samples", "sum", "cov_sum")
     }
     assert set(metric.state_dict()) == sides
     assert list(metric.parameters()) == []
@@ -190,14 +199,16 @@ def test_a_metric_inside_a_module_keeps_its_state_under_the_prefix_of_the_module
 
 def test_a_state_of_other_features_or_with_parts_missing_is_not_loaded():
     state = filled(REAL, GENERATED).state_dict()
-    with pytest.raises(RuntimeError, match=r"real_sum has shape \(3,\), expected \(2,\)"):
+    with pytest.raises(
+        RuntimeError, match=r"`real_features_sum` must have shape \(2,\), got \(3,\)"
+    ):
         FrechetMetric(IdentityFeatures(2)).load_state_dict(state)
-    del state["real_sum"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*real_sum"):
+    del state["real_features_sum"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*real_features_sum"):
         points_metric().load_state_dict(state)
 
 
-def test_pickled_and_cloned_metrics_go_on_by_themselves():
+def test_pickled_and_cloned_metrics_are_independent():
     metric = filled(REAL, GENERATED)
     expected = metric.compute()
     for twin in (metric.clone(), pickle.loads(pickle.dumps(metric))):
@@ -207,14 +218,15 @@ def test_pickled_and_cloned_metrics_go_on_by_themselves():
 
 
 def test_reset_forgets_both_sides_or_the_generated_one_only():
-    metric = filled(REAL, REAL + 5)
-    metric.reset(keep_real=True)
-    metric.update(GENERATED, real=False)
-    assert torch.equal(metric.compute(), filled(REAL, GENERATED).compute())
+    keeping = FrechetMetric(IdentityFeatures(3), reset_real_features=False)
+    filled(REAL, REAL + 5, keeping).reset()
+    keeping.update(GENERATED, real=False)
+    assert torch.equal(keeping.compute(), filled(REAL, GENERATED).compute())
 
+    metric = filled(REAL, GENERATED)
     metric.reset()
-    assert metric.real_count == metric.generated_count == 0
-    assert metric.real_outer.count_nonzero() == 0
+    assert metric.real_features_num_samples == metric.fake_features_num_samples == 0
+    assert metric.real_features_cov_sum.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -223,7 +235,7 @@ def test_the_sums_and_the_features_keep_their_precision_in_a_module_of_another(d
     nn.ModuleDict({"frechet": metric}).to(dtype)
     metric.half()
 
-    assert metric.real_sum.dtype == metric.generated_outer.dtype == torch.float64
+    assert metric.real_features_sum.dtype == metric.fake_features_cov_sum.dtype == torch.float64
     assert metric.features(torch.zeros(2, 1, 4, 4)).dtype == torch.float32
 
 
@@ -234,20 +246,20 @@ def test_fewer_samples_than_features_plus_one_are_refused(side):
         return filled(few, GENERATED) if side == "real" else filled(REAL, few)
 
     assert metric(4).compute() > 0
-    with pytest.raises(ValueError, match=f"the {side} side has 3 samples, fewer than the 4"):
+    with pytest.raises(ValueError, match=f"The {side} side must have at least 4 samples .*, got 3"):
         metric(3).compute()
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.tensor([[1.0, 2, torch.inf]]), "^generated images must be finite, 1 of 3"),
-        (torch.full((2, 3), torch.nan), "^generated images must be finite, 6 of 6"),
-        (torch.zeros(2, 3, dtype=torch.complex64), "images must be floating point"),
+        (torch.tensor([[1.0, 2, torch.inf]]), "^generated images must be finite, but 1 of 3"),
+        (torch.full((2, 3), torch.nan), "^generated images must be finite, but 6 of 6"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "`images` must be floating point"),
         (torch.zeros(2, 3, dtype=torch.uint8), r"images / 127.5 - 1"),
     ],
 )
-def test_images_that_no_sampler_should_give_are_refused_and_leave_the_sums_alone(images, message):
+def test_invalid_images_are_refused_and_leave_the_sums_unchanged(images, message):
     metric = filled(REAL, GENERATED)
     before = metric.compute()
     with pytest.raises(ValueError, match=message):
@@ -274,7 +286,7 @@ def test_a_value_per_batch_is_refused_and_nothing_is_lost():
     metric = filled(REAL, GENERATED)
     with pytest.raises(TypeError, match="no value per batch"):
         metric(REAL, real=True)
-    assert metric.real_count == 200
+    assert metric.real_features_num_samples == 200
 
 
 @pytest.mark.parametrize("features", [DigitFeatures(), RandomConvFeatures()], ids=lambda f: f.name)

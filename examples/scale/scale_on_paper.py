@@ -1,11 +1,12 @@
-"""What each kind of references costs a rank on 8 and 64 GPUs: memory, traffic, time; on paper.
+"""Compute what each kind of references costs a rank on 8 and 64 GPUs, on paper.
 
-    python examples/scale_on_paper.py            # the tables, from formulas
-    python examples/scale_on_paper.py --check    # the formulas against two processes on this CPU
+    python examples/scale/scale_on_paper.py            # the tables, from formulas
+    python examples/scale/scale_on_paper.py --check    # against two processes on this CPU
 
-Of W ranks each has b = B/W draws of d numbers. The formulas, explained in ``scale_on_paper.md``,
-are those of what the code does: ``--check`` counts bytes, memory and FLOP at small sizes. Times
-follow from them and from data sheets; ``scale_on_gpu.py`` compares them with a GPU.
+Each of W ranks has b = B/W draws of d numbers. The formulas are those of what the code does; the
+``README.md`` of this folder explains them. ``--check`` counts bytes, memory and FLOP at small
+sizes. Times follow from the formulas and from data sheets; ``scale_on_gpu.py`` compares them with a
+GPU.
 """
 
 import argparse
@@ -33,17 +34,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_vr import DSM, STF, Clean, Noised
 from lightning_vr.core.rng import generator
 from lightning_vr.lifecycle.training_set import encoded_training_set
-from lightning_vr.training.reference_bank import fill
+from lightning_vr.training.reference_bank import set_references
 
 FLOAT, INTEGER = 4, 8  # bytes
 LOGITS = 1 << 20  # of one chunk, by default
 # bytes read and written: for each pair of query and reference, and if they have labels
 LOGIT_PASSES, LABEL_PASSES = 82, 12
-# for each number of a query in each chunk, by the products and by the scaling of their sums
+# for each number of a query in each chunk: by the products, and by the scaling of their sums
 PRODUCT_PASSES, DECAY_PASSES = 12, 8
-# for each number of a rank's own queries, and of all ranks' queries where references are shared out
+# for each number of a rank's own queries, and of all ranks' queries where references are sharded
 OWN_PASSES, SHARED_PASSES = 156, 48
-# for each number of a reference that is drawn; of a reference that the batch is
+# for each number of a drawn reference, and of a reference from the batch
 DRAWN_PASSES, BATCH_PASSES = 8, 24
 
 
@@ -68,7 +69,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs by their data sheet: bytes, FLOP/s, bytes/s each way; and what of it is reached.
+    """GPUs by their data sheet (bytes, FLOP/s, bytes/s each way) and the fraction that is reached.
 
     H100 SXM5, NVIDIA's data sheet: 80 GB of HBM3 at 3.35 TB/s; float32 67 TFLOP/s; TF32 989 with
     sparsity, so half of that; NVLink 900 GB/s both ways. DGX H100: one 400 Gbit/s port for each
@@ -89,7 +90,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Mode:
-    """Where references come from; None for denoising score matching, which has none."""
+    """The source of references; None for denoising score matching, which has none."""
 
     references: int | Literal["batch", "all"] | None
     sharded: bool = False
@@ -133,7 +134,7 @@ WORKLOADS = [
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank gives to each kind of collective: to an all-to-all, for each rank."""
+    """Bytes that a rank gives to each kind of collective; to an all-to-all, for each rank."""
 
     gathered: float = 0.0
     exchanged: float = 0.0
@@ -146,7 +147,7 @@ class Traffic:
         return others + 2 * (ranks - 1) / ranks * self.reduced + self.broadcast
 
     def seconds(self, on: Machine) -> float:
-        """Rings for what all get, whose data enter a node once, through all of its ports."""
+        """Return the time by rings, where data for all enter a node once, through all its ports."""
         inside = min(on.gpus, on.per_node)
         outside, efficiency = on.gpus - inside, on.bandwidth_efficiency
         shared = self.gathered + 2 * self.reduced / on.gpus + self.broadcast / (on.gpus - 1)
@@ -157,7 +158,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a rank keeps, what it needs besides at most, what it sends and computes in a step."""
+    """What a rank stores, its peak of temporary memory, what it sends and computes in a step."""
 
     bank: float = 0.0
     fill_peak: float = 0.0
@@ -168,15 +169,15 @@ class Cost:
     moved: float = 0.0
 
 
-def kept(work: Workload, mode: Mode, ranks: int) -> int:
-    """Number of references in a rank's bank."""
+def stored_references(work: Workload, mode: Mode, ranks: int) -> int:
+    """Return the number of references in a rank's bank."""
     if mode.references in (None, "batch"):
         return 0
     return math.ceil(work.count / ranks) if mode.sharded else work.count
 
 
 def visited(work: Workload, mode: Mode, ranks: int) -> tuple[float, float]:
-    """Queries that a rank answers in a step, and references that it answers them from."""
+    """Return the queries that a rank answers in a step, and the references that it uses."""
     counts = {None: 0, "batch": work.batch, "all": work.count}
     references = counts[mode.references] if mode.references in counts else int(mode.references or 0)
     if mode.sharded:
@@ -190,36 +191,36 @@ def chunk(queries: float, references: float) -> float:
 
 
 def bank(work: Workload, mode: Mode, ranks: int) -> float:
-    """Rows with squared norms and labels, and where they stand in the data set if shared out."""
-    rows = kept(work, mode, ranks)
+    """Return bytes of rows with squared norms and labels, and with positions if sharded."""
+    rows = stored_references(work, mode, ranks)
     each = FLOAT * (work.dim + 1) + INTEGER * (work.label + mode.sharded)
     return rows * each + (FLOAT * work.dim if rows else 0)
 
 
 def fill_peak(work: Workload, mode: Mode, ranks: int) -> float:
-    """Gathering takes the share twice and the set twice: as parts, and put together."""
-    rows, share = kept(work, mode, ranks), math.ceil(work.count / ranks)
+    """Return bytes to gather: the rank's part twice, and the set twice, in parts and joined."""
+    rows, part = stored_references(work, mode, ranks), math.ceil(work.count / ranks)
     if rows == 0:
         return 0
     if mode.sharded:
-        batches = 2 * FLOAT * work.batch / ranks * work.dim  # one is read while one is encoded
+        batches = 2 * FLOAT * work.batch / ranks * work.dim  # one is read while another is encoded
         return bank(work, mode, ranks) + INTEGER * rows + batches
-    whole = FLOAT * work.dim * (2 * share + ranks * share + work.count)
-    return whole + INTEGER * (share * (1 + work.label) + work.count)
+    whole = FLOAT * work.dim * (2 * part + ranks * part + work.count)
+    return whole + INTEGER * (part * (1 + work.label) + work.count)
 
 
 def fill_traffic(work: Workload, mode: Mode, ranks: int) -> Traffic:
-    """Each rank has read and encoded every W-th sample."""
-    if kept(work, mode, ranks) == 0:
+    """Return the traffic to fill a bank, where each rank has encoded every W-th sample."""
+    if stored_references(work, mode, ranks) == 0:
         return Traffic()
     if mode.sharded:
         return Traffic(reduced=INTEGER + FLOAT * work.dim)
-    share, columns = math.ceil(work.count / ranks), 2 + work.label
-    return Traffic(gathered=INTEGER * (columns * (1 + share) + 1) + FLOAT * work.dim * share)
+    part, columns = math.ceil(work.count / ranks), 2 + work.label
+    return Traffic(gathered=INTEGER * (columns * (1 + part) + 1) + FLOAT * work.dim * part)
 
 
 def step_traffic(work: Workload, mode: Mode, ranks: int) -> Traffic:
-    """The batch to all; or queries to all, their sums back, and which references were drawn."""
+    """Return the traffic: the batch to all; or queries, sums back and drawn positions."""
     own = work.batch / ranks
     if mode.references == "batch":
         labels = work.label * INTEGER * (1 + own)
@@ -232,7 +233,7 @@ def step_traffic(work: Workload, mode: Mode, ranks: int) -> Traffic:
 
 
 def temporaries(work: Workload, mode: Mode, ranks: int) -> float:
-    """The most that is alive at a time: logits of a chunk twice, and some copies of the rows."""
+    """Return the peak of temporary bytes: logits of a chunk twice, and some copies of the rows."""
     queries, references = visited(work, mode, ranks)
     if references == 0:
         return 2 * FLOAT * queries
@@ -250,13 +251,13 @@ def temporaries(work: Workload, mode: Mode, ranks: int) -> float:
 
 
 def row_visits(work: Workload, mode: Mode, ranks: int) -> float:
-    """Numbers of queries, once for each chunk."""
+    """Return the numbers of all queries, once for each chunk."""
     queries, references = visited(work, mode, ranks)
     return math.ceil(references / chunk(queries, references)) * queries * work.dim
 
 
 def matrices(work: Workload, mode: Mode, ranks: int) -> float:
-    """Bytes of both matrix products: the references twice, the queries' rows in each chunk."""
+    """Return bytes of both products: references twice, and the queries' rows in each chunk."""
     _, references = visited(work, mode, ranks)
     if references == 0:
         return 0
@@ -264,7 +265,7 @@ def matrices(work: Workload, mode: Mode, ranks: int) -> float:
 
 
 def passes(work: Workload, mode: Mode, ranks: int) -> float:
-    """Bytes of everything else: passes over logits and rows, copies."""
+    """Return bytes of everything else: passes over logits and rows, copies."""
     queries, references = visited(work, mode, ranks)
     if references == 0:
         return 2 * FLOAT * queries
@@ -281,7 +282,7 @@ def passes(work: Workload, mode: Mode, ranks: int) -> float:
 
 
 def cost(work: Workload, mode: Mode, ranks: int) -> Cost:
-    """All of it for W of 2 or more."""
+    """Return all costs for 2 or more ranks."""
     queries, references = visited(work, mode, ranks)
     return Cost(
         bank=bank(work, mode, ranks),
@@ -295,7 +296,7 @@ def cost(work: Workload, mode: Mode, ranks: int) -> Cost:
 
 
 def seconds(work: Workload, mode: Mode, on: Machine) -> float:
-    """What STF adds to a step: matrix products, then passes over memory, then what is sent."""
+    """Return what STF adds to a step: products, then passes over memory, then communication."""
     hbm = on.hbm * on.bandwidth_efficiency
     compute = cost(work, mode, on.gpus).flop / (on.float32 * on.matmul_efficiency)
     products = max(compute, matrices(work, mode, on.gpus) / hbm)
@@ -307,16 +308,16 @@ def _in_place_flop(into: Any, left: Any, right: Any, **options: Any) -> int:
     return 2 * math.prod(left) * right[1]
 
 
-IN_PLACE = {torch.ops.aten.addmm_: _in_place_flop}  # torch 2.13 counts no FLOP of it
+IN_PLACE = {torch.ops.aten.addmm_: _in_place_flop}  # torch 2.13 does not count its FLOP
 
-# how often operations touch what they return, where that is not all that they are given
+# how often operations touch their results, where they do not touch all of their arguments
 TOUCHED = {"index": 2, "copy_": 2, "zeros_like": 1, "new_zeros": 1, "gather": 0, "scatter_": 0}
 TOUCHED |= {"ones_like": 1, "empty_like": 0, "new_empty": 0}
 TOUCHED |= {"allgather_": 0, "alltoall_base_": 0, "broadcast_": 0}
 
 
 class Watch(TorchDispatchMode):
-    """Bytes that are alive beyond those at the start, at most, and bytes read and written."""
+    """Records the peak of bytes beyond those at the start, and bytes read and written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -351,7 +352,7 @@ class Watch(TorchDispatchMode):
 
 @contextmanager
 def counted(ranks: int) -> Iterator[list[float]]:
-    """Note what each collective makes this rank send."""
+    """Record what each collective makes this rank send."""
     sent: list[float] = []
     factors = {"all_gather": ranks - 1, "all_to_all_single": (ranks - 1) / ranks}
     factors |= {"all_reduce": 2 * (ranks - 1) / ranks, "broadcast": 1.0}
@@ -361,7 +362,7 @@ def counted(ranks: int) -> Iterator[list[float]]:
             given = args[1] if name.startswith("all_") and name != "all_reduce" else args[0]
             sent.append(factors[name] * given.numel() * given.element_size())
             whole(*args, **options)
-            time.sleep(0.01)  # until gloo's thread, which needs Python's lock, lets go of tensors
+            time.sleep(0.01)  # gloo's thread needs Python's lock to release tensors
 
         return call
 
@@ -372,16 +373,16 @@ def counted(ranks: int) -> Iterator[list[float]]:
 
 
 def stored(target: torch.nn.Module) -> int:
-    """Bytes of the storages of a target's bank."""
+    """Return bytes of the storages of a target's bank."""
     prepared = getattr(target, "bank", None)
     if prepared is None:
         return 0
-    parts = [*vars(prepared.held).values(), getattr(prepared, "positions", None)]
+    parts = [*vars(prepared.local).values(), getattr(prepared, "positions", None)]
     return sum(x.untyped_storage().nbytes() for x in parts if x is not None)
 
 
 def as_trainer(count: int, batch: int) -> Any:
-    """What the pass over the training set asks of a trainer; its samples are their positions."""
+    """Return what the pass over the training set needs of a trainer; samples are positions."""
     strategy = SimpleNamespace(
         root_device=torch.device("cpu"), batch_to_device=lambda batch, dataloader_idx: batch
     )
@@ -405,7 +406,7 @@ def noised_by(own: Clean, source: torch.Generator) -> Noised:
 
 
 def measured(work: Workload, mode: Mode, ranks: int, rank: int) -> Cost:
-    """Fill a bank and estimate the targets of a step, the second time."""
+    """Fill a bank, then estimate the targets of a second step."""
     target = DSM() if mode.references is None else STF(mode.references, sharded=mode.sharded)
     source = generator("scale")
     x0 = torch.randn(work.count, work.dim, generator=source)
@@ -415,7 +416,8 @@ def measured(work: Workload, mode: Mode, ranks: int, rank: int) -> Cost:
         if target.bank_size != 0:
             encode = lambda positions, batch: everything.rows(batch)  # noqa: E731
             trainer = as_trainer(work.count, work.batch // ranks)
-            fill(target, encoded_training_set(trainer, encode, "", is_shard=target.sharded))
+            clean = encoded_training_set(trainer, encode, "", is_shard=target.sharded)
+            set_references(target, clean)
     own = everything.rows(slice(rank, work.batch, ranks))
     noised = noised_by(own, generator("scale", rank))
     target(noised, own, generator("scale", "warm-up"))
@@ -437,7 +439,7 @@ def _on_rank(rank: int, ranks: int, folder: str, work: Workload, modes: list[Mod
 
 
 def on_processes(work: Workload, modes: list[Mode], ranks: int) -> list[Cost]:
-    """Return what is measured on the first of some processes, and mean FLOP of all."""
+    """Return the measurements of the first of some processes, with the mean FLOP of all."""
     with tempfile.TemporaryDirectory() as folder:
         given = (ranks, folder, work, modes)
         multiprocessing.start_processes(_on_rank, given, nprocs=ranks, start_method="fork")
@@ -448,14 +450,14 @@ def on_processes(work: Workload, modes: list[Mode], ranks: int) -> list[Cost]:
 
 
 def short(value: float) -> str:
-    """Two digits, or all before the point; 0 where it does not matter."""
+    """Return two digits, or all before the point; 0 where it does not matter."""
     if value < 1e-3:
         return "0"
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """A table in Markdown, the first row its head."""
+    """Return a table in Markdown; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])], *rows[1:]]
     sides = [str.ljust] + [str.rjust] * (len(widths) - 1)
@@ -466,7 +468,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def row(work: Workload, mode: Mode, on: Machine) -> list[str]:
-    """What a mode costs a rank; * where filling takes more memory than there is."""
+    """Return what a mode costs a rank; * where filling takes more memory than a GPU has."""
     found = cost(work, mode, on.gpus)
     taken = seconds(work, mode, on)
     references = visited(work, mode, on.gpus)[1] * (on.gpus if mode.sharded else 1)
@@ -483,14 +485,14 @@ HEAD += ["% of that step"]
 
 
 def table(work: Workload, on: Machine) -> str:
-    """What each mode costs a rank, and what filling the bank does."""
+    """Return what each mode costs a rank, and what it takes to fill the bank."""
     published = float(f"{1e3 * work.gpu_seconds / on.gpus:.2g}")
     step = f"a step of {work.published} takes {published:,.0f} ms"
     sizes = f"n = {work.count:,}, d = {work.dim:,}, B = {work.batch:,}, {work.classes} classes"
-    share, sent = math.ceil(work.count / on.gpus), fill_traffic(work, Mode("all"), on.gpus)
-    filled = f"Filling: {share:,} samples a rank to encode"
+    part, sent = math.ceil(work.count / on.gpus), fill_traffic(work, Mode("all"), on.gpus)
+    filled = f"Filling: {part:,} samples a rank to encode"
     if work.encoder_flop:
-        filled += f", {share * work.encoder_flop / on.tf32 / on.matmul_efficiency:.0f} s in TF32"
+        filled += f", {part * work.encoder_flop / on.tf32 / on.matmul_efficiency:.0f} s in TF32"
     filled += (
         f"; {sent.sent(on.gpus) / 1e9:.3g} GB sent to replicate them, {sent.seconds(on):.2g} s."
     )
@@ -499,7 +501,7 @@ def table(work: Workload, on: Machine) -> str:
 
 
 def check(found: Cost, expected: Cost) -> None:
-    """Refuse formulas that are not what is counted: exactly, or in their leading terms."""
+    """Raise if formulas are not what is counted: exactly, or in their leading terms."""
     for name in ("bank", "fill_sent", "sent", "flop"):
         assert getattr(found, name) == getattr(expected, name), (name, found, expected)
     for name in ("fill_peak", "temporaries", "moved"):
@@ -508,7 +510,7 @@ def check(found: Cost, expected: Cost) -> None:
 
 
 def compare(ranks: int = 2) -> None:
-    """Print what processes of this machine count next to what the formulas say."""
+    """Print what processes of this machine count next to the formulas."""
     work = Workload("check", 8001, 192, 600, 10)
     modes = [replace(mode, references=256) if mode.references == 4096 else mode for mode in MODES]
     rows = [["", *(field.name for field in fields(Cost))]]

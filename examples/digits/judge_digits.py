@@ -1,6 +1,6 @@
-"""How good are a trained model's digits? Ask a classifier of the real ones.
+"""Judge a trained model's digits by a classifier of real ones.
 
-    python examples/judge_digits.py runs/digits_stf/version_0/checkpoints/last.ckpt
+    python examples/digits/judge_digits.py runs/digits_stf/version_0/checkpoints/last.ckpt
 
 The classifier ships with the package (``lightning_vr.metrics.DigitFeatures``); it was trained on
 four fifths of scikit-learn's digits.
@@ -28,11 +28,11 @@ def main() -> None:
     judge = DigitFeatures()
     real, _ = judge.probabilities(digits()[0]).max(dim=1)
     confidence, seen = judge.probabilities(samples).max(dim=1)
-    shares = seen.bincount(minlength=10) / options.samples
+    frequencies = seen.bincount(minlength=10) / options.samples
     print(f"confidence above 0.9: {(confidence > 0.9).float().mean():.1%} of {options.samples}")
     print(f"confidence above 0.9: {(real > 0.9).float().mean():.1%} of the real digits")
     print(f"seen as the digit that was asked for: {(seen == labels).float().mean():.1%}")
-    print(f"rarest digit: {shares.min():.1%} of the samples")
+    print(f"rarest digit: {frequencies.min():.1%} of the samples")
 
 
 if __name__ == "__main__":

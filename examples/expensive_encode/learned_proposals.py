@@ -1,11 +1,11 @@
-"""How much of the gradient's second moment importance sampling of t removes, once learned.
+"""Measure how much of the gradient's second moment a learned importance sampling of t removes.
 
-    python examples/learned_proposals.py
+    python examples/expensive_encode/learned_proposals.py
 
-For four usual parametrisations on the digits it measures ``E ‖g‖²`` of the parameters' gradient in
-16 equally likely bins of t, and with it what remains of the second moment under three proposals:
-the best one, which knows these numbers, and the two that ``LearnedProposal`` learns from what every
-training step has at hand anyway. All have a floor of a tenth. Takes three minutes on two cores.
+For four usual parametrisations on the digits this measures ``E ‖g‖²`` of the parameters' gradient
+in 16 equally likely bins of t, and from it what remains of the second moment under three proposals:
+the best one, which knows these numbers, and the two that ``LearnedProposal`` learns from every
+training step at no further cost. All have a floor of a tenth. It takes three minutes on two cores.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def trained(settings: dict[str, Any], steps: int):
 
 
 def moments(module: DiffusionModule, loader: Iterable[Any], batches: int):
-    """Mean by bin of ``‖g‖²``, of what "gradient" learns and of what "loss" learns, (3, BINS)."""
+    """Return means by bin of ``‖g‖²`` and of what "gradient" and "loss" learn, ``(3, BINS)``."""
     loss = DiffusionLoss(module)
     measurement = GradientMeasurement(loss, generator, parameter_groups(module)[1])
     found = torch.zeros(3, BINS, dtype=torch.float64)
@@ -88,7 +88,7 @@ def moments(module: DiffusionModule, loader: Iterable[Any], batches: int):
 
 
 def remaining(true: torch.Tensor, learned: torch.Tensor):
-    """Second moment of the gradient under q ∝ sqrt(learned), over that under p."""
+    """Return the second moment of the gradient under q ∝ sqrt(learned), over that under p."""
     q = learned.sqrt() / learned.sqrt().mean()
     return float((true / ((1 - FLOOR) * q + FLOOR)).mean() / true.mean())
 

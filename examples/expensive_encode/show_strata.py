@@ -1,9 +1,9 @@
-"""Draw what the scopes of CARV's strata span: 8 samples with 4 draws each.
+"""Draw what each scope of CARV's strata spans: 8 samples with 4 draws each.
 
-    python examples/show_strata.py
+    python examples/expensive_encode/show_strata.py
 
-Each row is a sample, each point a draw at its quantile of the proposal; below, all draws of the
-step. Writes ``runs/strata.png``.
+Each row is a sample and each point a draw, at its quantile of the proposal. The lowest row has all
+draws of the step. The picture is ``runs/strata.png``.
 """
 
 from pathlib import Path
