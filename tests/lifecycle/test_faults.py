@@ -204,9 +204,7 @@ class TestNonFinite:
             trainer().fit(model, DataLoader(Points(1.0), batch_size=8))
 
     def test_a_bad_choice_is_refused(self):
-        with pytest.raises(
-            ValueError, match="must be 'raise' or 'skip', got 'ignore'"
-        ):
+        with pytest.raises(ValueError, match="must be 'raise' or 'skip', got 'ignore'"):
             module(on_nonfinite="ignore")
 
 

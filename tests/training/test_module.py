@@ -653,9 +653,7 @@ class TestBadInput:
             self.fit(Points(), target=STF(references))
 
     def test_an_index_that_is_not_the_position_is_refused(self):
-        with pytest.raises(
-            ValueError, match="sample 0 has index 7: let item i of the data set"
-        ):
+        with pytest.raises(ValueError, match="sample 0 has index 7: let item i of the data set"):
             self.fit(Points(offset=7), target=STF(8))
 
     def test_all_references_without_indices_are_refused(self):
