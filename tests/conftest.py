@@ -7,7 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
+from support.pictures import no_pictures  # noqa: F401  # a fixture
+from support.ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
 
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from compilers import Compiled
 from foreign_trainers import (
     DDPM,
     GAN,
@@ -31,6 +30,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from PIL import Image
+from support.compilers import Compiled
 from torch import nn
 
 from lightning_vr import STF, VP, DiffusersSchedule, DiffusionModule, ResidualMLP

@@ -10,9 +10,9 @@ import threading
 import pytest
 import torch
 import yaml
-from forks import exit_code
 from lightning.pytorch import Callback
-from same_runs import assert_equal, logs
+from support.comparisons import assert_equal, logs
+from support.forks import exit_code
 
 from lightning_vr.cli import main
 

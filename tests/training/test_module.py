@@ -151,7 +151,7 @@ class TestRandomness:
                 return super().compute_loss(noised, target, **options)
 
         module = Random(network())
-        getattr(trainer(), stage)(module, DataLoader(Points(size=2048), 1024), verbose=False)
+        getattr(trainer(), stage)(module, DataLoader(points(size=2048), 1024), verbose=False)
         own, noise = torch.cat(drawn[::2]), torch.cat(drawn[1::2])
         # every shift of one stream against the other
         for shift in range(-4, 5):

@@ -31,15 +31,18 @@ from typing import NamedTuple
 import diffusers
 import pytest
 import torch
-from compilers import Compiled
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from support.compilers import Compiled
 from support.covering_arrays import covering_array
+from support.networks import small_mlp, small_unet
+from support.points import Points, normal_points
+from support.trainers import quiet_trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_vr import (
     CARV,
@@ -130,16 +133,8 @@ def name_of(case):
     return case if isinstance(case, str) else "with-" + ("-and-".join(case) or "nothing")
 
 
-class Points(Dataset):
-    """Points that bfloat16 holds: what it rounds is what training makes of them."""
-
-    x0 = torch.randn(SAMPLES, 2, generator=generator("points")).bfloat16().float()
-
-    def __len__(self):
-        return SAMPLES
-
-    def __getitem__(self, i):
-        return {"x0": self.x0[i], "index": i}
+POINTS = Points(normal_points(SAMPLES, "points").bfloat16().float())
+"""Points that bfloat16 holds: what it rounds is what training makes of them."""
 
 
 class Checkpointed(nn.Module):
@@ -177,11 +172,7 @@ def an_expensive_encode(monkeypatch):
 
 @functools.cache
 def start():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ResidualMLP(2, width=16, depth=1)
-        nn.init.normal_(network.project_out.weight, std=0.3)
-    return [p.detach().bfloat16().float() for p in network.parameters()]
+    return [p.detach().bfloat16().float() for p in small_mlp(16, std=0.3).parameters()]
 
 
 @functools.cache
@@ -244,7 +235,7 @@ def by_hand(name, parts, clipping, device):
         accumulate_grad_batches=parts,
         precision_plugin=Precision(),
     )
-    x0, index = Points.x0.to(device), torch.arange(SAMPLES, device=device)
+    x0, index = POINTS.x0.to(device), torch.arange(SAMPLES, device=device)
     if module.target.bank_size != 0:
         module.target.fill(x0, None, indexed=True)
     run = RunContext.of(module.trainer)
@@ -340,19 +331,12 @@ def settings(features, device="cpu"):
     return options
 
 
-def trained(module, device="cpu", data=None, steps=STEPS, **options):
+def trained(module, device="cpu", data=POINTS, steps=STEPS, **options):
     watch, parts = Watch(), options.get("accumulate_grad_batches", 1)
-    trainer = Trainer(
-        accelerator="cpu" if device == "cpu" else "gpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_steps=steps,
-        **options | {"callbacks": [watch, *options.get("callbacks", [])]},
-    )
-    trainer.fit(module, DataLoader(data or Points(), batch_size=BATCH // parts))
+    accelerator = "cpu" if device == "cpu" else "gpu"
+    callbacks = [watch, *options.pop("callbacks", [])]
+    settings = {"accelerator": accelerator, "devices": 1, "max_steps": steps} | options
+    quiet_trainer(*callbacks, **settings).fit(module, DataLoader(data, batch_size=BATCH // parts))
     return Run(watch.steps, weights(module), learned(getattr(module, "_orig_mod", module)))
 
 
@@ -452,26 +436,14 @@ def test_pilots_and_fits_of_the_cases_decide_something():
     assert not torch.equal(coefficients, torch.ones_like(coefficients))
 
 
-class Pictures(Points):
-    x0 = torch.randn(SAMPLES, 1, 8, 8, generator=generator("pictures"))
+PICTURES = Points(torch.randn(SAMPLES, 1, 8, 8, generator=generator("pictures")))
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_unet_that_checkpoints_its_blocks_trains_as_one_that_does_not(name):
     found = []
     for checkpointed in (False, True):
-        torch.manual_seed(0)
-        network = diffusers.UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(4,),
-            layers_per_block=1,
-            norm_num_groups=2,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            add_attention=False,
-        )
+        network = small_unet(block_out_channels=(4,), norm_num_groups=2, add_attention=False)
         if checkpointed:
             network.enable_gradient_checkpointing()
         options = ESTIMATORS[name]()
@@ -480,10 +452,10 @@ def test_a_unet_that_checkpoints_its_blocks_trains_as_one_that_does_not(name):
         module = seeded_module(network, **options)
         if checkpointed and name == "taylor-1":
             with pytest.raises(ValueError, match=r"needs forward-mode .* checkpointing"):
-                trained(module, data=Pictures(), steps=1)
+                trained(module, data=PICTURES, steps=1)
             return
         before = weights(module)
-        after = trained(module, data=Pictures(), steps=1).last
+        after = trained(module, data=PICTURES, steps=1).last
         found.append([b - a for a, b in zip(before, after, strict=True)])
     plain, checkpointed = found
     difference = norm([b - a for a, b in zip(plain, checkpointed, strict=True)])
