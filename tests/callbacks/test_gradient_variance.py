@@ -603,7 +603,7 @@ def test_a_loss_that_is_averaged_over_the_batch_is_refused_before_the_first_step
         return ddpm_loss(*arguments).mean()
 
     fit = trainer(tmp_path, each(loss=mean, schedule=VP()), max_epochs=1)
-    with pytest.raises(ValueError, match="`loss` expected to return one loss for each"):
+    with pytest.raises(ValueError, match="`loss` must return one number for each"):
         fit.fit(DDPM(), pictures())
     assert fit.global_step == 0
 
