@@ -254,7 +254,9 @@ CALLBACKS = [
         "`references`",
         "use fewer",
     ),
-    callback("{class_path: FrechetDistance, init_args: {samples: 2}}", "`samples`", "take more"),
+    callback(
+        "{class_path: FrechetDistance, init_args: {samples: 2}}", "`samples`", "use more samples"
+    ),
     callback(
         "{class_path: FrechetDistance, init_args: {features: DigitFeatures}}",
         "'digits'",
