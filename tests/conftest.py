@@ -1,12 +1,14 @@
 """What all tests share: schedules, prediction types and z-scores."""
 
+import gc
 import os
 from typing import get_args
 from unittest import mock
 
 import pytest
 import torch
-from ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
+from support.pictures import no_pictures  # noqa: F401  # a fixture
+from support.ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
 
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow
@@ -18,8 +20,42 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
 
 def pytest_configure(config):
     """Show a GPU to the tests that are for it alone: others fork, which CUDA does not survive."""
-    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+    if not asks_for(config, "gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def asks_for(config, marker):
+    """Return whether `-m` selects tests with a marker."""
+    expression = config.option.markexpr
+    return marker in expression.replace(f"not {marker}", "")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Collect benchmarks only where nothing else is run."""
+    if collection_path.name == "benchmarks" and not config.option.benchmark_only:
+        return True
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector, name, obj):
+    """Make the cases for a GPU, and those that take minutes, only if `-m` asks for them."""
+    if not name.lower().startswith("test"):
+        return None
+    marked = {mark.name for mark in (*marks_of(collector.obj), *marks_of(obj))}
+    optional = marked & {"gpu", "slow"}
+    return None if all(asks_for(collector.config, each) for each in optional) else []
+
+
+def marks_of(obj):
+    marks = getattr(obj, "pytestmark", [])
+    return marks if isinstance(marks, list) else [marks]
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what lives as long as the tests: modules and collected tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_every
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from lightning_vr import DSM, EDM, STF, VE, Candidate, DiffusionModule, ResidualMLP, audit
+from lightning_vr.auditing import save_report
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import Clean, Times
 from lightning_vr.data import Digits, EightGaussians
@@ -167,7 +168,7 @@ def predict(workload: str, budget: float, folder: Path) -> None:
     targets = [STF("batch"), STF(256), STF(1024), STF("all")]
     rivals = [Candidate(f"STF({t.references!r})", target=t) for t in targets]
     found = audit(halfway, data, rivals, budget=budget)
-    found.save(folder / workload)
+    save_report(found, folder / workload)
     best = max(found.estimators[1:], key=lambda measured: measured.multiplier.estimate)
     prediction = {
         "candidate": best.name,

@@ -1,15 +1,18 @@
-"""What each estimator would save here, measured before anything is trained with it.
+"""What each estimator would save, measured before training with it.
 
     python -m lightning_vr audit --config configs/digits_dsm.yaml
     audit(module, datamodule).advice
 
-At one set of weights, and on the same batches, times and noise, the module's estimator and its
-rivals run side by side: variance of the batch gradient by its source, seconds of a training step,
-and the effective compute multiplier that follows, with a confidence interval.
+The module's estimator and its rivals run side by side, at one set of weights and on the same
+batches, times and noise. Measured are the variance of the batch gradient by its source, the seconds
+of a training step, and the effective compute multiplier that follows, with a confidence interval.
+
+The room imports ``callbacks`` and every floor below.
 """
 
 from lightning_vr.auditing.candidates import Candidate
+from lightning_vr.auditing.report import save as save_report
 from lightning_vr.auditing.result import Audit
 from lightning_vr.auditing.run import audit
 
-__all__ = ["Audit", "Candidate", "audit"]
+__all__ = ["Audit", "Candidate", "audit", "save_report"]

@@ -11,7 +11,7 @@ from lightning_vr.lifecycle.training_set import transfer_batch
 
 
 def batch_pairs(trainer: Trainer, loader: DataLoader[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield pairs of whole batches on the trainer's device, over as many epochs as need be.
+    """Yield pairs of whole batches on the trainer's device, over as many epochs as needed.
 
     Disjoint batches differ as independent ones of an endless data set would: the difference of
     their means has ``2 / B`` times the variance of the data, counted with N - 1.
@@ -34,8 +34,8 @@ def batch_pairs(trainer: Trainer, loader: DataLoader[Any]) -> Iterator[tuple[Any
                 previous, pairs = None, pairs + 1
         if pairs == 0:
             raise ValueError(
-                f"The audit needs two whole batches in an epoch, but the training set has "
-                f"{len(loader)} of {size}: use a smaller batch size."
+                f"The audit needs two whole batches in an epoch, got {len(loader)} of {size} "
+                f"samples: use a smaller batch size."
             )
         epoch += 1
         if hasattr(loader.sampler, "set_epoch"):

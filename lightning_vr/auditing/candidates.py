@@ -1,4 +1,4 @@
-"""Candidates: what could stand in a module's slots instead of what does."""
+"""Candidates: estimators that could take the place of those in a module's slots."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +21,10 @@ from lightning_vr.training.diffusion import Diffusion
 
 @dataclass(frozen=True)
 class Candidate:
-    """An estimator to measure; a slot that is not given is the module's own.
+    """An estimator to measure; slots that are not given are the module's own.
 
     Attributes:
-        name: What tables call it.
+        name: Its name in tables.
         draws: Times and noise.
         target: What to regress on.
         control_variate: A term of the loss whose gradient has mean zero; ``"none"`` leaves out
@@ -37,7 +37,7 @@ class Candidate:
     control_variate: ControlVariate | Literal["none"] | None = None
 
     def slots(self) -> dict[str, nn.Module | None]:
-        """Return the slots that it fills, and what with; None where it leaves out the module's."""
+        """Return the slots that it fills by name; None stands for no control variate."""
         filled = {name: getattr(self, name) for name in SLOTS}
         return {name: None if x == "none" else x for name, x in filled.items() if x is not None}
 
@@ -51,7 +51,7 @@ class Candidate:
 
     @contextmanager
     def in_place(self, module: Diffusion) -> Iterator[None]:
-        """Put the candidate into the module's slots, for a while."""
+        """Put the candidate into the module's slots for the duration of the context."""
         own = {name: getattr(module, name) for name in self.slots()}
         try:
             for name, slot in self.slots().items():
@@ -71,19 +71,20 @@ def read_candidates(path: str | Path) -> list[Candidate]:
     """
     if not Path(path).is_file():
         raise ValueError(
-            f"Argument `candidates` expected to be a YAML file, but there is no file {path}."
+            f"`candidates` must be a YAML file, got {path}, but there is no file of that name: "
+            f"check the path."
         )
     try:
         listed = yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"Argument `candidates` expected to be a YAML file, but {path} is none ({error}): "
-            f"mend it there."
+            f"`candidates` must be a YAML file, got {path}, which cannot be read ({error}): fix it "
+            f"there."
         ) from error
     if not isinstance(listed, list) or not listed:
         raise ValueError(
-            f"Argument `candidates` expected to be a file with a list, but {path} holds "
-            f"{type(listed).__name__}: write `- name: ...` and a slot, such as `target:`."
+            f"`candidates` must be a file with a list, got {path} with {type(listed).__name__}: "
+            f"write `- name: ...` and a slot, such as `target:`."
         )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--candidates", type=list[Candidate])
@@ -93,12 +94,12 @@ def read_candidates(path: str | Path) -> list[Candidate]:
 
 
 def check_candidates(candidates: list[Candidate]) -> None:
-    """Refuse candidates that are none, or that share a name."""
+    """Raise if a candidate fills no slot, or two have the same name."""
     names = [candidate.name for candidate in candidates]
     if len({*names, "current"}) <= len(names):
         raise ValueError(
-            f"Argument `candidates` expected to have different names, none of them 'current', "
-            f"but got {names}."
+            f"`candidates` must have different names, none of them 'current', got {names}: rename "
+            f"some."
         )
     for candidate in candidates:
         if not candidate.slots():

@@ -1,6 +1,5 @@
-"""The candidates of an audit that is given none: the estimators that ship."""
+"""The default candidates of an audit: the estimators of this package."""
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_vr.auditing.candidates import Candidate, settings
@@ -17,24 +16,22 @@ _REFERENCES = (256, 1024, 4096)
 _LARGEST_BANK = 100_000
 
 _COMBINED = ("strata, q learned", "pairs", "4 resamples")
-"""Draws that are measured with STF too."""
+"""Draws that are also measured with STF."""
 
 _LEAST_SPREAD = 0.01
-"""Relative spread of the loss weight below which it gives no proposal but the base density."""
+"""Relative spread of the loss weight below which its proposal is the base density."""
 
 
 def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
-    """Return the estimators that ship, less the module's own.
+    """Return the estimators of this package, except the module's own.
 
-    A target keeps the module's draws, and draws keep its target. Some draws come with an STF too,
-    that with most references that are drawn, unless the module has an STF, which all draws are then
-    measured with. Resamples are there whatever ``encode`` costs, so that the audit can say that
-    they do not pay.
+    A target keeps the module's draws, and draws keep its target. If the module has no STF, some
+    draws are measured with one as well, the STF with most drawn references. Resamples are measured
+    whatever ``encode`` costs, so that the audit can say that they do not pay.
 
     The control variate of order 0 is measured for all draws, and where its gate opens.
 
-    A bank of a large training set takes long to encode: name candidates with one in a list of your
-    own.
+    A bank of a large training set takes long to encode: list your own candidates to have one.
 
     Args:
         module: The module to audit.
@@ -49,10 +46,10 @@ def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
         return found
     drawn = [name for name in targets if name not in ("DSM", 'STF("batch")', 'STF("all")')]
     with_references = drawn[-1] if drawn else list(targets)[-1]
-    # what is learned with one target is not what would be with another: draws of its own
-    again = _draws(module)
+    # proposals learn other densities with another target: these draws are new
+    fresh = _draws(module)
     return found + [
-        Candidate(f"{with_references}, {n}", again[n], targets[with_references]) for n in _COMBINED
+        Candidate(f"{with_references}, {n}", fresh[n], targets[with_references]) for n in _COMBINED
     ]
 
 
@@ -70,7 +67,7 @@ def _targets(size: int) -> dict[str, Target]:
 
 
 def _control_variates(module: DiffusionModule) -> list[Candidate]:
-    """Return that of order 0, which any network can have, for all draws and where it pays."""
+    """Return the one of order 0, which any network can have, for all draws and where it pays."""
     found = [
         Candidate("Taylor 0, all draws", control_variate=TaylorCV(gate="open")),
         Candidate("Taylor 0", control_variate=TaylorCV()),
@@ -97,6 +94,5 @@ def _draws(module: DiffusionModule) -> dict[str, Draws]:
 def _has_varying_weight(module: DiffusionModule) -> bool:
     """Return whether the weight on the network's error depends on t where p has its mass."""
     objective = module.objective
-    middle = (torch.arange(100, dtype=torch.float64, device=module.device) + 0.5) / 100
-    weight = objective.weight(objective.timesteps.icdf(middle))
+    weight = objective.weight(objective.times(100))
     return bool(weight.max() - weight.min() > _LEAST_SPREAD * weight.mean())

@@ -1,8 +1,8 @@
-"""Candidates made ready to be measured as they would be in the midst of training.
+"""Preparing candidates, so that they are measured as they would be in the middle of training.
 
 Targets get their references, encoded once. Proposals see batches until they have learned: one that
 has seen nothing is the base density. ``resamples="auto"`` gets the K that its own pilot chooses
-here, as it would in training. Control variates are fitted by pilots on batches of their own.
+here, as it would in training. Control variates are fitted by pilots on separate batches.
 """
 
 import copy
@@ -23,6 +23,7 @@ from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.proposals import LearnedProposal
 from lightning_vr.estimators.stf import STF
+from lightning_vr.estimators.targets import Target
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.training_set import check_equal_chances
@@ -38,21 +39,21 @@ from lightning_vr.training.training_checks import check_derivatives
 from lightning_vr.variance.gradient_measurement import Source
 
 _LEAST_SEEN = 16
-"""Draws that each bin of a learned proposal must have had, twice what makes it leave p."""
+"""Draws that each bin of a learned proposal must have had: twice as many as make it leave p."""
 
 _PILOTS = 6
-"""Pilots that fit a control variate: those of training have a memory of about as many."""
+"""Pilots that fit a control variate: in training their memory is about as long."""
 
 _LEAST_BATCHES = 8
 _MOST_BATCHES = 100
 """Batches after which a proposal with the default memory of 100 steps changes little."""
 
 _PATIENCE = 512
-"""Batches after which bins that are still not seen never will be."""
+"""Batches after which bins without draws are given up."""
 
 
 def with_own_state(candidates: list[Candidate]) -> list[Candidate]:
-    """Return candidates that may learn, and leave those of the caller as they are."""
+    """Return copies that may learn, so that the caller's candidates stay as they are."""
     return [
         replace(
             c,
@@ -71,37 +72,44 @@ def fill_targets(
     Returns:
         Names of candidates that cannot have any, and why.
     """
-    skipped: dict[str, str] = {}
     needs = [c for c in candidates if c.target is not None and c.target.bank_size != 0]
     try:
         check_equal_chances(trainer)
     except ValueError:
-        reason = "training samples do not come equally often"
-        return {c.name: reason for c in needs}
-    read: dict[bool, Clean | None] = {}
+        return {c.name: "training samples do not come equally often" for c in needs}
+
+    skipped: dict[str, str] = {}
+    data: dict[bool, Clean | None] = {}
     banks: dict[bool, Bank] = {}
     for candidate in sorted(needs, key=lambda c: c.target is not None and c.target.sharded):
         assert candidate.target is not None
         sharded = candidate.target.sharded
-        if sharded not in read:
-            read[sharded] = read_references(module, trainer, is_shard=sharded)
-        data = read[sharded]
-        if data is None:
-            skipped[candidate.name] = "samples have a condition beyond class labels"
-        elif data.index is None and getattr(candidate.target, "references", None) == "all":
-            skipped[candidate.name] = "batches carry no sample indices"
-        elif isinstance(candidate.target, STF) and sharded in banks:
-            candidate.target.set_bank(banks[sharded], indexed=data.index is not None)
-        else:
-            set_references(candidate.target, data)
-            if isinstance(candidate.target, STF) and candidate.target.bank is not None:
-                banks[sharded] = candidate.target.bank
+        if sharded not in data:
+            data[sharded] = read_references(module, trainer, is_shard=sharded)
+        reason = _fill(candidate.target, data[sharded], banks)
+        if reason is not None:
+            skipped[candidate.name] = reason
     return skipped
+
+
+def _fill(target: Target, data: Clean | None, banks: dict[bool, Bank]) -> str | None:
+    """Give a target its references, prepared once for all STFs; return why it cannot have any."""
+    if data is None:
+        return "samples have a condition beyond class labels"
+    if data.index is None and getattr(target, "references", None) == "all":
+        return "batches carry no sample indices"
+    if isinstance(target, STF) and target.sharded in banks:
+        target.set_bank(banks[target.sharded], indexed=data.index is not None)
+        return None
+    set_references(target, data)
+    if isinstance(target, STF) and target.bank is not None:
+        banks[target.sharded] = target.bank
+    return None
 
 
 def refused(module: DiffusionModule, candidates: list[Candidate]) -> dict[str, str]:
     """Return names of candidates that do not fit the module, and why."""
-    refused = {}
+    reasons = {}
     for candidate in candidates:
         try:
             with candidate.in_place(module):
@@ -109,8 +117,8 @@ def refused(module: DiffusionModule, candidates: list[Candidate]) -> dict[str, s
                     module.draws, module.control_variate, module.objective, module.network
                 )
         except ValueError as error:
-            refused[candidate.name] = str(error).rstrip(".")
-    return refused
+            reasons[candidate.name] = str(error).rstrip(".")
+    return reasons
 
 
 def learn(
@@ -120,14 +128,14 @@ def learn(
     source: Source,
     goes_on: Callable[[], bool],
 ) -> dict[str, str]:
-    """Let draws learn from forward passes, as they would while training; on all ranks together.
+    """Let draws learn from forward passes, as they would in training; all ranks must call it.
 
-    The module's own draws learn only if their proposal has not seen enough to be one yet.
+    The module's own draws learn only if their proposal has not seen enough yet.
 
     Args:
         loss: The module's loss.
-        candidates: Those of the audit; one without draws stands for the module's own.
-        batches: Encoded batches without end.
+        candidates: Those of the audit; one without draws has the module's own.
+        batches: An endless stream of encoded batches.
         source: Gives generators by key.
         goes_on: Asked before each further batch once all proposals have seen enough.
 
@@ -155,16 +163,16 @@ def learn(
 def choose_resamples(
     trainer: Trainer, module: DiffusionModule, candidates: list[Candidate], batches: Iterator[Any]
 ) -> dict[str, str]:
-    """Let the pilots of ``resamples="auto"`` choose K where none has yet; all ranks must call it.
+    """Let the pilots of ``resamples="auto"`` choose K if they have not yet; all ranks must call it.
 
     Args:
         trainer: A trainer that is about to train.
         module: Its module.
         candidates: Those of the audit, the current estimator first.
-        batches: Batches without end.
+        batches: An endless stream of batches.
 
     Returns:
-        Names of candidates whose pilot found none, and why.
+        Names of candidates whose pilot found no K, and why.
     """
     reasons = {}
     for candidate in candidates:
@@ -186,18 +194,18 @@ def fit_control_variates(
     encode: Callable[[Any], Clean],
     source: Source,
 ) -> dict[str, str]:
-    """Fit control variates that training has not fitted; all ranks must call it.
+    """Fit control variates that training has not fitted yet; all ranks must call it.
 
     Args:
         module: The module.
         run: The run of a trainer that is about to train.
         candidates: Those of the audit; one without a control variate has the module's own.
-        batches: Batches without end.
+        batches: An endless stream of batches.
         encode: Turns a batch into samples.
         source: Gives generators by key.
 
     Returns:
-        Names of candidates that cannot run, or whose gate stays closed, and why.
+        Names of candidates that cannot run or whose gate stays closed, and why.
     """
     reasons = {}
     for candidate in candidates:
@@ -254,7 +262,7 @@ def _observe(loss: DiffusionLoss, clean: Clean, source: Source, number: int) -> 
     draws, objective = loss.module.draws, loss.module.objective
     times = loss.times(clean, source("learn", number, "times"), 0.0, 1.0)
     rows = loss.draw(clean, times, source("learn", number, "noise"))
-    # statistics of batch normalisation must stay what they are
+    # statistics of batch normalisation must not change
     buffers = {name: buffer.clone() for name, buffer in loss.named_buffers()}
     mean, per_draw = mean_in_chunks(
         loss,

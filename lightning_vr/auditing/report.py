@@ -1,4 +1,4 @@
-"""How an audit is shown: a table, a page, a picture, and all numbers as JSON."""
+"""Reports of an audit: a table, a page, a picture, and all numbers as JSON."""
 
 import json
 import math
@@ -6,25 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
+from lightning_vr.auditing.result import Audit, MeasuredEstimator
 from lightning_vr.callbacks.gradient_variance_report import PARTS, draw_components
 from lightning_vr.lifecycle.loggers import level_names
 from lightning_vr.variance.bootstrap import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from rich.table import Table
-
-    from lightning_vr.auditing.result import Audit, MeasuredEstimator
 
 _HEADERS = ("estimator", "variance", "data", "time", "noise", "ms", "RE", "ECM")
 
 
-def table(audit: "Audit") -> "Table":
+def table(audit: Audit) -> Table:
     """Return one row for each estimator."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     shown = Table(title="Audit", caption=_caption(audit), caption_justify="left", box=SIMPLE_HEAD)
     shown.pad_edge, shown.collapse_padding = False, True
     for header in _HEADERS:
@@ -36,15 +33,16 @@ def table(audit: "Audit") -> "Table":
     return shown
 
 
-def save(audit: "Audit", folder: Path) -> None:
-    """Write ``audit.json``, ``audit.md`` and ``audit.png``."""
+def save(audit: Audit, folder: str | Path) -> None:
+    """Write ``audit.json``, ``audit.md`` and ``audit.png`` to a folder, made if it is missing."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "audit.json").write_text(json.dumps(audit.to_dict(), indent=2, allow_nan=False))
     (folder / "audit.md").write_text(page(audit))
     draw(audit, folder / "audit.png")
 
 
-def page(audit: "Audit") -> str:
+def page(audit: Audit) -> str:
     """Return the audit as Markdown."""
     rows = [_HEADERS, ["---"] * len(_HEADERS), *(_row(m) for m in audit.estimators)]
     lines = ["# Audit", "", f"**{audit.advice}**", ""]
@@ -55,7 +53,7 @@ def page(audit: "Audit") -> str:
     return "\n".join(lines)
 
 
-def draw(audit: "Audit", path: Path) -> None:
+def draw(audit: Audit, path: Path) -> None:
     """Draw the parts of each estimator's variance, by noise level, and what each saves."""
     from matplotlib.figure import Figure
 
@@ -70,14 +68,14 @@ def draw(audit: "Audit", path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _row(measured: "MeasuredEstimator") -> list[str]:
+def _row(measured: MeasuredEstimator) -> list[str]:
     total, error = float(measured.components.total[0]), float(measured.errors.total[0])
-    shares = [100 * float(getattr(measured.components, part)[0]) / total for part in PARTS]
+    percent = [100 * float(getattr(measured.components, part)[0]) / total for part in PARTS]
     variance = _short(total, 3) if math.isnan(error) else f"{_short(total, 3)} ± {_short(error, 1)}"
     return [
         measured.name,
         variance,
-        *(f"{share:.0f}%" for share in shares),
+        *(f"{value:.0f}%" for value in percent),
         f"{1e3 * measured.seconds:.1f}",
         f"{measured.efficiency.estimate:.2f}",
         _interval(measured.multiplier),
@@ -94,8 +92,10 @@ def _interval(interval: Interval) -> str:
     return f"{interval.estimate:.2f} ({interval.low:.2f}, {interval.high:.2f})"
 
 
-def _caption(audit: "Audit") -> str:
-    noise = f"{audit.noise_ratio:.3g}" if math.isfinite(audit.noise_ratio) else "too large to tell"
+def _caption(audit: Audit) -> str:
+    noise = (
+        f"{audit.noise_ratio:.3g}" if math.isfinite(audit.noise_ratio) else "too large to resolve"
+    )
     skipped = "".join(f" {name} was left out: {why}." for name, why in audit.skipped.items())
     return (
         f"Variance: that of the gradient of a batch of {audit.batch}, times the batch size, ± one "
@@ -106,7 +106,7 @@ def _caption(audit: "Audit") -> str:
     )
 
 
-def _resamples(audit: "Audit") -> str:
+def _resamples(audit: Audit) -> str:
     best, gain = audit.resamples
     present = audit.current.draws_per_sample
     if best == present == 1:
@@ -119,7 +119,7 @@ def _resamples(audit: "Audit") -> str:
     return f"By components and cost, {draws} an ECM of {gain:.2f} over the present {present}."
 
 
-def _draw_estimators(axes: "Axes", audit: "Audit") -> None:
+def _draw_estimators(axes: "Axes", audit: Audit) -> None:
     at, base = np.arange(len(audit.estimators)), np.zeros(len(audit.estimators))
     for part, color in zip(reversed(PARTS), ("tab:red", "tab:orange", "tab:blue"), strict=True):
         height = [max(0.0, float(getattr(m.components, part)[0])) for m in audit.estimators]
@@ -130,7 +130,7 @@ def _draw_estimators(axes: "Axes", audit: "Audit") -> None:
     axes.legend()
 
 
-def _draw_multipliers(axes: "Axes", audit: "Audit") -> None:
+def _draw_multipliers(axes: "Axes", audit: Audit) -> None:
     rivals = audit.estimators[1:]
     at = np.arange(len(rivals))
     for i, measured in zip(at, rivals, strict=True):

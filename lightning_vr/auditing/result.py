@@ -1,9 +1,8 @@
-"""What an audit has found, and the advice that follows from it."""
+"""The result of an audit, and the advice that follows from it."""
 
 import inspect
 import math
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,17 +21,17 @@ from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 _LEAST_GAIN = 1.05
-"""Below this multiplier nobody should change a configuration, however sure it is."""
+"""Multiplier below which no configuration is worth changing, however certain it is."""
 
 _NO_BOTTLENECK = 0.3
-"""Noise ratio below which all noise removed saves less than a quarter of the steps."""
+"""Noise ratio below which the removal of all noise saves less than a quarter of the steps."""
 
 _PLAIN_FIELDS = ("name", "seconds", "config", "draws_per_sample")
 
 
 @dataclass(frozen=True)
 class MeasuredEstimator:
-    """One estimator, measured.
+    """What was measured of one estimator.
 
     Attributes:
         name: Its name; ``"current"`` for the module's own.
@@ -42,9 +41,9 @@ class MeasuredEstimator:
         efficiency: Variance of the current estimator over its own, RE.
         multiplier: Effective compute multiplier over the current estimator, ECM. Its interval holds
             the uncertainty of both variance and time, as the product of their intervals.
-        config: Settings of the module that select it, or None where none can; of the current
-            estimator the settings of its slots, as far as there are any.
-        draws_per_sample: K, the draws of each sample that it takes.
+        config: Settings of the module that select it, or None if no configuration can; of the
+            current estimator the settings of its slots, as far as they can be described.
+        draws_per_sample: K, its draws of each sample.
     """
 
     name: str
@@ -59,18 +58,18 @@ class MeasuredEstimator:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit has found.
+    """The result of an audit.
 
     Attributes:
         estimators: The current one first.
         statistics: Of the current estimator, by group of parameters and by noise level.
         batch: Samples in a training batch, over all ranks.
         cost: Model of the seconds of a step.
-        repetitions: Measurements of each estimator; fewer of one that surely loses.
-        seconds: That the audit took.
+        repetitions: Measurements of each estimator; fewer of those that certainly lose.
+        seconds: Duration of the audit.
         skipped: Candidates that could not be measured, and why.
-        least_draws: Draws of a sample that come together in the current estimator: 2 in antithetic
-            pairs.
+        least_draws: Smallest number of draws of a sample in the current estimator: 2 with
+            antithetic pairs.
     """
 
     estimators: list[MeasuredEstimator]
@@ -84,22 +83,22 @@ class Audit:
 
     @property
     def current(self) -> MeasuredEstimator:
-        """The estimator that the module has."""
+        """The module's own estimator."""
         return self.estimators[0]
 
     @property
     def noise_ratio(self) -> float:
-        """``V / (B ‖E g‖²)``, noise over signal of the batch gradient: small is no bottleneck."""
+        """``V / (B ‖E g‖²)``, noise over signal of the batch gradient; no bottleneck if small."""
         parts = self.current.components
         total, squared_mean = float(parts.total[0]), float(parts.squared_mean[0])
         return noise_ratio(max(total, 0.0), squared_mean, self.batch)
 
     @property
     def recommended(self) -> MeasuredEstimator | None:
-        """The candidate that saves most of those whose ECM is surely above 1, or None.
+        """Of the candidates whose ECM is certainly above 1 the one that saves most, or None.
 
-        By the noise-ratio model, ``saving``: a longer step pays only as far as noise is what holds
-        training back, whatever the ECM.
+        Savings are those of ``predicted_speedup``: whatever the ECM, a longer step pays only as far
+        as noise is the bottleneck of training.
         """
         paying = [
             measured
@@ -112,10 +111,10 @@ class Audit:
     def resamples(self) -> tuple[int, float]:
         """Noise draws of each sample, K, at which variance times cost is least, and its ECM.
 
-        From components and the cost model, over the K that the current estimator takes; ``fixed``
-        costs are left out. A prediction: at K draws timestep and noise are 1/K of those of one,
-        as if draws did not depend on each other. Strata make them smaller at the K that was
-        measured, and would at another by another factor.
+        It follows from components and the cost model, relative to the K of the current estimator;
+        ``fixed`` costs are left out. It is a prediction: at K draws the components timestep and
+        noise are taken to be 1/K of those of one, as if draws did not depend on each other. Strata
+        make them smaller at the measured K, and by another factor at another K.
         """
         parts, group = self.current.components, self.least_draws
         now = self.current.draws_per_sample // group
@@ -127,10 +126,10 @@ class Audit:
         return group * best, present / least if least > 0 else 1.0
 
     def predicted_speedup(self, measured: MeasuredEstimator) -> float:
-        """Return by how much less compute it needs for the same loss, by the noise-ratio model.
+        """Return how many times less compute it needs for the same loss, by the noise-ratio model.
 
-        ECM is that where noise is all that holds training back; here steps saved are those of
-        ``S = S_min (1 + noise ratio)``.
+        The ECM is this number where noise is the only bottleneck of training; here the steps saved
+        are those of ``S = S_min (1 + noise ratio)``.
         """
         variance_ratio = 1 / measured.efficiency.estimate if measured.efficiency.estimate else 1.0
         steps = steps_ratio(self.noise_ratio, variance_ratio)
@@ -152,26 +151,36 @@ class Audit:
                 f"Variance reduction does not pay here. {text} It saves time and no variance: its "
                 f"step takes {best.seconds / self.current.seconds:.2f} times as long."
             )
-        text += f" What is left of it is {_shares(best.components)}. Training saves that at most."
+        text += f" What is left of it is {_fractions(best.components)}."
+        text += " Training saves that at most."
+        return text + self._larger_batch(best) + self._bottleneck(best)
+
+    def _larger_batch(self, best: MeasuredEstimator) -> str:
+        """Return whether a larger batch does better than more draws of each sample."""
         factor = best.draws_per_sample / self.current.draws_per_sample
-        if best.efficiency.estimate < factor and self.resamples[0] <= self.current.draws_per_sample:
-            text += (
-                f" But encoding is cheap, and a batch of {factor:.3g} times as many samples would "
-                f"have less variance still, with as many draws."
-            )
-        saving = self.predicted_speedup(best)
-        if self.noise_ratio < _NO_BOTTLENECK or saving < 1:
-            expected = f"{saving:.2f} times less" if saving >= 1 else f"{1 / saving:.2f} times more"
-            text += (
-                f" But noise is not what holds this training back: the batch gradient has "
-                f"{self.noise_ratio:.2g} times as much noise as signal, and the model of "
-                f"McCandlish et al. expects {expected} compute for the same loss."
-            )
-        return text
+        is_better = best.efficiency.estimate < factor
+        if not is_better or self.resamples[0] > self.current.draws_per_sample:
+            return ""
+        return (
+            f" But encoding is cheap, and a batch of {factor:.3g} times as many samples would "
+            f"have even less variance with as many draws."
+        )
+
+    def _bottleneck(self, best: MeasuredEstimator) -> str:
+        """Return whether training has another bottleneck than noise."""
+        speedup = self.predicted_speedup(best)
+        if self.noise_ratio >= _NO_BOTTLENECK and speedup >= 1:
+            return ""
+        expected = f"{speedup:.2f} times less" if speedup >= 1 else f"{1 / speedup:.2f} times more"
+        return (
+            f" But noise is not the bottleneck of this training: the batch gradient has "
+            f"{self.noise_ratio:.2g} times as much noise as signal, and the model of "
+            f"McCandlish et al. expects {expected} compute for the same loss."
+        )
 
     @property
     def config(self) -> str:
-        """The lines of a configuration that select the recommended estimator, or nothing."""
+        """The lines of a configuration that select the recommended estimator, or an empty text."""
         if self.recommended is None or self.recommended.config is None:
             return ""
         own = self.current.config or {}
@@ -196,16 +205,16 @@ class Audit:
                 f"{100 * max(removed, 0):.0f} %, and its step takes "
                 f"{best.seconds / self.current.seconds:.2f} times as long."
             )
-        reasons.append(f"The variance is {_shares(self.current.components)}.")
+        reasons.append(f"The variance is {_fractions(self.current.components)}.")
         if unclear:
             reasons.append(
-                f"That is not certain for {', '.join(unclear)}: measure for longer with a larger "
+                f"This is not certain for {', '.join(unclear)}: measure longer, with a larger "
                 f"budget."
             )
         return " ".join(reasons)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all there is, as JSON takes it; what is not finite is None."""
+        """Return everything in the types of JSON; numbers that are not finite are None."""
         found: dict[str, Any] = _plain(
             {
                 "advice": self.advice,
@@ -227,12 +236,6 @@ class Audit:
         )
         return found
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``audit.json``, ``audit.md`` and ``audit.png`` to a folder, which is made."""
-        from lightning_vr.auditing import report
-
-        report.save(self, Path(folder))
-
     def _estimator(self, measured: MeasuredEstimator) -> dict[str, Any]:
         fields = {name: getattr(measured, name) for name in _PLAIN_FIELDS}
         fields |= {
@@ -244,19 +247,18 @@ class Audit:
         return fields | {"saving": self.predicted_speedup(measured)}
 
 
-def _shares(parts: Components) -> str:
+def _fractions(parts: Components) -> str:
     total = float(parts.total[0])
     if not total > 0:
-        return "not told from zero"
-    shares = {name: 100 * float(getattr(parts, name)[0]) / total for name in parts._fields[:3]}
-    return ", ".join(f"{share:.0f} % {name}" for name, share in shares.items())
+        return "not resolved from zero"
+    percent = {name: 100 * float(getattr(parts, name)[0]) / total for name in parts._fields[:3]}
+    return ", ".join(f"{value:.0f} % {name}" for name, value in percent.items())
 
 
 def _pasteable(described: Any, present: Any = None) -> Any:
     """Return a described object with its short name, without arguments at their defaults.
 
-    Configurations merge: an argument that an object of the same class has at present stays unless
-    it is named.
+    Configurations merge: an argument of a present object of the same class stays unless named.
     """
     if not isinstance(described, dict) or "class_path" not in described:
         return described

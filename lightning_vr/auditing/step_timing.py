@@ -1,13 +1,12 @@
 """Seconds of a training step: encoding, draws, forward, backward and optimizer.
 
-Passes are timed where their gradients are measured, so that all of an audit's passes tell the time,
-in turns of the candidates over the whole of it: what else the machine does then falls on all alike.
+Passes are timed where their gradients are measured. So all passes of an audit count, in turns of
+the candidates over its whole duration, and other work of the machine affects all candidates alike.
 Loading of data is left out: it is hidden behind the step where workers keep up.
 """
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightning_vr.core.devices import timed
 from lightning_vr.core.rows import Rows
 from lightning_vr.core.types import Clean
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.variance.accounting import CostModel
+from lightning_vr.variance.accounting import CostModel, fixed_and_marginal
 from lightning_vr.variance.components import DRAWS_PER_UNIT
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
@@ -37,19 +36,19 @@ class TimedMeasurement(GradientMeasurement):
         self._pass_seconds: list[float] = []
 
     def gradient(self, rows: Rows, *key: int | str) -> list[Tensor]:
-        """Return the gradient of the mean loss of rows, and note the time."""
+        """Return the gradient of the mean loss of rows, and record its seconds."""
         found, seconds = timed(partial(super().gradient, rows, *key), self.device)
         self._pass_seconds.append(seconds)
         return found
 
     def reset_seconds(self) -> None:
-        """Forget all times."""
+        """Delete all recorded seconds."""
         self._pass_seconds, self._draw_seconds = [], []
 
     def step_seconds(self) -> float:
-        """Return the least seconds of draws, forward and backward since they were reset.
+        """Return the smallest seconds of draws, forward and backward since the last reset.
 
-        All passes do the same work: what makes one take longer is the rest of the machine.
+        All passes do the same work: if one takes longer, other work of the machine is the cause.
         """
         return min(self._pass_seconds) + min(self._draw_seconds)
 
@@ -76,7 +75,7 @@ class StepTimer:
         self.trainer, self.module, self.measurement = trainer, module, measurement
 
     def warm_up(self, candidates: list[Candidate], clean: Clean) -> None:
-        """Take a step with each candidate: the first is slow."""
+        """Take a step with each candidate: the first one is slow."""
         for candidate in candidates:
             with candidate.in_place(self.module):
                 self._step(clean)
@@ -84,15 +83,15 @@ class StepTimer:
     def measure(
         self, clean: Clean, encode: Callable[[], Any], goes_on: Callable[[], bool]
     ) -> tuple[float, CostModel]:
-        """Return the seconds of encoding and optimizer, and a model of the current step's.
+        """Return the seconds of encoding and optimizer, and a cost model of the current step.
 
         Args:
             clean: An encoded batch.
             encode: Encodes it.
-            goes_on: Asked before each round, the first two excepted.
+            goes_on: Asked before each round except the first two.
         """
         whole = len(clean.x0)
-        parts = sorted({max(1, whole // k) for k in (1, 2, 4)})
+        parts = sorted({max(1, whole // 4), whole})
         names: list[int | str] = [*parts, "encode", "optimizer"]
         times: dict[int | str, list[float]] = {name: [] for name in names}
         for i in range(_ROUNDS + 1):
@@ -118,46 +117,36 @@ class StepTimer:
         return self.measurement.gradient(rows, "timing")
 
     def _time_optimizer(self) -> float:
-        """Time a step on gradients of zero, and put the weights back."""
+        """Return the seconds of a step on gradients of zero, and restore the weights."""
         optimizer = self.trainer.optimizers[0]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        kept = [p.detach().clone() for p in parameters]
+        before = [p.detach().clone() for p in parameters]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        _, seconds = timed(optimizer.step, self.module.device)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
-                parameter.grad = None
+        try:
+            _, seconds = timed(optimizer.step, self.module.device)
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+                    parameter.grad = None
         return seconds
 
 
 def cost_model(
     passes: dict[int, float], encode: float, optimizer: float, resamples: int = 1
 ) -> CostModel:
-    """Fit a model to the seconds of the parts of a step.
+    """Return a model of the seconds of a step from those of its parts.
 
     Args:
-        passes: Seconds of forward and backward by number of samples, up to the whole batch.
+        passes: Seconds of forward and backward by number of samples: the whole batch, and a part
+            of it where there is one.
         encode: Seconds to encode the whole batch.
         optimizer: Seconds of the optimizer's step.
         resamples: Draws of each sample in ``passes``.
     """
-    whole = max(passes)
-    encoding = encode / whole
-    if whole < 4:
-        return CostModel(optimizer, encoding, passes[whole] / (whole * resamples))
-    # a pass takes as long however its rows are made up of samples and resamples of them
-    shapes = [
-        (rows // k, k, seconds)
-        for rows, seconds in ((n * resamples, seconds) for n, seconds in passes.items())
-        for k in (1, 2)
-        if rows % k == 0
-    ]
-    fitted = CostModel.fit(
-        [samples for samples, _, _ in shapes],
-        [k for _, k, _ in shapes],
-        [seconds + optimizer for _, _, seconds in shapes],
+    few, many = min(passes), max(passes)
+    fixed, denoise = fixed_and_marginal(
+        few * resamples, many * resamples, passes[few], passes[many]
     )
-    # encoding was timed by itself: a fit could take it for fixed
-    return replace(fitted, upstream=fitted.upstream + encoding)
+    return CostModel(fixed + optimizer, encode / many, denoise)

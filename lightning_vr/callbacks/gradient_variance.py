@@ -1,50 +1,46 @@
-"""GradientVariance: how noisy the gradient is, and where that comes from, while a trainer runs.
+"""GradientVariance: how noisy the gradient is, and why, while a trainer runs.
 
-What is measured, how, and from which sources: ``lightning_vr.variance.components``. Each
-measurement is unbiased and noisy; what is logged are means over the latest ones, older ones fade,
-and every ratio is one of means.
+The theory and its sources are in ``lightning_vr.variance.components``. Each measurement is unbiased
+and noisy. Means over the latest ones are logged, in which older ones fade, and every ratio is a
+ratio of means.
 """
 
 import math
 from typing import Any
 
-import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
 from torch import Tensor
 
 from lightning_vr.callbacks import gradient_variance_report as report
-from lightning_vr.callbacks.gradient_probes import (
-    GradientProbe,
-    MicroBatchProbe,
-    NestedProbe,
-    trainable_names,
-)
-from lightning_vr.callbacks.half_batches import HalfBatchProbe
+from lightning_vr.callbacks.gradient_probes import GradientProbe, trainable_names
+from lightning_vr.callbacks.half_batch_probe import HalfBatchProbe
+from lightning_vr.callbacks.micro_batch_probe import MicroBatchProbe
+from lightning_vr.callbacks.nested_probe import diffusion_probe, given_probe
 from lightning_vr.core.batches import is_plain
-from lightning_vr.core.types import Clean
-from lightning_vr.lifecycle.loggers import log_numbers, log_picture, run_folder, training_goes_on
+from lightning_vr.core.validation import check_at_least
+from lightning_vr.lifecycle.loggers import log_numbers
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.training.noisy_losses import DiffusionLoss, GivenLoss, LossFunction
+from lightning_vr.training.noisy_losses import LossFunction
 from lightning_vr.variance.components import Components
-from lightning_vr.variance.gradient_measurement import NoisyLoss
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 _MEMORY = 0.9
-"""What the weight of all earlier measurements is multiplied by at each new one."""
+"""Factor on the weight of all earlier measurements at each new one."""
 
 _STEPWISE_MEMORY = 0.99
 """The same where every optimizer step is a measurement."""
 
-_MOST_WAITING = 1000
-"""Steps whose measurements may stay on the device, where nobody logs them."""
+_MOST_PENDING = 1000
+"""Steps whose measurements may stay on the device while nothing logs them."""
 
-_COST_SHARE = 0.02
-"""Share of the training time that measuring may take by default."""
+_TIME_BUDGET = 0.02
+"""Fraction of the training time that measuring may take by default."""
 
 
 class GradientVariance(Callback):
@@ -58,30 +54,32 @@ class GradientVariance(Callback):
 
     Where times and noise can be drawn again it logs the components ``data``, ``timestep`` and
     ``noise`` as well, for the whole and in bins of the noise level, as ``noise/s<noise level>``,
-    and ``share/s<noise level>``, the bin's part of ``E ‖g‖²``. That is so on a ``DiffusionModule``,
-    without arguments, and on any module with its loss::
+    and ``share/s<noise level>``, the bin's fraction of ``E ‖g‖²``. This works on a
+    ``DiffusionModule`` without arguments, and on any other module with its loss::
 
         Trainer(callbacks=[GradientVariance(loss=my_loss, schedule=VP())])
 
-    On any other module it takes no arguments and tells the totals: from the micro-batches of
-    gradient accumulation and the ranks of DDP at every step, free; without these from the training
-    step of a copy of the module on both halves of a batch.
+    On any module without a loss it takes no arguments and gives the totals: from the micro-batches
+    of gradient accumulation and the ranks of DDP, at every step and free; without these from the
+    training step of a copy of the module on both halves of a batch.
 
     Args:
-        every_n_steps: Measure at one in so many optimizer steps; so many that it costs about 2 % of
-            the training time if not given.
+        every_n_steps: Measure at one in this many optimizer steps. By default measuring takes about
+            2 % of the training time.
         samples: Number of samples of a batch whose gradients are taken one by one, four draws each.
         noise_levels: Number of bins of the noise level, equally likely in training. They are
-            measured all at once from per-sample gradients, two of ``samples`` for each, else in
-            turn.
-        loss: ``(module, x0, noise, t) -> loss of each sample (B,)`` of a module that is no
+            measured all at once from per-sample gradients if there are two of ``samples`` for each,
+            else in turn.
+        loss: ``(module, x0, noise, t) -> loss of each sample (B,)`` of a module that is not a
             DiffusionModule.
         schedule: The schedule that ``loss`` trains with, for the times of its draws.
         clean: A function from a batch of such a module to clean samples ``(B, *)``.
-        sketch: Keep at most so many numbers of each parameter's gradient, for large networks.
 
     Attributes:
         statistics: What was measured, from the start of training on.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -92,39 +90,31 @@ class GradientVariance(Callback):
         loss: LossFunction | None = None,
         schedule: Schedule | None = None,
         clean: Any = None,
-        sketch: int | None = None,
     ) -> None:
-        for name, value, least in (
-            ("every_n_steps", every_n_steps, 1),
-            ("samples", samples, 2),
-            ("noise_levels", noise_levels, 1),
-            ("sketch", sketch, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(
-                    f"Argument `{name}` expected to be at least {least}, but got {value}."
-                )
+        if every_n_steps is not None:
+            check_at_least("every_n_steps", every_n_steps, 1)
+        check_at_least("samples", samples, 2)
+        check_at_least("noise_levels", noise_levels, 1)
         self.every_n_steps = every_n_steps
         self.samples = samples
         self.noise_levels = noise_levels
         self.loss = loss
         self.schedule = schedule
         self.clean = clean
-        self.sketch = sketch
         self.statistics: GradientStatistics | None = None
         self._state: dict[str, Any] | None = None
         self._groups: list[str] = []
         self._measurements = 0
         self._period = 0
-        self._kept: Any = None
+        self._restored_batch: Any = None
         self._every = 1
         self._is_prepared = False
         self._probe: GradientProbe | None = None
-        self._waiting: list[Components] = []
+        self._pending: list[Components] = []
 
     @property
     def state_key(self) -> str:
-        """Tell two instances that measure differently apart."""
+        """Key that differs between instances that measure differently."""
         return self._generate_state_key(
             every_n_steps=self.every_n_steps,
             samples=self.samples,
@@ -132,11 +122,15 @@ class GradientVariance(Callback):
             loss=getattr(self.loss, "__qualname__", None),
             schedule=None if self.schedule is None else type(self.schedule).__name__,
             clean=getattr(self.clean, "__qualname__", None),
-            sketch=self.sketch,
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured."""
+        """Raise if the gradient cannot be measured with this trainer and module.
+
+        Raises:
+            MisconfigurationException: If gradients are not whole on each rank, the schedule of
+                ``loss`` is missing, or it is unknown which gradient to measure.
+        """
         if stage != "fit":
             return
         strategy = trainer.strategy
@@ -150,9 +144,10 @@ class GradientVariance(Callback):
                 "GradientVariance needs the `schedule` that `loss` trains with: pass it, as in "
                 "GradientVariance(loss=..., schedule=VP())."
             )
-        if not self._is_nested(pl_module) and not pl_module.automatic_optimization:
+        is_nested = self.loss is not None or isinstance(pl_module, DiffusionModule)
+        if not is_nested and not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"GradientVariance cannot tell which gradient to measure on a "
+                f"GradientVariance cannot know which gradient to measure on a "
                 f"{type(pl_module).__name__} with manual optimization: pass `loss`, a function "
                 f"(module, x0, noise, t) -> loss of each sample, and its `schedule`."
             )
@@ -164,14 +159,14 @@ class GradientVariance(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Measure, if it is time, at the weights that the step begins with."""
+        """Measure if a measurement is due, at the weights that the step begins with."""
         starts_step = batch_idx % trainer.accumulate_grad_batches == 0
         if not self._is_prepared:
             self._prepare(batch)
         assert self._probe is not None
         is_due = starts_step and self._is_due
         if (is_due or batch_idx == 0) and self._probe.trainable != trainable_names(pl_module):
-            rank_zero_info("GradientVariance begins anew: other parameters are trained.")
+            rank_zero_info("GradientVariance starts again: other parameters are trained.")
             self._probe.close()
             self._start(trainer, pl_module)
             self._prepare(batch)
@@ -193,50 +188,45 @@ class GradientVariance(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """See that the batch has a loss."""
+        """Note that the batch has a loss."""
         if self._probe is not None:
             self._probe.before_backward()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Read what the micro-batches and ranks tell, and log it at the loggers' cadence."""
+        """Measure from micro-batches and ranks, and log at the loggers' cadence."""
         assert self._probe is not None
         found = self._probe.before_optimizer_step()
         if found is None:
             return
-        self._waiting.append(found)
+        self._pending.append(found)
         cadence = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if len(self._waiting) > _MOST_WAITING:
-            self._take_waiting()
+        if len(self._pending) > _MOST_PENDING:
+            self._add_pending()
         if cadence and (trainer.global_step + 1) % cadence == 0:
-            self._take_waiting()
+            self._add_pending()
             assert self.statistics is not None
             log_numbers(trainer, report.numbers(self.statistics))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave no hook behind, and write what was measured."""
-        self._take_waiting()
+        """Remove hooks, and write what was measured."""
+        self._add_pending()
         if self._probe is not None:
             self._probe.close()
         self._probe = None
-        folder = run_folder(trainer)
-        if self.statistics is None or self.statistics.is_empty or not trainer.is_global_zero:
-            return
-        with training_goes_on(trainer, "GradientVariance's report"):
-            report.write_csv(self.statistics, folder / "gradient_variance.csv")
-            report.draw(self.statistics, folder / "gradient_variance.png")
-            log_picture(trainer, "gradient_variance", folder / "gradient_variance.png")
+        if self.statistics is not None:
+            report.write(trainer, self.statistics)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no hook behind."""
+        """Remove hooks."""
         if self._probe is not None:
             self._probe.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, or that there is none."""
+        """Print the table, or warn that there is none."""
         if self.statistics is None or not trainer.is_global_zero:
             return
         if self.statistics.is_empty and self._every > 1:
@@ -245,15 +235,12 @@ class GradientVariance(Callback):
                 f"{self._every}, first after {self._every // 2}, and the run had "
                 f"{trainer.global_step}. Pass `every_n_steps` for more."
             )
-        if self.statistics.is_empty:
-            return
-        from rich.console import Console
-
-        Console().print(report.table(self.statistics))
+        if not self.statistics.is_empty:
+            Console().print(report.table(self.statistics))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments so far."""
-        self._take_waiting()
+        self._add_pending()
         state, groups = self._state, self._groups
         if self.statistics is not None:
             state, groups = self.statistics.state(), self.statistics.groups
@@ -262,15 +249,15 @@ class GradientVariance(Callback):
             "groups": groups,
             "measurements": self._measurements,
             "period": self._period,
-            "batch": self._waiting_batch(),
+            "batch": self._pending_batch(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the moments of a checkpoint."""
+        """Continue from the moments of a checkpoint."""
         self._state = state_dict["statistics"]
         self._groups = state_dict["groups"]
         self._measurements, self._period = state_dict["measurements"], state_dict["period"]
-        self._kept = state_dict["batch"]
+        self._restored_batch = state_dict["batch"]
 
     @property
     def _current_period(self) -> int:
@@ -282,66 +269,43 @@ class GradientVariance(Callback):
         # a step of manual optimization may count as several: none may stand for its period
         return self._current_period not in (0, self._period)
 
-    def _waiting_batch(self) -> Any:
-        """Return the batch that a measurement in the next step will take, if a file can hold it."""
+    def _pending_batch(self) -> Any:
+        """Return the batch that a measurement in the next step will use, if a file can hold it."""
         if self._probe is None or not self._is_prepared or not self._is_due:
             return None
-        batch = self._probe.kept()
+        batch = self._probe.pending_batch()
         return move_data_to_device(batch, "cpu") if is_plain(batch) else None
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
-        probe: GradientProbe
-        self._is_prepared, self._waiting = False, []
-        if self._is_nested(module):
-            probe = self._nested_probe(trainer, module)
-        elif trainer.accumulate_grad_batches * trainer.world_size > 1:
-            probe = MicroBatchProbe(trainer, module)
-        else:
-            probe = HalfBatchProbe(trainer, module)
+        self._is_prepared, self._pending = False, []
+        probe = self._choose_probe(trainer, module)
         self._probe = probe
-        if self._kept is not None:
-            probe.keep(self._kept)
-            self._kept = None
+        if self._restored_batch is not None:
+            probe.restore_pending_batch(self._restored_batch)
+            self._restored_batch = None
         state = self._state if probe.names == self._groups else None
         self.statistics = GradientStatistics(probe.names, probe.noise_levels, state)
         self._state = None
 
+    def _choose_probe(self, trainer: Trainer, module: LightningModule) -> GradientProbe:
+        bins = {"samples": self.samples, "noise_levels": self.noise_levels}
+        if self.loss is not None:
+            assert self.schedule is not None
+            return given_probe(trainer, module, self.loss, self.schedule, self.clean, **bins)
+        if isinstance(module, DiffusionModule):
+            return diffusion_probe(trainer, module, **bins)
+        if trainer.accumulate_grad_batches * trainer.world_size > 1:
+            return MicroBatchProbe(trainer, module)
+        return HalfBatchProbe(trainer, module)
+
     def _prepare(self, batch: Any) -> None:
         assert self._probe is not None
         self._probe.prepare(batch)
-        self._every = self.every_n_steps or math.ceil(self._probe.cost / _COST_SHARE) or 1
+        self._every = self.every_n_steps or math.ceil(self._probe.cost / _TIME_BUDGET) or 1
         self._is_prepared = True
 
-    def _is_nested(self, module: LightningModule) -> bool:
-        return self.loss is not None or isinstance(module, DiffusionModule)
-
-    def _nested_probe(self, trainer: Trainer, module: LightningModule) -> NestedProbe:
-        precision = trainer.precision_plugin.forward_context
-        loss: NoisyLoss
-        if self.loss is not None:
-            assert self.schedule is not None
-            schedule, timesteps = self.schedule, self.schedule.default_timesteps()
-            loss, clean = GivenLoss(module, self.loss, timesteps, precision), self.clean
-        else:
-            assert isinstance(module, DiffusionModule)
-            schedule, timesteps = module.schedule, module.timesteps
-            loss, clean = DiffusionLoss(module, precision), module.clean
-        # a schedule of the user's own may lie on another device than the module
-        device = next(schedule.buffers(), torch.zeros(0)).device
-        middle = (torch.arange(self.noise_levels, device=device) + 0.5) / self.noise_levels
-        levels = schedule.noise_level(timesteps.icdf(middle))
-        return NestedProbe(
-            trainer,
-            module,
-            loss,
-            clean or Clean.from_batch,
-            samples=self.samples,
-            noise_levels=levels,
-            sketch=self.sketch,
-        )
-
-    def _take_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for components in waiting:
+    def _add_pending(self) -> None:
+        pending, self._pending = self._pending, []
+        for components in pending:
             assert self.statistics is not None
             self.statistics.add(components, _STEPWISE_MEMORY)

@@ -1,4 +1,4 @@
-"""How gradient variance is shown: names for loggers, a CSV file, a picture, a table."""
+"""Reports of gradient variance: names for loggers, a CSV file, a picture, a table."""
 
 import csv
 import math
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from lightning.pytorch import Trainer
 
-from lightning_vr.lifecycle.loggers import level_names
+from lightning_vr.lifecycle.loggers import level_names, log_picture, run_folder, training_goes_on
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
@@ -20,6 +21,20 @@ PARTS = ("data", "timestep", "noise")
 """The components that sum to the total, outermost first."""
 
 
+def write(trainer: Trainer, statistics: GradientStatistics) -> None:
+    """Write the file and the picture to the run's folder, if there is anything to write.
+
+    All ranks must call it.
+    """
+    folder = run_folder(trainer)
+    if statistics.is_empty or not trainer.is_global_zero:
+        return
+    with training_goes_on(trainer, "GradientVariance's report"):
+        write_csv(statistics, folder / "gradient_variance.csv")
+        draw(statistics, folder / "gradient_variance.png")
+        log_picture(trainer, "gradient_variance", folder / "gradient_variance.png")
+
+
 def numbers(statistics: GradientStatistics) -> dict[str, float]:
     """Name numbers as loggers take them, ``gradient_variance/noise/s0.5``; NaN is left out."""
     whole = statistics.whole
@@ -28,11 +43,11 @@ def numbers(statistics: GradientStatistics) -> dict[str, float]:
     found["noise_scale"] = float(whole.noise_scale[0])
     for i, group in enumerate(statistics.groups, start=1):
         found[f"total/{group}"] = float(whole.total[i])
-    levels, shares = statistics.levels, statistics.shares
+    levels, fractions = statistics.levels, statistics.fractions
     for i, name in enumerate(level_names(statistics.noise_levels)):
         for part in (*PARTS, "total"):
             found[f"{part}/s{name}"] = float(getattr(levels, part)[i])
-        found[f"share/s{name}"] = float(shares[i])
+        found[f"share/s{name}"] = float(fractions[i])
     return {f"gradient_variance/{k}": v for k, v in found.items() if math.isfinite(v)}
 
 
@@ -48,7 +63,7 @@ def write_csv(statistics: GradientStatistics, path: Path) -> None:
 
 
 def draw(statistics: GradientStatistics, path: Path) -> None:
-    """Draw the components: of the whole and each group, and by noise level where told."""
+    """Draw the components of the whole, of each group and, where measured, by noise level."""
     from matplotlib.figure import Figure
 
     has_levels = not bool(statistics.levels.total.isnan().all())
@@ -67,7 +82,7 @@ def draw(statistics: GradientStatistics, path: Path) -> None:
 
 
 def table(statistics: GradientStatistics) -> "Table":
-    """Return the components of the whole and each noise level, and what follows from them."""
+    """Return a table of the components of the whole and of each noise level."""
     from rich.table import Table
 
     whole = statistics.whole
@@ -81,13 +96,15 @@ def table(statistics: GradientStatistics) -> "Table":
     shown.add_column("noise level")
     for header in ("total", *(f"{part} %" for part in PARTS), "share %"):
         shown.add_column(header, justify="right")
-    shares = ["", *(f"{100 * share:.0f}" for share in statistics.shares.tolist())]
+    fractions = ["", *(f"{100 * value:.0f}" for value in statistics.fractions.tolist())]
     rows = [row for row in _rows(statistics) if row[0] != "group"]
-    for (_, name, values, errors), share in zip(rows, shares, strict=True):
+    for (_, name, values, errors), fraction in zip(rows, fractions, strict=True):
         parts = [100 * value / values[3] for value in values[:3]]
         cells = ["" if math.isnan(part) else f"{part:.0f}" for part in parts]
         if not math.isnan(values[3]):
-            shown.add_row(name, _with_error(values[3], errors[3]), *cells, share.replace("nan", ""))
+            shown.add_row(
+                name, _with_error(values[3], errors[3]), *cells, fraction.replace("nan", "")
+            )
     return shown
 
 
@@ -113,7 +130,7 @@ def _with_error(value: float, error: float) -> str:
 def draw_components(
     axes: "Axes", components: Components, names: list[str], error: Components | None = None
 ) -> None:
-    """Stack the parts, or show the total alone where the parts are not told."""
+    """Stack the parts, or show the total alone where the parts are unknown."""
     at = np.arange(len(names))
     if bool(components.noise.isnan().all()):
         axes.bar(at, components.total.numpy(), color="tab:grey", label="total")

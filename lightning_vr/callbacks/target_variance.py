@@ -1,28 +1,29 @@
 """TargetVariance: how noisy the regression target is at each noise level, and what STF removes.
 
-Once, when training starts, V_DSM, V_STF, ESS and D are measured on the training set (theory, units
+V_DSM, V_STF, ESS and D are measured on the training set once, when training starts (theory, units
 and sources: ``lightning_vr.variance.target_measurement``). During training the variance that the
-target removes is read off its weights: the mean of ``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF by the
-law of total variance, and costs nothing. The loss less its irreducible part, the variance of the
-target, is how far the network is from its optimum (``lightning_vr.variance.excess_loss``).
+target removes is read off its weights: by the law of total variance the mean of
+``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF, and costs nothing. The loss less its irreducible part, the
+variance of the target, is how far the network is from its optimum
+(``lightning_vr.variance.excess_loss``).
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
 from torch import Tensor
 
 from lightning_vr.callbacks import excess_loss
 from lightning_vr.callbacks import target_variance_report as report
-from lightning_vr.core.types import Clean, LossEstimate
+from lightning_vr.callbacks.training_samples import training_samples
+from lightning_vr.core.types import LossEstimate
+from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.stf import STF
-from lightning_vr.lifecycle.loggers import log_numbers, log_picture, run_folder, training_goes_on
-from lightning_vr.lifecycle.training_set import encoded_training_set, training_loader
-from lightning_vr.posterior.references import References
+from lightning_vr.lifecycle.loggers import log_numbers
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.variance.excess_loss import ExcessLoss
@@ -30,11 +31,9 @@ from lightning_vr.variance.removed_variance import RemovedVariance
 from lightning_vr.variance.target_curves import TargetVarianceCurve
 from lightning_vr.variance.target_measurement import measure_target_variance, noise_level_grid
 
-log = logging.getLogger(__name__)
-
 _DEFAULT_REFERENCES = (16, 256)
 _TAIL = 1e-3
-"""Share of training times on either side that the noise levels leave out."""
+"""Fraction of training times on either side that the noise levels leave out."""
 
 
 class TargetVariance(Callback):
@@ -42,29 +41,29 @@ class TargetVariance(Callback):
 
     Writes ``target_variance.png`` and ``target_variance.csv`` to the run's folder, every number to
     every logger as ``target_variance/<quantity>/s<noise level>``, and a table to the terminal at
-    the end of ``fit``. During training it logs ``target_variance/removed/s<noise level>``: what the
-    target removes, the mean over all draws so far near that level, in the same unit.
+    the end of ``fit``. During training it logs ``target_variance/removed/s<noise level>``: the
+    variance that the target removes, as a mean over all draws so far near that level.
 
     On a ``DiffusionModule`` it also splits the training loss, as means over about the last five log
     events: ``irreducible_loss/s<noise level>`` is what the variance of the target leaves to the
     best network, ``excess_loss/...`` the rest, how far the weights that train are from the optimum;
     ``.../total`` is over all draws. At the end ``excess_loss.png`` and ``excess_loss.csv`` show it.
     The optimum is that of the encoded training set as read once: augmentation that changes between
-    epochs would count as excess. None of this with another module, a control variate, ``clean``, or
-    a curve of a part of the data (``max_data``), which lacks some of the variance.
+    epochs would count as excess. Nothing of this is logged with another module, with ``clean``, or
+    with a curve of a part of the data (``max_data``), which lacks some of the variance.
 
     On a ``DiffusionModule`` it needs no arguments; on any other module::
 
         Trainer(callbacks=[TargetVariance(schedule=VP(), clean=lambda batch: batch["image"])])
 
     Args:
-        references: Numbers of references of STF to measure, besides the module's own; 16 and 256,
-            where there are as many samples, if not given.
+        references: Numbers of references of STF to measure, besides the module's own. The default
+            is 16 and 256, as far as there are as many samples.
         noise_levels: Number of noise levels. They span those of training, where curves change.
         samples: Number of noised samples for each noise level.
-        max_data: At most so many samples of the training set are measured on, evenly spaced. A
-            part of the data has other curves than the whole.
-        schedule: The schedule of a module that is no DiffusionModule.
+        max_data: Largest number of samples of the training set to measure on, evenly spaced. A part
+            of the data has other curves than the whole.
+        schedule: The schedule of a module that is not a DiffusionModule.
         clean: A function from a batch of such a module to clean samples ``(B, *)``, or to
             ``Clean`` with labels where the network is conditioned on classes.
 
@@ -84,11 +83,11 @@ class TargetVariance(Callback):
         schedule: Schedule | None = None,
         clean: Callable[[Any], Any] | None = None,
     ) -> None:
-        _check_least("noise_levels", noise_levels, 2)
-        _check_least("samples", samples, 64)
-        _check_least("max_data", max_data, 1)
+        check_at_least("noise_levels", noise_levels, 2)
+        check_at_least("samples", samples, 64)
+        check_at_least("max_data", max_data, 1)
         for count in references or []:
-            _check_least("references", count, 1)
+            check_at_least("references", count, 1)
         self.references = references
         self.noise_levels = noise_levels
         self.samples = samples
@@ -104,7 +103,7 @@ class TargetVariance(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tell two instances that measure differently apart."""
+        """Key that differs between instances that measure differently."""
         return self._generate_state_key(
             references=self.references,
             noise_levels=self.noise_levels,
@@ -115,7 +114,11 @@ class TargetVariance(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module whose schedule or clean samples are not known."""
+        """Raise if the schedule or the clean samples of the module are not known.
+
+        Raises:
+            MisconfigurationException: If ``schedule`` or ``clean`` is missing.
+        """
         if stage != "fit":
             return
         missing = [name for name in ("schedule", "clean") if getattr(self, name) is None]
@@ -130,15 +133,15 @@ class TargetVariance(Callback):
         self._is_reported, self._logged_step = False, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take what a checkpoint brought to the device, where the ranks add it up."""
+        """Move the sums of a checkpoint to the device, where the ranks add them up."""
         if self._removed is not None:
             self._removed.to(pl_module.device)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Measure, unless a checkpoint brought the curve, and report; the bank is filled by now."""
-        # a run that resumes in mid-epoch has no start of an epoch
+        """Measure, unless a checkpoint holds the curve, and report; the bank is filled by now."""
+        # a run that resumes in the middle of an epoch has no start of an epoch
         if self._is_reported:
             return
         self._is_reported = True
@@ -152,12 +155,7 @@ class TargetVariance(Callback):
             self._excess = excess_loss.start(trainer, pl_module, self.curve, self._excess_state)
         if not is_known:
             log_numbers(trainer, report.numbers(self.curve.noise_levels, self.curve.columns()))
-        folder = run_folder(trainer)
-        if trainer.is_global_zero:
-            with training_goes_on(trainer, "TargetVariance's report"):
-                report.write_csv(self.curve, folder / "target_variance.csv")
-                report.draw(self.curve, folder / "target_variance.png")
-                log_picture(trainer, "target_variance", folder / "target_variance.png")
+        report.write(trainer, self.curve)
 
     def on_train_batch_end(
         self,
@@ -188,8 +186,6 @@ class TargetVariance(Callback):
         """Print the table."""
         if self.curve is None or not trainer.is_global_zero:
             return
-        from rich.console import Console
-
         shown, switch, note = max(self.curve.stf), 0.0, "V_STF is not what this run trains with."
         own = excess_loss.own_references(trainer, pl_module, self.curve.size)
         target = getattr(pl_module, "target", None)
@@ -207,7 +203,7 @@ class TargetVariance(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the curve, so that a resumed run does not measure again, and the sums."""
+        """Restore the sums, and the curve, so that a resumed run does not measure again."""
         if state_dict["curve"] is not None:
             self.curve = TargetVarianceCurve.from_state(state_dict["curve"])
             self._removed = RemovedVariance(self.curve.noise_levels, state_dict["removed"])
@@ -215,34 +211,27 @@ class TargetVariance(Callback):
         self._logged_step = state_dict["logged_step"]
 
     def _is_current(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Tell whether the curve of a checkpoint holds what the module trains with now."""
+        """Return whether the curve of a checkpoint holds what the module trains with at present."""
         if self.curve is None:
             return False
         own = excess_loss.own_references(trainer, module, self.curve.size)
         return own is None or own in self.curve.stf
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
-        clean = self._read(trainer, module)
+        clean = training_samples(trainer, module, self.clean, self.max_data)
         if clean is None:
             return
         size = len(clean.x0)
         counts = list(self.references or [n for n in _DEFAULT_REFERENCES if n <= size])
         own = excess_loss.own_references(trainer, module, size)
         counts += [own] if own is not None else []
+        labels: Any = {"group": clean.group, "cond_group": clean.cond_group}
         low, high = self._training_noise_levels(module)
         self.curve = measure_target_variance(
             clean.x0,
-            noise_level_grid(
-                clean.x0,
-                low,
-                high,
-                self.noise_levels,
-                group=clean.group,
-                cond_group=clean.cond_group,
-            ),
+            noise_level_grid(clean.x0, low, high, self.noise_levels, **labels),
             counts or [size],
-            group=clean.group,
-            cond_group=clean.cond_group,
+            **labels,
             label_dropout=module.label_dropout if isinstance(module, DiffusionModule) else 0.0,
             samples=self.samples,
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
@@ -261,39 +250,6 @@ class TargetVariance(Callback):
         levels = schedule.noise_level(timesteps.icdf(tails))
         return float(levels.min()), float(levels.max())
 
-    @torch.no_grad()
-    def _read(self, trainer: Trainer, module: LightningModule) -> Clean | None:
-        """Return clean samples of the training set from all ranks, or None if none exchange."""
-        size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
-        if size > self.max_data and trainer.is_global_zero:
-            log.warning(
-                "TargetVariance measures on %d of the %d training samples: `max_data` bounds them.",
-                self.max_data,
-                size,
-            )
-        bank = getattr(getattr(module, "target", None), "bank", None)
-        if isinstance(bank, References) and self.clean is None and _has_classes_alone(bank):
-            return _evenly_spaced(bank, self.max_data)
-
-        found = encoded_training_set(
-            trainer,
-            lambda _, batch: self._clean(module, batch),
-            "Reading the training set",
-            self.max_data,
-        )
-        if found is None:
-            log.warning(
-                "TargetVariance: batches carry a condition beyond class labels, for which no "
-                "two samples are exchangeable; nothing is measured."
-            )
-        return found
-
-    def _clean(self, module: LightningModule, batch: Any) -> Clean:
-        if self.clean is not None:
-            return Clean.from_batch(self.clean(batch))
-        assert isinstance(module, DiffusionModule)
-        return module.clean(batch)
-
     def _log_recent(self, trainer: Trainer) -> None:
         if self._removed is None or self._logged_step == trainer.global_step:
             return
@@ -303,20 +259,3 @@ class TargetVariance(Callback):
         if self._excess is not None:
             found |= excess_loss.numbers(self._excess)
         log_numbers(trainer, found)
-
-
-def _evenly_spaced(bank: References, limit: int) -> Clean:
-    count = min(limit, len(bank))
-    index = torch.arange(count, device=bank.rows.device) * len(bank) // count
-    group = None if bank.group is None else bank.group[index]
-    return Clean(bank.rows[index] + bank.centre, group)
-
-
-def _has_classes_alone(bank: References) -> bool:
-    """Tell whether no further conditions are among a bank's labels."""
-    return bank.group is None or bank.group.ndim == 1
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"Argument `{name}` expected to be at least {least}, but got {value}.")

@@ -1,4 +1,4 @@
-"""How target variance is shown: a picture, a CSV file, a table, and names for loggers."""
+"""Reports of target variance: names for loggers, a CSV file, a picture, a table."""
 
 import csv
 import math
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_vr.lifecycle.loggers import level_names
+from lightning_vr.lifecycle.loggers import level_names, log_picture, run_folder, training_goes_on
 from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 
 if TYPE_CHECKING:
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _TABLE_ROWS = 9
+
+
+def write(trainer: Trainer, curve: TargetVarianceCurve) -> None:
+    """Write the file and the picture to the run's folder. All ranks must call it."""
+    folder = run_folder(trainer)
+    if trainer.is_global_zero:
+        with training_goes_on(trainer, "TargetVariance's report"):
+            write_csv(curve, folder / "target_variance.csv")
+            draw(curve, folder / "target_variance.png")
+            log_picture(trainer, "target_variance", folder / "target_variance.png")
 
 
 def numbers(

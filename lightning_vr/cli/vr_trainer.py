@@ -11,7 +11,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from lightning_vr.auditing.candidates import read_candidates
-from lightning_vr.auditing.report import table
+from lightning_vr.auditing.report import save, table
 from lightning_vr.auditing.run import audit as run_audit
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.core.validation import check_at_least
@@ -51,7 +51,7 @@ class VRTrainer(Trainer):
         folder = run_folder(self)
         if not self.is_global_zero:
             return
-        found.save(folder)
+        save(found, folder)
         console = Console()
         console.print(table(found))
         console.print(found.advice, style="bold")

@@ -26,10 +26,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Run compiled networks as they were written.
+    """Run compiled networks uncompiled.
 
-    Of functorch's transforms and of forward mode the compiler gives up on a network, and from then
-    on it leaves that network's code alone wherever it is called, training included.
+    The compiler gives up on a network within functorch's transforms and forward mode. From then on
+    that network runs uncompiled wherever it is called, in training too.
     """
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance

@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Return the number of ranks, 1 off DDP."""
+    """Return the number of ranks, 1 without DDP."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return this process's rank, 0 off DDP."""
+    """Return this process's rank, 0 without DDP."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -38,7 +38,7 @@ def all_gather_rows(x: Tensor) -> Tensor:
 
 
 def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
-    """Concatenate the rows of all ranks, as ``all_gather_rows`` does, of known ``counts``."""
+    """Do what ``all_gather_rows`` does, where the ``counts`` of rows on all ranks are known."""
     if world_size() == 1:
         return x
     padded = x.new_zeros(max(counts), *x.shape[1:])
@@ -72,7 +72,7 @@ def exchange_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
         return x[None]
     own = counts[rank()]
     received = x.new_empty(world_size() * own, *x.shape[1:])
-    # gloo has no true reduce-scatter, but this, whose traffic is the same
+    # gloo has no true reduce-scatter, and all-to-all has the same traffic
     dist.all_to_all_single(received, x.detach().contiguous(), [own] * world_size(), list(counts))
     return received.reshape(world_size(), own, *x.shape[1:])
 
@@ -92,7 +92,7 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 
 
 def least(number: int, device: torch.device) -> int:
-    """Return the least of the ranks' numbers."""
+    """Return the smallest of the ranks' numbers."""
     return min(own for (own,) in all_gather_numbers([number], device))
 
 
@@ -122,7 +122,7 @@ def gather_objects(found: Any) -> list[Any]:
 def destroy_process_group() -> None:
     """Leave the process group once all ranks are done; all of them call it.
 
-    What gloo does at the end of a process may wait for ranks that have gone, or abort.
+    At the end of a process gloo may wait for ranks that have left, or abort.
     """
     if world_size() > 1:
         dist.barrier()
@@ -134,10 +134,10 @@ class SynchronizedError(ValueError):
 
 
 def ranks_save_together() -> bool:
-    """Tell whether all ranks are saving, not one alone in an error of its own.
+    """Return whether all ranks are saving, rather than one alone after an error of its own.
 
-    Collectives would not end then. A signal to stop, which Lightning raises as a kind of
-    ``SystemExit``, reaches all ranks.
+    A rank that saves alone would wait for ever in a collective. A signal to stop, which Lightning
+    raises as a kind of ``SystemExit``, reaches all ranks.
     """
     kind = sys.exc_info()[0]
     return world_size() == 1 or kind is None or issubclass(kind, (SystemExit, SynchronizedError))

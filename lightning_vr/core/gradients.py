@@ -1,10 +1,10 @@
 """The gradient of a mean over many rows, chunk by chunk, in the memory of one chunk.
 
 Forward and backward passes alternate, so that activations of one chunk exist at a time, whatever
-the number of rows. The parameters' gradients, and those of what the rows were made of, are there
-before anybody calls ``backward``; the loss that is returned hands them on once it does. So
-whatever works on an ordinary loss works on this one: accumulation, DDP, clipping, loss scaling, and
-one pass back through an upstream network on the averaged cotangent.
+the number of rows. The gradients by the parameters, and by the tensors that the rows were made of,
+are computed before ``backward`` is called; the returned loss passes them on when it is. So what
+works on an ordinary loss works on this one: accumulation, DDP, clipping, loss scaling, and one
+backward pass through an upstream network on the averaged cotangent.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from lightning_vr.core.types import Clean
 class Chunks(nn.Module):
     """Losses of rows and the gradient of their mean, chunk by chunk.
 
-    It is a module, so that ``functional_call`` stands in for its parameters while it runs both
-    ways: checkpoints run the network again on the way back.
+    It is a module, so that ``functional_call`` replaces its parameters in the backward pass too,
+    in which checkpointed activations are computed again.
 
     Args:
         module: The module that the losses depend on.
@@ -44,7 +44,7 @@ class Chunks(nn.Module):
         """Return losses ``(n,)`` and gradients of their mean.
 
         Args:
-            function: From rows to their losses ``(n,)``, or to summands of these ``(n, k)``, by
+            function: From rows to their losses ``(n,)``, or to terms of these ``(n, k)``, by
                 the module.
             rows: n rows.
             inputs: What to differentiate by.
@@ -75,11 +75,11 @@ def mean_in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss of rows, which can be differentiated once, and the loss of each.
 
-    Where the function returns summands ``(n, k)`` of losses, they are returned.
+    Where the function returns terms ``(n, k)`` of losses, these are returned.
 
     Args:
         module: The module whose trainable parameters the loss depends on.
-        function: From rows to their losses ``(n,)`` or summands ``(n, k)``, by ``module``.
+        function: From rows to their losses ``(n,)`` or terms ``(n, k)``, by ``module``.
         rows: n rows; tensors among them that require a gradient get one.
         chunk: Rows at a time.
         scale: Factor on the loss while it is differentiated: float16 needs one.
@@ -109,15 +109,15 @@ def gradients_in_chunks(
     buffers: dict[str, Tensor] | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the losses of rows, and the gradients of their mean; no ``.grad`` and no hook is met.
+    """Return the losses of rows and the gradients of their mean, without ``.grad`` or hooks.
 
     Args:
         module: The module that the losses depend on.
         function: From rows to their losses ``(n,)``, by ``module``.
         rows: n rows.
         chunk: Rows at a time.
-        aliases: What stands in for the module's trainable parameters, by name.
-        buffers: What stands in for its buffers, if anything does.
+        aliases: Replacements of the module's trainable parameters, by name.
+        buffers: Replacements of its buffers, if any.
         scale: Factor on the loss while it is differentiated.
 
     Returns:
@@ -138,9 +138,9 @@ def gradients_in_chunks(
     except RuntimeError as error:
         if "heckpoint" in str(error) and ".grad()" in str(error):
             raise ValueError(
-                "Argument `use_reentrant` of torch.utils.checkpoint expected to be False where "
-                "gradients are taken chunk by chunk or by pilots, but got True: pass "
-                "use_reentrant=False, or leave out `chunk_size` and what fits itself."
+                "`use_reentrant` of torch.utils.checkpoint must be False where gradients are taken "
+                "chunk by chunk or by pilots, got True: pass use_reentrant=False, or set "
+                "`chunk_size=None` and avoid CARV('auto') and TaylorCV."
             ) from error
         raise
     return found
@@ -160,7 +160,8 @@ class _WithGradient(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "The loss of draws in chunks can be differentiated once: its gradient is not kept."
+                "The loss of draws in chunks can be differentiated only once, as its gradient is "
+                "not kept: compute the loss again."
             )
         return None, None, *(None if g is None else g * cotangent for g in gradients)
 
@@ -181,8 +182,8 @@ def parameter_groups(module: nn.Module) -> tuple[list[str], list[int]]:
     paths = [name.split(".") for name, p in module.named_parameters() if p.requires_grad]
     if not paths:
         raise ValueError(
-            f"Argument `module` expected to have trainable parameters, but {type(module).__name__} "
-            f"has none: set `requires_grad` on some."
+            f"`module` must have trainable parameters, got a {type(module).__name__} without any: "
+            f"set `requires_grad` on some."
         )
     depth = 0
     while len({tuple(path[: depth + 1]) for path in paths}) == 1 and len(paths[0]) > depth + 1:

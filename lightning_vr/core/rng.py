@@ -19,7 +19,7 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     """Return a fresh generator that is a pure function of ``key``.
 
     Args:
-        *key: Seed, purpose, rank, step, and whatever else tells this draw from others.
+        *key: Seed, purpose, rank, step, and whatever else distinguishes this draw.
         device: Where the draws are made; each kind of device has its own stream.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -30,7 +30,7 @@ def set_global_rng(source: torch.Generator) -> Callable[[], None]:
     """Let torch's global generators start from a keyed one's seed, for dropout and the like.
 
     Returns:
-        A function that puts the global generators back to where they were.
+        A function that restores the global generators.
     """
     # `torch.manual_seed` takes a hundred times as long, and queues a call for each idle device
     streams = [torch.default_generator]
@@ -59,7 +59,7 @@ def seed_global_rng(source: torch.Generator) -> Iterator[None]:
 
 @contextmanager
 def preserve_global_rng() -> Iterator[None]:
-    """Restore the global random states of torch, numpy and Python on leaving, however that is."""
+    """Restore the global random states of torch, numpy and Python at the end or at an error."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices):

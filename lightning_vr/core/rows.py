@@ -1,7 +1,7 @@
 """Rows of draws: what a loss needs of each, as nested dictionaries of tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ Rows = dict[str, Any]
 
 
 def interleaved(draws: Sequence[Rows]) -> Rows:
-    """Put the rows of one unit next to each other."""
+    """Put corresponding rows of several draws next to each other."""
     first = draws[0]
     return {
         name: (
@@ -60,9 +60,17 @@ def tensors(bundle: Any) -> Rows:
 
 
 def detached(bundle: Bundle) -> Bundle:
-    """Return a dataclass of tensors without the graph of what made them."""
-    cut = mapped(tensors(bundle), lambda x: x.detach() if isinstance(x, Tensor) else x)
-    return type(bundle)(**cut)
+    """Return a dataclass without the graph that its tensors, at any depth, were made by."""
+    values = {name: _detached(value) for name, value in vars(bundle).items()}
+    return type(bundle)(**values)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {name: _detached(part) for name, part in value.items()}
+    return detached(value) if is_dataclass(value) else value
 
 
 def leaves(rows: Rows) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """What flows through one training step, as frozen bundles of tensors.
 
-``Clean`` leaves ``encode``, ``Noised`` leaves the draws, ``TargetEstimate`` the target and
-``LossEstimate`` the loss. Shapes: ``x`` is ``(B, *)``; ``t``, ``alpha``, ``sigma`` are ``(B,)``.
+``encode`` returns ``Clean``, draws return ``Noised``, targets return ``TargetEstimate`` and the
+loss is a ``LossEstimate``. Shapes: ``x`` is ``(B, *)``; ``t``, ``alpha``, ``sigma`` are ``(B,)``.
 """
 
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ UNLABELLED = -1
 
 @dataclass(frozen=True)
 class Clean:
-    """Clean samples, as the upstream ``encode`` gives them.
+    """Clean samples, as the upstream ``encode`` returns them.
 
     Attributes:
-        x0: Samples that diffusion noises, ``(B, *)``.
+        x0: Samples before noise is added, ``(B, *)``.
         group: Class labels ``(B,)``, int64, that the network is conditioned on, or None.
             Samples of one group are exchangeable.
         cond: Any further condition of the network (text, an image), as keyword arguments of the
             network or None. Samples with a condition have no exchangeable references, unless
-            ``cond_group`` tells which have the same.
+            ``cond_group`` says which share it.
         index: Positions in the training set ``(B,)``, int64, or None.
         cond_group: A number for each condition ``(B,)``, int64, not negative, or None. Samples
-            that share it and their class are exchangeable: augmentations that the network is told
-            of (Karras et al. 2022, arXiv 2206.00364, appendix F.2), prompts that repeat.
+            that share it and their class are exchangeable: augmentations that the network is
+            conditioned on (Karras et al. 2022, arXiv 2206.00364, appendix F.2), repeated prompts.
     """
 
     x0: Tensor
@@ -78,8 +78,8 @@ class Clean:
             x0 = batch["x0"] if "x0" in batch else batch["image"]
             return cls(x0, group=batch.get("label"), index=batch.get("index"))
         raise ValueError(
-            f"The batch expected to be a tensor, (x, label) or a dictionary with 'image' or 'x0', "
-            f"but got {type(batch).__name__}: override `encode` of a "
+            f"The batch must be a tensor, (x, label) or a dictionary with 'image' or 'x0', "
+            f"got {type(batch).__name__}: override `encode` of a "
             f"DiffusionModule to turn it into Clean(x0, ...), or give a callback on another module "
             f"`clean`, a function from a batch to samples."
         )

@@ -33,6 +33,16 @@ def check_positive(name: str, value: float) -> None:
         )
 
 
+def check_finite_number(name: str, value: float) -> None:
+    """Raise if a number is infinite or NaN.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite, got {value}: use a finite number.")
+
+
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise if a value is none of the choices.
 

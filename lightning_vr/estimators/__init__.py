@@ -1,7 +1,7 @@
-"""Estimators of the diffusion loss: what fills the three slots of a model.
+"""Estimators of the diffusion loss, for the three slots of a model.
 
 Draws of times and noise (``IID``, ``CARV``), targets (``DSM``, ``STF``) and control variates
-(``TaylorCV``), and the loss that they make together. The room imports ``core``, ``process`` and
+(``TaylorCV``), and the loss that combines them. The room imports ``core``, ``process`` and
 ``posterior``.
 """
 

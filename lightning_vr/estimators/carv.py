@@ -5,8 +5,8 @@ An expensive ``encode`` runs once for each of R samples, and each sample is nois
     ĝ = 1/R Σ_r 1/K Σ_k w(t_rk) g(x_r, t_rk, noise_rk),      w = p/q,
     Var ĝ = (V_B + V_W / K) / R,
 
-V_B between samples and V_W within one (Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv
-2605.21489, equations 5, 13, 14, 15 and 17). Three things lower V_W at no cost of time:
+with V_B between samples and V_W within one (Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv
+2605.21489, equations 5, 13, 14, 15 and 17). Three things lower V_W at no cost in time:
 
 * times from a proposal q (``proposals.py``);
 * jittered strata, ``u = (k + ξ)/K`` with independent ξ: one draw in each of K equally likely parts
@@ -14,8 +14,8 @@ V_B between samples and V_W within one (Bettencourt, Wu, Atzmon, Lucas and Lorra
 * antithetic pairs of noise, ``±ε`` at one time, which cancel what is odd in ε (Owen 2013, "Monte
   Carlo theory, methods and examples", section 8.2), for half as many times.
 
-Each draw has the density q when the strata are averaged over, all draws count alike, and weights
-are plain: the estimate is unbiased for all combinations.
+Averaged over the strata each draw has the density q, all draws have equal weight, and importance
+weights are plain: the estimate is unbiased for all combinations.
 """
 
 import math
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.types import WHOLE_STEP, Clean, LossEstimate, Noised, StepPart, Times
+from lightning_vr.core.validation import check_at_least, check_choice
 from lightning_vr.estimators.draws import Draws, open_uniform
 from lightning_vr.estimators.proposals import Proposal
 from lightning_vr.process.objective import Objective
@@ -38,20 +39,20 @@ class CARV(Draws):
     """K resamples of each sample, stratified, importance-sampled and in antithetic pairs.
 
     Args:
-        resamples: K, the number of draws of each sample. ``"auto"`` measures while training, by a
-            short pilot, where variance times cost is least, and takes 1 where ``encode`` is cheap.
+        resamples: K, the number of draws of each sample. ``"auto"`` chooses the K of least variance
+            times cost, which short pilots measure while training; that is 1 if ``encode`` is cheap.
         proposal: Density to draw times from; that of the loss if not given.
         scope: What the strata of times span. ``"none"``: independent times. ``"sample"``: the K
             draws of each sample. ``"global"``: all draws of an optimizer step, over ranks and
             accumulated batches. ``"nested"``: both at once. ``"auto"`` is ``"nested"``, which is
-            ``"global"`` for one draw of each sample. Where batches of a step differ in size, draws
+            ``"global"`` for one draw of each sample. If batches of a step differ in size, draws
             stay unbiased and strata are covered less evenly.
-        antithetic: Whether draws come in pairs with one time and opposite noise, K/2 times for each
-            sample. Two numbers: only at noise levels sigma/alpha between them.
+        antithetic: Whether draws are pairs with one time and opposite noise, so that each sample
+            has K/2 times. Two numbers: only at noise levels sigma/alpha between them.
         chunk_size: Draws that pass through the network at a time, forward and backward, so that
-            memory does not grow with K; all of a batch if not given, but with
-            ``resamples="auto"`` on an accelerator as many as samples.
-        max_resamples: Largest K of ``"auto"``.
+            memory does not grow with K. If not given, all draws of a batch; with
+            ``resamples="auto"`` on an accelerator, as many draws as samples.
+        max_resamples: Largest K that ``"auto"`` may choose.
         pilot_every_n_steps: Optimizer steps from one pilot of ``"auto"`` to the next.
 
     Attributes:
@@ -70,9 +71,10 @@ class CARV(Draws):
         pilot_every_n_steps: int = 1000,
     ) -> None:
         super().__init__()
-        _check_arguments(resamples, scope, antithetic, max_resamples)
-        _check_at_least_one("chunk_size", 1 if chunk_size is None else chunk_size)
-        _check_at_least_one("pilot_every_n_steps", pilot_every_n_steps)
+        _check_arguments(resamples, antithetic, max_resamples)
+        check_choice("scope", scope, get_args(Scope))
+        check_at_least("chunk_size", 1 if chunk_size is None else chunk_size, 1)
+        check_at_least("pilot_every_n_steps", pilot_every_n_steps, 1)
         self.resamples = resamples
         self.proposal = proposal
         self.scope: Scope = scope
@@ -85,7 +87,7 @@ class CARV(Draws):
 
     @property
     def least_resamples(self) -> int:
-        """Smallest number of draws of a sample that there can be."""
+        """Smallest possible number of draws of a sample."""
         return 2 if self.antithetic else 1
 
     @property
@@ -153,7 +155,7 @@ class CARV(Draws):
         return {"chosen": self.chosen, "pilot": self.pilot}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what the pilots of a checkpoint have found, within the bounds that hold now."""
+        """Load what the pilots of a checkpoint have found; K stays within today's bounds."""
         least, chosen = self.least_resamples, min(state["chosen"], self.max_resamples)
         self.chosen, self.pilot = max(least, chosen // least * least), state["pilot"]
 
@@ -165,10 +167,10 @@ def stratify(u: Tensor, scope: Scope, part: StepPart, generator: torch.Generator
         u: Uniform numbers ``(B, K)``.
         scope: What the strata span.
         part: The part of an optimizer step that the B samples are.
-        generator: Of the order of strata, if there is one part only.
+        generator: Source of the order of strata, if a step has only one part.
 
     Returns:
-        Uniform numbers ``(B, K)``, as many in each stratum as there are draws per stratum: one.
+        Uniform numbers ``(B, K)``, one in each stratum.
     """
     samples, count = u.shape
     strata = torch.arange(count, dtype=u.dtype, device=u.device)
@@ -180,7 +182,7 @@ def stratify(u: Tensor, scope: Scope, part: StepPart, generator: torch.Generator
         shared, total = part.shared or generator, samples * part.count
         own = slice(samples * part.number, samples * (part.number + 1))
         shape = (total * count, 1) if scope == "global" else (total, count)
-        # of each column a permutation: which stratum is whose must not follow the order of data
+        # each column is permuted: a sample's stratum must not follow from its place in the data
         numbers = torch.rand(shape, generator=shared, device=u.device, dtype=torch.float32)
         # float32 numbers tie in large steps, and ranks must order ties alike
         order = numbers.argsort(dim=0, stable=True)
@@ -191,39 +193,25 @@ def stratify(u: Tensor, scope: Scope, part: StepPart, generator: torch.Generator
     return found.clamp(max=1 - 2.0**-53)
 
 
-def _check_at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"Argument `{name}` expected to be at least 1, but got {value}.")
-
-
 def _check_arguments(
-    resamples: int | str, scope: str, antithetic: bool | tuple[float, float], largest: int
+    resamples: int | str, antithetic: bool | tuple[float, float], largest: int
 ) -> None:
     is_number = isinstance(resamples, int) and not isinstance(resamples, bool) and resamples >= 1
     if resamples != "auto" and not is_number:
         raise ValueError(
-            f"Argument `resamples` expected to be 'auto' or a number of 1 or more, "
-            f"but got {resamples!r}."
+            f"`resamples` must be 'auto' or a number of 1 or more, got {resamples!r}: use 'auto', "
+            f"or 1 for one draw of each sample."
         )
-    if scope not in get_args(Scope):
-        raise ValueError(
-            f"Argument `scope` expected to be one of {', '.join(get_args(Scope))}, "
-            f"but got {scope!r}."
-        )
-    least = 2 if antithetic else 1
-    if largest < least:
-        raise ValueError(
-            f"Argument `max_resamples` expected to be at least {least}, but got {largest}."
-        )
+    check_at_least("max_resamples", largest, 2 if antithetic else 1)
     if antithetic and is_number and int(resamples) % 2:
         raise ValueError(
-            f"Argument `resamples` expected to be even with antithetic pairs, but got {resamples}: "
-            f"use {int(resamples) + 1}, or antithetic=False."
+            f"`resamples` must be even with antithetic pairs, got {resamples}: use "
+            f"{int(resamples) + 1}, or antithetic=False."
         )
     if not isinstance(antithetic, bool):
         low, high = antithetic
         if not 0 <= low < high or math.isnan(high):
             raise ValueError(
-                f"Argument `antithetic` expected to be a truth value or two noise levels "
-                f"(low, high) with 0 <= low < high, but got {antithetic}."
+                f"`antithetic` must be True, False or two noise levels (low, high) with 0 <= low < "
+                f"high, got {antithetic}: use True for pairs at all noise levels."
             )

@@ -61,10 +61,9 @@ def distillation_loss(
     for name, value in (("clip", clip), ("normalize", normalize)):
         if value and draws.draws_per_sample > 1:
             raise ValueError(
-                f"Argument `{name}` expected to be off with {draws.draws_per_sample} draws of each "
-                f"sample, but got {value}: the mean of draws that are changed one by one is not "
-                f"what it is for one draw, and what is learned would depend on K. Clip or "
-                f"normalise the gradient that the optimizer gets, or use one draw."
+                f"`{name}` must be off with {draws.draws_per_sample} draws of each sample, got "
+                f"{value}: clip or normalise the optimizer's gradient instead, or use one draw. "
+                f"With draws that are changed one by one, what is learned would depend on K."
             )
     with torch.no_grad():
         noised = draws(clean, objective, source, part)

@@ -1,7 +1,7 @@
 """Draws of (t, noise) for clean samples.
 
-The plain estimator takes one independent time and noise for each sample. It is unbiased, and the
-whole of its noise is what the other estimators remove parts of.
+The plain estimator draws one independent time and noise for each sample. It is unbiased; the other
+estimators remove parts of its noise.
 """
 
 from abc import ABC, abstractmethod
@@ -27,8 +27,8 @@ from lightning_vr.process.schedules import Schedule, expand
 class Draws(Slot, ABC):
     """Decides at which times and with which noise the clean samples are noised.
 
-    Times and noise are drawn one after the other, so that a measurement can keep the times and
-    draw the noise again.
+    Times are drawn first and noise second, so that a measurement can keep the times and draw the
+    noise again.
     """
 
     @property
@@ -58,7 +58,7 @@ class Draws(Slot, ABC):
         Args:
             clean: B clean samples.
             objective: What the loss is an expectation of.
-            generator: Source of all randomness that parts of a step do not share.
+            generator: Source of the randomness that parts of a step do not share.
             part: The part of an optimizer step that the samples are.
         """
 
@@ -81,13 +81,13 @@ class Draws(Slot, ABC):
         return replace(noised, loss_weight=times.loss_weight)
 
     def check(self, objective: Objective) -> None:
-        """Refuse draws that would not estimate the objective."""
+        """Raise if the draws would not estimate the objective."""
 
     def observe(self, estimate: LossEstimate, objective: Objective) -> None:
         """Learn from the losses of a micro-step."""
 
     def advance(self) -> None:
-        """Take in what the ranks have observed; all must call it, after the optimizer's step."""
+        """Learn from what all ranks have observed; all must call it, after the optimizer step."""
 
 
 class IID(Draws):

@@ -25,8 +25,7 @@ Network = Callable[[Tensor, Noised], Tensor]
 class ControlVariate(Slot, ABC):
     """A term of the loss whose gradient has mean zero.
 
-    It runs the network itself, so that the draws and whatever else it asks the network for can
-    share one batch.
+    It calls the network itself, so that the draws and its own points can be one batch.
     """
 
     @abstractmethod
@@ -38,7 +37,7 @@ class ControlVariate(Slot, ABC):
         Args:
             network: The raw network; ``network_output`` calls it at draws.
             noised: The draws ``(B, *)``.
-            target: What the loss regresses on.
+            target: The target of the regression.
             objective: The loss that is estimated.
 
         Returns:
@@ -47,7 +46,7 @@ class ControlVariate(Slot, ABC):
         """
 
     def draw(self, noised: Noised, generator: torch.Generator) -> Noised:
-        """Draw what is random in the term, at draws that are made; without gradient."""
+        """Draw the random numbers of the term, for given draws; without gradient."""
         return noised
 
 
@@ -61,12 +60,12 @@ def diffusion_loss(
     """Return the weighted loss of each draw and its mean.
 
     Args:
-        network: The raw network, called with ``x_t`` scaled as its prediction asks.
+        network: The raw network, called with ``x_t`` scaled as its prediction type requires.
         noised: The draws ``(B, *)``.
-        target: What to regress on.
+        target: The target of the regression.
         objective: The loss that is estimated.
-        control_variate: A term with a zero-mean gradient, or None. Without gradients there is
-            nothing to control, and it is left out.
+        control_variate: A term with a zero-mean gradient, or None. It is left out where gradients
+            are disabled.
     """
     control = None
     if control_variate is None or not torch.is_grad_enabled():

@@ -6,15 +6,15 @@ plain, never self-normalised: that would be biased. The variance is least for
 
     q*(t) ∝ p(t) sqrt( E[ ‖g‖² | t ] )
 
-(Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv 2605.21489, equation 24). Two ways to come
-near it: the known weight of the loss stands for the size of the gradient (their proposal,
-``WeightProposal``), or it is learned (``LearnedProposal``, after Nichol and Dhariwal 2021, arXiv
-2102.09672, section 3.3, who use the loss).
+(Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv 2605.21489, equation 24). Two ways to
+approximate it: the known weight of the loss stands for the size of the gradient (their proposal,
+``WeightProposal``), or that size is learned (``LearnedProposal``, after Nichol and Dhariwal 2021,
+arXiv 2102.09672, section 3.3, who use the loss).
 
 All of them are densities ``h(v) = q/p`` over the quantiles v of p, so that one table in float64
 serves continuous times and discrete timesteps, and ``t = p.icdf(h.icdf(u))`` stratifies as u does.
-What is drawn is v, with the weight ``1 / h(v)`` of the very table that it is drawn from: the
-estimate is unbiased to rounding however coarse the table is.
+What is drawn is v, with the weight ``1 / h(v)`` by the same table that it is drawn from: the
+estimate is unbiased up to rounding, however coarse the table is.
 """
 
 from abc import ABC, abstractmethod
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vr.core.distributed import all_reduce_sum
+from lightning_vr.core.validation import check_at_least, check_choice
 from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.timesteps import Truncated
@@ -34,7 +35,7 @@ _TABLE_REACH = 33.0
 """Logit of the last quantile: 5e-15 of p lie beyond, near the resolution of float64 at 1."""
 
 _INSIDE = 1e-9
-"""Share of a cell that no draw falls into: at the edge a timestep could be rounded to the next."""
+"""Fraction of a cell at its edges without draws: rounding could move these to the next timestep."""
 
 _TINY = 1e-300
 
@@ -91,7 +92,7 @@ class QuantileDensity:
             torch.lerp(self.left[cell], self.right[cell], (x - start) / width)
             for x in (edges[:-1], edges[1:])
         )
-        # a part that is never drawn has no loss; any draws of it estimate that
+        # a part with density 0 has no weighted loss, and any draws of it estimate that
         is_empty = (left + right).sum() <= 0
         left, right = (torch.where(is_empty, 1.0, x) for x in (left, right))
         return QuantileDensity((edges - low) / (high - low), left, right)
@@ -105,9 +106,9 @@ class Proposal(nn.Module, ABC):
         """Return q/p over the quantiles of ``objective.timesteps``, in float64 on a device."""
 
     def forward(self, objective: Objective, device: torch.device) -> QuantileDensity:
-        """Return ``density``, also for a part of the times."""
+        """Return ``density``, or that of a part of the times."""
         if objective.parent is not None:
-            # not for times that are truncated to begin with: bins and quantiles are of these
+            # times that were truncated from the start have no parent: bins and quantiles are theirs
             part = objective.timesteps
             assert isinstance(part, Truncated)
             whole: QuantileDensity = self(objective.parent, device)
@@ -115,13 +116,13 @@ class Proposal(nn.Module, ABC):
         return self.density(objective, device)
 
     def check(self, objective: Objective) -> None:
-        """Refuse a proposal that is zero where the weighted loss is not.
+        """Raise if the proposal is zero where the weighted loss is not.
 
         Raises:
             ValueError: With the times at which it is.
         """
         h = self(objective, torch.device("cpu"))
-        # within a cell too: of a coarse table the loss may be in a part of one
+        # within cells too: in a coarse table the loss may be nonzero in only a part of one
         parts = max(1, _TABLE_SIZE // len(h.left))
         share = (torch.arange(parts, dtype=h.edges.dtype) + 0.5) / parts
         v = torch.lerp(h.edges[:-1, None], h.edges[1:, None], share).flatten()
@@ -130,13 +131,13 @@ class Proposal(nn.Module, ABC):
         if bool(missed.any()):
             first, last = (float(x) for x in t[missed][[0, -1]])
             raise ValueError(
-                f"Argument `proposal` expected to be positive wherever the weighted loss is, but "
-                f"{type(self).__name__} is zero at times from {first:.4g} to {last:.4g}: what is "
-                f"never drawn is never learned; mix in a share of the base density."
+                f"`proposal` must be positive wherever the weighted loss is, got a "
+                f"{type(self).__name__} that is zero at times from {first:.4g} to {last:.4g}: mix "
+                f"in some of the base density, as times that are never drawn are never learned."
             )
 
     def observe(self, v: Tensor, weight: Tensor, loss: Tensor) -> None:
-        """See the draws of a micro-step.
+        """Observe the draws of a micro-step.
 
         Args:
             v: Quantiles of p at which they are ``(n,)``.
@@ -145,17 +146,17 @@ class Proposal(nn.Module, ABC):
         """
 
     def advance(self) -> None:
-        """Take in what the ranks have observed; all must call it, after the optimizer's step."""
+        """Learn from what all ranks have observed; all must call it, after the optimizer step."""
 
 
 class WeightProposal(Proposal):
     """q ∝ p λ b²: the loss weight stands for the size of the gradient.
 
     The product of loss weight and p/q, computed as one number, is then the same for all draws, so
-    that none explodes: exactly for discrete timesteps, else to the resolution of the table. It
-    costs nothing and has nothing to learn. Where the weight on the network's own error does not
-    depend on t, as by default, it is the base density. Bettencourt et al. 2026 find 94 to 97 % of
-    what the best q would save, in score distillation.
+    that no weight explodes: exactly for discrete timesteps, otherwise up to the resolution of the
+    table. It costs nothing and learns nothing. If the weight on the network's own error does not
+    depend on t, as by default, it is the base density. In score distillation it saves 94 to 97 % of
+    what the best q would save (Bettencourt et al. 2026).
     """
 
     def __init__(self) -> None:
@@ -173,7 +174,7 @@ class WeightProposal(Proposal):
             edges = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=device)
             heights = _weights(objective, torch.arange(steps, device=device).double())
             return QuantileDensity(edges, heights)
-        # evenly in the logit: both tails of p are resolved, where weights may grow without bound
+        # evenly spaced in the logit, to resolve both tails of p: weights may be unbounded there
         logits = torch.linspace(
             -_TABLE_REACH, _TABLE_REACH, _TABLE_SIZE + 1, dtype=torch.float64, device=device
         )
@@ -187,16 +188,16 @@ class TableProposal(Proposal):
     """q given as a table over equally likely bins of p.
 
     Args:
-        probabilities: Of each of n bins between quantiles i/n and (i + 1)/n of p; for n discrete
-            timesteps, of each timestep. Any scale.
+        probabilities: Probability of each of n bins between quantiles i/n and (i + 1)/n of p; for n
+            discrete timesteps, of each timestep. Any scale.
     """
 
     def __init__(self, probabilities: Sequence[float]) -> None:
         super().__init__()
         if not probabilities or min(probabilities) < 0 or not 0 < sum(probabilities) < torch.inf:
             raise ValueError(
-                f"Argument `probabilities` expected to be finite, not negative and not all zero, "
-                f"but got {probabilities}."
+                f"`probabilities` must be finite, not negative and not all zero, got "
+                f"{probabilities}: give each bin a number of 0 or more."
             )
         self.probabilities = list(probabilities)
 
@@ -207,15 +208,15 @@ class TableProposal(Proposal):
 class LearnedProposal(Proposal):
     """q ∝ p sqrt(second moment) in bins, learned while training, over a floor of p.
 
-    The second moment fades with the optimizer steps. Each step draws from the table as it was
-    before the step, which keeps the estimate unbiased, and all ranks hold the same one. It is p
-    until every bin has been seen 8 times.
+    The second moment is an average that decays over optimizer steps. Each step draws from the table
+    before the step, which keeps the estimate unbiased, and all ranks have the same table. The
+    proposal is p until every bin has had 8 draws.
 
     Args:
-        moment: Of what. ``"gradient"``: the gradient of a draw's loss with respect to the network's
-            output, ``(λ b²)² ‖error‖²``. ``"loss"``: the loss, as in Improved DDPM.
+        moment: Second moment of what. ``"gradient"``: the gradient of a draw's loss with respect to
+            the network's output, ``(λ b²)² ‖error‖²``. ``"loss"``: the loss, as in Improved DDPM.
         bins: Number of equally likely bins of p.
-        floor: Share of draws from p itself, so that no importance weight exceeds ``1 / floor``.
+        floor: Fraction of draws from p itself, so that no importance weight exceeds ``1 / floor``.
         memory: Factor on all earlier sums at each optimizer step.
     """
 
@@ -227,25 +228,23 @@ class LearnedProposal(Proposal):
         memory: float = 0.99,
     ) -> None:
         super().__init__()
-        if moment not in ("gradient", "loss"):
-            raise ValueError(
-                f"Argument `moment` expected to be 'gradient' or 'loss', but got {moment!r}."
-            )
-        if bins < 1:
-            raise ValueError(f"Argument `bins` expected to be at least 1, but got {bins}.")
+        check_choice("moment", moment, ("gradient", "loss"))
+        check_at_least("bins", bins, 1)
         if not 0 < floor <= 1:
             raise ValueError(
-                f"Argument `floor` expected to be above 0 and at most 1, but got {floor}: "
-                f"with none a bin that is never drawn is never learned."
+                f"`floor` must be above 0 and at most 1, got {floor}: use a small fraction, such "
+                f"as 0.1, as bins that are never drawn are never learned."
             )
         if not 0 < memory < 1:
-            raise ValueError(f"Argument `memory` expected to be between 0 and 1, but got {memory}.")
+            raise ValueError(
+                f"`memory` must be between 0 and 1, got {memory}: use a number just below 1."
+            )
         self.moment: Literal["gradient", "loss"] = moment
         self.bins = bins
         self.floor = floor
         self.memory = memory
-        # rows: sums of second moments, their counts, draws ever seen
-        # no buffers, which a callback that averages weights would average, and precisions round
+        # rows: sums of second moments, their counts, number of all draws so far
+        # not buffers: weight averaging would average them, and low precision would round them
         self.table = torch.zeros(3, bins, dtype=torch.float64)
         self.observed = torch.zeros(2, bins, dtype=torch.float64)
 
@@ -260,8 +259,8 @@ class LearnedProposal(Proposal):
         steps = objective.timesteps.steps
         if steps is not None and steps < self.bins:
             raise ValueError(
-                f"Argument `bins` expected to be at most {steps}, the number of timesteps, but got "
-                f"{self.bins}: a bin that no timestep falls into is never seen."
+                f"`bins` must be at most {steps}, the number of timesteps, got {self.bins}: use "
+                f"fewer, as a bin without a timestep is never drawn."
             )
         super().check(objective)
 
@@ -312,7 +311,7 @@ class LearnedProposal(Proposal):
 
 
 def _cumulated(masses: Tensor) -> Tensor:
-    """Return sums up to each element, in an order that ``deterministic=True`` takes on a GPU."""
+    """Return cumulative sums, by operations that ``deterministic=True`` allows on a GPU."""
     if len(masses) > _SHORT:
         return masses.cpu().cumsum(0).to(masses.device)
     return masses.expand(len(masses), -1).tril().sum(dim=1)
@@ -327,8 +326,7 @@ def _weights(objective: Objective, t: Tensor) -> Tensor:
     weight = objective.weight(t)
     if not bool((torch.isfinite(weight) & (weight >= 0)).all() & (weight.sum() > 0)):
         raise ValueError(
-            f"The loss weight of {type(objective.weighting).__name__} expected to be finite, not "
-            f"negative and not all zero for a proposal, but it is not: use another weighting or "
-            f"proposal."
+            f"The loss weight of {type(objective.weighting).__name__} must be finite, not negative "
+            f"and not all zero for a proposal: use another weighting or proposal."
         )
     return weight

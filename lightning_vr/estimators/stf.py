@@ -7,11 +7,11 @@ target, unbiased for every number of references (Bertrand et al. 2025, propositi
 "bias" comes from leaving the own sample out). Its variance falls from V_DSM to 0 as S grows to the
 whole data set, and ``E[spread] = V_DSM - V_STF`` by the law of total variance.
 
-It stays unbiased only if the own sample stands in S by the exact tensor that was noised, and the
-others are exchangeable with it given everything that the network is conditioned on. Hence
-references of another class or with another ``cond_group`` are masked, rows whose class is dropped
-use those of all classes, rows with a condition that no number stands for (text) fall back to DSM,
-and any switch must be a rule of (sigma, x_t, S).
+It stays unbiased only if S holds the own sample as the exact tensor that was noised, and the others
+are exchangeable with it given everything that the network is conditioned on. Hence references of
+another class or with another ``cond_group`` are masked, rows whose class is dropped use those of
+all classes, rows with a condition without a number (text) fall back to DSM, and any switch must be
+a rule of (sigma, x_t, S).
 """
 
 import logging
@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_vr.core.distributed import all_gather_rows, rank, row_offset, world_size
 from lightning_vr.core.rng import generator as keyed_generator
 from lightning_vr.core.types import Clean, Noised, TargetEstimate
+from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.targets import Target, own_sample
 from lightning_vr.posterior.posterior_mean import posterior_mean
 from lightning_vr.posterior.references import References
@@ -32,36 +33,36 @@ from lightning_vr.posterior.sharded_references import Bank, ShardedReferences
 log = logging.getLogger(__name__)
 
 _MIXING = 1e-3
-"""Mean weight that other references must have for the softmax to matter."""
+"""Mean weight of other references above which the softmax is worth computing."""
 
 _CALIBRATION = 512
-"""Samples on which ``min_noise_level="auto"`` is found where the batch gives the references."""
+"""Number of samples that determine ``min_noise_level="auto"`` with references from the batch."""
 
 _ROUNDING = 0.02
-"""Distance from its copy in the bank, in units of the samples' norm, that an encoder in bfloat16
-stays below and an augmentation does not."""
+"""Distance of a sample from its copy in the bank, in units of the samples' norm: an encoder in
+bfloat16 stays below it, and augmentations exceed it."""
 
 
 class STF(Target):
     """Weighted mean of references as the target.
 
-    A bank holds one version of each sample. Where ``encode`` gives another one each time, by random
-    augmentation or a random latent, the others in the bank are not exchangeable with the own one:
-    let the data set hold each augmented sample under an index of its own, or use ``"batch"``. It
-    holds all samples as if each were drawn equally often; samplers that weight or choose are
-    refused.
+    A bank holds one version of each sample. If ``encode`` returns another version each time, by
+    random augmentation or a random latent, the others in the bank are not exchangeable with the own
+    sample: let the data set hold each augmented sample under an index of its own, or use
+    ``"batch"``. In a bank all samples count equally, so samplers that weight or select samples
+    raise an error.
 
     Args:
-        references: Where they come from. ``"batch"``: the batch of all ranks. A number n: the own
-            sample and n - 1 others, drawn anew in each step from a bank of the encoded training
+        references: Source of the references. ``"batch"``: the batches of all ranks. A number n: the
+            own sample and n - 1 others, drawn anew in each step from a bank of the encoded training
             set, without replacement if the batches carry indices. ``"all"``: the whole bank, the
             exact posterior mean of the data set.
         min_noise_level: Noise level sigma/alpha below which the own sample is the target and no
             softmax is computed. ``"auto"`` finds, before training, the level below which the
-            other references weigh less than 0.1 % on average.
-        chunk_size: Number of references at a time; by default what keeps temporaries at a few MB.
+            other references have less than 0.1 % of the weight on average.
+        chunk_size: Number of references at a time; by default, temporaries take a few MB.
         sharded: Whether each of W ranks holds 1/W of the bank and answers the queries of all. The
-            target is the same; a step takes communication in place of memory. With a number of
+            target is the same; a step needs more communication and less memory. With a number of
             references all ranks then draw the same ones.
     """
 
@@ -110,10 +111,10 @@ class STF(Target):
         )
 
     def set_bank(self, bank: Bank, *, indexed: bool) -> None:
-        """Take references that are prepared, and that other targets may hold as well.
+        """Set prepared references, which other targets may use as well.
 
         Args:
-            bank: All samples of the training set, shared out if the target is sharded.
+            bank: All samples of the training set, sharded if the target is.
             indexed: Whether the batches carry the samples' positions in the training set.
         """
         if self.references != "batch":
@@ -132,7 +133,7 @@ class STF(Target):
         if self._switch == 0:
             return self._estimate(noised, slice(None), references, exclude)
         mixed = (noised.noise_level >= self._switch).nonzero().squeeze(1)
-        # a rank without queries of its own must still answer those of the others
+        # a rank without queries must still answer those of the others
         if len(mixed) == 0 and not isinstance(references, ShardedReferences):
             return own
         part = self._estimate(noised, mixed, references, exclude)
@@ -172,7 +173,7 @@ class STF(Target):
     def _draw_references(
         self, noised: Noised, clean: Clean, generator: torch.Generator
     ) -> tuple[Bank, Tensor]:
-        """Return references and, for each row, the position that its own sample replaces."""
+        """Return references and, for each row, the position that the own sample replaces."""
         if self.references == "batch":
             resamples = len(noised.x0) // len(clean.x0)
             positions = torch.arange(len(clean.x0), device=noised.t.device)
@@ -206,7 +207,7 @@ class STF(Target):
     def _filled_bank(self, device: torch.device) -> Bank:
         if self.bank is None:
             raise RuntimeError(
-                f"STF(references={self.references!r}) has no bank: `fit` fills it; in a loop of "
+                f"STF(references={self.references!r}) has no bank, which `fit` fills: in a loop of "
                 f"your own call `target.fill(x0, group, indexed=True)` with the encoded data set."
             )
         if self.bank.local.rows.device != device:
@@ -222,7 +223,7 @@ class STF(Target):
         return noised.index
 
     def _compare(self, bank: Bank, noised: Noised) -> None:
-        """Warn if samples are not their copies in the bank, as far as this rank holds them."""
+        """Warn if samples differ from their copies in this rank's part of the bank."""
         row = bank.rows_at(self._index(noised))
         here, local = row >= 0, bank.local
         if not bool(here.any()):
@@ -236,7 +237,7 @@ class STF(Target):
         if bool((distance > _ROUNDING * norm).any()):
             log.warning(
                 "STF(references=%r): samples differ from the bank's copies of them, so `encode` "
-                "gives a sample another version each time and the bank's others are not "
+                "returns another version of a sample each time and the others in the bank are not "
                 "exchangeable with it: the target is biased. Leave out the random augmentation or "
                 "latent, give each version an index of its own, or use references='batch'.",
                 self.references,
@@ -245,26 +246,26 @@ class STF(Target):
     def _check_bank(self, size: int, indexed: bool) -> None:
         if self.references == "all" and not indexed:
             raise ValueError(
-                "Argument `references='all'` needs sample indices: without them the own sample "
-                "cannot be told from its copy in the bank and would count twice, a bias. Let the "
-                "data set give `index` and `encode` pass it on, or use a number of references."
+                "`references='all'` needs sample indices, got none: let the data set return "
+                "`index` and `encode` pass it on, or use a number of references. Without indices "
+                "the own sample would count twice, once as its copy in the bank, which is a bias."
             )
         if self.references != "all" and int(self.references) > size:
             raise ValueError(
-                f"Argument `references` expected to be at most {size}, the size of the training "
-                f"set, but got {self.references}: use fewer, or 'all'."
+                f"`references` must be at most {size}, the size of the training set, got "
+                f"{self.references}: use fewer, or 'all'."
             )
 
     def _warn_of_condition(self) -> None:
         if not self._has_warned:
             log.warning(
-                "STF: batches carry a condition beyond class labels, for which no two samples are "
-                "exchangeable; the target falls back to DSM."
+                "STF: batches have a condition besides class labels, so that no two samples are "
+                "exchangeable: the target falls back to DSM."
             )
             self._has_warned = True
 
     def _mixing_noise_level(self, references: Bank, queries: int = 64) -> float:
-        """Bisect log noise level for where other references weigh ``_MIXING`` on average."""
+        """Return the noise level where others have ``_MIXING`` of the weight on average."""
         source = keyed_generator("mixing noise level", device=references.local.rows.device)
         count = len(references) if self.references in ("batch", "all") else int(self.references)
         order = torch.randperm(len(references), generator=source, device=source.device)
@@ -297,20 +298,20 @@ def _check_arguments(
         is_valid = isinstance(references, int) and references >= 1
     if not is_valid:
         raise ValueError(
-            f"Argument `references` expected to be 'batch', 'all' or a number of 1 or more, "
-            f"but got {references!r}."
+            f"`references` must be 'batch', 'all' or a number of 1 or more, got {references!r}: "
+            f"use 'batch' if in doubt."
         )
     if min_noise_level != "auto" and not (
         isinstance(min_noise_level, (int, float)) and 0 <= min_noise_level < math.inf
     ):
         raise ValueError(
-            f"Argument `min_noise_level` expected to be 'auto' or a finite number of 0 or more, "
-            f"but got {min_noise_level!r}."
+            f"`min_noise_level` must be 'auto' or a finite number of 0 or more, got "
+            f"{min_noise_level!r}: use 0.0 for references at all noise levels."
         )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"Argument `chunk_size` expected to be at least 1, but got {chunk_size}.")
+    if chunk_size is not None:
+        check_at_least("chunk_size", chunk_size, 1)
     if sharded and references == "batch":
         raise ValueError(
-            "Argument `sharded` expected to be False with references='batch', which keeps no bank, "
-            "but got True: use 'all' or a number of references, or leave it out."
+            "`sharded` must be False with references='batch', which keeps no bank, got True: use "
+            "'all' or a number of references, or leave it out."
         )

@@ -14,13 +14,13 @@ from lightning_vr.estimators.slot import Slot
 
 
 class Target(Slot, ABC):
-    """Estimates E[x0 | x_t], what the network regresses on."""
+    """Estimates E[x0 | x_t], the target of the network's regression."""
 
     bank_size: int | None = 0
-    """How many encoded training samples ``fill`` needs before training: 0 none, None all."""
+    """Number of encoded training samples that ``fill`` needs before training; None for all."""
 
     sharded: bool = False
-    """Whether each rank keeps its share of these alone."""
+    """Whether each rank keeps only its shard of these."""
 
     @property
     def couples_rows(self) -> bool:
@@ -46,15 +46,15 @@ class Target(Slot, ABC):
         cond_group: Tensor | None = None,
         is_shard: bool = False,
     ) -> None:
-        """Take encoded training samples, before training; a target without references takes none.
+        """Receive encoded training samples before training; targets without references ignore them.
 
         Args:
             x0: Encoded samples in the order of the training set ``(N, *)``.
             group: Their labels ``(N,)``, or None.
             indexed: Whether the batches carry the samples' positions in the training set.
             cond_group: Numbers of their conditions ``(N,)``, or None.
-            is_shard: Whether these are every W-th sample, from this rank's number on, for a target
-                that is sharded; ``x0`` is then the target's to overwrite.
+            is_shard: Whether these are every W-th sample, starting with this rank's number, for a
+                sharded target, which may then overwrite ``x0``.
         """
 
 

@@ -1,7 +1,6 @@
 """The posterior mean E[x0 | x_t] under references. It imports ``core``.
 
-A softmax that is streamed over the references, which are prepared once and may be sharded over the
-ranks.
+A softmax streamed over references, which are prepared once and may be sharded over the ranks.
 """
 
 from lightning_vr.posterior.posterior_mean import Posterior, posterior_mean

@@ -16,8 +16,8 @@ If the sample that made x_t is given as ``own``, the mean is formed as a shift f
 the other references alone, so that at low noise the shift and the spread keep their relative
 precision.
 
-References may be shared out over ranks (``sharded``): each sums its part for the queries of all.
-The rank that asks adds ``own``, of which the others know the logit alone.
+References may be sharded over ranks: each sums over its shard for the queries of all. The rank of
+a query adds ``own``, of which the others know only the logit.
 """
 
 import math
@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_vr.posterior.references import PlainReferences, References, check_samples, columns
+from lightning_vr.core.validation import check_at_least, check_positive, check_samples
+from lightning_vr.posterior.references import PlainReferences, References, columns
 from lightning_vr.posterior.sharded_references import Bank, ShardedReferences, sums_over_ranks
 from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums
 
@@ -65,29 +66,29 @@ def posterior_mean(
 
     Computed in float32, or float64 if an input is, whatever autocast says; without gradient.
 
-    With references that are shared out over ranks all ranks must call it, each with queries of its
-    own, as many as it has: one that has none calls it with B of 0.
+    If the references are sharded over ranks, all ranks must call it, each with its own queries.
+    Their number B may differ; a rank without queries calls it with B of 0.
 
     Args:
         xt: Noised samples ``(B, *)``.
         alpha: Scale of the sample, ``(B,)`` or a number.
         sigma: Scale of the noise, ``(B,)`` or a number, positive.
-        references: ``(n, *)``, or prepared by ``References.prepare`` for many calls, or shared
-            out over ranks by ``ShardedReferences.prepare``.
+        references: ``(n, *)``, or prepared by ``References.prepare`` for many calls, or sharded
+            over ranks by ``ShardedReferences.prepare``.
         own: The samples that made x_t ``(B, *)``: each a reference of its own row, besides
             ``references``.
         exclude: For each row the position of one reference that it must not use ``(B,)``, int64,
-            -1 for none: where a copy of ``own`` stands.
+            -1 for none: where a copy of ``own`` is.
         query_group: Labels of the rows ``(B,)``; a negative one uses all references. With k labels
             of each row ``(B, k)`` a reference must have each that is not negative.
         reference_group: Labels of the references ``(n,)`` or ``(n, k)``; taken from prepared ones
             if not given.
-        chunk_size: Number of references at a time; by default what keeps temporaries at a few MB.
+        chunk_size: Number of references at a time; by default, temporaries take a few MB.
 
     Raises:
         ValueError: On complex or integer samples, shapes that do not fit, a number sigma that is
-            not positive, a row that is left without a reference, or ranks whose queries differ in
-            more than their number.
+            not positive, a row without a reference, or ranks whose queries differ in more than
+            their number.
     """
     if len(xt) > 0 or not isinstance(references, ShardedReferences):
         check_samples("xt", xt)
@@ -146,8 +147,9 @@ def _check_every_row_has_a_reference(count: Tensor, query_group: Tensor) -> None
     if bool((count == 0).any()):
         row = int((count == 0).nonzero()[0])
         raise ValueError(
-            f"Argument `query_group` leaves row {row} (group {query_group[row].tolist()}) without "
-            f"a reference: give references of that group, or `own`."
+            f"`query_group` must leave each row a reference, got group "
+            f"{query_group[row].tolist()} for row {row}, which no reference has: give references "
+            f"of that group, or `own`."
         )
 
 
@@ -157,8 +159,8 @@ def _as_references(
     if isinstance(references, ShardedReferences):
         if group is not None:
             raise ValueError(
-                "Argument `reference_group` expected to be None with references that are shared "
-                "out, which carry their labels: give them to `ShardedReferences.prepare`."
+                "`reference_group` must be None with sharded references, which have labels of "
+                "their own: give it to `ShardedReferences.prepare`."
             )
         return references
     if isinstance(references, References):
@@ -189,24 +191,27 @@ def _check(
     local = references.local
     if xt.shape[1:].numel() != len(local.centre):
         raise ValueError(
-            f"Argument `references` expected to have {xt.shape[1:].numel()} values per row, as "
-            f"`xt` {tuple(xt.shape)} has, but got {len(local.centre)}."
+            f"`references` must have {xt.shape[1:].numel()} values per row, as `xt` "
+            f"{tuple(xt.shape)} has, got {len(local.centre)}: use samples of one shape."
         )
     if own is not None and own.shape != xt.shape:
         raise ValueError(
-            f"Argument `own` expected to have the shape of `xt`, {tuple(xt.shape)}, "
-            f"but got {tuple(own.shape)}."
+            f"`own` must have the shape of `xt`, {tuple(xt.shape)}, got {tuple(own.shape)}: give "
+            f"the sample of each row."
         )
-    if isinstance(sigma, (int, float)) and not 0 < sigma < math.inf:
-        raise ValueError(f"Argument `sigma` expected to be positive and finite, but got {sigma}.")
+    if isinstance(sigma, (int, float)):
+        check_positive("sigma", sigma)
     if query_group is not None and local.group is None:
-        raise ValueError("Argument `query_group` needs `reference_group`: the references' labels.")
+        raise ValueError(
+            "`reference_group` must be given with `query_group`, got None: give the labels of the "
+            "references, or leave out `query_group`."
+        )
     if query_group is not None and local.group is not None:
         asked, known = columns(query_group).shape, columns(local.group).shape
         if asked != (len(xt), known[1]):
             raise ValueError(
-                f"Argument `query_group` expected to have {len(xt)} rows of {known[1]} labels, as "
-                f"the references have, but got {tuple(query_group.shape)}."
+                f"`query_group` must have {len(xt)} rows of {known[1]} labels, as many as the "
+                f"references have, got {tuple(query_group.shape)}: give each row its labels."
             )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"Argument `chunk_size` expected to be at least 1, but got {chunk_size}.")
+    if chunk_size is not None:
+        check_at_least("chunk_size", chunk_size, 1)

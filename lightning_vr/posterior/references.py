@@ -1,7 +1,7 @@
-"""References of a posterior mean: centred once, squared norms kept.
+"""References of a posterior mean, prepared once: centred, with their squared norms.
 
 Logits ``(alpha/sigma²) x·r - (alpha²/2sigma²) ‖r‖²`` need the references and their squared norms.
-Centring them by their mean costs nothing and removes the common part that float32 would spend its
+Centring them by their mean costs nothing and removes a common part that float32 would spend its
 digits on; distances do not change.
 """
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from lightning_vr.core.validation import check_samples
 
 _COPY_ELEMENTS = 1 << 21
 _LOGIT_ELEMENTS = 1 << 20
@@ -45,7 +47,7 @@ class References:
         return cls(rows, torch.linalg.vector_norm(rows, dim=1).square_(), centre, group)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "References":
-        return self  # nothing changes references: copies of a module share them
+        return self  # references are never changed: copies of a module share them
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,7 +58,7 @@ class References:
 
     @property
     def local(self) -> "References":
-        """Those of the references that this rank holds: all of them."""
+        """The references on this rank: all of them."""
         return self
 
     def rows_at(self, positions: Tensor) -> Tensor:
@@ -64,11 +66,11 @@ class References:
         return positions
 
     def total(self, x: Tensor) -> Tensor:
-        """Add up ``x`` over the ranks that hold parts of the references: this one."""
+        """Return the sum of ``x`` over the ranks with shards of the references: ``x`` itself."""
         return x
 
     def from_rank_zero(self, x: Tensor) -> Tensor:
-        """Return the ``x`` of one of the ranks that hold parts of the references: this one."""
+        """Return the first rank's ``x``, where ranks have shards of references: ``x`` itself."""
         return x
 
     def take(self, index: Tensor) -> "References":
@@ -110,7 +112,7 @@ class PlainReferences:
 
     @property
     def local(self) -> "PlainReferences":
-        """Those of the references that this rank holds: all of them."""
+        """The references on this rank: all of them."""
         return self
 
     def __len__(self) -> int:
@@ -140,17 +142,3 @@ def flat_rows(x: Tensor) -> Tensor:
 def columns(group: Tensor) -> Tensor:
     """Return labels ``(n,)`` or ``(n, k)`` as ``(n, k)``."""
     return group if group.ndim == 2 else group[:, None]
-
-
-def check_samples(name: str, x: Tensor) -> None:
-    """Refuse what is no batch of real floating-point samples."""
-    if x.is_complex() or not x.is_floating_point():
-        raise ValueError(
-            f"Argument `{name}` expected to be a real floating-point tensor, but got {x.dtype}: "
-            f"convert it, for example with `.float()`."
-        )
-    if x.ndim < 2 or len(x) == 0:
-        raise ValueError(
-            f"Argument `{name}` expected to have shape (n, *) with n of 1 or more and at least one "
-            f"further axis, but got {tuple(x.shape)}."
-        )

@@ -1,9 +1,10 @@
-"""References that the ranks share out: each holds its part, and all answer every query.
+"""References that are sharded over the ranks: each rank has a shard, and all answer every query.
 
-Of the n references W ranks hold n/W each. A rank's queries go to all ranks, each sums its own part
-of the softmax (``softmax_sums``), and the sums come back: a rank sends and receives about ``2 B d``
-numbers for B queries of all ranks, whatever n is. Rank ``p % W`` holds reference p of a data set
-in row ``p // W``, as it has read it. A subset keeps its rows where they are.
+Each of W ranks has n/W of the n references. A rank's queries go to all ranks, each computes the
+softmax sums of its shard (``streamed_softmax.py``), and the sums come back: a rank sends and
+receives about ``2 B d`` numbers for B queries of all ranks, whatever n is. Reference p of a data
+set is in row ``p // W`` on rank ``p % W``, the rank that has read it. A subset keeps its rows on
+their ranks.
 """
 
 from dataclasses import dataclass, replace
@@ -21,17 +22,18 @@ from lightning_vr.core.distributed import (
     rank,
     world_size,
 )
-from lightning_vr.posterior.references import References, check_samples, columns, flat_rows
+from lightning_vr.core.validation import check_samples
+from lightning_vr.posterior.references import References, columns, flat_rows
 from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums
 
 
 @dataclass(frozen=True)
 class ShardedReferences:
-    """One rank's part of prepared references; what has to do with all of them is a collective.
+    """One rank's shard of prepared references; methods that involve all of them are collectives.
 
     Attributes:
-        local: This rank's references, centred as on all ranks.
-        positions: Where these stand among all references ``(m,)``, int64, ascending.
+        local: This rank's references, centred by the mean of all.
+        positions: Their positions among all references ``(m,)``, int64, ascending.
         size: n, the number of references on all ranks.
     """
 
@@ -46,12 +48,12 @@ class ShardedReferences:
         """Centre this rank's references by the mean of all; all ranks must call it.
 
         Args:
-            x: The references number ``rank, rank + W, ...`` of all, ``(m, *)``.
+            x: References ``rank, rank + W, ...`` of all, ``(m, *)``.
             group: Their labels ``(m,)`` or ``(m, k)``, or None.
-            in_place: Whether to centre ``x`` itself, so that there is never a second copy of it.
+            in_place: Whether to centre ``x`` itself, so that no second copy of it is made.
 
         Raises:
-            ValueError: If ``x`` is not this rank's part.
+            ValueError: If ``x`` is not this rank's shard.
         """
         check_samples("references", x)
         flat = flat_rows(x)
@@ -59,27 +61,27 @@ class ShardedReferences:
         positions = torch.arange(rank(), size, world_size(), device=x.device)
         if len(positions) != len(flat):
             raise ValueError(
-                f"Argument `x` expected to be every {world_size()}th of {size} references, "
-                f"{len(positions)} on rank {rank()}, but got {len(flat)}."
+                f"`x` must be every {world_size()}th of {size} references, {len(positions)} on "
+                f"rank {rank()}, got {len(flat)}: give rank r the references r, r + W, r + 2 W, ..."
             )
         centre = all_reduce_sum(flat.sum(dim=0)) / size
         rows = flat.sub_(centre) if in_place else flat - centre
         return cls(References.centred(rows, centre, group), positions, size)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ShardedReferences":
-        return self  # nothing changes references: copies of a module share them
+        return self  # references are never changed: copies of a module share them
 
     def __len__(self) -> int:
         return self.size
 
     def rows_at(self, positions: Tensor) -> Tensor:
-        """Return the rows of ``local`` at ``positions (m,)`` of all, -1 where others hold them."""
+        """Return the rows of ``local`` at ``positions (m,)`` of all, -1 for other ranks'."""
         row = torch.searchsorted(self.positions, positions.contiguous())
         at_row = torch.cat([self.positions, self.positions.new_tensor([-1])])[row]
         return torch.where((at_row == positions) & (positions >= 0), row, -1)
 
     def total(self, x: Tensor) -> Tensor:
-        """Add up ``x`` over the ranks; all must call it."""
+        """Return the sum of ``x`` over the ranks; all must call it."""
         return all_reduce_sum(x)
 
     def from_rank_zero(self, x: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class ShardedReferences:
 
 
 Bank: TypeAlias = References | ShardedReferences
-"""References prepared for many calls, all of them on each rank or shared out."""
+"""References prepared for many calls, all on each rank or sharded over the ranks."""
 
 
 def sums_over_ranks(
@@ -110,7 +112,7 @@ def sums_over_ranks(
 ) -> SoftmaxSums:
     """Return the sums over the references of all ranks for this rank's queries.
 
-    All ranks must call it, also one that has none to ask.
+    All ranks must call it, also one without queries.
 
     Raises:
         ValueError: On all ranks, if their queries differ in more than their number.
@@ -126,7 +128,7 @@ def sums_over_ranks(
 
 
 def _gathered(references: ShardedReferences, queries: Queries) -> tuple[list[int], Queries]:
-    """Return how many queries each rank has, and all of them, to ask of ``references.local``."""
+    """Return how many queries each rank has, and the queries of all for ``references.local``."""
     count, device = len(queries.scaled), queries.scaled.device
     nothing = torch.full((count,), -1, device=device)
     exclude = nothing if queries.exclude is None else queries.exclude
@@ -138,8 +140,8 @@ def _gathered(references: ShardedReferences, queries: Queries) -> tuple[list[int
     kinds = all_gather_numbers([integers.shape[1] - 1, numbers.element_size(), count], device)
     if len({(labels, size) for labels, size, _ in kinds}) > 1:
         raise ValueError(
-            f"Argument `xt` expected to have one dtype and one number of labels on all ranks, but "
-            f"got [labels, bytes of a number, rows] of {kinds}: call it alike on all ranks."
+            f"`xt` must have one dtype and one number of labels on all ranks, got [labels, bytes "
+            f"per number, rows] of {kinds}: use the same dtype and labels on all ranks."
         )
     counts = [count for _, _, count in kinds]
     if sum(counts) > 0:

@@ -1,12 +1,12 @@
-"""Running sums of a softmax over references, by which its parts are computed and put together.
+"""Running sums of a softmax over references, so that parts are summed apart and then merged.
 
 For logits ℓ_k and their maximum M so far the sums are those of ``w_k = e^(ℓ_k - M)``, w_k²,
 ``w_k r_k`` and ``w_k ‖r_k‖²``. A new maximum M' scales them by ``e^(M - M')``, and sums over two
 parts of the references add up once both are scaled to the larger maximum (Milakov and Gimelshein
 2018, arXiv 1805.02867).
 
-Weights below e^-60 are set to zero: as denormal numbers they make the second matrix product twice
-as slow and change nothing.
+Weights below e^-60 are set to zero: they change nothing, and as denormal numbers they would make
+the second matrix product twice as slow.
 """
 
 import math
@@ -29,12 +29,12 @@ _OLD_FLAG = ("allow_tf32", False)
 
 @dataclass(frozen=True)
 class Queries:
-    """What references need to know of x_t to be summed over.
+    """The noised samples x_t in the form in which sums over references need them.
 
     Attributes:
         scaled: ``(alpha/sigma²) x_t``, centred as the references, ``(B, d)``.
         curvature: ``alpha²/2sigma²``, ``(B,)``.
-        own_logit: Logit of the own sample, which is no part of the sums, or -inf ``(B,)``.
+        own_logit: Logit of the own sample, which is not in the sums, or -inf ``(B,)``.
         exclude: Position of one reference that the row must not use, or -1 ``(B,)``; or None.
         group: Labels of the rows ``(B,)`` or ``(B, k)``, or None.
     """
@@ -51,7 +51,7 @@ class SoftmaxSums:
     """Sums over references for each of B queries.
 
     Attributes:
-        maximum: Largest logit, that of the own sample among them, ``(B,)``.
+        maximum: Largest logit, including that of the own sample, ``(B,)``.
         weight: ``Σ w``, ``(B,)``.
         weight_squared: ``Σ w²``, ``(B,)``.
         squared_norms: ``Σ w ‖r‖²``, ``(B,)``.
@@ -85,7 +85,7 @@ class SoftmaxSums:
         """Add references by their ``logits (B, c)``, which are overwritten."""
         self.count += (logits > -math.inf).sum(1)
         finite = self._raise_maximum(logits.amax(1))
-        # where exp underflows it takes thirty times as long
+        # exp takes thirty times as long where it underflows
         weights = logits.sub_(finite[:, None]).clamp_(min=_NEGLIGIBLE - 1).exp_()
         weights = torch.threshold_(weights, math.exp(_NEGLIGIBLE), 0)
 
@@ -111,7 +111,7 @@ class SoftmaxSums:
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> "SoftmaxSums":
-        """Return the sums that ``packed`` has made rows of, in their memory."""
+        """Return the sums from the rows that ``packed`` made, as views of them."""
         maximum, weight, weight_squared, squared_norms, count = packed[:, :5].unbind(dim=1)
         return cls(maximum, weight, weight_squared, squared_norms, count, packed[:, 5:])
 
@@ -144,16 +144,16 @@ def label_mismatch(query_group: Tensor, reference_group: Tensor) -> Tensor:
 
 @contextmanager
 def _without_tf32(device: torch.device) -> Iterator[None]:
-    """Multiply matrices in float32 there, whatever ``set_float32_matmul_precision`` says.
+    """Multiply matrices in true float32, whatever ``set_float32_matmul_precision`` says.
 
-    Logits are small differences of large products: with the ten bits of TF32 weights come out wrong
-    by a factor at low noise.
+    Logits are small differences of large products: with the ten bits of TF32, weights at low noise
+    would be wrong by a factor.
     """
     if device.type != "cuda":
         yield
         return
     matmul: Any = torch.backends.cuda.matmul
-    # up to torch 2.8 there is a flag alone, later versions refuse to read it where both were set
+    # up to torch 2.8 there is only a flag; later versions do not read it once both were set
     name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else _OLD_FLAG
     kept = getattr(matmul, name)
     setattr(matmul, name, exact)

@@ -1,7 +1,7 @@
-"""The diffusion process: what noise is added and what a network learns of it. It imports ``core``.
+"""The diffusion process: which noise is added and what a network learns. It imports ``core``.
 
 Schedules and densities of t, predictions and loss weights, the objective that they make together,
-networks that ship, and samplers.
+networks, and samplers.
 """
 
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule

@@ -46,7 +46,7 @@ class DiffusersSchedule(Schedule):
         self.t_max = self.steps * flow.t_max if self.is_flow else self.steps - 1.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Follow the device, but no precision: noise levels are not for eight bits to hold."""
+        """Follow the device but no change of precision: noise levels need more than 16 bits."""
 
         def move(x: Tensor) -> Tensor:
             found = fn(x)
@@ -106,13 +106,13 @@ class DiffusersSchedule(Schedule):
 def _log_noise_levels(scheduler: Any) -> Tensor:
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"Argument `scheduler` expected to have `alphas_cumprod` or to be a flow-matching "
-            f"scheduler, but got {type(scheduler).__name__}: use EDM() or VE() instead."
+            f"`scheduler` must have `alphas_cumprod` or be a flow-matching scheduler, got "
+            f"{type(scheduler).__name__}: use EDM() or VE() instead."
         )
     kept = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64)
     if scheduler.config.get("rescale_betas_zero_snr") or bool((kept <= 0).any()):
         raise ValueError(
-            f"Argument `scheduler` has zero terminal signal, alphas_cumprod {float(kept.min()):g}, "
-            f"where x0 is lost in the noise: set its `rescale_betas_zero_snr` to False."
+            f"`scheduler` must keep some signal at its last timestep, got alphas_cumprod of "
+            f"{float(kept.min()):g}: set its `rescale_betas_zero_snr` to False."
         )
     return 0.5 * (torch.log1p(-kept) - torch.log(kept))

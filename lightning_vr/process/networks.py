@@ -1,6 +1,7 @@
-"""Networks that ship with the package: a residual MLP for points.
+"""The call of a network, and one network that ships with the package: a residual MLP for points.
 
-Its short name must be its own on the command line, and other libraries have an ``MLP``.
+It is not named ``MLP``, as other libraries have one, and a short class name on the command line
+must be unique.
 
 Networks are called as ``network(x, t)`` with t in the range of a thousand, ``class_labels=`` if
 they are class-conditional, and a sample's further condition as keywords, as diffusers' models are;
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_vr.core.validation import check_at_least
+
 _SHAPE_ERROR = re.compile(
     "shapes cannot be multiplied|to have .* channels, but got|[Ss]izes? of tensors? .*must match|"
     "Expected .* input to conv|Given normalized_shape|Kernel size can't be greater"
 )
+"""Torch raises a plain ``RuntimeError`` for shapes, as for a bug whose traceback is wanted."""
 
 
 class ResidualMLP(nn.Module):
@@ -39,17 +43,13 @@ class ResidualMLP(nn.Module):
     ) -> None:
         super().__init__()
         if width < 2 or width % 2:
-            raise ValueError(f"Argument `width` expected to be even and positive, but got {width}.")
-        if dimension < 1 or depth < 1:
             raise ValueError(
-                f"Arguments `dimension` and `depth` expected to be at least 1, "
-                f"but got {dimension} and {depth}."
+                f"`width` must be even and positive, got {width}: use {max(2, width + width % 2)}."
             )
-        if num_class_embeds is not None and num_class_embeds < 1:
-            raise ValueError(
-                f"Argument `num_class_embeds` expected to be None or at least 1, "
-                f"but got {num_class_embeds}."
-            )
+        check_at_least("dimension", dimension, 1)
+        check_at_least("depth", depth, 1)
+        if num_class_embeds is not None:
+            check_at_least("num_class_embeds", num_class_embeds, 1)
         self.dimension, self.width, self.depth = dimension, width, depth
         self.num_class_embeds = num_class_embeds
         self.project_in = nn.Linear(dimension, width)
@@ -68,7 +68,7 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Map points ``x (B, d)`` at times ``t (B,)`` to ``(B, d)``."""
         half = self.width // 2
-        # of times up to a thousand 16 bits would leave no phase
+        # with times up to a thousand, 16 bits are too few for the phase
         wide = torch.promote_types(x.dtype, torch.float32)
         fractions = torch.arange(half, device=t.device, dtype=wide) / half
         angles = t[:, None].to(wide) * torch.exp(-math.log(1e4) * fractions)
@@ -96,10 +96,10 @@ def class_labels(group: Tensor | None, t: Tensor, num_classes: int) -> Tensor:
 
 
 def call_network(network: nn.Module, x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Return the output of a network, whichever way it wraps it.
+    """Return the output tensor of a network, also from a tuple or an output object.
 
     Raises:
-        ValueError: If it does not take the shape of ``x``, or returns another.
+        ValueError: If it does not take the shape of ``x``, or returns another shape.
     """
     try:
         output = network(x, t, **arguments)
@@ -107,16 +107,16 @@ def call_network(network: nn.Module, x: Tensor, t: Tensor, arguments: dict[str, 
         if not _SHAPE_ERROR.search(str(error)):
             raise
         raise ValueError(
-            f"Argument `network`: {type(network).__name__} does not take samples of shape "
-            f"{tuple(x.shape[1:])} ({str(error).splitlines()[0]}): make it for the shape of the "
-            f"data, or choose other data."
+            f"`network` must take samples of shape {tuple(x.shape[1:])}, but "
+            f"{type(network).__name__} does not ({str(error).splitlines()[0]}): build it for the "
+            f"shape of the data, or choose other data."
         ) from error
     output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     assert isinstance(output, Tensor)
     if output.shape != x.shape:
         raise ValueError(
-            f"Argument `network` expected to return the shape of its input, {tuple(x.shape)}, "
-            f"but {type(network).__name__} returned {tuple(output.shape)}: "
-            f"give it as many output as input channels."
+            f"`network` must return the shape of its input, {tuple(x.shape)}, got "
+            f"{tuple(output.shape)} from {type(network).__name__}: give it as many output as "
+            f"input channels."
         )
     return output

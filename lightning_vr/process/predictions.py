@@ -1,4 +1,4 @@
-"""What the network predicts, as an affine map to x0.
+"""Prediction types: what the network outputs, as an affine map to x0.
 
 Every prediction type is a linear function of (x0, noise), ``p x0 + q noise``, with coefficients
 that depend on t alone. With ``x_t = alpha x0 + sigma noise`` that gives the map
@@ -29,6 +29,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_vr.core.validation import check_choice
 from lightning_vr.process.schedules import Schedule, expand
 
 PredictionType = Literal["x0", "epsilon", "v", "score", "velocity", "edm"]
@@ -76,7 +77,7 @@ def prediction(
     Raises:
         ValueError: If ``kind`` is no prediction type.
     """
-    check_prediction(kind)
+    check_choice("prediction", kind, get_args(PredictionType))
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     norm = torch.sqrt(sigma**2 + (alpha * sigma_data) ** 2)
     zero, one = torch.zeros_like(t), torch.ones_like(t)
@@ -95,12 +96,3 @@ def prediction(
     determinant = sigma * p - alpha * q
     input_scale = 1 / norm if kind == "edm" else one
     return Prediction(p, q, -q / determinant, sigma / determinant, input_scale)
-
-
-def check_prediction(kind: str) -> None:
-    """Refuse what is no prediction type."""
-    if kind not in get_args(PredictionType):
-        allowed = ", ".join(get_args(PredictionType))
-        raise ValueError(
-            f"Argument `prediction` expected to be one of {allowed}, but got {kind!r}."
-        )

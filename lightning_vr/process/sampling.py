@@ -12,7 +12,6 @@ with eps' at the end of the Euler step. For alpha = 1 Heun's is algorithm 1 of K
 churn. The last step, to s = 0, returns x0_hat.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vr.core.progress import progress_bar
+from lightning_vr.core.validation import (
+    check_at_least,
+    check_choice,
+    check_finite_number,
+    check_positive,
+)
 from lightning_vr.process.schedules import Schedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -33,7 +38,7 @@ ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any] | 
 LARGEST_NOISE_LEVEL = 1000.0
 
 _ROUNDING = 1e-4
-"""Relative error of a bound that somebody has copied from a table."""
+"""Relative error of a bound that was copied from a table."""
 
 
 @dataclass(frozen=True)
@@ -59,29 +64,18 @@ class Sampler:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.solver not in ("heun", "euler"):
-            raise ValueError(
-                f"Argument `solver` expected to be 'heun' or 'euler', but got {self.solver!r}."
-            )
-        if self.grid not in ("polynomial", "exponential"):
-            raise ValueError(
-                f"Argument `grid` expected to be 'polynomial' or 'exponential', "
-                f"but got {self.grid!r}."
-            )
-        if self.steps < 2:
-            raise ValueError(f"Argument `steps` expected to be at least 2, but got {self.steps}.")
-        if not 0 < self.rho < math.inf:
-            raise ValueError(f"Argument `rho` expected to be positive, but got {self.rho}.")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(
-                f"Argument `guidance` expected to be 0 or more, but got {self.guidance}."
-            )
+        check_choice("solver", self.solver, ("heun", "euler"))
+        check_choice("grid", self.grid, ("polynomial", "exponential"))
+        check_at_least("steps", self.steps, 2)
+        check_positive("rho", self.rho)
+        check_at_least("guidance", self.guidance, 0)
+        check_finite_number("guidance", self.guidance)
 
     def noise_levels(self, schedule: Schedule) -> Tensor:
-        """Return the grid ``(steps,)``, falling, float64, without the final 0.
+        """Return the decreasing grid ``(steps,)``, float64, without the final 0.
 
         Raises:
-            ValueError: If the bounds are not 0 < min < max, or outside of the schedule.
+            ValueError: If the bounds are not 0 < min < max, or outside the schedule's.
         """
         ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
         lowest, highest = (float(level) for level in schedule.noise_level(ends))
@@ -90,14 +84,14 @@ class Sampler:
         high = min(highest, LARGEST_NOISE_LEVEL) if high is None else high
         if not 0 < low < high:
             raise ValueError(
-                f"Arguments `noise_level_min` and `noise_level_max` expected to satisfy "
-                f"0 < min < max, but got {low:g} and {high:g}."
+                f"`noise_level_min` and `noise_level_max` must satisfy 0 < min < max, "
+                f"got {low:g} and {high:g}: leave one of them out, or change it."
             )
         if not lowest * (1 - _ROUNDING) <= low < high <= highest * (1 + _ROUNDING):
             raise ValueError(
-                f"Arguments `noise_level_min` and `noise_level_max` expected to lie between "
-                f"{lowest:g} and {highest:g}, where {type(schedule).__name__} has noise, but got "
-                f"{low:g} and {high:g}: leave them out, or widen the schedule."
+                f"`noise_level_min` and `noise_level_max` must lie between {lowest:g} and "
+                f"{highest:g}, the noise levels of {type(schedule).__name__}, got {low:g} and "
+                f"{high:g}: leave them out, or widen the schedule."
             )
         ramp = torch.linspace(0, 1, self.steps, dtype=torch.float64)
         if self.grid == "exponential":
@@ -109,16 +103,16 @@ class Sampler:
     def solve(
         self, denoiser: Denoiser, schedule: Schedule, noise: Tensor, *, progress: bool = False
     ) -> Tensor:
-        """Carry standard normal ``noise (B, *)`` to samples ``(B, *)``.
+        """Turn standard normal ``noise (B, *)`` into samples ``(B, *)``.
 
-        The state is float64 where the device has it, as rounding adds up over the steps; the
-        denoiser sees the dtype of ``noise``.
+        The state is float64 where the device has it, because rounding errors add up over the
+        steps; the denoiser gets the dtype of ``noise``.
 
         Args:
             denoiser: Estimates x0 from x_t and t.
             schedule: The schedule that the denoiser was trained with.
             noise: Standard normal numbers.
-            progress: Whether to show a progress bar if it takes longer than a second.
+            progress: Whether to show a progress bar if sampling takes longer than a second.
         """
         wide = torch.float32 if noise.device.type == "mps" else torch.float64
         times = schedule.time(self.noise_levels(schedule).to(noise.device, wide))
@@ -152,7 +146,7 @@ class Sampler:
         batch_size: int = 256,
         progress: bool = False,
     ) -> Tensor:
-        """Carry ``noise (B, *)`` to guided samples ``(B, *)``, some at a time.
+        """Turn ``noise (B, *)`` into guided samples ``(B, *)``, batch by batch.
 
         Args:
             denoise: Estimates x0 from x_t, t, class labels (None is unconditional), condition.
@@ -160,8 +154,8 @@ class Sampler:
             noise: Standard normal numbers.
             group: Class labels ``(B,)``, or None.
             cond: Further condition, one row per sample in each value.
-            batch_size: How many at a time.
-            progress: Whether to show a progress bar if it takes longer than a second.
+            batch_size: Number of samples at a time.
+            progress: Whether to show a progress bar if sampling takes longer than a second.
         """
         parts = []
         for start in range(0, len(noise), batch_size):
@@ -189,7 +183,7 @@ class Sampler:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put ``module`` in evaluation mode, and each of its parts back into its own mode after."""
+    """Put ``module`` in evaluation mode; restore the mode of each of its parts on leaving."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -57,7 +57,7 @@ class Schedule(nn.Module, ABC):
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
     def embedding_time(self, t: Tensor) -> Tensor:
-        """Return the time as networks are told it, in the range of a thousand that they expect."""
+        """Return the time that networks get, in the range up to a thousand that they expect."""
         return 1000.0 * t
 
     def default_timesteps(self) -> Density:
@@ -242,6 +242,6 @@ def _check_range(
     if not 0 < low < high <= at_most or high == math.inf:
         bound = " < inf" if at_most == math.inf else f" <= {at_most}"
         raise ValueError(
-            f"Arguments `{low_name}` and `{high_name}` expected to satisfy "
-            f"0 < {low_name} < {high_name}{bound}, but got {low} and {high}."
+            f"`{low_name}` and `{high_name}` must satisfy 0 < {low_name} < {high_name}{bound}, "
+            f"got {low} and {high}: change one of them."
         )

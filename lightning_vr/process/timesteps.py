@@ -1,8 +1,8 @@
 """Densities of the time t as inverse CDFs.
 
 ``t = icdf(u)`` with u uniform on (0, 1), so that a stratified u gives a stratified t for every
-density (the design of k-diffusion; Kingma et al. 2021, arXiv 2107.00630, use it for low variance).
-Which density a schedule is usually trained with: uniform for VP, cosine, rectified flow and VE in
+density (the design of k-diffusion; Kingma et al. 2021, arXiv 2107.00630, do so for low variance).
+Schedules are usually trained with these densities: uniform for VP, cosine, rectified flow and VE in
 its log-uniform time (Song et al. 2021, arXiv 2011.13456); log-normal for EDM (Karras et al. 2022,
 arXiv 2206.00364, table 1); logit-normal for rectified flow (Esser et al. 2024, arXiv 2403.03206).
 """
@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+
+from lightning_vr.core.validation import check_at_least, check_finite_number, check_positive
 
 
 class Density(nn.Module, ABC):
@@ -30,7 +32,7 @@ class Density(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, t: Tensor) -> Tensor:
-        """Return log p(t), element by element; -inf off the support."""
+        """Return log p(t), element by element; -inf outside the support."""
 
     def forward(self, u: Tensor) -> Tensor:
         """Return ``icdf(u)``."""
@@ -63,7 +65,7 @@ class Uniform(Density):
 
 
 class LogUniform(Density):
-    """log t uniform: all orders of magnitude of ``[low, high]`` alike.
+    """log t uniform on ``[log low, log high]``: all orders of magnitude are equally likely.
 
     Args:
         low: Smallest time, positive.
@@ -73,8 +75,7 @@ class LogUniform(Density):
     def __init__(self, low: float, high: float) -> None:
         super().__init__()
         _check_interval(low, high)
-        if low <= 0:
-            raise ValueError(f"Argument `low` expected to be positive, but got {low}.")
+        check_positive("low", low)
         self.low, self.high = low, high
 
     def icdf(self, u: Tensor) -> Tensor:
@@ -147,8 +148,7 @@ class UniformSteps(Density):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"Argument `steps` expected to be at least 1, but got {steps}.")
+        check_at_least("steps", steps, 1)
         self.steps: int = steps
 
     def icdf(self, u: Tensor) -> Tensor:
@@ -163,23 +163,23 @@ class UniformSteps(Density):
 
 
 class Truncated(Density):
-    """A density between two of its quantiles, and nowhere else.
+    """A density restricted to the interval between two of its quantiles.
 
-    ``log_prob`` is that of a continuous density: of a table, a step that a quantile cuts through
+    ``log_prob`` is that of a continuous density. Of a table, a timestep that a quantile falls into
     counts in full.
 
     Args:
         density: The density on the whole interval.
-        low: Share of its mass that is left out below.
-        high: Share of its mass up to where it is kept.
+        low: Quantile at the lower end.
+        high: Quantile at the upper end.
     """
 
     def __init__(self, density: Density, low: float, high: float) -> None:
         super().__init__()
         if not 0 <= low < high <= 1:
             raise ValueError(
-                f"Arguments `low` and `high` expected to satisfy 0 <= low < high <= 1, "
-                f"but got {low} and {high}."
+                f"`low` and `high` must satisfy 0 <= low < high <= 1, got {low} and {high}: "
+                f"change one of them."
             )
         self.density, self.low, self.high = density, low, high
 
@@ -210,13 +210,11 @@ def _log_normal(x: Tensor, mean: float, std: float) -> Tensor:
 def _check_interval(low: float, high: float) -> None:
     if not -math.inf < low < high < math.inf:
         raise ValueError(
-            f"Arguments `low` and `high` expected to be finite with low < high, "
-            f"but got low={low} and high={high}."
+            f"`low` and `high` must be finite with low < high, got {low} and {high}: change one "
+            f"of them."
         )
 
 
 def _check_normal(mean: float, std: float) -> None:
-    if not -math.inf < mean < math.inf:
-        raise ValueError(f"Argument `mean` expected to be finite, but got {mean}.")
-    if not 0 < std < math.inf:
-        raise ValueError(f"Argument `std` expected to be positive and finite, but got {std}.")
+    check_finite_number("mean", mean)
+    check_positive("std", std)

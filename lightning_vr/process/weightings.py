@@ -2,17 +2,19 @@
 
 A weight that the literature states for a prediction type becomes a weight in x0 space through that
 type's Jacobian b, ``λ = w / b²``: unit weight on epsilon is ``λ = alpha²/sigma² = 1/s²``, on x0
-it is 1. One weight then means one objective whatever the network predicts, which is where the
-v-prediction of min-SNR went wrong in many trainers.
+it is 1. One weight then means one objective whatever the network predicts. Many trainers got the
+v-prediction of min-SNR wrong here.
 """
 
 import math
 from abc import ABC, abstractmethod
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_vr.process.predictions import PredictionType, check_prediction, prediction
+from lightning_vr.core.validation import check_choice, check_finite_number, check_positive
+from lightning_vr.process.predictions import PredictionType, prediction
 from lightning_vr.process.schedules import Schedule
 
 
@@ -70,7 +72,7 @@ class UnitWeighting(Weighting):
 
     def __init__(self, prediction: PredictionType = "epsilon", sigma_data: float = 0.5) -> None:
         super().__init__()
-        check_prediction(prediction)
+        check_choice("prediction", prediction, get_args(PredictionType))
         check_positive("sigma_data", sigma_data)
         self.prediction = prediction
         self.sigma_data = sigma_data
@@ -82,8 +84,8 @@ class UnitWeighting(Weighting):
 class LogNormalWeighting(Weighting):
     """A bell over log noise level on top of unit epsilon weight: λ = N(log s; mean, std) / s².
 
-    The noise levels in the middle, where images take shape, count most (Choi et al. 2022, arXiv
-    2204.00227; Karras et al. 2022 put the same bell into the density of t instead).
+    The noise levels in the middle, which decide the content of images, count most (Choi et al.
+    2022, arXiv 2204.00227; Karras et al. 2022 put the same bell into the density of t instead).
 
     Args:
         mean: Centre of the bell in log noise level.
@@ -93,17 +95,10 @@ class LogNormalWeighting(Weighting):
     def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
         super().__init__()
         check_positive("std", std)
-        if not -math.inf < mean < math.inf:
-            raise ValueError(f"Argument `mean` expected to be finite, but got {mean}.")
+        check_finite_number("mean", mean)
         self.mean, self.std = mean, std
 
     def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
         log_level = torch.log(schedule.sigma(t) / schedule.alpha(t))
         bell = torch.exp(-0.5 * ((log_level - self.mean) / self.std) ** 2)
         return bell / (self.std * math.sqrt(2 * math.pi)) * torch.exp(-2 * log_level)
-
-
-def check_positive(name: str, value: float) -> None:
-    """Refuse a value that is not a positive finite number."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"Argument `{name}` expected to be positive and finite, but got {value}.")

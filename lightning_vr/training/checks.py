@@ -16,8 +16,10 @@ from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.process.objective import Objective
 
 
-def check_conditioning(network: nn.Module, num_classes: int | None, label_dropout: float) -> None:
-    """Raise if classes, label dropout and the network's embeddings do not fit together."""
+def check_conditioning(
+    network: nn.Module, num_classes: int | None, label_dropout: float, guidance: float
+) -> None:
+    """Raise if classes, label dropout, guidance and embeddings do not fit together."""
     if num_classes is not None:
         check_at_least("num_classes", num_classes, 1)
     if not 0 <= label_dropout <= 1:
@@ -27,6 +29,11 @@ def check_conditioning(network: nn.Module, num_classes: int | None, label_dropou
     if label_dropout > 0 and num_classes is None:
         raise ValueError(
             f"`label_dropout` must be 0 without classes, got {label_dropout}: set `num_classes`."
+        )
+    if guidance != 1 and num_classes is None:
+        raise ValueError(
+            f"`guidance` must be 1 without classes, got {guidance:g}: set `num_classes` and "
+            f"`label_dropout`, or use guidance 1."
         )
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     config = getattr(network, "config", None)
@@ -94,15 +101,6 @@ def check_times(objective: Objective) -> None:
             f"{schedule.t_min:g} to {schedule.t_max:g}, got {type(timesteps).__name__}, which "
             f"draws {wrong:.3g}: leave it out, or use "
             f"Uniform({schedule.t_min:g}, {schedule.t_max:g})."
-        )
-
-
-def check_guidance(guidance: float, num_classes: int | None) -> None:
-    """Raise if there is guidance but no class to guide to."""
-    if guidance != 1 and num_classes is None:
-        raise ValueError(
-            f"`guidance` must be 1 without classes, got {guidance:g}: set `num_classes` and "
-            f"`label_dropout`, or use guidance 1."
         )
 
 

@@ -9,7 +9,7 @@ that resumes draws the same.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,24 +27,24 @@ from lightning_vr.core.types import (
     TargetEstimate,
     Times,
 )
+from lightning_vr.core.validation import check_choice, check_positive
 from lightning_vr.estimators.draws import IID, Draws, drop_labels
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
 from lightning_vr.estimators.slot import drop_control_variate
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.process.networks import call_network, class_labels
 from lightning_vr.process.objective import Objective
-from lightning_vr.process.predictions import PredictionType, check_prediction
+from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.sampling import Sampler, evaluating
 from lightning_vr.process.schedules import EDM, Schedule
 from lightning_vr.process.timesteps import Density
-from lightning_vr.process.weightings import UnitWeighting, Weighting, check_positive
+from lightning_vr.process.weightings import UnitWeighting, Weighting
 from lightning_vr.training.checks import (
     check_call,
     check_clean,
     check_conditioning,
     check_estimators,
     check_group,
-    check_guidance,
     check_times,
     check_upstream,
 )
@@ -56,12 +56,6 @@ class Diffusion(KeyedModule):
     Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
     and ``predict`` (how the network is called). It trains in any loop; ``DiffusionModule`` is the
     same as a LightningModule.
-
-    Example::
-
-        model = Diffusion(network, target=STF("batch"))
-        for step, x0 in enumerate(batches):
-            loss = model.loss(x0, model.generator("train", step)).loss
 
     Args:
         network: Called as ``network(x, t)``, with ``class_labels=`` if ``num_classes`` is given
@@ -101,9 +95,10 @@ class Diffusion(KeyedModule):
         sampler: Sampler | None = None,
     ) -> None:
         super().__init__()
-        check_prediction(prediction)
+        check_choice("prediction", prediction, get_args(PredictionType))
         check_positive("sigma_data", sigma_data)
-        check_conditioning(network, num_classes, label_dropout)
+        self.sampler = sampler or Sampler()
+        check_conditioning(network, num_classes, label_dropout, self.sampler.guidance)
         self.network = network
         self.schedule = schedule or EDM()
         self.prediction = prediction
@@ -115,13 +110,11 @@ class Diffusion(KeyedModule):
         self.sigma_data = sigma_data
         self.num_classes = num_classes
         self.label_dropout = label_dropout
-        self.sampler = sampler or Sampler()
         self.sampler.noise_levels(self.schedule)  # raises where its bounds do not fit the schedule
 
         if type(self).predict is Diffusion.predict:
             may_condition = type(self).encode is not Diffusion.encode
             check_call(network, num_classes, may_condition=may_condition)
-        check_guidance(self.sampler.guidance, num_classes)
         check_times(self.objective)
         check_estimators(self.draws, control_variate, self.objective, network)
         self.register_load_state_dict_pre_hook(drop_control_variate)  # type: ignore[no-untyped-call]

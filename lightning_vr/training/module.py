@@ -127,7 +127,7 @@ class DiffusionModule(Diffusion, ResumableModule):
         source = self.generator("train", self.global_step, micro_step)
 
         estimate = self.loss(batch, source, part=part)
-        self.estimate = detached_estimate(estimate)
+        self.estimate = detached(estimate)  # a trained upstream has made all of its parts
         with torch.no_grad():
             self.draws.observe(self.estimate, self.objective)
         self._guard.add_draws(self.estimate, micro_step)
@@ -213,17 +213,6 @@ class DiffusionModule(Diffusion, ResumableModule):
         self.log(
             f"{stage}/loss", estimate.loss, prog_bar=has_bar, sync_dist=sync_dist, batch_size=count
         )
-
-
-def detached_estimate(estimate: LossEstimate) -> LossEstimate:
-    """Return an estimate without gradient; an upstream in training has made all of its parts."""
-    return LossEstimate(
-        estimate.loss.detach(),
-        estimate.per_draw.detach(),
-        detached(estimate.noised),
-        detached(estimate.target),
-        control=None if estimate.control is None else estimate.control.detach(),
-    )
 
 
 class _Uncopied:

@@ -28,7 +28,12 @@ from lightning_vr.estimators.carv import CARV
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.noisy_losses import DiffusionLoss
-from lightning_vr.variance.accounting import CostModel, best_resamples, variance_times_cost
+from lightning_vr.variance.accounting import (
+    CostModel,
+    best_resamples,
+    fixed_and_marginal,
+    variance_times_cost,
+)
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 _LEAST_GAIN = 1.05
@@ -148,9 +153,8 @@ class ResamplesPilot:
             smaller = self._pass(clean)
         with self._taking(many):
             larger = self._pass(clean)
-        seconds = self._medians(smaller, larger)
-        denoise = max(0.0, seconds[1] - seconds[0]) / ((many - few) * len(clean.x0))
-        return max(0.0, seconds[0] - few * len(clean.x0) * denoise), denoise
+        size = len(clean.x0)
+        return fixed_and_marginal(few * size, many * size, *self._medians(smaller, larger))
 
     def _pass(self, clean: Clean) -> Callable[[], Any]:
         """Return a function that takes the gradient of a batch's draws."""

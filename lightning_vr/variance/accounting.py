@@ -1,4 +1,4 @@
-"""What variance costs, and what an estimator that has less of it saves.
+"""What variance costs, and what an estimator with less variance saves.
 
 The variance of a gradient estimate is ``Var = E‖g - μ‖² = tr Cov(g)``. With R samples of data, each
 noised K times, and T seconds for both,
@@ -6,8 +6,8 @@ noised K times, and T seconds for both,
     Var(R, K) = (V_B + V_W / K) / R            between samples, and within one of them
     T(R, K)   = fixed + upstream R + denoise R K
 
-Apart from ``fixed`` their product does not depend on R: ``H(K) = (V_B + V_W/K) (upstream + K
-denoise)``. It is least at ``K*² = V_W upstream / (V_B denoise)``, among integers at the smallest K
+Apart from ``fixed``, their product ``H(K) = (V_B + V_W/K) (upstream + K denoise)`` does not depend
+on R. It is least at ``K*² = V_W upstream / (V_B denoise)``, among integers at the smallest K
 with K (K + 1) >= K*². A K that is wrong by the factor γ costs no more than (2 + γ + 1/γ) / 4 times
 the least: 12.5 % for γ = 2. This rule and the split are ours; the paper sweeps K.
 
@@ -20,19 +20,19 @@ Two estimators are compared by
 Less variance is fewer steps only where noise holds the training back. A batch of B has the noise
 ratio ``ν = V / (B ‖μ‖²)``, and ``S = S_min (1 + ν)`` steps reach a given loss: ν = B_noise / B
 with B_noise = tr Cov(g) / ‖μ‖² of one sample. This is a model: gradient descent with a tuned
-learning rate on a loss that curves alike in all directions.
+learning rate on a loss of equal curvature in all directions.
 
 Sources: Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv 2605.21489 (Var, ECM, RE and reuse
 of a sample); McCandlish, Kaplan, Amodei and the OpenAI Dota Team 2018, arXiv 1812.06162.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_vr.core.validation import check_at_least, check_positive
 from lightning_vr.variance.bootstrap import Interval, bootstrap, median_interval, ratio
 
 
@@ -44,61 +44,48 @@ class CostModel:
         fixed: Seconds for each step, whatever its size.
         upstream: Seconds for each sample: loading, augmenting, encoding.
         denoise: Seconds for each noised sample: forward and backward through the network.
-        misfit: Largest relative residual of the measurements that it was fitted to. Where it is
-            not small, T is no such sum (a batch that fills the device better, say).
     """
 
     fixed: float
     upstream: float
     denoise: float
-    misfit: float = 0.0
-
-    @classmethod
-    def fit(
-        cls, samples: Sequence[int], resamples: Sequence[int], seconds: Sequence[float]
-    ) -> "CostModel":
-        """Fit coefficients of 0 or more by least squares of the relative residuals.
-
-        Args:
-            samples: R of each measurement.
-            resamples: K of each measurement.
-            seconds: T of each measurement.
-
-        Raises:
-            ValueError: If lengths differ, a number is not positive, or the measurements leave a
-                coefficient open.
-        """
-        # slow to import
-        from scipy.optimize import nnls
-
-        _check_measurements(samples, resamples, seconds)
-        r, k, t = (torch.tensor(v, dtype=torch.float64) for v in (samples, resamples, seconds))
-        rows = torch.stack([torch.ones_like(r), r, r * k], dim=1) / t[:, None]
-        scale = rows.norm(dim=0)
-        if int(torch.linalg.matrix_rank(rows / scale, rtol=1e-9)) < 3:
-            raise ValueError(
-                f"Arguments `samples` and `resamples` expected to be at least three measurements "
-                f"that tell the cost of a step, a sample and a resample apart, but got "
-                f"{list(zip(samples, resamples, strict=True))}: "
-                f"vary both, as in (1, 1), (1, 2), (1, 4), (2, 1), (2, 4)."
-            )
-
-        scaled, _ = nnls((rows / scale).numpy(), torch.ones_like(t).numpy())
-        coefficients = torch.from_numpy(scaled) / scale
-        misfit = float((rows @ coefficients - 1).abs().max())
-        fixed, upstream, denoise = coefficients.tolist()
-        return cls(fixed, upstream, denoise, misfit)
 
     def seconds(self, samples: int, resamples: int) -> float:
         """Return T(R, K)."""
         return self.fixed + samples * (self.upstream + resamples * self.denoise)
 
 
+def fixed_and_marginal(
+    few: int, many: int, seconds_few: float, seconds_many: float
+) -> tuple[float, float]:
+    """Return the seconds of a pass whatever its size, and of each further row, from two passes.
+
+    They are those of the line through both. A larger pass that was not measured to take longer
+    gives no slope: its seconds per row, which bound the cost of a row from above, then count as
+    marginal. So no row costs nothing, which would make any number of resamples pay.
+
+    Args:
+        few: Rows of the smaller pass.
+        many: Rows of the larger pass; both may be the same.
+        seconds_few: Seconds of the smaller pass.
+        seconds_many: Seconds of the larger pass.
+
+    Raises:
+        ValueError: If ``few`` is below 1, or ``many`` below ``few``.
+    """
+    check_at_least("few", few, 1)
+    check_at_least("many", many, few)
+    if many == few or seconds_many <= seconds_few:
+        return 0.0, seconds_many / many
+    marginal = (seconds_many - seconds_few) / (many - few)
+    return max(0.0, seconds_few - few * marginal), marginal
+
+
 def best_resamples(between: float, within: float, cost: CostModel, *, largest: int = 64) -> int:
     """Return the K in 1, ..., ``largest`` of least variance times cost, the smallest such K.
 
-    Estimates may be 0 or less, which counts as 0: then K = 1 if V_W or the upstream cost is, else
-    ``largest`` if V_B or the cost of denoising is. The fixed cost is left out, as it is shared by
+    Estimates may be 0 or less and then count as 0: K is 1 if V_W or the upstream cost is 0, else
+    ``largest`` if V_B or the cost of denoising is 0. The fixed cost is left out, as it is shared by
     any number of samples; if R cannot grow, add ``fixed / R`` to ``upstream``.
 
     Args:
@@ -110,12 +97,12 @@ def best_resamples(between: float, within: float, cost: CostModel, *, largest: i
     Raises:
         ValueError: If a number is not finite, or ``largest`` below 1.
     """
-    _check_at_least_one("largest", largest)
+    check_at_least("largest", largest, 1)
     numbers = (between, within, cost.upstream, cost.denoise)
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError(
-            f"Arguments `between`, `within` and `cost` expected to be finite, but got {between}, "
-            f"{within} and {cost}: leave out the measurements that are not."
+            f"`between`, `within` and `cost` must be finite, got {between}, {within} and {cost}: "
+            f"leave out the measurements that are not."
         )
 
     if within <= 0 or cost.upstream <= 0:
@@ -132,7 +119,7 @@ def variance_times_cost(between: float, within: float, cost: CostModel, resample
     Raises:
         ValueError: If ``resamples``, which is K, is not positive.
     """
-    _check_positive("resamples", resamples)
+    check_positive("resamples", resamples)
     return (between + within / resamples) * (cost.upstream + resamples * cost.denoise)
 
 
@@ -175,7 +162,7 @@ def noise_ratio(variance: float, squared_mean: float, batch: int) -> float:
         ValueError: If ``variance`` is negative, or ``batch`` below 1.
     """
     _check_not_negative("variance", variance)
-    _check_at_least_one("batch", batch)
+    check_at_least("batch", batch, 1)
     return _divide(variance, batch * squared_mean)
 
 
@@ -204,33 +191,7 @@ def _divide(numerator: float, denominator: float) -> float:
     return float(ratio(pair[0], pair[1]))
 
 
-def _check_measurements(
-    samples: Sequence[int], resamples: Sequence[int], seconds: Sequence[float]
-) -> None:
-    lengths = len(samples), len(resamples), len(seconds)
-    if len({*lengths}) > 1:
-        raise ValueError(
-            f"Arguments `samples`, `resamples` and `seconds` expected to be equally long, "
-            f"but got lengths {lengths}: give all three of each measurement."
-        )
-    for r, k, t in zip(samples, resamples, seconds, strict=True):
-        if r < 1 or k < 1 or not 0 < t < math.inf:
-            raise ValueError(
-                f"Arguments `samples` and `resamples` expected to be at least 1 and `seconds` "
-                f"positive and finite, but got ({r}, {k}, {t}): leave this measurement out."
-            )
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"Argument `{name}` expected to be positive and finite, but got {value}.")
-
-
 def _check_not_negative(name: str, value: float) -> None:
-    if value < 0:
-        raise ValueError(f"Argument `{name}` expected to be 0 or more, but got {value}.")
-
-
-def _check_at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"Argument `{name}` expected to be at least 1, but got {value}.")
+    """Raise if a number is negative; one that was not measured, NaN, stays NaN."""
+    if not math.isnan(value):
+        check_at_least(name, value, 0)

@@ -1,7 +1,7 @@
 """Confidence intervals: of functions of means by the bootstrap, of a median by order statistics.
 
 The bootstrap resamples independent repetitions (Efron 1979). Its percentile interval of a ratio of
-means covers a few percent less than it says below some fifty repetitions.
+means covers a few percent less than stated below some fifty repetitions.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.rng import generator
+from lightning_vr.core.validation import check_at_least
 
 
 class Interval(NamedTuple):
@@ -31,8 +32,8 @@ class Interval(NamedTuple):
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Return the ratio of estimates of two numbers that cannot be negative, for ``bootstrap``.
 
-    A denominator of 0 or less is not told from 0. The ratio is then infinite, not negative, so
-    that it lies at the upper end of an interval; it is NaN if the numerator is 0 or less too.
+    A denominator of 0 or less cannot be told from 0. The ratio is then infinite, not negative, so
+    that it lies at the upper end of an interval; it is NaN if the numerator is 0 or less as well.
     """
     unresolved = torch.where(numerator > 0, math.inf, math.nan)
     return torch.where(denominator <= 0, unresolved, numerator / denominator)
@@ -49,7 +50,7 @@ def bootstrap(
     """Return a function of means and its percentile interval, over n independent repetitions.
 
     Each resample draws n of the repetitions with replacement, the same ones for all ``samples``:
-    what repetitions share cancels, and independent samples lose nothing.
+    what the samples of a repetition share cancels, and independent samples lose nothing.
 
     A resample whose statistic is NaN may have any value: it counts as below the lower end and as
     above the upper end. More of them than ``(1 - level) / 2`` make the interval all numbers.
@@ -66,12 +67,11 @@ def bootstrap(
             for each row, or a setting is out of range.
     """
     n = _check_repetitions(samples)
-    if resamples < 1:
-        raise ValueError(f"Argument `resamples` expected to be at least 1, but got {resamples}.")
+    check_at_least("resamples", resamples, 1)
     if not 0 < level < 1:
-        raise ValueError(f"Argument `level` expected to be between 0 and 1, but got {level}.")
+        raise ValueError(f"`level` must be between 0 and 1, got {level}: use 0.95 for 95 %.")
 
-    # times that a resample draws each repetition, after a first row that has every one once
+    # the first row has every repetition once: it gives the estimate
     index = torch.randint(n, (resamples, n), generator=generator(seed, "bootstrap"))
     counts = torch.ones(resamples + 1, n, dtype=torch.float64)
     counts[1:] = torch.zeros_like(counts[1:]).scatter_add_(1, index, counts[1:])
@@ -80,8 +80,8 @@ def bootstrap(
     values = statistic(*means)
     if values.shape != (resamples + 1,):
         raise ValueError(
-            f"Argument `statistic` expected to return one number for each row of the means, of "
-            f"shape {(resamples + 1,)}, but got {tuple(values.shape)}: reduce all other dimensions."
+            f"`statistic` must return one number for each row of the means, of shape "
+            f"{(resamples + 1,)}, got {tuple(values.shape)}: reduce all other dimensions."
         )
 
     # neither end is interpolated, which infinity would turn into NaN
@@ -95,7 +95,7 @@ def median_interval(values: Tensor, *, level: float = 0.95) -> Interval:
     """Return the median of independent ``values (n,)`` and its interval, whatever their law.
 
     It lies between the k-th smallest and the k-th largest with probability 1 - 2 P(X < k) for X
-    binomial with n and 1/2. Fewer than six values do not bear 95 %: the interval is their range.
+    binomial with n and 1/2. Fewer than six values cannot give 95 %: the interval is their range.
     """
     ordered, n = values.double().sort().values, len(values)
     k, outside = 1, 2 * 0.5**n
@@ -111,7 +111,7 @@ def _check_repetitions(samples: Sequence[Tensor]) -> int:
     repetitions = {shape[0] if shape else 0 for shape in shapes}
     if len(repetitions) != 1 or min(repetitions) < 2:
         raise ValueError(
-            f"Arguments `samples` expected to be tensors (n, ...) with one n of at least 2, "
-            f"but got shapes {shapes}: give every repetition's numbers, of all the same ones."
+            f"`samples` must be tensors (n, ...) with one n of at least 2, got shapes {shapes}: "
+            f"give the numbers of the same repetitions in all of them."
         )
     return repetitions.pop()

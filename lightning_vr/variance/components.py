@@ -9,17 +9,17 @@ and ``V = V_x + V_t + V_z``. Each difference of neighbours in
     E ‖g‖²  >=  E⟨g, g'⟩ same x, t  >=  E⟨g, g'⟩ same x  >=  ‖E g‖² = E⟨g, g'⟩ nothing shared
 
 is one component: V_z, V_t and V_x. The four means of inner products come from a nested design of
-n units, each of one x, two times t and two noises z for each of them; g' shares with g what the
-line says and is otherwise independent of it. So every component is unbiased, and components that
-are small may come out negative: that is what their standard errors are for.
+n units. Each has one x, two times t and two noises z for each time; g' shares with g what the line
+says and is otherwise independent of it. So every component is unbiased, and small ones may come out
+negative: judge them by their standard errors.
 
-A unit is one sample, whose four gradients are per-sample gradients, or a batch of b samples with
-independent times and noises in each, whose four gradients are those of its mean loss. Then the
-components are 1/b as large; whatever an estimator shares within a batch is part of them.
+A unit is either one sample, whose four gradients are per-sample gradients, or a batch of b samples
+with independent times and noises in each, whose four gradients are those of its mean loss. Then the
+components are 1/b as large, and include whatever an estimator shares within a batch.
 
 The noise ratio that decides whether less variance helps is ``V / ‖E g‖²``, the simple noise scale
 (McCandlish et al. 2018, arXiv 1812.06162, equation 2.9): the number of draws at which the noise of
-the mean gradient is as large as the gradient. What else is random once t and x are given (dropout,
+the mean gradient is as large as the gradient. Whatever else is random at given t and x (dropout,
 drawn references, dropped labels) counts as noise z.
 """
 
@@ -63,11 +63,11 @@ class Components(NamedTuple):
 
     @property
     def noise_scale(self) -> Tensor:
-        """``V / ‖E g‖²``, in draws; NaN where the squared mean is not told from zero."""
+        """``V / ‖E g‖²``, in draws; NaN where the squared mean is not resolved from zero."""
         return torch.where(self.squared_mean > 0, self.total / self.squared_mean, torch.nan)
 
     def over_ranks(self, device: torch.device) -> "Components":
-        """Return the mean over ranks that measured on data of their own; all must call it."""
+        """Return the mean over ranks, each with its own data; all must call it."""
         return Components(*all_reduce_mean(torch.stack(self).to(device)).cpu())
 
     def scaled(self, batch: int) -> "Components":
@@ -106,7 +106,7 @@ def two_batch_sizes(
     """Return the total variance per draw from gradients of batches and of their union.
 
     McCandlish et al. 2018, arXiv 1812.06162, appendix A.1: both sizes come for free from
-    micro-batches or ranks. The components of the total are not told apart: they are NaN.
+    micro-batches or ranks. The components of the total are not known: they are NaN.
 
     Args:
         mean_square: Mean of ``‖G_m‖²`` over the batches, for each column.
@@ -124,7 +124,7 @@ class NestedSums:
     """Sums over units, in float64, from which components follow.
 
     Args:
-        columns: Number of parts of the gradient that are told apart.
+        columns: Number of parts of the gradient with sums of their own.
     """
 
     def __init__(self, columns: int) -> None:

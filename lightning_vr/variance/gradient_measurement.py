@@ -3,25 +3,27 @@
 Two methods fill the nested design of ``variance.components`` and agree in expectation:
 
 * **per sample**: the gradient of each draw by ``vmap(grad)``, in chunks. A unit is one sample, so
-  that a few dozen draws tell much; it needs a network that functorch can batch, and draws that do
-  not depend on each other. Compiled networks run as they were written.
+  that a few dozen draws are enough. It needs a network that functorch can batch, and draws that do
+  not depend on each other. Compiled networks run uncompiled.
 * **by differences**: ordinary backward passes of whole batches with common random numbers. A unit
-  is a batch. It takes any architecture and any estimator, what is shared within a batch included:
-  drawn references, strata, batch normalisation, checkpointing.
+  is a batch. It takes any architecture and any estimator, and includes what a batch shares: drawn
+  references, strata, batch normalisation, checkpointing.
 
-Both differentiate aliases of the parameters: nothing is accumulated into ``.grad``, and no hook of
-the user, of DDP or of an optimizer fires. Buffers are copies. Memory is a few times the number of
-parameters, less with a sketch (``variance.gradient_sums``).
+Which of them to use is decided in ``variance.nested_measurement``. Both differentiate aliases of
+the parameters: nothing is accumulated into ``.grad``, and no hook of the user, of DDP or of an
+optimizer fires. Buffers are copies. Memory is a few times the number of parameters.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from lightning_vr.core.devices import uncompiled
 from lightning_vr.core.gradients import aliases, gradients_in_chunks, is_trained
@@ -55,7 +57,7 @@ class NoisyLoss(nn.Module, ABC):
     """
 
     couples_rows: bool = False
-    """Whether the losses of a batch share randomness, so that single draws do not tell all."""
+    """Whether the losses of a batch share randomness, which single draws do not show."""
 
     def chunk(self, rows: int, device: torch.device) -> int:
         """Return how many rows pass through the network at a time on a device."""
@@ -81,25 +83,16 @@ class GradientMeasurement:
         loss: The loss to differentiate.
         source: Gives generators by key, different ones on each rank.
         groups: For each trainable parameter, in order, the part of the gradient that it is in.
-        sketch: Keep at most so many numbers of each parameter's gradient, or None for all.
 
     Attributes:
-        loss_scale: Factor on the loss that is taken off the gradient again: in float16 small
+        loss_scale: Factor on the loss, by which gradients are divided again: in float16 small
             gradients are zero without one.
     """
 
-    def __init__(
-        self,
-        loss: NoisyLoss,
-        source: Source,
-        groups: Sequence[int],
-        *,
-        sketch: int | None = None,
-    ) -> None:
+    def __init__(self, loss: NoisyLoss, source: Source, groups: Sequence[int]) -> None:
         self.loss = loss
         self.source = source
         self.groups = groups
-        self.sketch = sketch
         self.loss_scale = 1.0
 
     def per_sample(
@@ -109,7 +102,7 @@ class GradientMeasurement:
 
         Args:
             clean: n >= 2 samples; 4 n gradients are taken.
-            *key: Tells the draws of this measurement from others.
+            *key: Distinguishes the draws of this measurement from others.
             low: Quantile of the density of t above which times are drawn.
             high: Quantile below which times are drawn.
 
@@ -127,12 +120,12 @@ class GradientMeasurement:
         Args:
             clean: n samples, 2 or more for each bin.
             count: Number of bins.
-            *key: Tells the draws of this measurement from others.
+            *key: Distinguishes the draws of this measurement from others.
         """
-        share = len(clean.x0) // count
+        size = len(clean.x0) // count
         parts: list[_Part] = [
             (
-                clean.rows(slice(i * share, (i + 1) * share)),
+                clean.rows(slice(i * size, (i + 1) * size)),
                 (*key, i),
                 i / count,
                 (i + 1) / count,
@@ -144,7 +137,7 @@ class GradientMeasurement:
     def _per_sample(self, parts: list["_Part"], key: tuple[int | str, ...]) -> list[Components]:
         for clean, *_ in parts:
             _check_units(len(clean.x0))
-        with preserve_global_rng(), uncompiled(), sdpa_kernel(SDPBackend.MATH):
+        with preserve_global_rng(), uncompiled(), _SameTensors(), sdpa_kernel(SDPBackend.MATH):
             rows = concatenated([interleaved(self._draws(*part)) for part in parts])
             parameters, fixed = aliases(self.loss)
             torch.manual_seed(self.source(*key, "global").initial_seed())
@@ -154,15 +147,15 @@ class GradientMeasurement:
                 return losses.sum().mul(self.loss_scale)
 
             gradients = vmap(grad(one), in_dims=(None, 0), randomness="different")
-            sums = [self._sums(own) for _, own, *_ in parts]
-            share = DRAWS_PER_UNIT * len(parts[0][0].x0)
+            sums = [GradientSums(self.groups) for _ in parts]
+            size = DRAWS_PER_UNIT * len(parts[0][0].x0)
             chunk = _chunk(sum(p.numel() for p in parameters.values()))
-            for start, stop in _slices(len(parts), share, chunk):
+            for start, stop in _slices(len(parts), size, chunk):
                 part = mapped(rows, lambda x: x[start:stop, None])  # noqa: B023
                 found = self._unscaled(gradients(parameters, part).values())
-                for first in range(0, stop - start, share):
-                    own = sums[(start + first) // share]
-                    own.add([gradient[first : first + share] for gradient in found])
+                for first in range(0, stop - start, size):
+                    own = sums[(start + first) // size]
+                    own.add([gradient[first : first + size] for gradient in found])
             return [each.components() for each in sums]
 
     def by_differences(
@@ -172,7 +165,7 @@ class GradientMeasurement:
 
         Args:
             batches: Two or more batches of equal size, each of other samples.
-            *key: Tells the draws of this measurement from others.
+            *key: Distinguishes the draws of this measurement from others.
             low: Quantile of the density of t above which times are drawn.
             high: Quantile below which times are drawn.
 
@@ -181,7 +174,7 @@ class GradientMeasurement:
             with several draws of each sample it is the variance per sample, not per draw.
         """
         _check_units(len(batches))
-        sums = self._sums(key)
+        sums = GradientSums(self.groups)
         with preserve_global_rng():
             for unit, clean in enumerate(batches):
                 draws = self._draws(clean, (*key, unit), low, high)
@@ -215,7 +208,7 @@ class GradientMeasurement:
         ]
 
     def why_unavailable(self, clean: Clean) -> str | None:
-        """Return why per-sample gradients are impossible or do not tell all, or None."""
+        """Return why per-sample gradients are impossible or incomplete, or None."""
         if is_trained(clean):
             return "`encode` is trained"
         if self.loss.couples_rows:
@@ -259,21 +252,34 @@ class GradientMeasurement:
             return list(gradients)
         return [gradient / self.loss_scale for gradient in gradients]
 
-    def _sums(self, key: tuple[int | str, ...]) -> "GradientSums":
-        signs = None if self.sketch is None else self.source(*key, "sketch")
-        return GradientSums(self.groups, self.sketch, signs)
+
+class _SameTensors(TorchFunctionMode):
+    """Makes ``x.to(...)`` return x where nothing changes, also inside functorch.
+
+    There it returns a wrapper. Some modules keep it as an attribute, such as diffusers' schedulers:
+    it outlives the measurement and can neither be copied nor saved.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function is not Tensor.to or (kwargs or {}).get("copy"):
+            return found
+        is_same = (found.device, found.dtype) == (args[0].device, args[0].dtype)
+        return args[0] if is_same else found
 
 
 def _chunk(size: int) -> int:
-    """Return how many per-sample gradients of ``size`` numbers to hold, whole units."""
+    """Return how many per-sample gradients of ``size`` numbers to hold: those of whole units."""
     return DRAWS_PER_UNIT * max(1, _CHUNK_ELEMENTS // (DRAWS_PER_UNIT * size))
 
 
-def _slices(parts: int, share: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Yield where chunks of rows begin and end: whole parts, or pieces of one of them."""
-    step = chunk // share * share or chunk
-    ends = share * parts if chunk >= share else share
-    for begin in range(0, share * parts, ends):
+def _slices(parts: int, size: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Yield where chunks of rows begin and end: parts of ``size`` rows, or pieces of one."""
+    step = chunk // size * size or chunk
+    ends = size * parts if chunk >= size else size
+    for begin in range(0, size * parts, ends):
         for start in range(begin, begin + ends, step):
             yield start, min(start + step, begin + ends)
 
@@ -281,5 +287,6 @@ def _slices(parts: int, share: int, chunk: int) -> Iterator[tuple[int, int]]:
 def _check_units(count: int) -> None:
     if count < 2:
         raise ValueError(
-            f"Components of variance need 2 samples or batches at the least, but got {count}."
+            f"Components of variance need at least 2 samples or batches, got {count}: measure on "
+            f"more."
         )

@@ -15,7 +15,7 @@ class GradientStatistics:
     Args:
         groups: Names of the groups of parameters.
         noise_levels: Noise level in the middle of each bin ``(L,)``; the bins are equally likely.
-        state: What ``state`` has returned, to go on from it.
+        state: What ``state`` has returned, to continue from there.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class GradientStatistics:
         """Add a measurement: the whole gradient, then each group ``(1 + groups,)``.
 
         Args:
-            components: What was measured; NaN where it does not tell.
+            components: What was measured; NaN where it is unknown.
             memory: Factor on the weight of all earlier ones.
         """
         self._whole.fade(memory)
@@ -48,7 +48,7 @@ class GradientStatistics:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was measured yet."""
+        """Whether nothing has been measured yet."""
         return not bool(self._whole.weight.any())
 
     @property
@@ -72,8 +72,8 @@ class GradientStatistics:
         return Components(*self._levels.error)
 
     @property
-    def shares(self) -> Tensor:
-        """Part of each bin in ``E ‖g‖²``, ``(L,)``; NaN until all bins are measured."""
+    def fractions(self) -> Tensor:
+        """Fraction of each bin in ``E ‖g‖²``, ``(L,)``; NaN until all bins are measured."""
         moments = self.levels.second_moment
         return moments / moments.sum()
 

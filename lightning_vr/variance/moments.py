@@ -5,9 +5,9 @@ scatter. With weights w that do not depend on the values v,
 
     mean = Σ w v / W,    error² = W₂ / W² · Σ w (v - mean)² / (W - W₂/W),    W = Σ w, W₂ = Σ w².
 
-Sets of measurements merge exactly (Chan, Golub and LeVeque 1979), and older ones fade when weights
-are multiplied by a factor. What is to be a ratio is formed from means, never averaged: a ratio's
-denominator, such as a squared mean gradient, comes close to zero in single measurements.
+Sets of measurements merge exactly (Chan, Golub and LeVeque 1979), and older ones fade when their
+weights are multiplied by a factor. Ratios are formed from means and never averaged: a denominator,
+such as a squared mean gradient, comes close to zero in single measurements.
 """
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class Moments:
-    """Mean and standard error of measurements of one shape; each element has weights of its own.
+    """Mean and standard error of measurements of one shape; each element has its own weights.
 
     Args:
         shape: Shape of a measurement.
-        state: What ``state`` has returned, or None to begin with nothing.
+        state: What ``state`` has returned, or None to start empty.
     """
 
     def __init__(self, *shape: int, state: Tensor | None = None) -> None:
@@ -62,20 +62,20 @@ class Moments:
         return torch.sqrt(squared / weight**2 * scatter / freedom)
 
     def state(self) -> Tensor:
-        """Return all there is to keep, as one tensor."""
+        """Return all sums as one tensor."""
         return self._state
 
     def _merge(self, other: Tensor) -> None:
         weight, squared, mean, scatter = self._state
         more_weight, more_squared, more_mean, more_scatter = other
         total = weight + more_weight
-        share = torch.where(total > 0, more_weight / total, 0.0)
+        fraction = torch.where(total > 0, more_weight / total, 0.0)
         shift = more_mean - mean
         self._state = torch.stack(
             [
                 total,
                 squared + more_squared,
-                mean + share * shift,
-                scatter + more_scatter + weight * share * shift**2,
+                mean + fraction * shift,
+                scatter + more_scatter + weight * fraction * shift**2,
             ]
         )

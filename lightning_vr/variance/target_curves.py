@@ -1,4 +1,4 @@
-"""Target variance over noise levels, as it was measured: what plots, tables and loggers show."""
+"""Curves of measured target variance over noise levels, for plots, tables and loggers."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ class TargetVarianceCurve:
         }
 
     def name(self, references: int) -> str:
-        """Return the number of references in words: ``"all"`` for the whole data set."""
+        """Return how columns name a number of references: ``"all"`` for the whole data set."""
         return "all" if references == self.size else str(references)
 
     def state(self) -> dict[str, Any]:

@@ -10,14 +10,14 @@ where D is the exact posterior mean of the data set and D_S the STF target for r
 unit is that of the unweighted score at alpha = 1, ``(D - x_t) / s²``. In the x_t of a schedule the
 same variance is ``alpha² / sigma⁴`` times that of x0, which is 1 / alpha² as much.
 
-V_DSM is the mean of the exact posterior covariance: x_t alone is sampled. As STF is unbiased, V_STF
+V_DSM is the mean of the exact posterior covariance: only x_t is sampled. As STF is unbiased, V_STF
 has two estimates whose only noise is x_t and S: the definition, precise where many references mix,
-and V_DSM - E tr Cov[x0 | x_t, S] (law of total variance), precise where few do. Rows mix them by
-a rule of x_t alone, which keeps the estimate unbiased. V_STF(1) is V_DSM, and V_STF(N) is 0.
+and V_DSM - E tr Cov[x0 | x_t, S] (law of total variance), precise where few do. The weights of the
+two depend on x_t alone, which keeps the estimate unbiased. V_STF(1) is V_DSM, and V_STF(N) is 0.
 
-The rows of a batch share references, and in the far field their errors are one and the same;
-standard errors therefore come from the means of independent blocks of rows, each with references
-of its own. All noise levels share draws, so that curves are smooth: their points are dependent.
+The rows of a batch share references, and in the far field all their errors are the same. Standard
+errors therefore come from the means of independent blocks of rows, each with its own references.
+All noise levels share draws, so that curves are smooth: their points are dependent.
 
 The divergence is ``D(s) = E Σ_i ω_i f(1/(N ω_i))`` with the exact posterior weights ω,
 f(y) = (1/y - 1)² for y < 3/2 and 8y/27 - 1/3 above. It is D_f(p_0 ‖ p_{0|t}) of theorem 2; section
@@ -26,10 +26,8 @@ f(y) = (1/y - 1)² for y < 3/2 and 8y/27 - 1/3 above. It is D_f(p_0 ‖ p_{0|t})
 Source: Xu, Tong and Jaakkola 2023, arXiv 2302.00670, equations 3 and 6, theorem 2, section 6.1.
 """
 
-import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,11 +35,10 @@ from torch import Tensor
 from lightning_vr.core.distributed import all_gather_rows, rank, world_size
 from lightning_vr.core.progress import progress_bar
 from lightning_vr.core.rng import generator
-from lightning_vr.core.types import UNLABELLED, Clean, Noised, TargetEstimate
-from lightning_vr.estimators.stf import STF
-from lightning_vr.posterior.posterior_mean import Posterior, posterior_mean
-from lightning_vr.posterior.references import References, check_samples
-from lightning_vr.posterior.streamed_softmax import label_mismatch
+from lightning_vr.core.types import Clean, TargetEstimate
+from lightning_vr.core.validation import check_finite, check_samples
+from lightning_vr.posterior.posterior_mean import Posterior
+from lightning_vr.variance.empirical_distribution import EmpiricalDistribution, noise_at_levels
 from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -64,14 +61,14 @@ def measure_target_variance(
 ) -> TargetVarianceCurve:
     """Measure V_DSM, V_STF, ESS and D of a data set, in float64.
 
-    Costs about ``6 N d`` floating-point operations for each sample and noise level; memory beyond
-    two copies of the data stays bounded. Under DDP the ranks share the blocks: all of them call it
-    with the same data, and get the same curve, which does not depend on their number.
+    It costs about ``6 N d`` floating-point operations for each sample and noise level; memory
+    beyond two copies of the data stays bounded. Under DDP each rank measures some of the blocks:
+    all call it with the same data and get the same curve, which does not depend on their number.
 
     Args:
         x0: The data set ``(N, *)``.
         noise_levels: ``sigma / alpha``, ``(L,)``, positive.
-        references: Numbers of references of STF, the own sample among them, each at most N.
+        references: Numbers of references of STF, the sample itself included, each at most N.
         group: Class labels ``(N,)``: a row of a class uses references of that class alone.
         cond_group: Numbers of further conditions ``(N,)``, which references must share too.
         label_dropout: Fraction of rows whose label is dropped, so that they use all references.
@@ -84,7 +81,7 @@ def measure_target_variance(
         ValueError: If the data is not finite, a noise level not positive, or a count out of range.
     """
     _check(x0, noise_levels, references, samples, blocks)
-    data = _DataSet.prepare(x0, group, cond_group)
+    data = EmpiricalDistribution.prepare(x0, group, cond_group)
     levels = noise_levels.to(data.device, torch.float64)
     counts = sorted({*references} - {1, data.size})
 
@@ -111,9 +108,9 @@ def noise_level_grid(
 ) -> Tensor:
     """Return noise levels, evenly spaced in the logarithm, over which the target variance changes.
 
-    Below some level every sample is told from all others and the variance is 0; far above the
-    extent of the data all curves are straight lines. Ends beyond these two are drawn in, to
-    no less than a decade.
+    Below some level every sample can be told from all others and the variance is 0; far above the
+    extent of the data all curves are straight lines. The grid ends at these two levels where
+    ``low`` and ``high`` lie beyond, but spans at least a decade.
 
     Args:
         x0: The data set ``(N, *)``.
@@ -123,7 +120,7 @@ def noise_level_grid(
         group: Class labels ``(N,)``, or None.
         cond_group: Numbers of further conditions ``(N,)``, or None.
     """
-    data = _DataSet.prepare(x0, group, cond_group)
+    data = EmpiricalDistribution.prepare(x0, group, cond_group)
     variance = float(data.bank.squared_norms.mean())
     high = min(high, 10 * math.sqrt(variance) if variance > 0 else 1.0)
     low = min(max(low, 1e-4 * high), 0.1 * high)
@@ -133,91 +130,32 @@ def noise_level_grid(
     return low * (high / low) ** ramp
 
 
-@dataclass(frozen=True)
-class _DataSet:
-    """All samples, flat and in float64, as each other's references."""
-
-    whole: STF
-    bank: References
-    group: Tensor | None
-    cond_group: Tensor | None
-
-    @classmethod
-    def prepare(
-        cls, x0: Tensor, group: Tensor | None, cond_group: Tensor | None = None
-    ) -> "_DataSet":
-        device = torch.device("cpu") if x0.device.type == "mps" else x0.device
-        whole = STF("all")
-        group = None if group is None else group.to(device)
-        cond_group = None if cond_group is None else cond_group.to(device)
-        flat = x0.flatten(1).to(device).double()
-        whole.fill(flat, group, indexed=True, cond_group=cond_group)
-        assert isinstance(whole.bank, References)
-        return cls(whole, whole.bank, group, cond_group)
-
-    @property
-    def size(self) -> int:
-        return len(self.bank)
-
-    @property
-    def device(self) -> torch.device:
-        return self.bank.rows.device
-
-    def target(self, references: int) -> STF:
-        """Return STF itself on a shared bank, so that what is measured is what trains."""
-        target = copy.copy(self.whole)
-        target.references = references
-        return target
-
-    def draw(self, count: int, label_dropout: float, *key: int | str) -> Clean:
-        """Draw samples, each as often as any other up to one time."""
-        source = generator(*key, "rows", device=self.device)
-        passes = [
-            torch.randperm(self.size, generator=source, device=self.device)
-            for _ in range(math.ceil(count / self.size))
-        ]
-        index = torch.cat(passes)[:count]
-        group = None if self.group is None else self.group[index]
-        cond_group = None if self.cond_group is None else self.cond_group[index]
-        if group is not None and label_dropout > 0:
-            u = torch.rand(count, generator=source, device=self.device)
-            group = torch.where(u < label_dropout, UNLABELLED, group)
-        x0 = self.bank.rows[index] + self.bank.centre
-        return Clean(x0, group, index=index, cond_group=cond_group)
-
-    def posterior(self, noised: Noised) -> Posterior:
-        """Return the exact posterior, around the own sample for its precision at low noise."""
-        return posterior_mean(
-            noised.xt,
-            noised.alpha,
-            noised.sigma,
-            self.bank,
-            own=noised.x0,
-            exclude=noised.index,
-            query_group=noised.labels,
-        )
-
-
-def _lowest_mixing_level(data: _DataSet, low: float, high: float, threshold: float) -> float:
+def _lowest_mixing_level(
+    data: EmpiricalDistribution, low: float, high: float, threshold: float
+) -> float:
     """Bisect for where ``E tr Cov[x0 | x_t]`` is the threshold."""
     clean = data.draw(64, 0.0, "grid")
     for _ in range(12):
         middle = math.sqrt(low * high)
-        noised = _noised(clean, clean.x0.new_tensor([middle]), "grid")
+        noised = noise_at_levels(clean, clean.x0.new_tensor([middle]), "grid")
         is_mixing = float(data.posterior(noised).spread.mean()) > threshold
         low, high = (low, middle) if is_mixing else (middle, high)
     return low
 
 
 def _measure_block(
-    data: _DataSet, clean: Clean, levels: Tensor, counts: list[int], key: tuple[int, int]
+    data: EmpiricalDistribution,
+    clean: Clean,
+    levels: Tensor,
+    counts: list[int],
+    key: tuple[int, int],
 ) -> Tensor:
     """Return block means ``(L, 3 + 2 counts)``: spread, D, ESS; error and ESS of each STF."""
     means = []
     for part in torch.split(levels, max(1, _BLOCK_ELEMENTS // clean.x0.numel())):
-        noised = _noised(clean, part, *key)
+        noised = noise_at_levels(clean, part, *key)
         exact = data.posterior(noised)
-        values = [exact.spread, _divergence(noised, data.bank, exact.log_evidence), exact.ess]
+        values = [exact.spread, data.divergence(noised, exact.log_evidence), exact.ess]
         for count in counts:
             source = generator(*key, "references", count, device=data.device)
             target = data.target(count)(noised, clean, source)
@@ -227,58 +165,12 @@ def _measure_block(
     return torch.cat(means)
 
 
-def _noised(clean: Clean, levels: Tensor, *key: int | str) -> Noised:
-    """Noise each sample at every level, with one noise: L draws of a sample next to each other."""
-    source = generator(*key, "noise", device=levels.device)
-    shape, dtype = clean.x0.shape, clean.x0.dtype
-    noise = torch.randn(shape, generator=source, device=levels.device, dtype=dtype)
-
-    row = torch.arange(len(noise), device=levels.device).repeat_interleave(len(levels))
-    sigma = levels.repeat(len(noise))
-    clean, noise = clean.rows(row), noise[row]
-    ones = torch.ones_like(sigma)
-    xt = clean.x0 + sigma[:, None] * noise
-    return Noised(
-        xt,
-        clean.x0,
-        noise,
-        sigma,
-        ones,
-        sigma,
-        ones,
-        clean.group,
-        index=clean.index,
-        cond_group=clean.cond_group,
-    )
-
-
 def _error(target: TargetEstimate, exact: Posterior, fraction: float) -> Tensor:
-    """Return ``E ‖D_S - D‖²`` for each row, its two estimates mixed by a rule of x_t alone."""
+    """Return ``E ‖D_S - D‖²`` for each row, a mean of two estimates weighted by x_t alone."""
     by_definition = (target.x0 - exact.mean).square().sum(dim=1)
     by_difference = exact.spread - target.spread
-    share = 1 / (1 + fraction * (exact.ess - 1))
-    return torch.lerp(by_definition, by_difference, share)
-
-
-def _divergence(noised: Noised, bank: References, log_evidence: Tensor) -> Tensor:
-    """Return ``Σ ω f(1/(N ω))`` for each row, from ``N ω = p(x_t | x_i) / p(x_t)``."""
-    query = noised.xt - bank.centre
-    precision = noised.sigma**-2
-    offset = 0.5 * query.shape[1] * torch.log(precision / (2 * math.pi)) - log_evidence
-    offset -= 0.5 * precision * torch.linalg.vecdot(query, query)
-
-    total, count, labels = torch.zeros_like(offset), torch.zeros_like(offset), noised.labels
-    for start, rows, norms in bank.chunks(None, len(query), query.dtype):
-        logits = precision[:, None] * (query @ rows.T - 0.5 * norms)
-        ratio = torch.exp(logits + offset[:, None])
-        terms = torch.where(ratio > 2 / 3, ratio * (ratio - 1) ** 2, 8 / 27 - ratio / 3)
-        if labels is not None and bank.group is not None:
-            is_foreign = label_mismatch(labels, bank.group[start : start + len(rows)])
-            terms.masked_fill_(is_foreign, 0)
-            count -= is_foreign.sum(dim=1)
-        total += terms.sum(dim=1)
-        count += len(rows)
-    return total / count
+    weight = 1 / (1 + fraction * (exact.ess - 1))
+    return torch.lerp(by_definition, by_difference, weight)
 
 
 def _curve(
@@ -312,22 +204,22 @@ def _measured(blocks: Tensor) -> MeasuredCurve:
 def _check(
     x0: Tensor, noise_levels: Tensor, references: Sequence[int], samples: int, blocks: int
 ) -> None:
+    """Raise if the data or a setting cannot be measured with."""
     check_samples("x0", x0)
-    if not bool(torch.isfinite(x0).all()):
-        raise ValueError("Argument `x0` expected to be finite: remove NaN and infinity from it.")
+    check_finite("x0", x0)
     if noise_levels.ndim != 1 or not bool(((noise_levels > 0) & noise_levels.isfinite()).all()):
         raise ValueError(
-            f"Argument `noise_levels` expected to be positive, finite and of shape (L,), but got "
-            f"{noise_levels.tolist()}."
+            f"`noise_levels` must be positive, finite and of shape (L,), got "
+            f"{noise_levels.tolist()}: leave out the others."
         )
     for count in references:
         if not 1 <= count <= len(x0):
             raise ValueError(
-                f"Argument `references` expected to hold numbers between 1 and {len(x0)}, the "
-                f"number of samples measured on, but got {count}: use fewer references."
+                f"`references` must be numbers between 1 and {len(x0)}, the number of samples "
+                f"measured on, got {count}: use fewer references."
             )
     if not 2 <= blocks <= samples:
         raise ValueError(
-            f"Arguments `samples` and `blocks` expected to satisfy 2 <= blocks <= samples, "
-            f"but got {samples} samples in {blocks} blocks."
+            f"`samples` and `blocks` must satisfy 2 <= blocks <= samples, got {samples} samples in "
+            f"{blocks} blocks: use more samples or fewer blocks."
         )

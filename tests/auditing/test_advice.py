@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_vr.auditing import Audit, Candidate
+from lightning_vr.auditing import Audit, Candidate, save_report
 from lightning_vr.auditing.report import page, table
 from lightning_vr.auditing.result import MeasuredEstimator
 from lightning_vr.cli.vr_cli import VRCLI
@@ -94,10 +94,10 @@ def test_where_noise_is_no_bottleneck_the_advice_says_so():
     # V = 10 and B = 10 make the noise ratio 1 / squared_mean
     audit = an_audit(measured("a", 2.0), squared_mean=10.0)
     assert audit.noise_ratio == pytest.approx(0.1)
-    assert "noise is not what holds this training back" in audit.advice
+    assert "noise is not the bottleneck of this training" in audit.advice
     assert audit.predicted_speedup(audit.recommended) == pytest.approx(1.1 / 1.05)
     assert "1.05 times less compute" in audit.advice
-    assert "not what holds" not in an_audit(measured("a", 2.0)).advice
+    assert "not the bottleneck" not in an_audit(measured("a", 2.0)).advice
     # half the variance in 1.5 times as long: (1.5 * 1.05) / 1.1
     dear = an_audit(measured("dear", 2.0, seconds=0.015), squared_mean=10.0)
     assert "1.43 times more compute" in dear.advice
@@ -143,7 +143,7 @@ def test_a_larger_batch_is_said_to_do_what_cheap_resamples_do():
     twice = replace(measured("2 resamples", 1.5), draws_per_sample=2)
     advice = an_audit(twice, upstream=1e-6).advice
     assert "Train with 2 resamples" in advice
-    assert "a batch of 2 times as many samples would have less variance still" in advice
+    assert "a batch of 2 times as many samples would have even less variance" in advice
     assert "as many samples" not in an_audit(twice, upstream=9e-4).advice
     pairs = replace(measured("pairs", 2.5), draws_per_sample=2)
     assert "as many samples" not in an_audit(pairs, upstream=1e-6).advice
@@ -212,7 +212,7 @@ def test_pasted_lines_leave_nothing_of_present_draws_behind(tmp_path, present, b
 
 def test_all_that_was_found_is_written(tmp_path):
     audit = an_audit(measured("a", 2.0), measured("b", 0.5))
-    audit.save(tmp_path / "new")
+    save_report(audit, tmp_path / "new")
     written = json.loads((tmp_path / "new/audit.json").read_text())
     assert written["recommended"] == "a"
     assert [each["name"] for each in written["estimators"]] == ["current", "a", "b"]
@@ -226,9 +226,9 @@ def test_all_that_was_found_is_written(tmp_path):
 
 def test_what_is_not_finite_is_written_as_nothing(tmp_path):
     audit = an_audit(measured("a", 2.0), squared_mean=-1.0)
-    audit.save(tmp_path)
+    save_report(audit, tmp_path)
     assert json.loads((tmp_path / "audit.json").read_text())["noise_ratio"] is None
-    assert "too large to tell" in page(audit)
+    assert "too large to resolve" in page(audit)
 
 
 def test_a_candidate_without_a_configuration_is_recommended_without_lines():

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, WeightedRandomSampler
@@ -69,7 +69,7 @@ def test_stf_has_less_variance_than_the_plain_target_and_the_audit_sees_it():
     assert found.batch == 32
     assert found.repetitions >= 3
     assert found.statistics.levels.total.isfinite().all()
-    assert found.statistics.shares.sum() == pytest.approx(1)
+    assert found.statistics.fractions.sum() == pytest.approx(1)
 
 
 def test_an_equal_estimator_saves_nothing_exactly():
@@ -119,6 +119,26 @@ def test_nothing_of_the_module_or_the_random_state_changes():
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_an_audit_that_fails_leaves_the_module_and_the_settings_of_the_trainer_as_they_were():
+    model, points = module(STF(16)), data(batch_size=300)
+    model.sample_shape, model.estimate = (7,), None
+    fit = half_precision(1.0)
+    fit.callbacks.append(Callback())
+    fit.fit_loop.max_epochs = 5
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    callbacks, target = fit.callbacks, model.target
+    with pytest.raises(ValueError, match="two whole batches"):
+        audit(model, points, budget=1, progress=False, trainer=fit)
+    assert (model.seed, model.estimate, model.sample_shape) == (None, None, (7,))
+    assert model.target is target
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert fit.callbacks is callbacks
+    assert (fit.limit_val_batches, fit.max_epochs, fit.max_steps) == (1.0, 5, -1)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_training_after_an_audit_is_what_it_would_have_been():
@@ -229,7 +249,7 @@ def test_an_audit_that_is_asked_to_stop_stops():
 
 
 def test_what_cannot_be_audited_is_refused():
-    with pytest.raises(ValueError, match="`budget` expected to be positive"):
+    with pytest.raises(ValueError, match="`budget` must be positive and finite, got 0"):
         audit(module(), data(), budget=0)
     with pytest.raises(ValueError, match="two whole batches"):
         audit(module(), data(batch_size=300), budget=1, progress=False)

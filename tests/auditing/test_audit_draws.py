@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from same_runs import assert_equal
+from support.comparisons import assert_equal
 from torch import nn
 from torch.utils.data import DataLoader
 

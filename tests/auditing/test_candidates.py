@@ -111,8 +111,8 @@ def test_a_file_names_candidates_and_their_slots(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: few", "expected to be a file with a list"),
-        ("", "expected to be a file with a list"),
+        ("name: few", r"`candidates` must be a file with a list, got .*candidates.yaml with "),
+        ("", r"`candidates` must be a file with a list, got .*candidates.yaml with "),
     ],
 )
 def test_a_file_that_holds_no_list_is_refused(tmp_path, text, message):
@@ -123,7 +123,9 @@ def test_a_file_that_holds_no_list_is_refused(tmp_path, text, message):
 
 
 def test_a_file_that_is_missing_or_wrong_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(
+        ValueError, match=r"`candidates` must be a YAML file, got .*none.yaml, but there is no file"
+    ):
         read_candidates(tmp_path / "none.yaml")
     path = tmp_path / "candidates.yaml"
     path.write_text("- name: few\n  target: {class_path: STF, init_args: {reference: 16}}\n")
@@ -133,7 +135,7 @@ def test_a_file_that_is_missing_or_wrong_is_refused(tmp_path):
 
 def test_names_must_tell_candidates_apart():
     for twice in (["a", "a"], ["current"]):
-        with pytest.raises(ValueError, match="different names"):
+        with pytest.raises(ValueError, match="`candidates` must have different names"):
             check_candidates([Candidate(name, target=DSM()) for name in twice])
     with pytest.raises(ValueError, match="'empty' fills no slot"):
         check_candidates([Candidate("empty")])

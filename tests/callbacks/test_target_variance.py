@@ -362,7 +362,7 @@ def test_more_references_than_samples_are_refused(tmp_path):
 )
 def test_arguments_out_of_range_are_refused(settings):
     (name,) = settings
-    with pytest.raises(ValueError, match=f"`{name}` expected to be at least"):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least"):
         TargetVariance(**settings)
 
 

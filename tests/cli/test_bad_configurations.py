@@ -155,7 +155,7 @@ ESTIMATORS = [
     fit(
         f"{CARV}proposal=TableProposal --model.draws.proposal.probabilities=[0,1]",
         "`proposal`",
-        "mix in a share",
+        "mix in some",
     ),
     fit("--model.draws.resamples=2", "`model.draws` must be a class", "use IID or CARV"),
     fit("--model.draws=STF", "`model.draws`", "use IID or CARV"),

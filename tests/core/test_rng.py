@@ -56,7 +56,7 @@ def draw_and_fail():
     raise ZeroDivisionError
 
 
-def test_undisturbed_restores_the_global_streams_even_after_an_error():
+def test_the_global_streams_are_restored_even_after_an_error():
     before = states()
     with preserve_global_rng():
         draw_from_all_streams()
@@ -66,7 +66,7 @@ def test_undisturbed_restores_the_global_streams_even_after_an_error():
     assert states() == before
 
 
-def test_undisturbed_restores_the_streams_when_a_loop_is_left_early():
+def test_the_global_streams_are_restored_when_a_loop_is_left_early():
     def batches():
         with preserve_global_rng():
             for _ in range(3):

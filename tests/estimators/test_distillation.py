@@ -103,5 +103,5 @@ def test_one_draw_may_be_clipped_or_normalised():
 @pytest.mark.parametrize("option", [{"clip": 1.0}, {"normalize": True}])
 def test_clipping_or_normalising_single_draws_of_several_is_refused(option):
     (name,) = option
-    with pytest.raises(ValueError, match=f"`{name}` expected to be off with 4 draws"):
+    with pytest.raises(ValueError, match=f"`{name}` must be off with 4 draws"):
         gradient(CARV(4), **option)

@@ -550,13 +550,13 @@ def test_the_chunk_size_does_not_change_the_target(chunk_size, source):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"references": 0}, "`references` expected to be 'batch', 'all' or a number .* got 0"),
-        ({"references": "bank"}, "`references` expected .* but got 'bank'"),
-        ({"references": 2.5}, "`references` expected .* but got 2.5"),
-        ({"min_noise_level": -1.0}, "`min_noise_level` expected .* but got -1.0"),
-        ({"min_noise_level": "always"}, "`min_noise_level` expected .* but got 'always'"),
-        ({"min_noise_level": math.nan}, "`min_noise_level` expected .* but got nan"),
-        ({"chunk_size": 0}, "`chunk_size` expected to be at least 1, but got 0"),
+        ({"references": 0}, "`references` must be 'batch', 'all' or a number .* got 0"),
+        ({"references": "bank"}, "`references` must .* got 'bank'"),
+        ({"references": 2.5}, "`references` must .* got 2.5"),
+        ({"min_noise_level": -1.0}, "`min_noise_level` must .* got -1.0"),
+        ({"min_noise_level": "always"}, "`min_noise_level` must .* got 'always'"),
+        ({"min_noise_level": math.nan}, "`min_noise_level` must .* got nan"),
+        ({"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(options, message):
@@ -570,13 +570,13 @@ def test_all_references_without_indices_are_refused_with_the_reason():
 
 
 def test_more_references_than_samples_are_refused():
-    with pytest.raises(ValueError, match=r"`references` expected to be at most 5, .* but got 6"):
+    with pytest.raises(ValueError, match=r"`references` must be at most 5, .* got 6"):
         STF(6).fill(torch.randn(5, 2), None, indexed=True)
 
 
 def test_a_missing_bank_is_refused_with_how_to_fill_it(source):
     clean = Clean(torch.zeros(2, 3))
-    with pytest.raises(RuntimeError, match=r"STF\(references=4\) has no bank: `fit` fills it"):
+    with pytest.raises(RuntimeError, match=r"STF\(references=4\) has no bank, which `fit` fills"):
         STF(4)(noised_at(clean, 1.0, source), clean, source)
 
 

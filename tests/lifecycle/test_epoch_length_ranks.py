@@ -9,15 +9,17 @@ from datetime import timedelta
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.strategies import DDPStrategy
+from support.networks import small_mlp
+from support.points import Points, normal_points
+from support.trainers import quiet_trainer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_vr import CARV, STF, DiffusionModule, GradientVariance, ResidualMLP, TaylorCV
+from lightning_vr import CARV, STF, DiffusionModule, GradientVariance, TaylorCV
 from lightning_vr.callbacks import gradient_variance
 from lightning_vr.core.distributed import rank
-from lightning_vr.core.rng import generator
 from lightning_vr.core.types import Noised
 from lightning_vr.process.timesteps import LogUniform
 from lightning_vr.training.resamples_pilot import ResamplesPilot
@@ -35,17 +37,11 @@ BROKEN = 13
 """A sample that is not finite, for those who ask for it."""
 
 
-class Points(Dataset):
-    def __init__(self, broken=False):
-        self.x0 = torch.randn(40, 2, generator=generator("uneven points"))
-        if broken:
-            self.x0[BROKEN, 1] = torch.nan
-
-    def __len__(self):
-        return 40
-
-    def __getitem__(self, i):
-        return {"x0": self.x0[i], "index": i}
+def points(broken=False):
+    x0 = normal_points(40, "uneven points")
+    if broken:
+        x0[BROKEN, 1] = torch.nan
+    return Points(x0)
 
 
 class Stream(IterableDataset):
@@ -55,7 +51,7 @@ class Stream(IterableDataset):
         self.positions = list(itertools.chain(*batches))
 
     def __iter__(self):
-        return map(Points().__getitem__, self.positions)
+        return map(points().__getitem__, self.positions)
 
 
 class PerRank(LightningDataModule):
@@ -69,10 +65,10 @@ class PerRank(LightningDataModule):
         own = self.batches[self.trainer.global_rank]
         if self.kind == "stream":
             return DataLoader(Stream(own), batch_size=len(own[0]))
-        return DataLoader(Points(self.broken), batch_sampler=own)
+        return DataLoader(points(self.broken), batch_sampler=own)
 
     def val_dataloader(self):
-        return DataLoader(Points(), batch_size=20)
+        return DataLoader(points(), batch_size=20)
 
 
 class Save(Callback):
@@ -125,12 +121,8 @@ class Watched(DiffusionModule):
 
 
 def build(**slots):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ResidualMLP(2, width=8, depth=1)
-        nn.init.normal_(network.project_out.weight)
     return Watched(
-        network,
+        small_mlp(std=1.0),
         timesteps=LogUniform(0.05, 5.0),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01),
         **slots,
@@ -139,19 +131,16 @@ def build(**slots):
 
 def fit(folder, module, data, *callbacks, **options):
     settings = {"max_epochs": 2, "num_sanity_val_steps": 0}
-    Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        Save(folder),
+        *callbacks,
         strategy=DDPStrategy(start_method="fork", timeout=timedelta(seconds=30)),
         devices=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[Save(folder), *callbacks],
         default_root_dir=folder,
         **(settings | options),
-    ).fit(module, data)
+    )
+    trainer.fit(module, data)
     return results(folder)
 
 
@@ -174,45 +163,34 @@ MANY = [[20, 21, 22], [23, 24, 25], [26, 27, 28], [29, 30, 31]]
 LAST_IS_SMALL = [[20, 21, 22], [23]]
 
 
-@pytest.mark.parametrize("kind", ["map", "stream"])
 @pytest.mark.parametrize("shortest", [0, 1])
-def test_an_epoch_ends_with_the_shortest_rank_and_a_warning_says_so(kind, shortest, tmp_path):
+def test_an_epoch_ends_with_the_shortest_rank_and_a_warning_says_so(shortest, tmp_path):
     batches = [FEW, MANY] if shortest == 0 else [MANY, FEW]
     module = build(target=STF("batch"), draws=CARV(1))
-    found = fit(tmp_path, module, PerRank(batches, kind), accumulate_grad_batches=2)
+    found = fit(tmp_path, module, PerRank(batches), accumulate_grad_batches=2)
     for each, own in zip(found, batches, strict=True):
         assert positions(each) == 2 * own[:2]
         assert [batch["epoch"] for batch in each["batches"]] == [0, 0, 1, 1]
         assert each["steps"] == 2
         assert each["validations"] == [1, 2]
     assert_equal_weights(found)
-    told = [text for text in found[0]["warnings"] if "epoch ends with the shortest" in text]
-    counts = {
-        "map": [float(len(own)) for own in batches],
-        "stream": [int(own is MANY) for own in batches],
-    }
+    told = [text for text in found[0]["warnings"] if "epochs end with the shortest" in text]
     assert told
-    assert all(str(counts[kind]) in text for text in told)
+    assert all(str([float(len(own)) for own in batches]) in text for text in told)
 
 
-@pytest.mark.parametrize("kind", ["map", "stream"])
-def test_loaders_made_anew_are_looked_at_anew(kind, tmp_path):
-    data = PerRank([FEW, MANY], kind)
+def test_loaders_made_anew_are_looked_at_anew(tmp_path):
+    data = PerRank([FEW, MANY])
     found = fit(tmp_path, build(), data, reload_dataloaders_every_n_epochs=1)
     assert [positions(each) for each in found] == [2 * FEW, 2 * MANY[:2]]
     assert_equal_weights(found)
 
 
-def test_streams_that_end_before_a_limit_on_the_batches_end_together(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 1}], ids=["whole", "limited"])
+def test_loaders_without_a_length_are_refused_on_all_ranks(options, tmp_path):
     data = PerRank([FEW, MANY], "stream")
-    found = fit(tmp_path, build(), data, max_epochs=1, limit_train_batches=10)
-    assert [positions(each) for each in found] == [FEW, MANY[:2]]
-
-
-def test_a_limit_on_the_batches_of_streams_holds(tmp_path):
-    data = PerRank([FEW, MANY], "stream")
-    found = fit(tmp_path, build(), data, max_epochs=1, limit_train_batches=1)
-    assert [positions(each) for each in found] == [FEW[:1], MANY[:1]]
+    with pytest.raises(Exception, match="`train_dataloaders` must have a length on 2 ranks"):
+        fit(tmp_path, build(), data, max_epochs=1, **options)
 
 
 def test_a_fraction_of_an_epoch_is_one_of_the_shortest(tmp_path):
@@ -234,7 +212,7 @@ def test_of_batches_of_different_sizes_each_sample_is_its_own_reference_once(dra
             torch.cat([getattr(part, name) for part in noised]) for name in ("xt", "x0", "sigma")
         )
         # by hand: EDM has alpha 1, and each sample stands in the batch once
-        references = Points().x0[own]
+        references = points().x0[own]
         assert torch.equal(references.repeat_interleave(draws, 0), x0)
         logits = -0.5 * (torch.cdist(xt.double(), references.double()) / sigma[:, None]) ** 2
         expected = logits.softmax(dim=1) @ references.double()
@@ -254,7 +232,7 @@ def test_gradients_are_measured_on_as_many_samples_as_all_ranks_have(
     every_n_steps, tmp_path, monkeypatch
 ):
     # as often as to measure in a few steps, by the cost that follows from the size of a batch
-    monkeypatch.setattr(gradient_variance, "_COST_SHARE", 20)
+    monkeypatch.setattr(gradient_variance, "_TIME_BUDGET", 20)
     callback = GradientVariance(every_n_steps=every_n_steps, samples=4, noise_levels=2)
     found = fit(tmp_path, build(), PerRank(LARGE_AND_SMALL), callback, max_epochs=1)
     assert_equal_weights(found)

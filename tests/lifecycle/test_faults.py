@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import math
 import os
 import re
 import resource
@@ -11,12 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forks import exit_code
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from support.forks import exit_code
+from support.networks import small_mlp
+from support.points import Points
+from support.trainers import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -34,6 +38,7 @@ from lightning_vr import (
 from lightning_vr.callbacks import sample_grid as samples
 from lightning_vr.data import EightGaussians
 from lightning_vr.lifecycle.checkpoint_io import DurableCheckpointIO
+from lightning_vr.lifecycle.finite_guard import FiniteGuard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
@@ -44,19 +49,16 @@ pytestmark = [
 SPOILT = 21
 
 
-class Points(torch.utils.data.Dataset):
-    """Points, one of which turns bad once the first epoch has begun."""
+class Spoilt(Points):
+    """Points, one of which is multiplied by ``bad`` once the first epoch has begun."""
 
     def __init__(self, bad):
-        self.x0 = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))
+        super().__init__(torch.randn(32, 2, generator=torch.Generator().manual_seed(0)))
         self.bad, self.is_armed = bad, False
 
-    def __len__(self):
-        return len(self.x0)
-
     def __getitem__(self, i):
-        x0 = self.x0[i]
-        return {"x0": x0 * self.bad if self.is_armed and i == SPOILT else x0, "index": i}
+        batch = super().__getitem__(i)
+        return batch | {"x0": batch["x0"] * self.bad} if self.is_armed and i == SPOILT else batch
 
 
 class Arm(Callback):
@@ -76,25 +78,17 @@ ESTIMATORS = {
 
 
 def module(estimator="plain", **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ResidualMLP(2, width=8, depth=1)
-        nn.init.normal_(network.project_out.weight, std=0.3)
     options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01)} | options
-    return DiffusionModule(network, **ESTIMATORS[estimator](), **options)
+    return DiffusionModule(small_mlp(std=0.3), **ESTIMATORS[estimator](), **options)
 
 
 def trainer(*callbacks, **options):
     settings = {
-        "accelerator": "cpu",
         "max_epochs": 2,
-        "logger": False,
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
         "log_every_n_steps": 1,
     }
-    return Trainer(callbacks=list(callbacks), **(settings | options))
+    return quiet_trainer(*callbacks, **(settings | options))
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +100,7 @@ def elsewhere(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def points():
     # the spoilt one is in the third of four batches
-    return DataLoader(Points(torch.nan), batch_size=8)
+    return DataLoader(Spoilt(torch.nan), batch_size=8)
 
 
 class Weights(Callback):
@@ -179,7 +173,7 @@ class TestNonFinite:
                 module.network.project_out.bias.data.fill_(torch.inf)
 
         with pytest.raises(ValueError, match="has a loss that is not: lower the learning rate"):
-            trainer(Spoil()).fit(module(), DataLoader(Points(1.0), batch_size=8))
+            trainer(Spoil()).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
 
     def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_named(self):
         class Spoil(Callback):
@@ -187,7 +181,7 @@ class TestNonFinite:
                 module.network.project_out.bias.grad.fill_(torch.nan)
 
         with pytest.raises(ValueError, match=r"gradient of `network\.project_out\.bias`, though"):
-            trainer(Spoil()).fit(module(), DataLoader(Points(1.0), batch_size=8))
+            trainer(Spoil()).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
 
     def test_a_condition_that_is_not_finite_counts_as_the_sample(self):
         class Conditional(DiffusionModule):
@@ -201,10 +195,25 @@ class TestNonFinite:
 
         model = Conditional(ResidualMLP(2, width=8, depth=1))
         with pytest.raises(ValueError, match=f"sample {SPOILT}.*is not finite"):
-            trainer().fit(model, DataLoader(Points(1.0), batch_size=8))
+            trainer().fit(model, DataLoader(Spoilt(1.0), batch_size=8))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize(("value", "is_finite"), [(6e4, True), (math.nan, False)])
+    def test_the_norm_does_not_overflow_in_16_bits(self, dtype, value, is_finite):
+        layer = nn.Linear(30, 30, dtype=dtype)
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, 6e4)
+        layer.bias.grad[3] = value
+        trainer = SimpleNamespace(precision_plugin=None, global_step=5)
+        guard = FiniteGuard("skip")
+        if is_finite:
+            assert guard.check(trainer, layer)
+        else:
+            with pytest.warns(UserWarning, match="step 5 .* the gradient of `bias`"):
+                assert not guard.check(trainer, layer)
 
     def test_a_bad_choice_is_refused(self):
-        with pytest.raises(ValueError, match="`on_nonfinite` expected to be 'raise' or 'skip'"):
+        with pytest.raises(ValueError, match="must be 'raise' or 'skip', got 'ignore'"):
             module(on_nonfinite="ignore")
 
 
@@ -242,7 +251,7 @@ class TestCSVLog:
     @staticmethod
     def rows(folder):
         logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-        trainer(NewNames(), logger=logger).fit(module(), DataLoader(Points(1.0), batch_size=8))
+        trainer(NewNames(), logger=logger).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
         return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
 
     @pytest.mark.parametrize("step", [4, 5], ids=["more columns", "as many"])
@@ -284,7 +293,7 @@ class TestFullDisk:
     def test_training_goes_on_and_the_last_good_checkpoint_stays(self, full, tmp_path):
         full |= {6, 8}
         saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2, save_top_k=1)
-        data = DataLoader(Points(1.0), batch_size=8)
+        data = DataLoader(Spoilt(1.0), batch_size=8)
         model = module()
         fit = trainer(saved, limit_val_batches=0)
         with pytest.warns(match="could not be written.*No space left.*training goes on"):
@@ -307,7 +316,7 @@ class TestFullDisk:
         full |= {4}
         saved = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=1)
         with pytest.warns(match="could not be written"):
-            trainer(saved, limit_val_batches=0).fit(module(), DataLoader(Points(1.0), batch_size=8))
+            trainer(saved, limit_val_batches=0).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
         assert [path.name for path in tmp_path.iterdir()] == ["epoch=1-step=8.ckpt"]
 
     def test_the_best_stays_while_what_is_better_is_not_written(self, full, tmp_path):
@@ -326,7 +335,7 @@ class TestFullDisk:
 
     def test_a_checkpoint_that_is_saved_after_training_fails_as_usual(self, full, tmp_path):
         fit = trainer(max_epochs=1)
-        fit.fit(module(), DataLoader(Points(1.0), batch_size=8))
+        fit.fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
         full |= {4}
         with pytest.raises(OSError, match="No space left"):
             fit.save_checkpoint(tmp_path / "end.ckpt")
@@ -365,7 +374,7 @@ class TestFullDisk:
     def test_a_checkpoint_io_of_the_users_own_stays(self):
         own = AsyncCheckpointIO()
         fit = trainer(plugins=[own], max_epochs=1, limit_val_batches=0)
-        fit.fit(module(), DataLoader(Points(1.0), batch_size=8))
+        fit.fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
         assert fit.strategy.checkpoint_io is own
 
 
@@ -408,7 +417,7 @@ def test_a_logger_that_raises_ends_no_run_and_the_others_get_everything(tmp_path
 
 def test_a_failing_logger_is_told_of_once_for_each_of_its_methods(recwarn):
     fit = trainer(logger=Raising(), max_epochs=2, limit_val_batches=0)
-    fit.fit(module(), DataLoader(Points(1.0), batch_size=8))
+    fit.fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
     told = [str(w.message) for w in recwarn if "no route" in str(w.message)]
     assert len(told) == len(set(told))
     assert any("`Raising.log_metrics` failed (ConnectionError: no route)" in each for each in told)

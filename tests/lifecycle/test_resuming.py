@@ -5,14 +5,15 @@ import signal
 
 import pytest
 import torch
-from forks import exit_code
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from matplotlib.figure import Figure
-from same_runs import DieAt, StopAt, StoppedError, Terminate, assert_equal, logs
+from support.comparisons import assert_equal, logs
+from support.forks import exit_code
+from support.stops import DieAt, StopAt, StoppedError, Terminate
+from support.trainers import quiet_trainer
 from torch import nn
 
 from lightning_vr import (
@@ -24,13 +25,17 @@ from lightning_vr import (
     GradientVariance,
     LearnedProposal,
     ResidualMLP,
+    Sampler,
     TargetVariance,
     TaylorCV,
 )
 from lightning_vr.data import EightGaussians
 
-# what saves is not what resumes
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    # what saves is not what resumes
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
 
 EPOCHS, BATCHES, WINDOW = 3, 5, 2
 
@@ -71,6 +76,7 @@ def build(kind, slots):
         network,
         num_classes=8,
         label_dropout=0.2,
+        sampler=Sampler(steps=3),
         optimizer=lambda p: torch.optim.AdamW(p, lr=0.01),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.9),
         **SLOTS[slots](),
@@ -100,14 +106,12 @@ def fit(
         torch.manual_seed(6)
     module = module or build(kind, slots)
     settings = {"max_epochs": EPOCHS, "accumulate_grad_batches": WINDOW, "val_check_interval": 2}
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        *watchers(slots),
+        *extra,
         logger=CSVLogger(folder, name=""),
         enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in extra),
-        enable_progress_bar=False,
-        enable_model_summary=False,
         log_every_n_steps=1,
-        callbacks=[*watchers(slots), *extra],
         **(settings | options),
     )
     data = EightGaussians(
@@ -119,14 +123,6 @@ def fit(
 
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "lightning_vr")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pictures():
-    """Pictures would take most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda *_, **__: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +335,7 @@ def test_a_gradient_of_a_batch_that_failed_is_not_kept(batch, lost, whole, tmp_p
         check((fit(tmp_path, ckpt_path=tmp_path / LAST), logs(tmp_path)), whole("plain"))
         return
     assert (window["lost"], window["gradients"]) == (1, {})
-    with pytest.warns(UserWarning, match="gradients of 1 batches that waited are lost"):
+    with pytest.warns(UserWarning, match="gradients of 1 batches are lost"):
         fit(tmp_path, ckpt_path=tmp_path / LAST)
 
 
@@ -369,7 +365,7 @@ def test_a_checkpoint_of_a_validation_run_that_was_made_up_for_asks_for_no_other
 
 def test_stopped_after_the_last_step_where_steps_are_counted(whole_by_steps, tmp_path):
     # 2, 2 and 1 batches in the steps of an epoch
-    with pytest.warns(UserWarning, match="is of the run's last step"):
+    with pytest.warns(UserWarning, match="is from the run's last step"):
         end, found = stop_and_resume(tmp_path, "on_train_batch_end", 12, **STEPS)
     expected_end, expected = whole_by_steps
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):

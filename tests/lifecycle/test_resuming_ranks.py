@@ -8,12 +8,13 @@ from datetime import timedelta
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from matplotlib.figure import Figure
-from same_runs import StopAt, Terminate
+from support.networks import small_mlp
+from support.stops import StopAt, Terminate
+from support.trainers import quiet_trainer
 from torch import multiprocessing, nn
 
 from lightning_vr import (
@@ -21,13 +22,13 @@ from lightning_vr import (
     STF,
     DiffusionModule,
     LearnedProposal,
-    ResidualMLP,
     TargetVariance,
     TaylorCV,
 )
 from lightning_vr.data import EightGaussians
 
 pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
     # what saves is not what resumes
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
@@ -66,12 +67,8 @@ class Record(Callback):
 
 
 def build():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ResidualMLP(2, width=8, depth=1, num_class_embeds=9)
-        nn.init.normal_(network.project_out.weight, std=0.3)
     return DiffusionModule(
-        network,
+        small_mlp(std=0.3, num_class_embeds=9),
         num_classes=8,
         label_dropout=0.2,
         target=STF(16),
@@ -86,18 +83,16 @@ def fit(folder, *extra, ranks=2, samples=SAMPLES, ckpt_path=None, start="fork"):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(5 if ckpt_path is None else 6)  # what a resumed run must not depend on
     watchers = [EMAWeightAveraging(decay=0.9), TargetVariance([4], noise_levels=3, samples=64)]
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        *watchers,
+        *extra,
+        Record(folder),
         strategy=DDPStrategy(start_method=start, timeout=LIMIT) if ranks > 1 else "auto",
         devices=ranks,
         max_epochs=EPOCHS,
         accumulate_grad_batches=WINDOW,
-        logger=False,
         enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in extra),
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[*watchers, *extra, Record(folder)],
     )
     data = EightGaussians(samples, num_samples=2 * SAMPLES * BATCHES + 3, num_validation=8)
     trainer.fit(build(), data, ckpt_path=ckpt_path, weights_only=True)
@@ -107,13 +102,6 @@ def fit(folder, *extra, ranks=2, samples=SAMPLES, ckpt_path=None, start="fork"):
 def read(folder, ranks):
     files = [folder / "end.ckpt", *(folder / f"{rank}.pt" for rank in range(ranks))]
     return [torch.load(file, weights_only=True) for file in files]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from support.points import Points, normal_points
+from support.trainers import quiet_trainer
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     RandomSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
@@ -24,19 +24,11 @@ from lightning_vr import (
     Sampler,
     TargetVariance,
 )
-from lightning_vr.core.rng import generator
 from lightning_vr.process.timesteps import LogUniform
 
 COUNT = 32
-POINTS = 128 + 40 * torch.randn(COUNT, 2, generator=generator("points of a pass"))
-
-
-class Points(Dataset):
-    def __len__(self):
-        return COUNT
-
-    def __getitem__(self, i):
-        return {"x0": POINTS[i], "index": i}
+POINTS = 128 + 40 * normal_points(COUNT, "points of a pass")
+DATA = Points(POINTS)
 
 
 def module(kind=DiffusionModule, **slots):
@@ -44,19 +36,9 @@ def module(kind=DiffusionModule, **slots):
 
 
 def fit(model, *callbacks, loader=None, **options):
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-        **options,
-    )
-    loader = loader or DataLoader(Points(), batch_size=8)
-    trainer.fit(model, loader, DataLoader(Points(), batch_size=8))
+    trainer = quiet_trainer(*callbacks, max_epochs=1, num_sanity_val_steps=0, **options)
+    loader = loader or DataLoader(DATA, batch_size=8)
+    trainer.fit(model, loader, DataLoader(DATA, batch_size=8))
     return trainer
 
 
@@ -133,11 +115,11 @@ def weighted():
 
 UNEQUAL = {
     "SubsetRandomSampler": lambda: DataLoader(
-        Points(), batch_size=8, sampler=SubsetRandomSampler(range(16))
+        DATA, batch_size=8, sampler=SubsetRandomSampler(range(16))
     ),
-    "WeightedRandomSampler": lambda: DataLoader(Points(), batch_size=8, sampler=weighted()),
+    "WeightedRandomSampler": lambda: DataLoader(DATA, batch_size=8, sampler=weighted()),
     "WeightedRandomSampler in batches": lambda: DataLoader(
-        Points(), batch_sampler=BatchSampler(weighted(), 8, drop_last=False)
+        DATA, batch_sampler=BatchSampler(weighted(), 8, drop_last=False)
     ),
 }
 
@@ -146,19 +128,19 @@ UNEQUAL = {
 @pytest.mark.parametrize("kind", UNEQUAL)
 def test_a_bank_of_samples_that_do_not_come_equally_often_is_refused(kind, references):
     name = kind.split()[0]
-    with pytest.raises(ValueError, match=rf"has a {name}.*Subset, or use references='batch'"):
+    with pytest.raises(ValueError, match=rf"loader with a {name}.*Subset, or use ref"):
         fit(module(target=STF(references)), loader=UNEQUAL[kind]())
 
 
 def test_a_bank_of_more_than_a_run_overfits_is_refused():
-    with pytest.raises(ValueError, match="`overfit_batches` expected to be 0"):
+    with pytest.raises(ValueError, match="`overfit_batches` must be 0"):
         fit(module(target=STF("all")), overfit_batches=1)
 
 
 EQUAL = {
-    "shuffled": lambda: DataLoader(Points(), batch_size=8, shuffle=True),
+    "shuffled": lambda: DataLoader(DATA, batch_size=8, shuffle=True),
     "batches": lambda: DataLoader(
-        Points(), batch_sampler=BatchSampler(RandomSampler(Points()), 8, drop_last=True)
+        DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 8, drop_last=True)
     ),
     "without a bank": UNEQUAL["WeightedRandomSampler"],
 }

@@ -438,26 +438,31 @@ TWO = torch.zeros(2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("xt", "references", "options", "message"),
     [
-        (X.cfloat(), R, {}, "`xt` expected to be a real floating-point tensor, but got .*complex"),
-        (X, R.long(), {}, "`references` expected to be a real floating-point .* got torch.int64"),
-        (X[:0], R, {}, r"`xt` expected to have shape \(n, \*\) .* but got \(0, 3\)"),
-        (X, R[:0], {}, r"`references` expected to have shape .* but got \(0, 3\)"),
-        (torch.zeros(3), R, {}, r"`xt` expected to have shape .* but got \(3,\)"),
-        (X, R[:, :2], {}, "`references` expected to have 3 values per row, .* but got 2"),
-        (X, R, {"own": R}, r"`own` expected .* \(2, 3\), but got \(4, 3\)"),
-        (X, R, {"query_group": TWO}, "`query_group` needs `reference_group`"),
+        (X.cfloat(), R, {}, "`xt` must be a real floating-point tensor, got .*complex"),
+        (X, R.long(), {}, "`references` must be a real floating-point .* got torch.int64"),
+        (X[:0], R, {}, r"`xt` must have shape \(n, \*\) .* got \(0, 3\)"),
+        (X, R[:0], {}, r"`references` must have shape .* got \(0, 3\)"),
+        (torch.zeros(3), R, {}, r"`xt` must have shape .* got \(3,\)"),
+        (X, R[:, :2], {}, "`references` must have 3 values per row, .* got 2"),
+        (X, R, {"own": R}, r"`own` must .* \(2, 3\), got \(4, 3\)"),
+        (
+            X,
+            R,
+            {"query_group": TWO},
+            "`reference_group` must be given with `query_group`, got None",
+        ),
         (
             X,
             R,
             {"query_group": TWO, "reference_group": torch.zeros(4, 2)},
-            r"`query_group` expected to have 2 rows of 2 labels, .* but got \(2,\)",
+            r"`query_group` must have 2 rows of 2 labels, .* got \(2,\)",
         ),
-        (X, R, {"chunk_size": 0}, "`chunk_size` expected to be at least 1, but got 0"),
+        (X, R, {"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
         (
             X,
             R,
             {"query_group": TWO + 5, "reference_group": torch.arange(4)},
-            r"`query_group` leaves row 0 \(group 5\) without a reference",
+            r"`query_group` must leave each row a reference, got group 5 for row 0",
         ),
     ],
 )
@@ -468,5 +473,5 @@ def test_inputs_that_mean_nothing_are_refused(xt, references, options, message):
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
 def test_a_sigma_that_is_no_positive_number_is_refused(sigma):
-    with pytest.raises(ValueError, match=f"`sigma` expected to be positive .* but got {sigma}"):
+    with pytest.raises(ValueError, match=f"`sigma` must be positive .* got {sigma}"):
         posterior_mean(X, 1.0, sigma, R)

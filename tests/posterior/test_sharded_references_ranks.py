@@ -208,8 +208,8 @@ def test_a_subset_stays_where_it_is_and_keeps_its_order_and_repetitions(results)
 
 def test_ranks_that_ask_differently_are_all_told_so(results):
     for _, (labelled, parts) in results:
-        assert "`xt` expected to have one dtype and one number of labels on all ranks" in labelled
-        assert "`x` expected to be every" in parts
+        assert "`xt` must have one dtype and one number of labels on all ranks" in labelled
+        assert "`x` must be every" in parts
 
 
 def batch():
@@ -437,5 +437,5 @@ def test_on_one_process_a_sharded_bank_is_the_whole_one(references):
 
 
 def test_a_batch_is_no_bank_to_share_out():
-    with pytest.raises(ValueError, match="`sharded` expected to be False with references='batch'"):
+    with pytest.raises(ValueError, match="`sharded` must be False with references='batch'"):
         STF("batch", sharded=True)

@@ -125,5 +125,7 @@ def test_where_the_signal_vanishes_x0_hat_is_finite(kind, source):
 
 
 def test_an_unknown_prediction_is_refused_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"`prediction` .* x0, epsilon, v, .* but got 'eps'"):
+    with pytest.raises(
+        ValueError, match=r"`prediction` must be 'x0', 'epsilon', 'v', .* or 'edm', got 'eps'"
+    ):
         prediction("eps", EDM(), torch.ones(1))

@@ -145,14 +145,15 @@ def test_the_number_of_network_evaluations_is_the_stated_one(solver, evaluations
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "rk4"}, "`solver` expected to be 'heun' or 'euler', but got 'rk4'"),
-        ({"grid": "linear"}, "`grid` expected to be 'polynomial' or .* but got 'linear'"),
-        ({"steps": 1}, "`steps` expected to be at least 2, but got 1"),
-        ({"rho": 0.0}, "`rho` expected to be positive, but got 0.0"),
-        ({"guidance": -1.0}, "`guidance` expected to be 0 or more, but got -1.0"),
-        ({"guidance": math.nan}, "`guidance` expected to be 0 or more, but got nan"),
-        ({"noise_level_min": 0.0}, "0 < min < max, but got 0 and 80"),
-        ({"noise_level_min": 2.0, "noise_level_max": 1.0}, "0 < min < max, but got 2 and 1"),
+        ({"solver": "rk4"}, "`solver` must be 'heun' or 'euler', got 'rk4'"),
+        ({"grid": "linear"}, "`grid` must be 'polynomial' or .* got 'linear'"),
+        ({"steps": 1}, "`steps` must be at least 2, got 1"),
+        ({"rho": 0.0}, "`rho` must be positive and finite, got 0.0"),
+        ({"guidance": -1.0}, "`guidance` must be at least 0, got -1.0"),
+        ({"guidance": math.nan}, "`guidance` must be at least 0, got nan"),
+        ({"guidance": math.inf}, "`guidance` must be finite, got inf"),
+        ({"noise_level_min": 0.0}, "0 < min < max, got 0 and 80"),
+        ({"noise_level_min": 2.0, "noise_level_max": 1.0}, "0 < min < max, got 2 and 1"),
     ],
 )
 def test_samplers_that_mean_nothing_are_refused(options, message):

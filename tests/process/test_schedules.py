@@ -114,12 +114,12 @@ def test_edm_tells_networks_the_time_in_table_1():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: EDM(sigma_min=0.0), "`sigma_min` and `sigma_max` .* but got 0.0 and 80.0"),
-        (lambda: VE(sigma_min=1.0, sigma_max=0.5), "0 < sigma_min < sigma_max < inf, but got 1.0"),
-        (lambda: VP(beta_min=-1.0), "`beta_min` and `beta_max` .* but got -1.0 and 20.0"),
-        (lambda: Cosine(t_max=1.5), "0 < t_min < t_max <= 1.0, but got 0.001 and 1.5"),
-        (lambda: RectifiedFlow(t_min=0.0), "`t_min` and `t_max` .* but got 0.0 and 0.999"),
-        (lambda: EDM(sigma_max=math.nan), "but got 0.002 and nan"),
+        (lambda: EDM(sigma_min=0.0), "`sigma_min` and `sigma_max` .* got 0.0 and 80.0"),
+        (lambda: VE(sigma_min=1.0, sigma_max=0.5), "0 < sigma_min < sigma_max < inf, got 1.0"),
+        (lambda: VP(beta_min=-1.0), "`beta_min` and `beta_max` .* got -1.0 and 20.0"),
+        (lambda: Cosine(t_max=1.5), "0 < t_min < t_max <= 1.0, got 0.001 and 1.5"),
+        (lambda: RectifiedFlow(t_min=0.0), "`t_min` and `t_max` .* got 0.0 and 0.999"),
+        (lambda: EDM(sigma_max=math.nan), "got 0.002 and nan"),
     ],
 )
 def test_ranges_that_mean_nothing_are_refused(build, message):

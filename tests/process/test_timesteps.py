@@ -166,16 +166,16 @@ def test_bins_of_steps_hold_their_own_steps_and_all_of_them_once():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Uniform(1.0, 0.5), "finite with low < high, but got low=1.0 and high=0.5"),
+        (lambda: Uniform(1.0, 0.5), "finite with low < high, got 1.0 and 0.5"),
         (lambda: Uniform(0.0, math.inf), "finite with low < high"),
-        (lambda: LogUniform(0.0, 1.0), "`low` expected to be positive, but got 0.0"),
-        (lambda: LogNormal(std=0.0), "`std` expected to be positive and finite, but got 0.0"),
+        (lambda: LogUniform(0.0, 1.0), "`low` must be positive and finite, got 0.0"),
+        (lambda: LogNormal(std=0.0), "`std` must be positive and finite, got 0.0"),
         (
             lambda: LogitNormal(std=math.nan),
-            "`std` expected to be positive and finite, but got nan",
+            "`std` must be positive and finite, got nan",
         ),
-        (lambda: UniformSteps(0), "`steps` expected to be at least 1, but got 0"),
-        (lambda: Truncated(Uniform(), 0.5, 0.5), "0 <= low < high <= 1, but got 0.5 and 0.5"),
+        (lambda: UniformSteps(0), "`steps` must be at least 1, got 0"),
+        (lambda: Truncated(Uniform(), 0.5, 0.5), "0 <= low < high <= 1, got 0.5 and 0.5"),
         (lambda: Truncated(Uniform(), -0.1, 0.5), "0 <= low < high <= 1"),
         (lambda: Truncated(Uniform(), 0.5, 1.1), "0 <= low < high <= 1"),
         (lambda: Truncated(Uniform(), math.nan, 1.0), "0 <= low < high <= 1"),

@@ -129,10 +129,10 @@ def test_weights_are_finite_and_not_negative_over_the_whole_range(weighting, sch
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: EDMWeighting(0.0), "`sigma_data` expected to be positive and finite, but got 0.0"),
-        (lambda: MinSNRWeighting(-1.0), "`gamma` expected to be positive and finite, but got -1.0"),
-        (lambda: LogNormalWeighting(std=math.inf), "`std` expected .* but got inf"),
-        (lambda: UnitWeighting("noise"), "`prediction` expected to be one of .* but got 'noise'"),
+        (lambda: EDMWeighting(0.0), "`sigma_data` must be positive and finite, got 0.0"),
+        (lambda: MinSNRWeighting(-1.0), "`gamma` must be positive and finite, got -1.0"),
+        (lambda: LogNormalWeighting(std=math.inf), "`std` must .* got inf"),
+        (lambda: UnitWeighting("noise"), "`prediction` must be 'x0', .* or 'edm', got 'noise'"),
     ],
 )
 def test_weights_that_mean_nothing_are_refused(build, message):

@@ -8,11 +8,12 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import UNet2DModel
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from same_runs import StopAt, StoppedError, assert_equal, logs
+from support.comparisons import assert_equal, logs
+from support.networks import small_unet
+from support.stops import StopAt, StoppedError
+from support.trainers import quiet_trainer
 from torch import multiprocessing
 
 from lightning_vr import (
@@ -57,19 +58,12 @@ SLOTS = {
 
 
 def network():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            num_class_embeds=11,
-        )
+    return small_unet(
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=11,
+    )
 
 
 def build(slots):
@@ -97,12 +91,13 @@ def fit(folder, slots, *callbacks, ckpt_path=None, **options):
     torch.manual_seed(0)
     module = build(slots)
     settings = {"max_steps": 7, "max_epochs": -1, "deterministic": True}
-    trainer = quiet_trainer(
+    trainer = gpu_trainer(
+        EMAWeightAveraging(decay=0.9),
+        *callbacks,
         logger=CSVLogger(folder, name=""),
         log_every_n_steps=1,
         val_check_interval=4,
         check_val_every_n_epoch=None,
-        callbacks=[EMAWeightAveraging(decay=0.9), *callbacks],
         **settings | options,
     )
     trainer.fit(module, Digits(batch_size=64), ckpt_path=ckpt_path, weights_only=True)
@@ -110,15 +105,8 @@ def fit(folder, slots, *callbacks, ckpt_path=None, **options):
     return torch.load(folder / "end.ckpt", weights_only=True, map_location="cpu")
 
 
-def quiet_trainer(**options):
-    return Trainer(
-        accelerator="gpu",
-        devices=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"logger": False} | options,
-    )
+def gpu_trainer(*callbacks, **options):
+    return quiet_trainer(*callbacks, accelerator="gpu", devices=1, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -169,9 +157,7 @@ def test_torchs_compiler_trains_as_without_it(slots):
             **SLOTS[slots](),
         )
         module.seed = 0
-        quiet_trainer(max_steps=3).fit(
-            module, EightGaussians(64, num_samples=256, num_validation=64)
-        )
+        gpu_trainer(max_steps=3).fit(module, EightGaussians(64, num_samples=256, num_validation=64))
         end = torch.nn.utils.parameters_to_vector(points.parameters()).detach().cpu()
         found.append(end - start)
     plain, compiled = found
@@ -180,7 +166,7 @@ def test_torchs_compiler_trains_as_without_it(slots):
 
 
 def test_an_audit_measures_on_the_device():
-    trainer = quiet_trainer(precision="bf16-mixed")
+    trainer = gpu_trainer(precision="bf16-mixed")
     found = audit(build("plain"), Digits(batch_size=64), budget=5, trainer=trainer, progress=False)
     assert not any("functorch" in reason for reason in found.skipped.values())
     names = [each.name for each in found.estimators]

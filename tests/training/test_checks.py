@@ -53,7 +53,7 @@ def test_clipping_of_single_draws_with_several_of_a_sample_is_refused():
 
 
 def test_a_proposal_that_misses_part_of_the_loss_is_refused():
-    with pytest.raises(ValueError, match="TableProposal is zero at times from"):
+    with pytest.raises(ValueError, match="a TableProposal that is zero at times from"):
         DiffusionModule(ResidualMLP(2, width=8), draws=CARV(2, TableProposal([1, 0, 1])))
     DiffusionModule(ResidualMLP(2, width=8), draws=CARV(2, LearnedProposal()))
 

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from support.networks import small_mlp
+from support.points import Points, normal_points
+from support.trainers import quiet_trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_vr import (
     CARV,
@@ -44,43 +47,20 @@ pytestmark = [
 WIDE = torch.float64
 
 
-class Points(Dataset):
-    def __init__(self, size=64):
-        self.x0 = torch.randn(size, 2, generator=generator("points"))
-
-    def __len__(self):
-        return len(self.x0)
-
-    def __getitem__(self, i):
-        return {"x0": self.x0[i], "index": i}
+POINTS = Points(normal_points(64, "points"))
 
 
 def module(control=None, network=None, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if network is None:
-            network = ResidualMLP(2, width=8, depth=1)
-            nn.init.normal_(network.project_out.weight, std=0.3)
+    network = small_mlp(std=0.3) if network is None else network
     options.setdefault("timesteps", LogUniform(0.01, 10.0))
     options.setdefault("optimizer", lambda parameters: torch.optim.SGD(parameters, lr=1e-3))
     return DiffusionModule(network, control_variate=control, **options)
 
 
-def trainer_of(**options):
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
 def fit(model, steps=4, ckpt_path=None, batch_size=16, **options):
     torch.manual_seed(3)
-    trainer = trainer_of(max_steps=steps, **options)
-    loader = DataLoader(Points(), batch_size=batch_size)
+    trainer = quiet_trainer(max_steps=steps, **options)
+    loader = DataLoader(POINTS, batch_size=batch_size)
     trainer.fit(model, loader, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
@@ -145,7 +125,7 @@ def constant_module(control, **options):
 def test_what_a_pilot_finds_is_the_closed_form(samples, resamples, accumulated, z_score):
     """Of w - v, the gradient of a draw up to ``2 / d = 1``, and of -α z, that of its odd term."""
     model = constant_module(TaylorCV(bins=2), draws=CARV(resamples, scope="none"))
-    model._trainer = trainer_of(accumulate_grad_batches=accumulated)
+    model._trainer = quiet_trainer(accumulate_grad_batches=accumulated)
     pilot = ControlMeasurement(model, model.control_variate, RunContext.of(model.trainer))
     found = []
     for i in range(80):
@@ -176,7 +156,7 @@ def test_coefficients_are_those_of_gradients_by_plain_autograd(order):
 
     reference = module(TaylorCV(order, bins=2))
     reference.seed = model.seed
-    x0 = Points().x0[:16]
+    x0 = POINTS.x0[:16]
     parameters = list(reference.parameters())
     sums = torch.zeros(2, 1 + control.parts, sum(p.numel() for p in parameters), dtype=WIDE)
 
@@ -218,10 +198,10 @@ def test_numbers_that_a_pilot_reads_are_not_more_for_more_parameters():
     for depth in (1, 4):
         control = TaylorCV(1, bins=2, gate="open")
         model = module(control, ResidualMLP(2, width=8, depth=depth))
-        model._trainer = trainer_of()
+        model._trainer = quiet_trainer()
         with Reads() as reads:
             ControlMeasurement(model, control, RunContext.of(model.trainer)).measure(
-                Clean(Points().x0), generator
+                Clean(POINTS.x0), generator
             )
         counts.append(reads.count)
     assert counts[0] == counts[1]
@@ -239,10 +219,10 @@ def test_the_time_of_a_pilot_is_that_of_all_it_does(monkeypatch):
     monkeypatch.setattr(control_measurement, "_product_in_order", slow)
     control = TaylorCV(bins=2, gate="open")
     model = module(control)
-    model._trainer = trainer_of()
+    model._trainer = quiet_trainer()
     measurement = ControlMeasurement(model, control, RunContext.of(model.trainer))
     start = time.perf_counter()
-    measurement.measure(Clean(Points().x0), generator)
+    measurement.measure(Clean(POINTS.x0), generator)
     taken = time.perf_counter() - start
     assert 0.02 * len(calls) <= sum(measurement.seconds) <= taken
     assert min(measurement.seconds) >= 0.02 * len(calls) / len(measurement.seconds)
@@ -634,7 +614,7 @@ def test_validation_is_on_the_plain_loss(order):
     found = []
     for control in (TaylorCV(order, gate="open", coefficient=1.0), None):
         torch.manual_seed(3)
-        trainer = trainer_of()
-        (metrics,) = trainer.validate(module(control), DataLoader(Points(), 16), verbose=False)
+        trainer = quiet_trainer()
+        (metrics,) = trainer.validate(module(control), DataLoader(POINTS, 16), verbose=False)
         found.append(metrics["val/loss"])
     assert found[0] == found[1]

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
+from support.trainers import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -73,17 +73,9 @@ def fitted(tmp_path_factory):
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01),
         )
         model.folder = folder
-        Trainer(
-            accelerator="cpu",
-            strategy="ddp_fork",
-            devices=2,
-            accumulate_grad_batches=2,
-            max_steps=4,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(model, DataLoader(POINTS, batch_size=4))
+        two_ranks = {"strategy": "ddp_fork", "devices": 2}
+        trainer = quiet_trainer(**two_ranks, accumulate_grad_batches=2, max_steps=4)
+        trainer.fit(model, DataLoader(POINTS, batch_size=4))
         return [torch.load(folder / f"{i}.pt", weights_only=True) for i in range(2)]
 
     return fit

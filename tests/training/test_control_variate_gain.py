@@ -4,7 +4,8 @@ import functools
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
+from support.trainers import quiet_trainer
 
 from lightning_vr import CARV, STF, VE, Clean, DiffusionModule, ResidualMLP, TaylorCV
 from lightning_vr.core.gradients import parameter_groups
@@ -30,15 +31,7 @@ def trained(order):
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
     )
     data = EightGaussians(batch_size=32, num_samples=4096, num_validation=512)
-    Trainer(
-        accelerator="cpu",
-        max_steps=500,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    ).fit(module, data)
+    quiet_trainer(max_steps=500, limit_val_batches=0).fit(module, data)
     held_out = data.val_dataloader().dataset
     x0 = torch.stack([held_out[i]["x0"] for i in range(len(held_out))])
     return module.train(), Clean(x0)

@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
-from matplotlib.figure import Figure
+from support.points import Points, normal_points, two_classes
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_vr import (
     CARV,
@@ -39,9 +39,10 @@ from lightning_vr.metrics import FrechetMetric, IdentityFeatures
 from lightning_vr.process.timesteps import LogUniform
 from lightning_vr.training.noisy_losses import DiffusionLoss
 from lightning_vr.variance.components import Components
-from lightning_vr.variance.excess_loss import ExcessLoss, IrreducibleVariance
+from lightning_vr.variance.excess_loss import ExcessLoss
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
 from lightning_vr.variance.gradient_statistics import GradientStatistics
+from lightning_vr.variance.irreducible_variance import IrreducibleVariance
 from lightning_vr.variance.removed_variance import RemovedVariance
 from lightning_vr.variance.target_curves import TargetVarianceCurve
 
@@ -70,14 +71,7 @@ GENERATED = 300
 """Two blocks of samples: the last of three ranks has none to draw."""
 
 
-class Points(Dataset):
-    x0 = torch.randn(POINTS, 2, generator=generator("points of equality"))
-
-    def __len__(self):
-        return POINTS
-
-    def __getitem__(self, i):
-        return {"x0": self.x0[i], "label": i % 2, "index": i}
+DATA = Points(normal_points(POINTS, "points of equality"), two_classes(POINTS))
 
 
 class Network(nn.Module):
@@ -216,8 +210,8 @@ def fit(name, ranks, folder):
         ],
     ).fit(
         build(name),
-        DataLoader(Points(), SAMPLES[ranks], drop_last=True),
-        DataLoader(Points(), SAMPLES[ranks]),
+        DataLoader(DATA, SAMPLES[ranks], drop_last=True),
+        DataLoader(DATA, SAMPLES[ranks]),
     )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
@@ -252,7 +246,7 @@ class Alone:
             self.step(step)
 
     def clean(self, index):
-        return self.module.clean({"x0": Points.x0[index], "label": index % 2, "index": index})
+        return self.module.clean({"x0": DATA.x0[index], "label": index % 2, "index": index})
 
     def step(self, step):
         module = self.module
@@ -331,19 +325,16 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(no_pictures, tmp_path_factory):
     """What ranks have computed, and one process alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        # three pictures of each run would take longer than all else
-        patch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
 
-        @functools.cache
-        def both(name, ranks):
-            found = fit(name, ranks, tmp_path_factory.mktemp(name))
-            return found, Alone(name, found)
+    @functools.cache
+    def both(name, ranks):
+        found = fit(name, ranks, tmp_path_factory.mktemp(name))
+        return found, Alone(name, found)
 
-        both("plain", 1)  # imports what every fork would import again
-        yield both
+    both("plain", 1)  # imports what every fork would import again
+    return both
 
 
 every = pytest.mark.parametrize(("name", "ranks"), CASES)
@@ -497,7 +488,7 @@ def test_the_frechet_distance_is_that_of_all_samples_in_one_process(name, ranks,
     nn.utils.vector_to_parameters(found[0]["steps"][-1]["weights"], alone.module.parameters())
     alone.module._trainer = SimpleNamespace(precision_plugin=Precision())
     metric, callback = FrechetMetric(IdentityFeatures(2)), FrechetDistance(samples=GENERATED)
-    metric.update(Points.x0, real=True)
+    metric.update(DATA.x0, real=True)
     for start in range(0, GENERATED, 250):
         count = min(250, GENERATED - start)
         metric.update(callback.generate(alone.module, count, "frechet", start), real=False)

@@ -6,9 +6,12 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from support.networks import small_mlp, small_unet
+from support.points import Points, normal_points, two_classes
+from support.trainers import quiet_trainer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import UNLABELLED, Clean
@@ -27,22 +30,11 @@ from lightning_vr.training.module import DiffusionModule
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 
-class Points(Dataset):
+def points(x0=None, label=None, offset=0):
     """Points in the plane around ±1, with labels and indices."""
-
-    def __init__(self, x0=None, label=None, size=32, offset=0):
-        source = generator("points")
-        drawn = torch.arange(size) % 2
-        self.label = drawn if label is None else label
-        around = (2.0 * drawn[:, None] - 1) + 0.3 * torch.randn(size, 2, generator=source)
-        self.x0 = around if x0 is None else x0
-        self.offset = offset
-
-    def __len__(self):
-        return len(self.x0)
-
-    def __getitem__(self, i):
-        return {"x0": self.x0[i], "label": self.label[i], "index": i + self.offset}
+    drawn = two_classes(32)
+    around = (2.0 * drawn[:, None] - 1) + 0.3 * normal_points(32, "points")
+    return Points(around if x0 is None else x0, drawn if label is None else label, offset)
 
 
 class Plain(nn.Module):
@@ -57,34 +49,15 @@ class Plain(nn.Module):
 
 
 def network(num_class_embeds=None):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = ResidualMLP(2, width=16, depth=1, num_class_embeds=num_class_embeds)
-        nn.init.normal_(net.project_out.weight, std=0.1)
-    return net
+    return small_mlp(16, std=0.1, num_class_embeds=num_class_embeds)
 
 
 def conditional_module(**options):
     return DiffusionModule(network(3), num_classes=2, **options)
 
 
-def unet(**options):
-    torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        **options,
-    )
-
-
 def loader(data=None, batch_size=8, **options):
-    return DataLoader(data or Points(), batch_size=batch_size, **options)
+    return DataLoader(data or points(), batch_size=batch_size, **options)
 
 
 class Record(Callback):
@@ -99,14 +72,7 @@ class Record(Callback):
 
 
 def trainer(*callbacks, **options):
-    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **options}
-    return Trainer(
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **options,
-    )
+    return quiet_trainer(*callbacks, **{"max_epochs": 2} | options)
 
 
 class TestRandomness:
@@ -169,6 +135,28 @@ class TestRandomness:
             draws.append(module.loss(batch, module.generator("train", 0, 0)).noised)
         assert not torch.isin(draws[0].t, draws[1].t).any()
         assert not torch.isin(draws[0].noise, draws[1].noise).any()
+
+    @pytest.mark.parametrize("stage", ["validate", "test"])
+    def test_noise_of_an_evaluation_is_independent_of_a_random_encode(self, stage, z_score):
+        drawn = []
+
+        class Random(DiffusionModule):
+            def encode(self, batch):
+                clean = super().encode(batch)
+                drawn.append(torch.randn_like(clean.x0))
+                return replace(clean, x0=clean.x0 + drawn[-1])
+
+            def compute_loss(self, noised, target, **options):
+                drawn.append(noised.noise)
+                return super().compute_loss(noised, target, **options)
+
+        module = Random(network())
+        getattr(trainer(), stage)(module, DataLoader(points(size=2048), 1024), verbose=False)
+        own, noise = torch.cat(drawn[::2]), torch.cat(drawn[1::2])
+        # every shift of one stream against the other
+        for shift in range(-4, 5):
+            product = own.flatten() * noise.flatten().roll(shift)
+            assert abs(z_score(product)) < 4, shift
 
     def test_training_leaves_the_global_stream_alone(self):
         states = []
@@ -252,7 +240,7 @@ class TestLoss:
         module = DiffusionModule(
             network(), schedule, kind, weighting=UnitWeighting("x0"), timesteps=Uniform(0.2, 0.8)
         )
-        found = module.loss(Points().x0, generator(5), target=DSM())
+        found = module.loss(points().x0, generator(5), target=DSM())
         x0_hat = module.denoise(found.noised.xt, found.noised.t)
         expected = (x0_hat - found.noised.x0).square().mean(1)
         torch.testing.assert_close(found.per_draw, expected, rtol=1e-3, atol=1e-5)
@@ -264,7 +252,7 @@ class TestLoss:
 
         plain, shifted = DiffusionModule(network()), DiffusionModule(network())
         shifted.control_variate = Shift()
-        losses = [m.loss(Points().x0, generator(5)).loss for m in (plain, shifted)]
+        losses = [m.loss(points().x0, generator(5)).loss for m in (plain, shifted)]
         torch.testing.assert_close(losses[1], losses[0] + 3)
 
     def test_it_trains_with_the_target_given_and_validates_on_the_plain_one(self):
@@ -286,7 +274,7 @@ class TestLoss:
     def test_without_classes_labels_are_ignored(self):
         module = DiffusionModule(network(), target=STF("batch"))
         assert module.clean(next(iter(loader()))).group is None
-        trainer(max_epochs=1).fit(module, loader(Points(label=torch.arange(32) + 100)))
+        trainer(max_epochs=1).fit(module, loader(points(label=torch.arange(32) + 100)))
 
     def test_under_mixed_precision_the_target_and_the_loss_are_float32(self):
         module = conditional_module(target=STF(8))
@@ -298,7 +286,7 @@ class TestLoss:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_samples_meet_the_network_in_its_own_precision(self, precision, dtype):
         module = conditional_module(target=STF(8))
-        data = Points(x0=Points().x0.to(dtype))
+        data = points(x0=points().x0.to(dtype))
         trainer(max_epochs=1, precision=precision).fit(module, loader(data))
         assert module.estimate.target.x0.dtype in (torch.float32, torch.float64)
         assert module.sample(2).dtype == torch.float32
@@ -344,7 +332,9 @@ class TestNetworks:
 
     def test_a_diffusers_unet_trains_with_classes(self):
         images = Clean(torch.randn(16, 1, 8, 8), torch.arange(16) % 10)
-        module = DiffusionModule(unet(num_class_embeds=11), num_classes=10, target=STF("batch"))
+        module = DiffusionModule(
+            small_unet(num_class_embeds=11), num_classes=10, target=STF("batch")
+        )
         loss = module.loss(images, generator(0)).loss
         loss.backward()
         assert all(p.grad is not None for p in module.network.parameters())
@@ -362,7 +352,7 @@ class TestNetworks:
         losses = []
         for kind in (Plain, Pair, Wrapped):
             torch.manual_seed(0)
-            losses.append(DiffusionModule(kind()).loss(Points().x0, generator(0)).loss.item())
+            losses.append(DiffusionModule(kind()).loss(points().x0, generator(0)).loss.item())
         assert losses[0] == losses[1] == losses[2]
 
     def test_a_condition_reaches_the_network_as_keywords(self):
@@ -500,12 +490,12 @@ class TestSampling:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({}, "`shape` is needed until the module has seen training data"),
+            ({}, "`shape` must be given until the model has seen training data"),
             (
                 {"shape": (2,), "group": torch.tensor([0, 2])},
-                r"labels expected to be in \[0, 2\).* got 2",
+                r"`group` must be in \[0, 2\).* which is 2: set `num_classes` to 3",
             ),
-            ({"shape": (2,), "group": torch.zeros(2)}, "labels expected to be integers"),
+            ({"shape": (2,), "group": torch.zeros(2)}, "`group` must be integers"),
         ],
     )
     def test_samples_that_mean_nothing_are_refused(self, options, message):
@@ -514,7 +504,7 @@ class TestSampling:
 
     def test_labels_for_a_module_without_classes_are_refused(self):
         module = DiffusionModule(network())
-        with pytest.raises(ValueError, match="`group` needs a class-conditional module"):
+        with pytest.raises(ValueError, match="`group` must be None without classes"):
             module.sample(2, shape=(2,), group=torch.zeros(2, dtype=torch.int64))
 
 
@@ -556,14 +546,14 @@ class TestBatches:
             def encode(self, batch):
                 return replace(super().encode(batch), x0=2 * batch["x0"])
 
-        module, data = Scaled(network(3), num_classes=2, target=STF("all")), Points()
+        module, data = Scaled(network(3), num_classes=2, target=STF("all")), points()
         trainer(max_epochs=1).fit(module, loader(data, batch_size=5, shuffle=True))
         bank = module.target.bank
         torch.testing.assert_close(bank.rows + bank.centre, 2 * data.x0)
         assert torch.equal(bank.group, data.label)
 
     def test_training_on_all_references_regresses_on_the_exact_posterior_mean(self):
-        module, data = conditional_module(target=STF("all"), schedule=VP()), Points()
+        module, data = conditional_module(target=STF("all"), schedule=VP()), points()
         trainer(max_epochs=1).fit(module, loader(data, shuffle=True))
         noised, target = module.estimate.noised, module.estimate.target
         distances = (noised.xt[:, None] - noised.alpha[:, None, None] * data.x0).square().sum(2)
@@ -573,15 +563,15 @@ class TestBatches:
 
 
 def nan_at(row):
-    x0 = Points().x0.clone()
+    x0 = points().x0.clone()
     x0[row, 1] = math.nan
-    return Points(x0=x0)
+    return points(x0=x0)
 
 
 def large_label():
-    label = Points().label.clone()
+    label = points().label.clone()
     label[-1] = 2
-    return Points(label=label)
+    return points(label=label)
 
 
 class Unindexed(Points):
@@ -603,13 +593,13 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"prediction": "eps"}, "`prediction` expected to be one of x0, .* but got 'eps'"),
-            ({"sigma_data": 0.0}, "`sigma_data` expected to be positive"),
-            ({"num_classes": 0}, "`num_classes` expected to be at least 1, but got 0"),
-            ({"label_dropout": 0.1}, "`label_dropout` of 0.1 needs labels to drop"),
+            ({"prediction": "eps"}, "`prediction` must be 'x0', .* got 'eps'"),
+            ({"sigma_data": 0.0}, "`sigma_data` must be positive"),
+            ({"num_classes": 0}, "`num_classes` must be at least 1, got 0"),
+            ({"label_dropout": 0.1}, "`label_dropout` must be 0 without classes, got 0.1"),
             (
                 {"num_classes": 2, "label_dropout": 1.5},
-                "`label_dropout` expected to be between 0 and 1, but got 1.5",
+                "`label_dropout` must be between 0 and 1, got 1.5",
             ),
         ],
     )
@@ -619,42 +609,42 @@ class TestBadInput:
 
     def test_a_fourier_time_embedding_is_refused_at_once(self):
         with pytest.raises(ValueError, match=r"time_embedding_type='fourier'.*use 'positional'"):
-            DiffusionModule(unet(time_embedding_type="fourier"))
+            DiffusionModule(small_unet(time_embedding_type="fourier"))
 
     @pytest.mark.parametrize("target", [DSM(), STF("batch"), STF(8)], ids=["DSM", "batch", "bank"])
     def test_samples_that_are_not_finite_are_refused(self, target):
-        with pytest.raises(ValueError, match="expected to be finite, but sample 3 is not"):
+        with pytest.raises(ValueError, match="must be finite, but sample 3 is not"):
             self.fit(nan_at(3), target=target)
 
     def test_a_bank_finds_the_sample_that_is_not_finite_wherever_it_stands(self):
-        with pytest.raises(ValueError, match="expected to be finite, but sample 29 is not"):
+        with pytest.raises(ValueError, match="must be finite, but sample 29 is not"):
             self.fit(nan_at(29), target=STF("all"))
 
     @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint8])
     def test_samples_that_are_not_real_numbers_are_refused(self, dtype):
-        with pytest.raises(ValueError, match=f"`x0` expected to be a real .* but got {dtype}"):
-            self.fit(Points(x0=torch.ones(32, 2).to(dtype)))
+        with pytest.raises(ValueError, match=f"`x0` must be a real .* got {dtype}"):
+            self.fit(points(x0=torch.ones(32, 2).to(dtype)))
 
     @pytest.mark.parametrize("validation", [False, True])
     @pytest.mark.parametrize("target", [DSM(), STF(8)], ids=["DSM", "bank"])
     def test_a_label_outside_its_range_is_refused(self, target, validation):
-        data = Points(label=torch.full((32,), 5)) if target.bank_size == 0 else large_label()
+        data = points(label=torch.full((32,), 5)) if target.bank_size == 0 else large_label()
         worst = 5 if target.bank_size == 0 else 2
-        with pytest.raises(ValueError, match=rf"in \[0, 2\), as `num_classes` .* got {worst}"):
+        with pytest.raises(ValueError, match=rf"in \[0, 2\), as `num_classes` .* which is {worst}"):
             self.fit(data, validation, target=target)
 
     def test_labels_that_are_no_classes_are_refused(self):
-        with pytest.raises(ValueError, match="labels expected to be integers"):
-            self.fit(Points(label=torch.rand(32)))
+        with pytest.raises(ValueError, match="`group` must be integers"):
+            self.fit(points(label=torch.rand(32)))
 
     @pytest.mark.parametrize("references", [33, 4096])
     def test_more_references_than_samples_are_refused(self, references):
-        with pytest.raises(ValueError, match=f"at most 32, .* but got {references}"):
-            self.fit(Points(), target=STF(references))
+        with pytest.raises(ValueError, match=f"at most 32, .* got {references}"):
+            self.fit(points(), target=STF(references))
 
     def test_an_index_that_is_not_the_position_is_refused(self):
-        with pytest.raises(ValueError, match="sample 0 has index 7: let the data set's item i"):
-            self.fit(Points(offset=7), target=STF(8))
+        with pytest.raises(ValueError, match="sample 0 has index 7: let item i of the data set"):
+            self.fit(points(offset=7), target=STF(8))
 
     def test_all_references_without_indices_are_refused(self):
         with pytest.raises(ValueError, match=r"`references='all'` needs sample indices"):
@@ -670,7 +660,7 @@ class TestBadInput:
             def forward(self, x, t):
                 return self.linear(x)
 
-        with pytest.raises(ValueError, match=r"`network` .* \(8, 2\), but Wide returned \(8, 4\)"):
+        with pytest.raises(ValueError, match=r"`network` .* \(8, 2\), got \(8, 4\) from Wide"):
             trainer().fit(DiffusionModule(Wide()), loader(), loader() if validation else None)
 
 
@@ -694,12 +684,15 @@ def test_edm_defaults_are_those_of_the_paper():
 
 
 def test_a_class_embedding_without_room_for_the_dropped_label_is_refused():
-    with pytest.raises(ValueError, match="num_class_embeds=10, but 10 classes and the dropped"):
+    with pytest.raises(
+        ValueError,
+        match=r"10 classes and the dropped label, .*num_class_embeds=10: .* 11",
+    ):
         DiffusionModule(ResidualMLP(num_class_embeds=10), num_classes=10)
 
 
 def test_noise_levels_of_the_sampler_are_checked_when_the_module_is_built():
-    with pytest.raises(ValueError, match="0 < min < max, but got 90 and 80"):
+    with pytest.raises(ValueError, match="0 < min < max, got 90 and 80"):
         DiffusionModule(ResidualMLP(), sampler=Sampler(noise_level_min=90.0))
 
 

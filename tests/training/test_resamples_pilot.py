@@ -5,8 +5,11 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from support.networks import small_mlp
+from support.points import Points, normal_points
+from support.trainers import quiet_trainer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_vr import CARV, Clean, DiffusionModule, ResidualMLP
 from lightning_vr.core.rng import generator
@@ -17,38 +20,18 @@ from lightning_vr.variance.accounting import CostModel, best_resamples
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 
-class Points(Dataset):
-    def __init__(self, size=64):
-        self.x0 = torch.randn(size, 2, generator=generator("points"))
-
-    def __len__(self):
-        return len(self.x0)
-
-    def __getitem__(self, i):
-        return {"x0": self.x0[i], "index": i}
+POINTS = Points(normal_points(64, "points"))
 
 
 def module(draws, kind=DiffusionModule, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ResidualMLP(2, width=16, depth=1)
-        nn.init.normal_(network.project_out.weight, std=0.1)
     options.setdefault("optimizer", lambda parameters: torch.optim.SGD(parameters, lr=1e-2))
-    return kind(network, draws=draws, **options)
+    return kind(small_mlp(16, std=0.1), draws=draws, **options)
 
 
 def fit(model, steps=3, batch_size=16, ckpt_path=None, **options):
     torch.manual_seed(3)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-    trainer.fit(model, DataLoader(Points(), batch_size=batch_size), ckpt_path=ckpt_path)
+    trainer = quiet_trainer(max_steps=steps, **options)
+    trainer.fit(model, DataLoader(POINTS, batch_size=batch_size), ckpt_path=ckpt_path)
     return trainer
 
 

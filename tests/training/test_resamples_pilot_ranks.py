@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_vr import CARV, DiffusionModule, ResidualMLP
@@ -30,16 +30,8 @@ def test_ranks_average_what_they_find_and_take_the_same_k(tmp_path, monkeypatch)
     monkeypatch.setattr(ResamplesPilot, "_components", lambda _: (1.0 + 2 * rank(), 32.0))
     model = Saved(ResidualMLP(2, width=8, depth=1), draws=CARV())
     model.folder = tmp_path
-    Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_fork",
-        max_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(model, DataLoader(TensorDataset(torch.randn(64, 2, generator=generator(0))), 16))
+    trainer = quiet_trainer(devices=2, strategy="ddp_fork", max_steps=2)
+    trainer.fit(model, DataLoader(TensorDataset(torch.randn(64, 2, generator=generator(0))), 16))
     first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
     assert first == second
     assert first["pilot"] == {"step": 0, "between": 2.0, "within": 32.0}

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch import Callback
+from support.networks import small_mlp
+from support.points import Points, normal_points, two_classes
+from support.trainers import quiet_trainer
+from torch.utils.data import DataLoader
 
-from lightning_vr.core.rng import generator
 from lightning_vr.estimators.stf import STF
-from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.training.module import DiffusionModule
 
 pytestmark = [
@@ -16,23 +17,12 @@ pytestmark = [
 ]
 
 
-class Points(Dataset):
-    x0 = torch.randn(20, 2, generator=generator("points of ranks"))
-
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, i):
-        return {"x0": self.x0[i], "label": i % 2, "index": i}
+POINTS = Points(normal_points(20, "points of ranks"), two_classes(20))
 
 
 def module():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ResidualMLP(2, width=8, depth=1, num_class_embeds=3)
-        torch.nn.init.normal_(network.project_out.weight)
     return DiffusionModule(
-        network,
+        small_mlp(std=1.0, num_class_embeds=3),
         num_classes=2,
         target=STF("all"),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
@@ -61,16 +51,8 @@ class Save(Callback):
 
 def fit(model, folder, **options):
     torch.manual_seed(5)
-    Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Save(folder)],
-        **options,
-    ).fit(model, DataLoader(Points(), batch_size=5))
+    trainer = quiet_trainer(Save(folder), max_epochs=1, **options)
+    trainer.fit(model, DataLoader(POINTS, batch_size=5))
 
 
 @pytest.fixture(scope="module")

@@ -142,15 +142,18 @@ def test_the_interval_of_a_median_lies_at_known_order_statistics():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: bootstrap(ratio), r"`samples` .* but got shapes \[\]"),
+        (lambda: bootstrap(ratio), r"`samples` must .* got shapes \[\]"),
         (lambda: bootstrap(ratio, ROWS, ROWS[1:]), r"one n .* got shapes \[\(5,\), \(4,\)\]"),
-        (lambda: bootstrap(ratio, ROWS[:1], ROWS[:1]), "at least 2, but got shapes"),
+        (lambda: bootstrap(ratio, ROWS[:1], ROWS[:1]), "at least 2, got shapes"),
         (lambda: bootstrap(ratio, ROWS, ROWS[0]), r"got shapes \[\(5,\), \(\)\]"),
-        (lambda: bootstrap(ratio, ROWS, ROWS, resamples=0), "`resamples` expected to be at least"),
-        (lambda: bootstrap(ratio, ROWS, ROWS, level=95), "`level` .* 0 and 1, but got 95"),
+        (
+            lambda: bootstrap(ratio, ROWS, ROWS, resamples=0),
+            "`resamples` must be at least 1",
+        ),
+        (lambda: bootstrap(ratio, ROWS, ROWS, level=95), "`level` .* 0 and 1, got 95"),
         (
             lambda: bootstrap(lambda mean: mean.mean(), ROWS, resamples=10),
-            r"`statistic` expected to return one number .* shape \(11,\), but got \(\): reduce",
+            r"`statistic` must return one number .* shape \(11,\), got \(\): reduce",
         ),
     ],
 )

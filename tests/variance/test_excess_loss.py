@@ -15,7 +15,8 @@ from lightning_vr.process.objective import Objective
 from lightning_vr.process.predictions import prediction
 from lightning_vr.process.schedules import EDM, VP, RectifiedFlow
 from lightning_vr.process.weightings import MinSNRWeighting, UnitWeighting
-from lightning_vr.variance.excess_loss import ExcessLoss, IrreducibleVariance
+from lightning_vr.variance.excess_loss import ExcessLoss
+from lightning_vr.variance.irreducible_variance import IrreducibleVariance
 from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 from lightning_vr.variance.target_measurement import measure_target_variance, noise_level_grid
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lightning_vr.core.distributed import world_size
-from lightning_vr.variance.excess_loss import ExcessLoss, IrreducibleVariance
+from lightning_vr.variance.excess_loss import ExcessLoss
+from lightning_vr.variance.irreducible_variance import IrreducibleVariance
 from lightning_vr.variance.target_measurement import measure_target_variance
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")

@@ -343,13 +343,13 @@ def test_removed_variance_is_the_mean_spread_of_each_bin():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"references": [13]}, "`references` expected to hold numbers between 1 and 12"),
+        ({"references": [13]}, "`references` must be numbers between 1 and 12, .* got 13"),
         ({"references": [0]}, "`references`"),
-        ({"noise_levels": levels(0.0, 1.0)}, "`noise_levels` expected to be positive"),
+        ({"noise_levels": levels(0.0, 1.0)}, "`noise_levels` must be positive"),
         ({"noise_levels": levels(1.0, math.inf)}, "`noise_levels`"),
         ({"samples": 8}, "2 <= blocks <= samples"),
-        ({"x0": torch.tensor([[0.0], [math.nan]])}, "`x0` expected to be finite"),
-        ({"x0": torch.arange(4)[:, None]}, "`x0` expected to be a real floating-point"),
+        ({"x0": torch.tensor([[0.0], [math.nan]])}, "`x0` must be finite"),
+        ({"x0": torch.arange(4)[:, None]}, "`x0` must be a real floating-point"),
     ],
 )
 def test_bad_input_is_refused(cloud, settings, message):

@@ -1,26 +1,26 @@
-"""Coefficients and gate of a control variate, from gradients that earlier pilots have measured.
+"""Coefficients and gate of a control variate, from gradients that earlier pilots measured.
 
-With g the gradient of the loss of an optimizer step and c that of a term whose mean is zero, both
-of the draws in one bin of the noise level alone,
+Let g be the gradient of the loss of an optimizer step and c that of a term whose mean is zero, both
+only of the draws in one bin of the noise level. Then
 
     β = E⟨g, c⟩ / E‖c‖²,        Var(g - β c) = Var g - 2 β E⟨g, c⟩ + β² E‖c‖²
 
-(Jeha, Grathwohl, Andersen, Ek and Frellsen 2024, arXiv 2408.12270). The coefficient of least
-variance of the loss is another one, and unrelated. As E c = 0 both means are inner products of
-gradients of batches: no gradient of a single draw is needed. Bins, and odd and even parts in them,
-have coefficients of their own. Those of both parts are fitted together: the product of the parts
-has mean zero, but at low noise the odd part is so much larger that what it happens to have in
-common with the even one would be all that one sees. Sums fade from pilot to pilot. A
-coefficient never depends on the noise that it scales, so that the gradient stays unbiased.
+(Jeha, Grathwohl, Andersen, Ek and Frellsen 2024, arXiv 2408.12270). The coefficient that minimises
+the variance of the loss is a different one, and unrelated. As E c = 0 both means are inner products
+of gradients of batches: no gradient of a single draw is needed. Bins, and the odd and the even part
+in each, have coefficients of their own. Those of both parts are fitted together: the product of the
+parts has mean zero, but at low noise the odd part is so much larger that, fitted alone, the even
+part's coefficient would only show what the two happen to have in common. Sums decay from pilot to
+pilot. A coefficient never depends on the noise that it scales, so the gradient stays unbiased.
 
-Whether a bin is open is decided by what a step costs and what it brings. The noise-ratio model
-(McCandlish et al. 2018, arXiv 1812.06162) has training take ``1 + V / ‖E g‖²`` times as many steps
-as without noise, V being the variance of a step's gradient; so the bins are those that make
+The gate opens the bins that pay for the time that they cost. In the noise-ratio model (McCandlish
+et al. 2018, arXiv 1812.06162) training takes ``1 + V / ‖E g‖²`` times as many steps as without
+noise, where V is the variance of a step's gradient; so the open bins are those that minimise
 
-    E‖g‖² · seconds of a step,        E‖g‖² = ‖E g‖² + V,
+    E‖g‖² · seconds of a step,        E‖g‖² = ‖E g‖² + V.
 
-least. What a bin takes off is measured with the coefficients of the pilots before, as training had
-them: a coefficient that is judged by the gradients that it was fitted to looks better than it is.
+What a bin subtracts is measured with the coefficients of the pilots before, which training used: a
+coefficient that is judged by the gradients that it was fitted to looks better than it is.
 """
 
 from typing import Any, NamedTuple
@@ -32,32 +32,32 @@ _MEMORY = 0.7
 """Weight of all earlier pilots at each new one."""
 
 _LEAST_REST = 0.1
-"""What else than noise is in ``E‖g‖²``, over what noise adds, at the least: few draws tell."""
+"""Lower bound on the part of ``E‖g‖²`` without noise, over the noise: estimates are noisy."""
 
 _ROUNDING = 1e-8
-"""Share of ``‖g‖²`` below which ``‖c‖²`` is rounding: antithetic pairs cancel the odd part."""
+"""Fraction of ``‖g‖²`` below which ``‖c‖²`` is rounding: antithetic pairs cancel the odd part."""
 
 _LEAST_CHANGE = 1.02
-"""Predicted saving over that of the bins that are open below which they stay as they are."""
+"""Predicted gain over the bins that are open now below which these stay open."""
 
 _RIDGE = 1e-6
-"""On the diagonal of the products of the parts, which are scaled to have 1 there."""
+"""Added to the diagonal of the products of the parts, which is scaled to 1."""
 
 _LEAST_SAVING = 1.05
-"""Predicted saving below which all bins stay closed."""
+"""Predicted factor on training time below which all bins stay closed."""
 
 
 class PilotStatistics(NamedTuple):
-    """What one pilot finds in b bins for k parts; float64.
+    """What one pilot measures in b bins for k parts; float64.
 
     Attributes:
         products: ``⟨g, c_k⟩`` of each bin's part of a step's gradient ``(b, k)``.
         squares: ``⟨c_k, c_l⟩`` ``(b, k, k)``.
         loss_squares: ``E‖g - E[g | x, t]‖²``, what the noise adds to ``E‖g‖²`` of a step ``(b,)``.
         second_moment: ``E‖g‖²`` of the whole gradient of a step ``()``.
-        share: Share of draws in each bin ``(b,)``.
-        value_products: Sums of ``L (C - E C)`` over the draws in each bin, L being the loss less
-            its mean in the bin ``(b,)``.
+        share: Fraction of draws in each bin ``(b,)``.
+        value_products: Sums of ``L (C - E C)`` over the draws in each bin, where L is the loss
+            minus its mean in the bin ``(b,)``.
         value_squares: Sums of ``(C - E C)²`` ``(b,)``.
     """
 
@@ -77,11 +77,11 @@ class PilotStatistics(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Seconds that a control variate adds, over those of a step without it.
+    """Seconds that a control variate adds to a step, over those of a step without it.
 
     Attributes:
-        fixed: If it runs at all.
-        marginal: For each share of draws that it runs for.
+        fixed: Cost of running it at all.
+        marginal: Cost of running it for all draws; it is proportional to the fraction of draws.
     """
 
     fixed: float
@@ -89,17 +89,17 @@ class Cost(NamedTuple):
 
 
 class DeviceCopy:
-    """Keeps the copy of a tensor on a device until another tensor takes the place of the first.
+    """Caches the copy of a tensor on a device until another tensor replaces the first.
 
-    A copy from the CPU makes the host wait for the device. It is no state: a checkpoint, a deep
-    copy and another process make one of their own.
+    A copy from the CPU makes the host wait for the device. The cache is not state: checkpoints,
+    deep copies and other processes start without it.
     """
 
     def __init__(self) -> None:
         self._kept: tuple[Tensor, torch.device, torch.dtype, Tensor] | None = None
 
     def of(self, source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return what ``source.to(device, dtype)`` does; nobody may change it in place."""
+        """Return ``source.to(device, dtype)``, which must not be changed in place."""
         if self._kept is None or self._kept[0] is not source or self._kept[1:3] != (device, dtype):
             self._kept = source, device, dtype, source.to(device, dtype)
         return self._kept[3]
@@ -109,19 +109,19 @@ class DeviceCopy:
 
 
 class ControlFit:
-    """Coefficients and open bins; all on the CPU, in float64, and the same on all ranks.
+    """Coefficients and open bins, on the CPU, in float64, and the same on all ranks.
 
     Args:
         bins: Number of bins.
         on_values: Whether the coefficient is that of the loss value, one for all parts.
-        coefficient: Fixed, in place of a fitted one.
+        coefficient: A fixed coefficient, instead of fitted ones.
 
     Attributes:
         coefficients: β ``(bins, parts)``, or ``(bins, 1)`` where one holds for all parts; 1 until a
-            pilot has measured, which is right for a network that has learned nothing.
-        is_open: Which bins pay ``(bins,)``; none until a pilot has measured. Two pilots in a row
-            must say so to close all.
-        saving: Predicted factor on training time of the open bins.
+            pilot has measured, which is optimal for a network that has learned nothing.
+        is_open: Which bins pay ``(bins,)``; none until a pilot has measured. All bins close only
+            if two pilots in a row find that none pays.
+        predicted_speedup: Predicted factor on training time of the open bins.
         cost: What the control variate costs, or None.
     """
 
@@ -138,10 +138,10 @@ class ControlFit:
         self._reduction = torch.zeros(bins, dtype=torch.float64)
 
     def add(self, found: PilotStatistics) -> bool:
-        """Take in what a pilot has found, the same on all ranks: judge, then fit.
+        """Add a pilot's statistics, the same on all ranks: first judge, then fit.
 
         Returns:
-            Whether it was finite; if not it is left out.
+            Whether they were finite; otherwise they are left out.
         """
         if not all(bool(torch.isfinite(x).all()) for x in found):
             return False
@@ -162,9 +162,9 @@ class ControlFit:
 
     @property
     def reductions(self) -> Tensor:
-        """Share of ``E‖g‖²`` of a step that each bin takes off if it is open ``(bins,)``.
+        """Fraction of ``E‖g‖²`` of a step that each bin removes if it is open ``(bins,)``.
 
-        Together they leave what samples, times and the mean are in it.
+        They cannot remove the part that samples, times and the mean gradient have in it.
         """
         if self._sums is None:
             return torch.zeros_like(self._reduction)
@@ -174,7 +174,7 @@ class ControlFit:
 
     @property
     def shares(self) -> Tensor:
-        """Share of draws in each bin ``(bins,)``."""
+        """Fraction of draws in each bin ``(bins,)``."""
         if self._sums is None:
             return torch.full_like(self._reduction, 1 / len(self._reduction))
         return self._sums.share / self._weight
@@ -193,7 +193,7 @@ class ControlFit:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take what ``state`` has returned, of as many bins; a fixed coefficient stays."""
+        """Load what ``state`` returned for as many bins; a fixed coefficient stays."""
         if self.fixed is None:
             self.coefficients = torch.tensor(state["coefficients"], dtype=torch.float64)
         self.is_open, self.predicted_speedup = torch.tensor(state["is_open"]), state["saving"]
@@ -208,7 +208,7 @@ class ControlFit:
         squares, products = self._sums.squares, self._sums.products
         own = squares.diagonal(dim1=1, dim2=2)
         is_known = own > _ROUNDING * self._sums.loss_squares[:, None]
-        # to scale, so that one ridge does for parts of all sizes
+        # scaled, so that one ridge fits parts of all sizes
         scale = is_known / torch.where(is_known, own, 1.0).sqrt()
         matrix = squares * scale[..., None] * scale[..., None, :]
         ridge = torch.where(is_known, _RIDGE, 1.0)
@@ -222,7 +222,7 @@ class ControlFit:
         return torch.where(squares > 0, ratio, 0.0)[:, None]
 
     def _choose(self, cost: Cost) -> None:
-        """Open the bins that are predicted to save most, those of the largest gain per draw."""
+        """Open the bins with the largest predicted saving, in order of their gain per draw."""
         order = (self.reductions / self.shares.clamp(min=1e-12)).argsort(descending=True)
         left = 1 - self.reductions[order].cumsum(dim=0)
         seconds = 1 + cost.fixed + cost.marginal * self.shares[order].cumsum(dim=0)
@@ -231,13 +231,13 @@ class ControlFit:
         chosen = torch.zeros_like(self.is_open)
         if float(savings[best]) > _LEAST_SAVING:
             chosen[order[: best + 1]] = True
-        # bins that neither save nor cost would come and go with the noise of pilots
+        # bins that neither save nor cost would open and close with the noise of pilots
         is_better = self._saving(chosen, cost) > _LEAST_CHANGE * self._saving(self.is_open, cost)
-        # what was learned is soon lost: one pilot alone, of few draws, does not close the gate
-        closes = is_better and not bool(chosen.any())
-        if is_better and (self._close_pending or not closes):
+        # a closed gate learns less often: one pilot of few draws is not enough to close it
+        closes_all = is_better and not bool(chosen.any())
+        if is_better and (self._close_pending or not closes_all):
             self.is_open = chosen
-        self._close_pending = closes and bool(self.is_open.any())
+        self._close_pending = closes_all and bool(self.is_open.any())
         is_closed = not bool(self.is_open.any())
         self.predicted_speedup = (
             float(savings[best]) if is_closed else self._saving(self.is_open, cost)

@@ -1,20 +1,20 @@
-"""Taylor control variates: what a polynomial of the network explains of the gradient's noise.
+"""Taylor control variates: the part of the gradient noise that a Taylor polynomial explains.
 
 The noise ε of a draw enters the loss through the network's input and through its target. For small
 noise the network is nearly its Taylor polynomial around the clean sample; the loss of the
-polynomial is known together with its mean over ε (``taylor_terms.py``), and their difference, a
-term whose gradient has mean zero, is taken off (Jeha, Grathwohl, Andersen, Ek and Frellsen 2024,
+polynomial is known together with its mean over ε (``terms.py``), and their difference, a term
+whose gradient has mean zero, is subtracted (Jeha, Grathwohl, Andersen, Ek and Frellsen 2024,
 arXiv 2408.12270):
 
     loss - β_odd (odd part) - β_even (even part)
 
 The coefficients are those of least variance of the gradient, not of the loss, in bins of the noise
-level and from gradients of earlier steps (``control_fit.py``). Order 0, with β = 1 below a fixed
+level and from gradients of earlier steps (``coefficients.py``). Order 0, with β = 1 below a fixed
 noise level, is also known from Song and Kingma 2021, arXiv 2101.03288.
 
-It explains noise of ε alone, not what sample and timestep bring, and that where the network is
+It explains only the noise of ε, not that of sample and timestep, and only where the network is
 smooth on the scale of the noise: low dimension, low noise, early training. Where it saves less than
-the passes that it takes, the gate closes.
+its passes cost, the gate closes.
 """
 
 import math
@@ -27,6 +27,7 @@ from torch import Tensor
 from lightning_vr.core.devices import widest_float
 from lightning_vr.core.rows import concatenated, mapped, tensors
 from lightning_vr.core.types import Noised, TargetEstimate
+from lightning_vr.core.validation import check_at_least, check_choice, check_finite_number
 from lightning_vr.estimators.loss import ControlVariate, Network, network_output
 from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.estimators.taylor.coefficients import ControlFit, DeviceCopy
@@ -41,33 +42,33 @@ from lightning_vr.process.objective import Objective
 Expectation = Literal["exact", "rademacher"]
 
 LARGEST_DIMENSION = 16
-"""Numbers in a sample up to which exact traces are taken: order 2 needs d (d + 1) / 2 rows."""
+"""Largest number of values in a sample for exact traces: order 2 needs d (d + 1) / 2 rows."""
 
 
 class TaylorCV(ControlVariate):
-    """Takes the loss of a Taylor polynomial of the network off the loss, less its mean.
+    """Subtracts the loss of a Taylor polynomial of the network, minus its mean, from the loss.
 
     Args:
         order: Order of the polynomial. 0: one more pass at the clean sample, for any network. 1:
-            forward-mode derivatives besides. 2: second derivatives, for samples of 16 numbers at
-            most.
-        expectation: How order 1 takes the mean of its even part: ``"exact"``, for samples of 16
-            numbers at most, or ``"rademacher"``, along random directions of signs.
+            also forward-mode derivatives. 2: also second derivatives, for samples of at most 16
+            numbers.
+        expectation: How order 1 takes the mean of its even part: ``"exact"``, for samples of at
+            most 16 numbers, or ``"rademacher"``, along random directions of signs.
         probes: Number of random directions for each draw.
         bins: Bins of the noise level, equally likely under the loss's density of t, with
             coefficients of their own.
-        gate: ``"auto"`` runs it in the bins where what it saves is measured to exceed what it
-            costs, ``"open"`` for all draws, two numbers at noise levels sigma/alpha between them.
-        control: What the coefficient makes the variance least of. ``"gradient"``, or, for studies
-            alone, ``"objective"``: the value of the loss, whose coefficient is another one and can
-            make the gradient noisier.
-        coefficient: β of both parts in all bins, in place of fitted ones.
-        refit_every_n_steps: Optimizer steps from one fit to the next; if not given, as often as
-            takes 2 % of the time of training, and 5 % while bins are open.
+        gate: ``"auto"`` runs it in the bins where its measured saving exceeds its cost, ``"open"``
+            for all draws, two numbers at noise levels sigma/alpha between them.
+        control: Whose variance the coefficient minimises. ``"gradient"``, or, only for comparison,
+            ``"objective"``: the value of the loss, whose coefficient differs and can make the
+            gradient noisier.
+        coefficient: β of both parts in all bins, instead of fitted ones.
+        refit_every_n_steps: Optimizer steps from one fit to the next; if not given, fits take 2 %
+            of the training time, and 5 % while bins are open.
 
     Attributes:
         fit: What has been learned: coefficients and open bins.
-        pilot: Steps at which fits were and will be, or None before the first.
+        pilot: Number, time and next step of the fits, or None before the first.
     """
 
     def __init__(
@@ -84,10 +85,8 @@ class TaylorCV(ControlVariate):
         super().__init__()
         _check_order(order, expectation, probes)
         _check_choices(bins, gate, control, refit_every_n_steps)
-        if coefficient is not None and not -math.inf < coefficient < math.inf:
-            raise ValueError(
-                f"Argument `coefficient` expected to be finite or None, but got {coefficient}."
-            )
+        if coefficient is not None:
+            check_finite_number("coefficient", coefficient)
         self.order = order
         self.expectation: Expectation = expectation
         self.probes = probes
@@ -102,7 +101,7 @@ class TaylorCV(ControlVariate):
 
     @property
     def parts(self) -> int:
-        """Number of terms with coefficients of their own: the odd one, and the even one."""
+        """Number of terms with coefficients of their own: odd and, from order 1, even."""
         return 1 if self.order == 0 else 2
 
     @property
@@ -179,7 +178,7 @@ class TaylorCV(ControlVariate):
         return {name: getattr(self, name) for name in names}
 
     def _open_rows(self, noised: Noised, objective: Objective) -> Tensor | None:
-        """Return the draws that it runs for, or None for all."""
+        """Return the indices of the draws that it runs for, or None for all."""
         if self.gate == "open" or (self.gate == "auto" and bool(self.fit.is_open.all())):
             return None
         if self.is_closed:
@@ -190,13 +189,13 @@ class TaylorCV(ControlVariate):
         else:
             low, high = self.gate
             is_open = (noised.noise_level >= low) & (noised.noise_level <= high)
-        # the host must wait for their number: without it no row could be left out of the pass
+        # the host must wait for their number, or the pass could not leave rows out
         return is_open.nonzero()[:, 0]
 
     def _in_one_batch(
         self, network: Network, noised: Noised, some: Noised, objective: Objective
     ) -> tuple[Tensor, Tensor]:
-        """Return the output at all draws and the term of order 0 of some, by one pass."""
+        """Return the output at all draws and the order-0 term of some, from one pass."""
         both = concatenated([tensors(noised), tensors(clean_points(some))])
         output = network_output(network, Noised(**both), objective)
         count = len(noised.t)
@@ -221,23 +220,19 @@ def _rows(noised: Noised, rows: Tensor) -> Noised:
 
 
 def _check_order(order: int, expectation: str, probes: int) -> None:
-    if order not in (0, 1, 2):
-        raise ValueError(f"Argument `order` expected to be 0, 1 or 2, but got {order}.")
-    if expectation not in get_args(Expectation):
-        raise ValueError(
-            f"Argument `expectation` expected to be one of {', '.join(get_args(Expectation))}, "
-            f"but got {expectation!r}."
-        )
+    check_choice("order", order, (0, 1, 2))
+    check_choice("expectation", expectation, get_args(Expectation))
     if expectation != "exact" and order != 1:
         reason = "the mean of order 0 is exact" if order == 0 else "order 2 takes exact traces"
         raise ValueError(
-            f"Argument `expectation` expected to be 'exact' with order {order}, but got "
-            f"{expectation!r}: {reason}; leave it out, or use order 1."
+            f"`expectation` must be 'exact' with order {order}, got {expectation!r}: leave it out, "
+            f"or use order 1, as {reason}."
         )
-    if probes < 1 or (probes > 1 and expectation == "exact"):
+    check_at_least("probes", probes, 1)
+    if probes > 1 and expectation == "exact":
         raise ValueError(
-            f"Argument `probes` expected to be 1 or more, and to be left out with exact "
-            f"expectations, but got {probes}: name an `expectation` that has probes."
+            f"`probes` must be 1 with expectation='exact', got {probes}: leave it out, or use "
+            f"expectation='rademacher'."
         )
 
 
@@ -247,18 +242,15 @@ def _check_choices(
     control: str,
     refit_every_n_steps: int | None,
 ) -> None:
-    for name, value in (("bins", bins), ("refit_every_n_steps", refit_every_n_steps)):
-        if value is not None and value < 1:
-            raise ValueError(f"Argument `{name}` expected to be at least 1, but got {value}.")
-    if control not in ("gradient", "objective"):
-        raise ValueError(
-            f"Argument `control` expected to be 'gradient' or 'objective', but got {control!r}."
-        )
+    check_at_least("bins", bins, 1)
+    if refit_every_n_steps is not None:
+        check_at_least("refit_every_n_steps", refit_every_n_steps, 1)
+    check_choice("control", control, ("gradient", "objective"))
     is_window = not isinstance(gate, str) and len(gate) == 2 and 0 <= gate[0] < gate[1]
     if gate not in ("auto", "open") and not is_window:
         raise ValueError(
-            f"Argument `gate` expected to be 'auto', 'open' or two noise levels (low, high) with "
-            f"0 <= low < high, but got {gate!r}."
+            f"`gate` must be 'auto', 'open' or two noise levels (low, high) with 0 <= low < high, "
+            f"got {gate!r}: use 'auto' if in doubt."
         )
 
 
@@ -267,6 +259,6 @@ def _check_dimension(order: int, shape: tuple[int, ...]) -> None:
     if size > LARGEST_DIMENSION:
         instead = "use expectation='rademacher', or order 0" if order == 1 else "use order 1 or 0"
         raise ValueError(
-            f"Argument `expectation` of 'exact' with order {order} is for samples of "
-            f"{LARGEST_DIMENSION} numbers at most, but they have {size}: {instead}."
+            f"Samples must have at most {LARGEST_DIMENSION} numbers for expectation='exact' with "
+            f"order {order}, got {size}: {instead}."
         )

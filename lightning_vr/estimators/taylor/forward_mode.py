@@ -1,10 +1,9 @@
-"""A context in which networks have derivatives in forward mode that can be differentiated again.
+"""A context in which networks have forward-mode derivatives that can be differentiated again.
 
-Where torch 2.13 goes wrong, its functions stand aside: fused attention has no such derivatives,
-those of layer normalisation are wrong from the second on (also by the parameters), and group
-normalisation fails on tangents that are not contiguous, which attention leaves behind. Autocast
-does not see a tensor with a tangent: derivatives are taken in float32. A compiled network runs as
-it was written.
+It replaces operations that fail in torch 2.13: fused attention has no such derivatives, those of
+layer normalisation are wrong from the second order on (also by the parameters), and group
+normalisation fails on tangents that are not contiguous, which attention returns. Autocast ignores
+tensors with a tangent, so derivatives are computed in float32. Compiled networks run uncompiled.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from lightning_vr.core.devices import uncompiled
 
 @contextmanager
 def forward_mode(device: torch.device) -> Iterator[None]:
-    """Replace what has no derivatives in forward mode, or wrong ones.
+    """Replace operations whose forward-mode derivatives are missing or wrong.
 
     Args:
         device: Where the network runs.

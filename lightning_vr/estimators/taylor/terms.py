@@ -1,4 +1,4 @@
-"""What a Taylor polynomial of the network says of the loss, with its exact mean taken off.
+"""Loss terms of a Taylor polynomial of the network, minus their exact means.
 
 Given the sample x0 and the time t, the network F sees ``u0 + δ z`` with ``u0 = c_in α x0``,
 ``δ = c_in σ`` and noise z, and its target for plain score matching is ``p x0 + q z``
@@ -16,17 +16,17 @@ variate of Jeha, Grathwohl, Andersen, Ek and Frellsen 2024, arXiv 2408.12270, fo
 prediction). As derivatives by the parameters and by the input commute, the gradient of C_k is the
 polynomial's gradient, and ``C_k - E C_k`` is a loss term whose gradient has mean zero.
 
-It has an odd part in z, an even one, and one that no parameter is in:
+It has an odd part in z, an even part, and one that does not depend on the parameters:
 
     odd        2 e · A z                  and from order 2 on   2 S · A z
-    even       ‖A z‖² - q² ‖z‖² - (‖A‖² - q² d)   and   2 e · S + ‖S‖² less their means
+    even       ‖A z‖² - q² ‖z‖² - (‖A‖² - q² d)   and   2 e · S + ‖S‖² minus their means
     constant   q² (‖z‖² - d)
 
 The odd part has mean zero by symmetry, without any trace, and is not correlated with the even one.
-Traces are exact by the derivatives along all d axes, for samples of few dimensions, or estimated
-along random directions v with ``E v vᵀ = I`` that are independent of z, which keeps the mean of the
-gradient at zero. Nothing here depends on the target: with another one than x0 itself the terms keep
-their zero mean and explain less.
+Traces are computed exactly from the derivatives along all d axes, for samples of few dimensions, or
+estimated along random directions v with ``E v vᵀ = I`` that are independent of z, which keeps the
+mean of the gradient at zero. Nothing here depends on the target: with another target than x0 itself
+the terms keep their zero mean and explain less.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ from lightning_vr.process.schedules import expand
 
 
 def clean_points(noised: Noised) -> Noised:
-    """Return the points that polynomials expand the network around: draws without noise."""
+    """Return the points around which the network is expanded: the draws without noise."""
     xt = expand(noised.alpha, noised.x0) * noised.x0
     return replace(noised, xt=xt, noise=torch.zeros_like(noised.noise), probes=None)
 
@@ -67,10 +67,11 @@ def first_term(output: Tensor, noised: Noised, objective: Objective) -> Tensor:
 def taylor_terms(network: Network, noised: Noised, objective: Objective, order: int) -> Tensor:
     """Return the odd and the even term of each draw ``(B, 2)``; of order 0 the odd one ``(B, 1)``.
 
-    The even term of order 1 takes its traces along ``noised.probes``, or exactly without these.
+    The even term of order 1 estimates its traces along ``noised.probes``, or takes exact ones if
+    these are None.
 
     Args:
-        network: The raw network, with forward-mode derivatives for orders 1 and 2.
+        network: The raw network, which orders 1 and 2 differentiate in forward mode.
         noised: The draws ``(B, *)``.
         objective: The loss.
         order: Order of the polynomial: 0, 1 or 2.
@@ -78,7 +79,7 @@ def taylor_terms(network: Network, noised: Noised, objective: Objective, order: 
     if order == 0:
         output = network_output(network, clean_points(noised), objective)
         return first_term(output, noised, objective)
-    # what is made of the derivatives is float32 as they are: autocast would contract in 16 bits
+    # autocast would multiply the derivatives, which are float32, in 16 bits
     with torch.autocast(noised.t.device.type, enabled=False):
         return _both_terms(network, noised, objective, order)
 
@@ -103,7 +104,7 @@ def _both_terms(network: Network, noised: Noised, objective: Objective, order: i
 
 
 def constant_term(noised: Noised, objective: Objective) -> Tensor:
-    """Return the part of ``C_k - E C_k`` that no parameter is in, ``(B,)``."""
+    """Return the part of ``C_k - E C_k`` that does not depend on the parameters, ``(B,)``."""
     q = objective.coefficients(noised.t).q
     square = noised.noise.flatten(1).square().mean(dim=1) - 1
     return loss_weight(noised, objective) * q**2 * square

@@ -1,4 +1,4 @@
-"""Gradient variance of any module: its training step, run by a copy on both halves of a batch."""
+"""Gradient variance of any module from its training step on both halves of a batch."""
 
 import copy
 from collections.abc import Mapping
@@ -28,17 +28,17 @@ class HalfBatchProbe(GradientProbe):
     cost = 1.0
 
     def prepare(self, batch: Any) -> None:
-        """Refuse a module that cannot be copied or a batch that cannot be halved."""
+        """Raise if the module cannot be copied or the batch cannot be halved."""
         if batch_size(batch) < 2:
             raise MisconfigurationException(
-                "GradientVariance needs two samples in a batch, or gradient accumulation, "
-                "to tell variance: use a larger batch or `accumulate_grad_batches` of 2 or more."
+                "GradientVariance needs two samples in a batch, or gradient accumulation, got a "
+                "batch of 1: use a larger batch or `accumulate_grad_batches` of 2 or more."
             )
         try:
             self._copy()
         except Exception as error:
             raise MisconfigurationException(
-                f"GradientVariance cannot copy this {type(self.module).__name__} to measure on "
+                f"GradientVariance cannot copy this {type(self.module).__name__} to measure on it "
                 f"({error}): pass `loss`, or train with `accumulate_grad_batches` of 2 or more."
             ) from error
 

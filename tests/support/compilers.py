@@ -1,4 +1,4 @@
-"""A backend of ``torch.compile`` that tells what runs compiled."""
+"""A backend of ``torch.compile`` that counts what runs compiled."""
 
 import torch
 

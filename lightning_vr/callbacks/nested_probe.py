@@ -1,0 +1,163 @@
+"""Components of gradient variance of a loss whose times and noise can be drawn again."""
+
+from typing import Any
+
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_vr.callbacks.gradient_probes import GradientProbe, ProbeResult
+from lightning_vr.core.batches import batch_size, take_rows
+from lightning_vr.core.distributed import least
+from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
+from lightning_vr.core.types import Clean
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.schedules import Schedule
+from lightning_vr.process.weightings import EDMWeighting
+from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.noisy_losses import DiffusionLoss, GivenLoss, LossFunction
+from lightning_vr.variance.gradient_measurement import GradientMeasurement, NoisyLoss
+from lightning_vr.variance.nested_measurement import NestedMeasurement
+
+_PER_SAMPLE_COST = 5.0
+"""Cost of a per-sample gradient over that of one draw in a batch, as measured on a U-Net."""
+
+
+def diffusion_probe(
+    trainer: Trainer, module: DiffusionModule, *, samples: int, noise_levels: int
+) -> "NestedProbe":
+    """Return a probe of the loss that a DiffusionModule trains with.
+
+    Args:
+        trainer: The trainer.
+        module: The module that it trains.
+        samples: Number of samples whose gradients are taken one by one.
+        noise_levels: Number of equally likely bins of the noise level.
+    """
+    loss = DiffusionLoss(module, trainer.precision_plugin.forward_context)
+    levels = module.objective.noise_levels(noise_levels)
+    return NestedProbe(trainer, module, loss, module.clean, samples=samples, noise_levels=levels)
+
+
+def given_probe(
+    trainer: Trainer,
+    module: LightningModule,
+    loss: LossFunction,
+    schedule: Schedule,
+    clean: Any,
+    *,
+    samples: int,
+    noise_levels: int,
+) -> "NestedProbe":
+    """Return a probe of a loss that the user gives.
+
+    Args:
+        trainer: The trainer.
+        module: The module that it trains.
+        loss: ``(module, x0, noise, t) -> loss of each sample (B,)``.
+        schedule: The schedule that the loss trains with, which may lie on another device.
+        clean: A function from a batch to clean samples ``(B, *)``, or None.
+        samples: Number of samples whose gradients are taken one by one.
+        noise_levels: Number of equally likely bins of the noise level.
+    """
+    timesteps = schedule.default_timesteps()
+    # the weight plays no part in where the bins lie
+    objective = Objective(schedule, timesteps, EDMWeighting())
+    return NestedProbe(
+        trainer,
+        module,
+        GivenLoss(module, loss, timesteps, trainer.precision_plugin.forward_context),
+        clean or Clean.from_batch,
+        samples=samples,
+        noise_levels=objective.noise_levels(noise_levels),
+    )
+
+
+class NestedProbe(GradientProbe):
+    """Measures components of a loss whose times and noise can be drawn again.
+
+    Args:
+        trainer: The trainer.
+        module: The module that it trains.
+        loss: Its loss.
+        clean: A function from a batch to clean samples.
+        samples: Number of samples whose gradients are taken one by one.
+        noise_levels: Noise level in the middle of each equally likely bin.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        loss: NoisyLoss,
+        clean: Any,
+        *,
+        samples: int,
+        noise_levels: Tensor,
+    ) -> None:
+        super().__init__(trainer, module)
+        self.gradients = GradientMeasurement(loss, self.source, self.groups)
+        self.clean = clean
+        self.samples = samples
+        self.noise_levels = noise_levels
+        self._measurement: NestedMeasurement | None = None
+        self._pair: list[Any] = [None]
+
+    def prepare(self, batch: Any) -> None:
+        clean = self._encode(batch, 2)
+        self._measurement = NestedMeasurement(self.gradients, clean, self.module.device)
+        reason = self._measurement.why_by_differences
+        if reason is None:
+            self.cost = _PER_SAMPLE_COST * 8 * self.samples / self._least(batch_size(batch))
+            rank_zero_info("GradientVariance measures per-sample gradients.")
+        else:
+            self.cost = 16.0  # two batches, four passes each, for the whole and for a bin
+            rank_zero_info(f"GradientVariance measures by differences of batches: {reason}.")
+
+    def pending_batch(self) -> Any:
+        return self._pair[-1]
+
+    def restore_pending_batch(self, batch: Any) -> None:
+        self._pair = [move_data_to_device(batch, self.module.device)]
+
+    def before_any_batch(self, batch: Any) -> None:
+        self._pair = [None] if self._is_per_sample else [self._pair[-1], batch]
+
+    def before_batch(self, batch: Any, batch_idx: int, number: int) -> ProbeResult | None:
+        assert self._measurement is not None
+        batches = self._batches(batch)
+        if batches is None:
+            return None
+        # what training differentiates is a mean over the batch, of which a row is the B-th part
+        rows = batch_size(batch) if self._is_per_sample and self.loss_scale > 1 else 1
+        self.gradients.loss_scale = self.loss_scale / rows
+
+        whole = self._measurement.whole(batches, "whole")
+        levels = self._measurement.levels(batches, len(self.noise_levels), number, "level")
+        device = self.module.device
+        return whole.over_ranks(device), {i: x.over_ranks(device) for i, x in levels.items()}
+
+    @property
+    def _is_per_sample(self) -> bool:
+        return self._measurement is not None and self._measurement.is_per_sample
+
+    def _batches(self, batch: Any) -> list[Clean] | None:
+        """Return the batches to measure on, or None if there are not enough samples."""
+        if self._is_per_sample:
+            size = self._least(min(self.samples, batch_size(batch)))
+            return [self._encode(batch, size)] if size > 1 else None
+        if self._pair[0] is None:
+            return None
+        pair = [self._encode(one, batch_size(one)) for one in self._pair]
+        size = min(len(clean.x0) for clean in pair)
+        return [clean.rows(slice(0, size)) for clean in pair]
+
+    def _least(self, size: int) -> int:
+        """Return the smallest of the ranks' sizes: all ranks must leave out what one does."""
+        return least(size, self.module.device)
+
+    def _encode(self, batch: Any, count: int) -> Clean:
+        precision = self.trainer.precision_plugin.forward_context
+        with preserve_global_rng(), seed_global_rng(self.source("encode")), precision():
+            return Clean.from_batch(self.clean(take_rows(batch, 0, count)))

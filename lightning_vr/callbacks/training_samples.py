@@ -1,0 +1,77 @@
+"""The clean samples that target variance is measured on."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_vr.core.types import Clean
+from lightning_vr.lifecycle.training_set import encoded_training_set, training_loader
+from lightning_vr.posterior.references import References
+from lightning_vr.training.module import DiffusionModule
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def training_samples(
+    trainer: Trainer,
+    module: LightningModule,
+    clean: Callable[[Any], Any] | None,
+    max_data: int,
+) -> Clean | None:
+    """Return clean samples of the training set from all ranks, or None if none are exchangeable.
+
+    The bank of the module's own STF is used where it holds them all.
+
+    Args:
+        trainer: A trainer that is fitting.
+        module: The module that it trains.
+        clean: A function from a batch to clean samples, needed unless it is a DiffusionModule.
+        max_data: Largest number of samples, evenly spaced.
+    """
+    size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+    if size > max_data and trainer.is_global_zero:
+        log.warning(
+            "TargetVariance measures on %d of the %d training samples, as many as `max_data` "
+            "allows.",
+            max_data,
+            size,
+        )
+    bank = getattr(getattr(module, "target", None), "bank", None)
+    if isinstance(bank, References) and clean is None and _has_classes_alone(bank):
+        return _evenly_spaced(bank, max_data)
+
+    found = encoded_training_set(
+        trainer,
+        lambda _, batch: _clean(module, clean, batch),
+        "Reading the training set",
+        max_data,
+    )
+    if found is None:
+        log.warning(
+            "TargetVariance: batches carry a condition beyond class labels, for which no "
+            "two samples are exchangeable; nothing is measured."
+        )
+    return found
+
+
+def _clean(module: LightningModule, clean: Callable[[Any], Any] | None, batch: Any) -> Clean:
+    if clean is not None:
+        return Clean.from_batch(clean(batch))
+    assert isinstance(module, DiffusionModule)
+    return module.clean(batch)
+
+
+def _evenly_spaced(bank: References, limit: int) -> Clean:
+    count = min(limit, len(bank))
+    index = torch.arange(count, device=bank.rows.device) * len(bank) // count
+    group = None if bank.group is None else bank.group[index]
+    return Clean(bank.rows[index] + bank.centre, group)
+
+
+def _has_classes_alone(bank: References) -> bool:
+    """Return whether no further conditions are among a bank's labels."""
+    return bank.group is None or bank.group.ndim == 1
