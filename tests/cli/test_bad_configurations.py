@@ -293,7 +293,7 @@ OTHERS = [
     Bad("--num_samples=0", "num_samples", "above 0", command="predict"),
     Bad("--budget=-1", "budget", "above 0", command="audit"),
     Bad("--candidates=nowhere.yaml", "`candidates`", "YAML file", command="audit"),
-    audit("- name: [", "`candidates`", "mend it there"),
+    audit("- name: [", "`candidates`", "fix it there"),
     audit("- {name: a, target: Stff}", "candidates.target", "use STF"),
     audit("- {name: a, taget: STF}", "`candidates.taget`", "use target"),
     audit(
