@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lightning_vr.core.distributed import all_reduce_sum
 from lightning_vr.core.validation import check_at_least, check_choice
+from lightning_vr.estimators.quantile_density import TINY, QuantileDensity
 from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.timesteps import Truncated
@@ -34,68 +35,8 @@ _TABLE_SIZE = 4096
 _TABLE_REACH = 33.0
 """Logit of the last quantile: 5e-15 of p lie beyond, near the resolution of float64 at 1."""
 
-_INSIDE = 1e-9
-"""Fraction of a cell at its edges without draws: rounding could move these to the next timestep."""
-
-_TINY = 1e-300
-
-_SHORT = 128
-"""Bins up to which sums are taken by a square matrix on the device, and no step waits for them."""
-
 _LEAST_SEEN = 8
 """Draws that every bin must have had before a learned proposal is used."""
-
-
-class QuantileDensity:
-    """A density h(v) on (0, 1), linear in each cell of a table.
-
-    Args:
-        edges: Edges of the n cells from 0 to 1 ``(n + 1,)``, float64.
-        left: Height at the left end of each cell ``(n,)``, not negative; any scale.
-        right: Height at the right end of each cell; that on the left if not given.
-    """
-
-    def __init__(self, edges: Tensor, left: Tensor, right: Tensor | None = None) -> None:
-        right = left if right is None else right
-        masses = 0.5 * edges.diff() * (left + right)
-        total = masses.sum()
-        self.edges, self.left, self.right = edges, left / total, right / total
-        self._masses = masses / total
-        cumulative = torch.cat([masses.new_zeros(1), _cumulated(masses)])
-        self._cumulative = cumulative / cumulative[-1]
-
-    def icdf(self, u: Tensor) -> Tensor:
-        """Map uniform ``u`` in (0, 1) to quantiles v, element by element."""
-        cell = torch.searchsorted(self._cumulative, u, right=True) - 1
-        cell = cell.clamp(0, len(self._masses) - 1)
-        rest = (u - self._cumulative[cell]) / self._masses[cell]
-        left, right = self.left[cell], self.right[cell]
-        root = (left**2 + (right**2 - left**2) * rest).clamp(min=0).sqrt()
-        share = rest * (left + right) / (left + root).clamp(min=_TINY)
-        share = share.clamp(_INSIDE, 1 - _INSIDE)
-        return torch.lerp(self.edges[cell], self.edges[cell + 1], share)
-
-    def __call__(self, v: Tensor) -> Tensor:
-        """Return h at quantiles ``v``, which is q/p."""
-        cell = (torch.searchsorted(self.edges, v, right=True) - 1).clamp(0, len(self.left) - 1)
-        share = (v - self.edges[cell]) / (self.edges[cell + 1] - self.edges[cell])
-        return torch.lerp(self.left[cell], self.right[cell], share)
-
-    def between(self, low: float, high: float) -> "QuantileDensity":
-        """Return the density between two quantiles of p, over the quantiles of that part."""
-        ends = self.edges.new_tensor([low, high])
-        inner = self.edges[(self.edges > low) & (self.edges < high)]
-        edges = torch.cat([ends[:1], inner, ends[1:]])
-        cell = torch.searchsorted(self.edges, 0.5 * (edges[1:] + edges[:-1]), right=True) - 1
-        start, width = self.edges[cell], self.edges[cell + 1] - self.edges[cell]
-        left, right = (
-            torch.lerp(self.left[cell], self.right[cell], (x - start) / width)
-            for x in (edges[:-1], edges[1:])
-        )
-        # a part with density 0 has no weighted loss, and any draws of it estimate that
-        is_empty = (left + right).sum() <= 0
-        left, right = (torch.where(is_empty, 1.0, x) for x in (left, right))
-        return QuantileDensity((edges - low) / (high - low), left, right)
 
 
 class Proposal(nn.Module, ABC):
@@ -202,7 +143,8 @@ class TableProposal(Proposal):
         self.probabilities = list(probabilities)
 
     def density(self, objective: Objective, device: torch.device) -> QuantileDensity:
-        return _histogram(torch.tensor(self.probabilities, dtype=torch.float64, device=device))
+        heights = torch.tensor(self.probabilities, dtype=torch.float64, device=device)
+        return QuantileDensity.histogram(heights)
 
 
 class LearnedProposal(Proposal):
@@ -250,10 +192,10 @@ class LearnedProposal(Proposal):
 
     def density(self, objective: Objective, device: torch.device) -> QuantileDensity:
         sums, counts, seen = self.table.to(device)
-        size = (sums / counts.clamp(min=_TINY)).sqrt()
+        size = (sums / counts.clamp(min=TINY)).sqrt()
         is_known = (seen >= _LEAST_SEEN).all() & (size.sum() > 0)
-        shape = torch.where(is_known, size / size.mean().clamp(min=_TINY), torch.ones_like(size))
-        return _histogram((1 - self.floor) * shape + self.floor)
+        shape = torch.where(is_known, size / size.mean().clamp(min=TINY), torch.ones_like(size))
+        return QuantileDensity.histogram((1 - self.floor) * shape + self.floor)
 
     def check(self, objective: Objective) -> None:
         steps = objective.timesteps.steps
@@ -308,18 +250,6 @@ class LearnedProposal(Proposal):
         warn_of_dropped_state(
             f"LearnedProposal: {reason}: the table is dropped, and learning starts anew."
         )
-
-
-def _cumulated(masses: Tensor) -> Tensor:
-    """Return cumulative sums, by operations that ``deterministic=True`` allows on a GPU."""
-    if len(masses) > _SHORT:
-        return masses.cpu().cumsum(0).to(masses.device)
-    return masses.expand(len(masses), -1).tril().sum(dim=1)
-
-
-def _histogram(heights: Tensor) -> QuantileDensity:
-    edges = torch.linspace(0, 1, len(heights) + 1, dtype=torch.float64, device=heights.device)
-    return QuantileDensity(edges, heights)
 
 
 def _weights(objective: Objective, t: Tensor) -> Tensor:

@@ -3,18 +3,28 @@
 The room imports ``core``, ``process``, ``posterior`` and ``estimators``, and no Lightning.
 """
 
-from lightning_vr.variance.accounting import CostModel
+from lightning_vr.variance.accounting import CostModel, best_resamples, fixed_and_marginal
 from lightning_vr.variance.bootstrap import Interval, bootstrap
 from lightning_vr.variance.components import Components
+from lightning_vr.variance.excess_loss import ExcessLoss
 from lightning_vr.variance.gradient_measurement import GradientMeasurement, NoisyLoss
+from lightning_vr.variance.irreducible_variance import IrreducibleVariance
+from lightning_vr.variance.nested_measurement import NestedMeasurement
+from lightning_vr.variance.removed_variance import RemovedVariance
 from lightning_vr.variance.target_measurement import measure_target_variance
 
 __all__ = [
     "Components",
     "CostModel",
+    "ExcessLoss",
     "GradientMeasurement",
     "Interval",
+    "IrreducibleVariance",
+    "NestedMeasurement",
     "NoisyLoss",
+    "RemovedVariance",
+    "best_resamples",
     "bootstrap",
+    "fixed_and_marginal",
     "measure_target_variance",
 ]

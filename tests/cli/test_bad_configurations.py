@@ -254,7 +254,9 @@ CALLBACKS = [
         "`references`",
         "use fewer",
     ),
-    callback("{class_path: FrechetDistance, init_args: {samples: 2}}", "`samples`", "take more"),
+    callback(
+        "{class_path: FrechetDistance, init_args: {samples: 2}}", "`samples`", "use more samples"
+    ),
     callback(
         "{class_path: FrechetDistance, init_args: {features: DigitFeatures}}",
         "'digits'",
@@ -291,7 +293,7 @@ OTHERS = [
     Bad("--num_samples=0", "num_samples", "above 0", command="predict"),
     Bad("--budget=-1", "budget", "above 0", command="audit"),
     Bad("--candidates=nowhere.yaml", "`candidates`", "YAML file", command="audit"),
-    audit("- name: [", "`candidates`", "mend it there"),
+    audit("- name: [", "`candidates`", "fix it there"),
     audit("- {name: a, target: Stff}", "candidates.target", "use STF"),
     audit("- {name: a, taget: STF}", "`candidates.taget`", "use target"),
     audit(

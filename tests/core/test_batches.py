@@ -69,7 +69,7 @@ def test_halves_make_up_the_whole_and_rows_beyond_the_end_are_not_there():
     assert torch.equal(take_rows(batch, 4, 100)["y"], torch.tensor([4, 5]))
 
 
-def test_what_is_no_row_of_a_sample_stays_whole():
+def test_values_without_one_row_per_sample_stay_whole():
     batch = {"x": x(), "scale": SCALE, "table": TABLE, "epoch": 3, "split": "train", "none": None}
     part = take_rows(batch, 0, 2)
     assert part["x"].shape == (2, 2)
@@ -96,7 +96,7 @@ def test_captions_go_with_their_samples():
 
 
 @pytest.mark.parametrize("batch", [["a", "b"], {"scale": SCALE}, (), "text", None, 3])
-def test_a_batch_without_rows_is_refused(batch):
+def test_a_batch_without_rows_raises(batch):
     message = f"must hold a tensor with one row for each sample, got {type(batch)}"
     message = message.replace(str(type(batch)), type(batch).__name__)
     with pytest.raises(ValueError, match=message):

@@ -99,7 +99,7 @@ def test_rows_that_require_a_gradient_get_one(model, rows, chunk):
 
 
 @pytest.mark.parametrize("count", [1, 40])
-def test_an_upstream_network_is_passed_back_through_once(model, source, count):
+def test_an_upstream_network_has_one_backward_pass(model, source, count):
     trunk = nn.Linear(2, 3).to(WIDE)
     given = torch.randn(5, 2, generator=source, dtype=WIDE)
     noise = torch.randn(5 * count, 3, generator=source, dtype=WIDE)
@@ -169,7 +169,7 @@ def test_without_gradients_the_losses_are_the_same(model, rows, chunk):
 
 @chunks
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad], ids=["gradients", "none"])
-def test_no_more_rows_than_a_chunk_pass_at_a_time_and_all_do_once(model, rows, chunk, mode):
+def test_each_row_passes_once_in_chunks_of_at_most_the_given_size(model, rows, chunk, mode):
     with mode():
         mean_in_chunks(model, model.losses, rows, chunk)
     assert max(model.seen) == min(chunk, ROWS)
@@ -233,7 +233,7 @@ def test_under_autocast_it_is_plain_autograd_to_the_precision_of_bfloat16(source
 
 
 class InFloat32(nn.Module):
-    """A network that leaves autocast for all that it does."""
+    """A network that disables autocast in its forward pass."""
 
     def __init__(self):
         super().__init__()
@@ -268,7 +268,7 @@ def test_checkpointed_networks_run_again_with_the_same_parameters(model, rows):
 
 
 class Encoding(DiffusionModule):
-    """Holds an upstream layer that is trained along."""
+    """Holds an upstream layer that is trained with the network."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

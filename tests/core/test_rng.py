@@ -37,7 +37,7 @@ def test_neighbouring_keys_are_uncorrelated(z_score):
     assert abs(z_score(products)) < 4
 
 
-def test_the_global_stream_is_left_alone():
+def test_the_global_stream_is_not_used():
     state = torch.get_rng_state()
     draw(3, "measure")
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,4 +1,4 @@
-"""Coefficients and gate from findings that are made by hand."""
+"""Coefficients and gate from statistics made by hand."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ def normal(*shape, key):
     return torch.randn(shape, generator=generator("control fit", *key), dtype=WIDE)
 
 
-def findings_of(loss, parts, second_moment=1000.0, share=None, values=None):
+def statistics_of(loss, parts, second_moment=1000.0, share=None, values=None):
     """Inner products of gradients ``loss (b, P)`` and ``parts (b, k, P)``."""
     bins = len(loss)
     share = torch.full((bins,), 1 / bins, dtype=WIDE) if share is None else share
@@ -32,14 +32,14 @@ def findings_of(loss, parts, second_moment=1000.0, share=None, values=None):
     )
 
 
-def random_findings(bins=3, parts=1, key=0, **options):
+def random_statistics(bins=3, parts=1, key=0, **options):
     loss = normal(bins, 7, key=("loss", key))
     own = normal(bins, parts, 7, key=("parts", key))
-    return findings_of(loss + own.sum(dim=1), own, **options)
+    return statistics_of(loss + own.sum(dim=1), own, **options)
 
 
 def of_reductions(reductions, share):
-    """Statistics of bins that take off given parts of the gradient with coefficients of one."""
+    """Statistics of bins that remove given parts of the gradient with coefficients of one."""
     reductions = torch.as_tensor(reductions, dtype=WIDE)
     bins = len(reductions)
     ones = torch.ones(bins, 1, dtype=WIDE)
@@ -76,18 +76,18 @@ def test_coefficients_are_those_of_least_squares_in_each_bin(parts):
     loss = normal(4, 9, key=("loss",))
     own = normal(4, parts, 9, key=("parts",)) + loss[:, None]
     own = own * torch.tensor([1e3, 1e-2], dtype=WIDE)[:parts, None]
-    fit = fit_of(findings_of(loss, own), bins=4)
+    fit = fit_of(statistics_of(loss, own), bins=4)
     assert fit.coefficients.shape == (4, parts)
     for b in range(4):
         expected = torch.linalg.lstsq(own[b].T, loss[b, :, None]).solution[:, 0]
         torch.testing.assert_close(fit.coefficients[b], expected, rtol=1e-4, atol=0)
 
 
-def test_what_is_seen_of_a_small_part_is_not_what_it_has_in_common_with_a_large_one():
+def test_the_coefficient_of_a_small_part_is_not_what_it_shares_with_a_large_one():
     """``g = odd + 0.5 even``: fitted one by one, the even coefficient would be near a thousand."""
     odd = normal(1, 9, key=("odd",))
     even = 1e-3 * (normal(1, 9, key=("even",)) + odd)
-    found = findings_of(odd + 0.5 * even, torch.stack([odd, even], dim=1))
+    found = statistics_of(odd + 0.5 * even, torch.stack([odd, even], dim=1))
     alone = found.products[0, 1] / found.squares[0, 1, 1]
     assert alone > 100
     fit = fit_of(found, bins=1)
@@ -101,26 +101,26 @@ def test_a_part_that_is_rounding_alone_has_coefficient_0(kept):
     loss = normal(2, 9, key=("loss",))
     own = normal(2, 2, 9, key=("parts",))
     own[:, 1 - kept] *= 1e-6
-    fit = fit_of(findings_of(loss, own), bins=2)
+    fit = fit_of(statistics_of(loss, own), bins=2)
     assert not fit.coefficients[:, 1 - kept].any()
     expected = (loss * own[:, kept]).sum(1) / own[:, kept].square().sum(1)
     torch.testing.assert_close(fit.coefficients[:, kept], expected, rtol=1e-5, atol=0)
 
 
-def test_a_bin_without_draws_has_coefficient_0_and_takes_nothing_off():
+def test_a_bin_without_draws_has_coefficient_0_and_removes_nothing():
     loss, own = normal(2, 9, key=("loss",)), normal(2, 2, 9, key=("parts",))
     loss[1], own[1] = 0, 0
     share = torch.tensor([1.0, 0.0], dtype=WIDE)
-    fit = fit_of(findings_of(loss, own, share=share), bins=2, cost=Cost(0.0, 0.1))
+    fit = fit_of(statistics_of(loss, own, share=share), bins=2, cost=Cost(0.0, 0.1))
     assert not fit.coefficients[1].any()
     assert fit.reductions[1] == 0
 
 
-def test_a_reduction_is_that_of_the_coefficients_of_before():
+def test_a_reduction_is_that_of_the_previous_coefficients():
     """The first pilot is judged with ones, the second with what the first has found."""
     loss = normal(2, 3, 9, key=("loss",))
     own = normal(2, 3, 2, 9, key=("parts",))
-    first, second = (findings_of(*x, second_moment=2000.0) for x in zip(loss, own, strict=True))
+    first, second = (statistics_of(*x, second_moment=2000.0) for x in zip(loss, own, strict=True))
 
     def taken(i, beta):
         left = loss[i] - (beta[..., None] * own[i]).sum(dim=1)
@@ -136,12 +136,12 @@ def test_a_reduction_is_that_of_the_coefficients_of_before():
     assert not torch.allclose(taken(1, before), taken(1, fit.coefficients))
 
 
-def test_coefficients_fitted_to_noise_look_good_to_it_and_not_to_the_next_pilot(z_score):
+def test_coefficients_fitted_to_noise_look_good_on_it_but_not_on_the_next_pilot(z_score):
     """Gradients that have nothing in common: any coefficient but zero adds variance."""
     found = [[], []]
     for key in range(300):
         pilots = [
-            findings_of(
+            statistics_of(
                 normal(1, 20, key=("loss", key, i)), normal(1, 2, 20, key=("parts", key, i))
             )
             for i in range(2)
@@ -159,8 +159,8 @@ def test_coefficients_fitted_to_noise_look_good_to_it_and_not_to_the_next_pilot(
     assert z_score(torch.stack(found[1])) < -6
 
 
-def test_sums_fade_from_pilot_to_pilot():
-    pilots = [random_findings(parts=2, key=key) for key in range(4)]
+def test_sums_decay_from_pilot_to_pilot():
+    pilots = [random_statistics(parts=2, key=key) for key in range(4)]
     fit = fit_of(*pilots)
     weights = [MEMORY ** (3 - i) for i in range(4)]
     products = sum(w * found.products for w, found in zip(weights, pilots, strict=True))
@@ -170,9 +170,9 @@ def test_sums_fade_from_pilot_to_pilot():
     torch.testing.assert_close(fit.shares, torch.full((3,), 1 / 3, dtype=WIDE))
 
 
-def test_shares_are_means_over_pilots():
+def test_fractions_of_draws_are_means_over_pilots():
     share = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]], dtype=WIDE)
-    fit = fit_of(*(random_findings(key=i, share=share[i]) for i in range(2)))
+    fit = fit_of(*(random_statistics(key=i, share=share[i]) for i in range(2)))
     torch.testing.assert_close(fit.shares, (MEMORY * share[0] + share[1]) / (MEMORY + 1))
 
 
@@ -218,7 +218,7 @@ def test_the_gate_opens_for_a_saving_over_five_percent(reduction, expected):
     assert fit.predicted_speedup == pytest.approx(1 / (1 - reduction))
 
 
-def test_a_gate_that_was_open_closes_when_it_pays_no_more():
+def test_an_open_gate_closes_when_it_no_longer_pays():
     share = torch.full((2,), 0.5, dtype=WIDE)
     fit = fit_of(of_reductions([0.4, 0.0], share), bins=2, cost=Cost(0.0, 0.1))
     assert fit.is_open.tolist() == [True, False]
@@ -245,7 +245,7 @@ def test_one_pilot_alone_does_not_close_the_gate():
     assert fit.is_open.all()
 
 
-def test_bins_that_neither_save_nor_cost_do_not_come_and_go():
+def test_bins_that_neither_save_nor_cost_do_not_open_and_close():
     first, second = (of_reductions([0.5, x], [0.5, 0.5]) for x in (1e-3, -5e-3))
     fit = fit_of(first, bins=2, cost=Cost(0.05, 0.0), coefficient=1.0)
     assert fit.is_open.tolist() == [True, True]
@@ -261,7 +261,7 @@ def test_without_a_known_cost_the_gate_stays_closed():
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_pilot_whose_gradients_overflow_is_left_out(value):
     """As gradients in float16 do now and then; the trainer leaves such steps out."""
-    good, other = random_findings(parts=2), random_findings(parts=2, key=1)
+    good, other = random_statistics(parts=2), random_statistics(parts=2, key=1)
     broken = good._replace(products=torch.full_like(good.products, value))
     fit, expected = fit_of(good, broken, other), fit_of(good, other)
     assert torch.equal(fit.coefficients, expected.coefficients)
@@ -279,16 +279,16 @@ def test_no_bin_that_does_harm_opens_where_the_second_moment_comes_out_too_small
     assert (fit.reductions < 0).all()
 
 
-def test_the_noise_that_is_taken_off_is_never_all_of_the_second_moment():
+def test_the_removed_noise_is_never_all_of_the_second_moment():
     loss = normal(2, 9, key=("loss",))
-    found = findings_of(loss, loss[:, None], second_moment=0.0)
+    found = statistics_of(loss, loss[:, None], second_moment=0.0)
     fit = fit_of(found, bins=2, cost=Cost(0.0, 0.0))
     assert 0.5 < float(fit.reductions.sum()) < 0.95
     assert fit.predicted_speedup == pytest.approx(float(1 / (1 - fit.reductions.sum())))
 
 
-def test_a_fixed_coefficient_stays_and_is_what_is_judged():
-    pilots = [random_findings(key=i) for i in range(2)]
+def test_a_fixed_coefficient_stays_and_is_judged():
+    pilots = [random_statistics(key=i) for i in range(2)]
     fit = fit_of(*pilots, coefficient=0.25)
     assert torch.equal(fit.coefficients, torch.full((3, 1), 0.25, dtype=WIDE))
     first, second = (
@@ -300,7 +300,7 @@ def test_a_fixed_coefficient_stays_and_is_what_is_judged():
 def test_the_coefficient_of_values_is_one_for_all_parts_and_from_values_alone():
     values = torch.tensor([[2.0, 3.0, 1.0], [4.0, 1.0, 0.0]], dtype=WIDE)
     more = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]], dtype=WIDE)
-    pilots = [random_findings(parts=2, values=values), random_findings(parts=2, values=more)]
+    pilots = [random_statistics(parts=2, values=values), random_statistics(parts=2, values=more)]
     fit = fit_of(pilots[0], on_values=True)
     assert fit.coefficients.shape == (3, 1)
     assert fit.coefficients[:, 0].tolist() == [0.5, 3.0, 0.0]
@@ -318,8 +318,8 @@ def test_the_coefficient_of_values_is_one_for_all_parts_and_from_values_alone():
 
 
 @pytest.mark.parametrize("pilots", [0, 1, 3])
-def test_its_state_goes_through_a_file_of_numbers_and_goes_on_alike(pilots):
-    found = [random_findings(parts=2, key=key) for key in range(pilots + 1)]
+def test_its_state_is_plain_numbers_and_fits_continue_from_it(pilots):
+    found = [random_statistics(parts=2, key=key) for key in range(pilots + 1)]
     cost = Cost(0.05, 0.2) if pilots else None
     fit = fit_of(*found[:-1], cost=cost)
     again = ControlFit(3, on_values=False, coefficient=None)
@@ -337,5 +337,5 @@ def test_its_state_goes_through_a_file_of_numbers_and_goes_on_alike(pilots):
 
 def test_a_fixed_coefficient_is_not_that_of_the_state():
     again = ControlFit(3, on_values=False, coefficient=0.25)
-    again.load(fit_of(random_findings()).state())
+    again.load(fit_of(random_statistics()).state())
     assert torch.equal(again.coefficients, torch.full((3, 1), 0.25, dtype=WIDE))

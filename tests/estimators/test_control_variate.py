@@ -52,7 +52,7 @@ def draws_of(model, count=12, key=0):
     return noised
 
 
-def regress(model, noised, network=None):
+def compute_loss(model, noised, network=None):
     return diffusion_loss(
         network or model.predict,
         noised,
@@ -68,7 +68,7 @@ def gradient(model, loss):
 
 
 def with_coefficients(control, key=0):
-    """Set coefficients that nobody would choose."""
+    """Set arbitrary coefficients, far from the fitted ones."""
     shape = (control.bins, control.parts)
     source = generator("coefficients", key)
     control.fit.coefficients = 3 * torch.randn(shape, generator=source, dtype=WIDE) - 1
@@ -92,7 +92,7 @@ def test_before_the_first_fit_the_loss_is_the_plain_one(order):
     plain, controlled = module(), module(control)
     noised = draws_of(plain)
     network = Counted(controlled)
-    expected, found = regress(plain, noised), regress(controlled, noised, network)
+    expected, found = compute_loss(plain, noised), compute_loss(controlled, noised, network)
     assert network.rows == [12]
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(gradient(controlled, found.loss), gradient(plain, expected.loss))
@@ -100,11 +100,11 @@ def test_before_the_first_fit_the_loss_is_the_plain_one(order):
 
 
 @orders
-def test_an_open_gate_takes_the_terms_off_the_loss_of_all_draws(order):
+def test_an_open_gate_subtracts_the_terms_from_the_loss_of_all_draws(order):
     control = TaylorCV(order, gate="open", coefficient=0.75)
     plain, controlled = module(), module(control)
     noised = draws_of(plain)
-    expected, found = regress(plain, noised), regress(controlled, noised)
+    expected, found = compute_loss(plain, noised), compute_loss(controlled, noised)
     terms = taylor_terms(plain.predict, noised, plain.objective, order).sum(dim=1)
     torch.testing.assert_close(found.control, -0.75 * terms)
     torch.testing.assert_close(found.per_draw, expected.per_draw)
@@ -125,7 +125,7 @@ def test_each_bin_and_part_has_its_coefficient(order):
     bins = (noised.sigma.double().log10() + 2).floor().long()
     assert len(bins.unique()) == 3
     expected = -(control.fit.coefficients[bins] * terms).sum(dim=1)
-    torch.testing.assert_close(regress(model, noised).control, expected)
+    torch.testing.assert_close(compute_loss(model, noised).control, expected)
 
 
 class Copies(TorchDispatchMode):
@@ -151,25 +151,25 @@ def test_coefficients_are_copied_to_the_device_once_for_each_fit(order, gate):
     noised = Noised(**mapped(tensors(draws_of(model, 30)), lambda x: x.float()))
     with Copies(control) as copies:
         for fits in (1, 2):
-            found = [regress(model, noised).control for _ in range(3)]
+            found = [compute_loss(model, noised).control for _ in range(3)]
             assert copies.count == fits
             assert found[0].any()
             assert all(torch.equal(x, found[0]) for x in found)
             with_coefficients(control, key=fits)
 
 
-def test_what_is_loaded_takes_the_place_of_what_was_copied():
+def test_loaded_coefficients_replace_the_cached_copy():
     control = with_coefficients(TaylorCV(bins=3, gate=(0.1, 1.0)), key=1)
     model = module(control)
     noised = draws_of(model, 30)
-    expected, state = regress(model, noised).control, control.get_extra_state()
+    expected, state = compute_loss(model, noised).control, control.get_extra_state()
     with_coefficients(control, key=2)
-    assert not torch.equal(regress(model, noised).control, expected)
+    assert not torch.equal(compute_loss(model, noised).control, expected)
     control.set_extra_state(state)
-    assert torch.equal(regress(model, noised).control, expected)
+    assert torch.equal(compute_loss(model, noised).control, expected)
 
 
-def test_a_copy_on_a_device_is_kept_for_one_tensor_and_is_no_state():
+def test_a_copy_on_a_device_is_cached_for_one_tensor_and_is_not_state():
     first, second = torch.tensor([True, False]), torch.tensor([True, True])
     copies, there = DeviceCopy(), (torch.device("meta"), torch.bool)
     kept = copies.of(first, *there)
@@ -183,7 +183,7 @@ def test_a_copy_on_a_device_is_kept_for_one_tensor_and_is_no_state():
 
 @pytest.mark.parametrize("gate", [(0.1, 1.0), "open"], ids=str)
 @orders
-def test_samples_in_float64_at_times_in_float32_will_do(order, gate):
+def test_samples_may_be_float64_with_times_in_float32(order, gate):
     """Times are float32 whatever the samples are."""
     control = with_coefficients(TaylorCV(order, bins=2, gate=gate))
     model = module(control)
@@ -201,7 +201,7 @@ def test_a_window_is_of_noise_levels(order):
     noised = draws_of(model, 30)
     inside = (noised.sigma >= 0.1) & (noised.sigma <= 1.0)
     assert 5 < int(inside.sum()) < 25
-    found = regress(model, noised).control
+    found = compute_loss(model, noised).control
     assert not found[~inside].any()
     terms = taylor_terms(model.predict, noised, model.objective, order).sum(dim=1)
     torch.testing.assert_close(found[inside], -terms[inside])
@@ -214,7 +214,7 @@ def test_an_automatic_gate_is_of_bins(order):
     model = module(control)
     noised = draws_of(model, 30)
     inside = (noised.sigma < 0.1) | (noised.sigma >= 1.0)
-    found = regress(model, noised).control
+    found = compute_loss(model, noised).control
     assert not found[~inside].any()
     terms = taylor_terms(model.predict, noised, model.objective, order).sum(dim=1)
     torch.testing.assert_close(found[inside], -terms[inside])
@@ -227,7 +227,7 @@ def test_order_0_runs_the_network_once_on_the_draws_and_on_those_of_open_bins_ag
     model = module(control)
     noised = draws_of(model, 30)
     network = Counted(model)
-    regress(model, noised, network)
+    compute_loss(model, noised, network)
     bins = (noised.sigma.double().log10() + 2).floor().long()
     assert network.rows == [30 + int(control.fit.is_open[bins].sum())]
 
@@ -239,7 +239,7 @@ def test_higher_orders_run_the_network_along_all_axes_of_open_bins(order, rows):
     model = module(control)
     noised = draws_of(model, 30)
     network = Counted(model)
-    regress(model, noised, network)
+    compute_loss(model, noised, network)
     assert network.rows == [30, rows * int((noised.sigma < 0.1).sum())]
 
 
@@ -271,13 +271,13 @@ def nodes_of_noise(model, t):
 
 @pytest.mark.parametrize("gate", ["open", (0.1, 1.0), "auto"], ids=str)
 @orders
-def test_whatever_its_coefficients_it_does_not_change_the_mean_of_the_gradient(order, gate, kind):
+def test_no_coefficients_change_the_mean_of_the_gradient(order, gate, kind):
     """Over all noise, by quadrature: any bias would show, however small."""
     control = with_coefficients(TaylorCV(order, bins=4, gate=gate))
     control.fit.is_open = torch.tensor([False, True, True, False])
     model = module(control, prediction=kind)
     noised = nodes_of_noise(model, torch.tensor([0.03, 0.2, 0.5, 3.0]))
-    found = regress(model, noised)
+    found = compute_loss(model, noised)
     if (kind, order) != ("x0", 0):
         assert gradient(model, found.control[51]).norm() > 1e-6
     scale = gradient(model, found.loss).norm()
@@ -285,14 +285,14 @@ def test_whatever_its_coefficients_it_does_not_change_the_mean_of_the_gradient(o
 
 
 @orders
-def test_nor_does_it_change_that_of_an_upstream_that_makes_the_samples(order):
+def test_it_does_not_change_the_mean_gradient_of_an_upstream_network(order):
     control = with_coefficients(TaylorCV(order, bins=4, gate="open"))
     model = module(control)
     noised = nodes_of_noise(model, torch.tensor([0.03, 0.2, 0.5, 3.0]))
     shift = torch.zeros(2, dtype=WIDE, requires_grad=True)
     x0 = noised.x0 + shift
     noised = replace(noised, x0=x0, xt=model.schedule.perturb(x0, noised.noise, noised.t))
-    found = regress(model, noised)
+    found = compute_loss(model, noised)
     (one,) = torch.autograd.grad(found.control[51], shift, retain_graph=True)
     (mean,) = torch.autograd.grad(found.control.mean(), shift)
     assert float(one.norm()) > 1e-3
@@ -330,7 +330,7 @@ def gradients_of_control(model, steps, samples=8):
     ],
     ids=str,
 )
-def test_with_other_estimators_too_the_gradients_mean_stays(options, slots):
+def test_with_other_estimators_too_the_mean_of_the_gradient_stays(options, slots):
     control = with_coefficients(TaylorCV(bins=4, gate="open", **options))
     model = module(control, width=4, timesteps=LogUniform(0.05, 5.0), **slots)
     found = z_scores(gradients_of_control(model, 120))
@@ -339,7 +339,7 @@ def test_with_other_estimators_too_the_gradients_mean_stays(options, slots):
 
 
 def test_the_same_test_finds_the_bias_of_a_coefficient_that_depends_on_the_noise():
-    """That of each draw's own sign: the term's absolute value is taken off."""
+    """That of each draw's own sign: the term's absolute value is subtracted."""
 
     class Biased(TaylorCV):
         def terms(self, network, noised, objective):
@@ -350,7 +350,7 @@ def test_the_same_test_finds_the_bias_of_a_coefficient_that_depends_on_the_noise
     assert float(z_scores(gradients_of_control(model, 120)).abs().max()) > 8
 
 
-def test_antithetic_pairs_leave_order_0_nothing_to_do():
+def test_antithetic_pairs_leave_nothing_for_order_0():
     control = with_coefficients(TaylorCV(bins=4, gate="open"))
     paired = module(control, draws=CARV(2, antithetic=True))
     single = module(control)
@@ -358,7 +358,7 @@ def test_antithetic_pairs_leave_order_0_nothing_to_do():
     assert float(nothing.abs().max()) < 1e-10 * float(something.abs().max())
 
 
-def test_targets_of_references_are_what_the_loss_regresses_on_still():
+def test_the_loss_still_uses_targets_of_references():
     clean = Clean(torch.randn(10, 2, generator=generator("clean"), dtype=WIDE))
     plain = module(target=STF("batch"))
     controlled = module(TaylorCV(gate="open"), target=STF("batch"))
@@ -399,28 +399,28 @@ def test_draws_in_chunks_have_the_loss_and_the_gradient_of_all_at_once(options):
 def test_the_loss_of_each_draw_is_without_the_term():
     model = module(TaylorCV(gate="open"))
     noised = draws_of(model)
-    found, plain = regress(model, noised), regress(module(), noised)
+    found, plain = compute_loss(model, noised), compute_loss(module(), noised)
     torch.testing.assert_close(found.per_draw, plain.per_draw)
     torch.testing.assert_close(found.loss, (found.per_draw + found.control).mean())
     assert float(found.control.detach().abs().min()) > 0
 
 
-def test_without_gradients_there_is_nothing_to_control():
+def test_without_gradients_the_control_variate_is_left_out():
     model = module(TaylorCV(2, gate="open"))
     noised = draws_of(model)
     network = Counted(model)
     with torch.no_grad():
-        found = regress(model, noised, network)
+        found = compute_loss(model, noised, network)
     assert network.rows == [12]
     assert found.control is None
     assert torch.equal(found.loss, found.per_draw.mean())
 
 
-def value_findings(model, noised):
+def value_statistics(model, noised):
     """What a pilot would find of loss values, and nothing of gradients."""
     control = model.control_variate
     with torch.no_grad():
-        losses = regress(module(prediction=model.prediction), noised).per_draw
+        losses = compute_loss(module(prediction=model.prediction), noised).per_draw
         terms = taylor_terms(model.predict, noised, model.objective, control.order).sum(dim=1)
         terms = terms + constant_term(noised, model.objective)
     bins = control.bin(noised.t, model.objective)
@@ -437,26 +437,26 @@ def value_findings(model, noised):
 def test_the_objectives_coefficient_makes_the_values_of_the_loss_less_noisy(order, least):
     control = TaylorCV(order, bins=2, gate="open", control="objective")
     model = module(control, prediction="epsilon", timesteps=LogUniform(0.001, 0.02))
-    control.fit.add(value_findings(model, draws_of(model, 2000)))
+    control.fit.add(value_statistics(model, draws_of(model, 2000)))
     # of one sample's noise alone: samples differ too
     noised = draws_of(model, 2000, key=2)
     noised = replace(noised, x0=torch.zeros_like(noised.x0) + 0.3)
     noised = replace(noised, xt=noised.x0 + noised.sigma[:, None] * noised.noise)
-    found = regress(model, noised)
+    found = compute_loss(model, noised)
     plain, values = found.per_draw.detach(), (found.per_draw + found.control).detach()
     assert float(plain.var() / values.var()) > least
     assert abs(float(values.mean() / plain.mean()) - 1) < 0.1
 
 
 @orders
-def test_the_objectives_term_is_with_the_part_that_has_no_parameter(order):
+def test_the_objectives_term_includes_the_part_without_parameters(order):
     control = TaylorCV(order, gate="open", control="objective")
     control.fit.coefficients = torch.full((8, 1), 0.6, dtype=WIDE)
     model = module(control)
     noised = draws_of(model)
     terms = taylor_terms(model.predict, noised, model.objective, order).sum(dim=1)
     expected = -0.6 * (terms + constant_term(noised, model.objective))
-    torch.testing.assert_close(regress(model, noised).control, expected)
+    torch.testing.assert_close(compute_loss(model, noised).control, expected)
 
 
 def test_directions_are_drawn_with_unit_covariance_and_without_regard_to_the_noise(z_score):
@@ -538,13 +538,13 @@ def test_exact_traces_are_for_samples_of_few_numbers(options, size, message):
     ],
     ids=str,
 )
-def test_arguments_that_mean_nothing_are_refused(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
         TaylorCV(**options)
 
 
 def learned(**options):
-    """A control variate after a pilot of random findings."""
+    """A control variate after a pilot of random statistics."""
     control = TaylorCV(**options)
     source = generator("learned")
     c = torch.randn(control.bins, control.parts, 9, generator=source, dtype=WIDE)
@@ -569,7 +569,7 @@ def learned(**options):
 @pytest.mark.parametrize(
     "options", [{}, {"order": 1, "bins": 3}, {"control": "objective"}], ids=str
 )
-def test_what_is_learned_goes_through_a_file_of_weights(options, tmp_path):
+def test_what_is_learned_is_in_a_file_of_weights(options, tmp_path):
     control = learned(**options)
     assert control.fit.is_open.any()
     torch.save(module(control).state_dict(), tmp_path / "weights.pt")
@@ -582,7 +582,7 @@ def test_what_is_learned_goes_through_a_file_of_weights(options, tmp_path):
     assert torch.equal(again.fit.coefficients, control.fit.coefficients)
     assert torch.equal(again.fit.is_open, control.fit.is_open)
     noised = draws_of(module())
-    one, other = regress(module(again), noised), regress(module(control), noised)
+    one, other = compute_loss(module(again), noised), compute_loss(module(control), noised)
     assert torch.equal(one.loss, other.loss)
 
 
@@ -603,7 +603,7 @@ def test_what_is_learned_goes_through_a_file_of_weights(options, tmp_path):
     ],
     ids=str,
 )
-def test_what_was_learned_with_other_settings_is_dropped_and_says_so(options, differing, caplog):
+def test_what_was_learned_with_other_settings_is_dropped_with_a_warning(options, differing, caplog):
     control = TaylorCV(**options)
     found = module(control).load_state_dict(module(learned(order=1)).state_dict())
     assert [record.getMessage() for record in caplog.records] == [
@@ -626,7 +626,7 @@ def test_a_checkpoint_without_a_control_variate_leaves_it_as_built(caplog):
     ]
 
 
-def test_a_checkpoint_with_a_control_variate_loads_without_one_and_says_so(caplog):
+def test_a_checkpoint_with_a_control_variate_loads_without_one_with_a_warning(caplog):
     trained = module(learned())
     model = module()
     torch.nn.init.zeros_(model.network.project_out.weight)

@@ -24,7 +24,7 @@ def renderer():
 
 
 def teacher(noised):
-    """A noise prediction that is not linear in x_t, less the noise."""
+    """A noise prediction that is not linear in x_t, minus the noise."""
     return torch.tanh(noised.xt * (1 + noised.t[:, None])) - noised.noise
 
 
@@ -66,7 +66,7 @@ def test_chunks_of_the_teacher_change_nothing():
     assert calls == [24, 5, 5, 5, 5, 4]
 
 
-def test_the_upstream_is_passed_back_through_once_and_the_teacher_without_gradient():
+def test_the_upstream_has_one_backward_pass_and_the_teacher_none():
     upstream, passes = renderer(), []
     upstream[2].register_full_backward_hook(lambda *_: passes.append(1))
     parameter = torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -101,7 +101,7 @@ def test_one_draw_may_be_clipped_or_normalised():
 
 
 @pytest.mark.parametrize("option", [{"clip": 1.0}, {"normalize": True}])
-def test_clipping_or_normalising_single_draws_of_several_is_refused(option):
+def test_clipping_or_normalising_single_draws_of_several_raises(option):
     (name,) = option
     with pytest.raises(ValueError, match=f"`{name}` must be off with 4 draws"):
         gradient(CARV(4), **option)

@@ -52,7 +52,7 @@ def test_importance_weights_are_one():
     assert torch.equal(draw(Clean(torch.zeros(5, 2))).weight, torch.ones(5))
 
 
-def test_labels_condition_and_index_travel_with_their_samples():
+def test_labels_condition_and_index_stay_with_their_samples():
     group, index = torch.tensor([2, 0, 1]), torch.tensor([7, 5, 6])
     clean = Clean(torch.zeros(3, 2), group, {"text": torch.ones(3, 4)}, index)
     noised = draw(clean)

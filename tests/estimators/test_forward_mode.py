@@ -98,7 +98,7 @@ def test_under_autocast_they_are_taken_in_float32():
         torch.testing.assert_close(slope(network, u, v), plain)
 
 
-def test_outside_of_it_nothing_is_replaced():
+def test_outside_the_context_nothing_is_replaced():
     norm, x = nn.LayerNorm(8), torch.randn(3, 8)
     with forward_mode(CPU):
         inside = norm(x)

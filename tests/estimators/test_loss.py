@@ -132,7 +132,7 @@ def test_a_control_variate_is_added_to_each_draw():
     torch.testing.assert_close(found.loss, (plain.per_draw + seen[0].sum(1) + 1).mean())
 
 
-def test_without_gradients_there_is_nothing_to_control():
+def test_without_gradients_the_control_variate_is_left_out():
     noised, target = problem()
     linear = nn.Linear(3, 3)
     with torch.no_grad():

@@ -5,10 +5,10 @@ import torch
 
 from lightning_vr.estimators.proposals import (
     LearnedProposal,
-    QuantileDensity,
     TableProposal,
     WeightProposal,
 )
+from lightning_vr.estimators.quantile_density import QuantileDensity
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.schedules import EDM, VE, VP, RectifiedFlow
 from lightning_vr.process.timesteps import LogitNormal, LogNormal, Truncated, Uniform, UniformSteps
@@ -135,7 +135,7 @@ def test_the_product_of_weights_is_the_mean_weight(mean, std):
 
 
 @pytest.mark.parametrize("table", [torch.arange(1.0, 8.0, dtype=WIDE), spiky()], ids=len)
-def test_of_discrete_steps_the_product_of_weights_is_the_mean_weight_exactly(table):
+def test_for_discrete_steps_the_product_of_weights_is_the_mean_weight_exactly(table):
     objective = table_weight(table)
     found = product(WeightProposal()(objective, CPU), objective, grid(5000))
     torch.testing.assert_close(found, table.mean().expand_as(found), rtol=1e-12, atol=0)
@@ -189,7 +189,7 @@ def test_weighted_draws_have_the_mean_of_the_loss(name, proposal, part):
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
-def test_without_the_weights_the_mean_is_another(proposal):
+def test_without_the_weights_the_mean_differs(proposal):
     h = PROPOSALS[proposal](SMOOTH["edm-x0"], CPU)
     assert abs(mean(h.icdf) - 0.5) > 0.02
 
@@ -237,9 +237,9 @@ def test_a_table_need_not_have_as_many_bins_as_there_are_steps(source):
         ([1.0, 0.0], lambda t: (t > 0.6) & (t < 0.65), "0.6 to 0.65"),
     ],
 )
-def test_a_table_that_misses_part_of_the_loss_is_refused(probabilities, weight, times):
+def test_a_table_that_misses_part_of_the_loss_raises(probabilities, weight, times):
     with pytest.raises(
-        ValueError, match=r"TableProposal is zero at times from (\S+) to (\S+):"
+        ValueError, match=r"TableProposal that is zero at times from (\S+) to (\S+):"
     ) as e:
         TableProposal(probabilities).check(with_weight(weight))
     text = str(e.value)
@@ -249,7 +249,7 @@ def test_a_table_that_misses_part_of_the_loss_is_refused(probabilities, weight, 
     )
 
 
-def test_a_table_that_misses_single_steps_of_the_loss_is_refused():
+def test_a_table_that_misses_single_steps_of_the_loss_raises():
     table = torch.zeros(1000, dtype=WIDE)
     table[[3, 777]] = 1.0
     with pytest.raises(
@@ -275,7 +275,7 @@ def test_a_table_may_be_zero_where_the_weight_is():
     ],
     ids=["infinite", "nan", "negative", "zero"],
 )
-def test_weights_that_are_no_density_are_refused(weight):
+def test_weights_that_are_not_a_density_raise(weight):
     with pytest.raises(ValueError, match="loss weight of Weights must be finite, not neg"):
         WeightProposal().check(with_weight(weight))
 
@@ -324,7 +324,7 @@ def test_it_is_the_base_density_until_every_bin_has_been_seen_eight_times():
     assert not torch.allclose(heights(proposal), torch.ones(4, dtype=WIDE), atol=0.1)
 
 
-def test_it_is_the_base_density_where_no_loss_is():
+def test_it_is_the_base_density_where_there_is_no_loss():
     proposal = LearnedProposal(bins=4)
     seen(proposal, torch.zeros(4, dtype=WIDE))
     proposal.advance()
@@ -341,7 +341,7 @@ def test_no_importance_weight_exceeds_one_over_the_floor(floor):
     assert float(weight.max()) == pytest.approx(1 / floor, rel=1e-9)
 
 
-def test_earlier_steps_fade_by_the_memory():
+def test_earlier_steps_decay_by_the_memory():
     proposal, memory = LearnedProposal(bins=2, memory=0.75), 0.75
     steps = [torch.tensor(x, dtype=WIDE) for x in ([4.0, 1.0], [1.0, 25.0], [9.0, 9.0])]
     counts = [8, 2, 5]
@@ -356,7 +356,7 @@ def test_earlier_steps_fade_by_the_memory():
     assert proposal.table[2].tolist() == [15.0, 15.0]
 
 
-def test_a_step_draws_from_the_table_as_it_was_before_the_step():
+def test_a_step_draws_from_the_table_before_the_step():
     proposal = LearnedProposal(bins=4)
     seen(proposal)
     assert torch.equal(heights(proposal), torch.ones(4, dtype=WIDE))
@@ -368,7 +368,7 @@ def test_a_step_draws_from_the_table_as_it_was_before_the_step():
     assert not torch.allclose(heights(proposal), first, atol=0.1)
 
 
-def test_more_bins_than_timesteps_are_refused():
+def test_more_bins_than_timesteps_raise():
     objective = table_weight(torch.ones(7, dtype=WIDE))
     LearnedProposal(bins=7).check(objective)
     with pytest.raises(ValueError, match="`bins` must be at most 7, the number of timest"):
@@ -394,7 +394,7 @@ def test_bins_are_of_the_given_times_truncated_or_not(proposal, part):
     torch.testing.assert_close(h(grid(999)), expected(grid(999)), rtol=1e-9, atol=1e-9)
 
 
-def test_draws_are_seen_in_the_bin_they_are_in():
+def test_draws_are_counted_in_their_bin():
     proposal = LearnedProposal(bins=4)
     v = torch.tensor([0.0, 0.2499, 0.25, 0.6, 0.9999, 1.0], dtype=WIDE)
     proposal.observe(v, torch.ones(6), torch.arange(6.0))
@@ -402,7 +402,7 @@ def test_draws_are_seen_in_the_bin_they_are_in():
     assert proposal.table.tolist() == [[1, 2, 3, 9], [2, 1, 1, 2], [2, 1, 1, 2]]
 
 
-def test_what_is_learned_and_what_is_only_seen_are_in_the_state():
+def test_the_table_and_new_observations_are_in_the_state():
     first, second = LearnedProposal(bins=4), LearnedProposal(bins=4)
     seen(first)
     first.advance()
@@ -430,6 +430,6 @@ def test_what_is_learned_and_what_is_only_seen_are_in_the_state():
         (lambda: LearnedProposal(memory=math.nan), "`memory` must .* got nan"),
     ],
 )
-def test_proposals_that_mean_nothing_are_refused(build, message):
+def test_invalid_proposals_raise(build, message):
     with pytest.raises(ValueError, match=message):
         build()

@@ -85,7 +85,7 @@ def test_training_that_resumes_has_the_table_of_training_that_did_not_stop(check
     assert same(resumed.network.state_dict(), whole.network.state_dict())
 
 
-def test_what_was_learned_reloads(checkpoint_of):
+def test_a_learned_table_reloads(checkpoint_of):
     path, trained = checkpoint_of("learned")
     again = DiffusionModule.load_from_checkpoint(path)
     assert isinstance(again.draws.proposal, LearnedProposal)
@@ -130,7 +130,7 @@ STARTS_ANEW = {
 
 
 @pytest.mark.parametrize(("saved", "built"), STARTS_ANEW)
-def test_a_checkpoint_whose_learned_state_does_not_fit_says_so_once(
+def test_a_checkpoint_whose_learned_state_does_not_fit_warns_once(
     saved, built, checkpoint_of, caplog
 ):
     path, _ = checkpoint_of(saved)
@@ -141,7 +141,7 @@ def test_a_checkpoint_whose_learned_state_does_not_fit_says_so_once(
 
 
 @pytest.mark.parametrize("name", ["iid", "carv", "learned"])
-def test_a_checkpoint_of_the_same_draws_says_nothing(name, checkpoint_of, caplog):
+def test_a_checkpoint_of_the_same_draws_loads_without_a_warning(name, checkpoint_of, caplog):
     path, _ = checkpoint_of(name)
     model = module(DRAWS[name]())
     caplog.clear()
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_the_same_draws_says_nothing(name, checkpoint_of, caplog
     assert messages(caplog) == []
 
 
-def test_a_table_of_another_moment_is_dropped_and_says_so(caplog):
+def test_a_table_of_another_moment_is_dropped_with_a_warning(caplog):
     learned, other = (LearnedProposal(moment, bins=2) for moment in ("loss", "gradient"))
     learned.observe(torch.tensor([0.2, 0.7]), torch.ones(2), torch.ones(2))
     learned.advance()

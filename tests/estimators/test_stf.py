@@ -229,7 +229,7 @@ def test_over_the_whole_data_set_the_target_is_the_exact_posterior_mean(referenc
 
 
 def chosen(target, index, indexed=True, source=None):
-    """How often each sample of a bank of unit vectors stands in each row's references."""
+    """How often each sample of a bank of unit vectors is in each row's references."""
     unit = torch.eye(target.bank.rows.shape[1], dtype=WIDE)
     clean = Clean(unit[index], index=index if indexed else None)
     # at infinite noise the target is the mean of the references
@@ -334,7 +334,7 @@ def test_stf_and_dsm_have_the_same_expected_gradient(references, z_score):
 
 
 @pytest.mark.parametrize(("sigma", "low", "high"), [(0.02, 0.8, 1.01), (1.0, 0.0, 0.6)])
-def test_stf_quietens_the_gradient_at_the_noise_levels_where_references_mix(sigma, low, high):
+def test_stf_lowers_gradient_variance_at_noise_levels_where_references_mix(sigma, low, high):
     """With the exact denoiser plus a bias, the gradient's only noise is the target's."""
     x0, label = bank_problem()
     bias = torch.zeros(1, dtype=WIDE, requires_grad=True)
@@ -382,7 +382,9 @@ def test_when_all_rows_are_below_the_switch_the_own_samples_are_the_target(sourc
 
 @pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("references", ["batch", 300, "all"])
-def test_the_automatic_switch_is_where_other_references_weigh_a_thousandth(references, with_labels):
+def test_the_automatic_switch_is_where_others_have_a_thousandth_of_the_weight(
+    references, with_labels
+):
     source = generator("automatic")
     x0 = 3 + torch.randn(300, 8, generator=source, dtype=WIDE)
     label = torch.arange(300) % 2 if with_labels else None
@@ -409,7 +411,7 @@ def test_filling_twice_gives_the_same_automatic_switch():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_condition_falls_back_to_dsm_and_says_so_once(caplog, source):
+def test_a_condition_falls_back_to_dsm_and_warns_once(caplog, source):
     clean = Clean(torch.randn(4, 3, generator=source), cond={"text": torch.zeros(4, 2)})
     noised = noised_at(clean, 5.0, source)
     target = STF(references=8)
@@ -424,7 +426,7 @@ def test_a_condition_falls_back_to_dsm_and_says_so_once(caplog, source):
 
 
 def condition_problem(indexed):
-    """A data set whose second label tells two augmentations apart, one the mirror of the other."""
+    """A data set whose second label distinguishes two mirrored augmentations."""
     x0, label = bank_problem()
     flipped = torch.arange(120) % 2
     x0 = torch.where(flipped[:, None] == 1, 2 - x0, x0)
@@ -479,7 +481,7 @@ def test_given_a_condition_that_others_share_the_target_is_unbiased(references, 
     assert largest(z_score, torch.cat(rows)) < 4
 
 
-def test_a_condition_with_its_number_is_no_reason_to_fall_back(caplog, source):
+def test_a_condition_with_a_number_does_not_fall_back(caplog, source):
     clean = condition_problem(indexed=False)
     with caplog.at_level(logging.WARNING):
         found = STF()(noised_at(clean, 5.0, source), clean, source)
@@ -496,9 +498,7 @@ def warnings_of(caplog, target, clean, source):
 
 
 @pytest.mark.parametrize("references", [4, "all"])
-def test_samples_that_are_not_their_copies_in_the_bank_are_warned_of_once(
-    references, caplog, source
-):
+def test_samples_that_differ_from_their_copies_in_the_bank_warn_once(references, caplog, source):
     bank = 5 + torch.randn(20, 12, generator=source)
     target = STF(references)
     target.fill(bank, None, indexed=True)
@@ -512,7 +512,7 @@ def test_samples_that_are_not_their_copies_in_the_bank_are_warned_of_once(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_samples_that_are_their_copies_but_for_rounding_are_not_warned_of(dtype, caplog, source):
+def test_samples_that_equal_their_copies_up_to_rounding_do_not_warn(dtype, caplog, source):
     bank = 5 + torch.randn(20, 12, generator=source)
     target = STF("all")
     target.fill(bank, None, indexed=True)
@@ -559,28 +559,28 @@ def test_the_chunk_size_does_not_change_the_target(chunk_size, source):
         ({"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
     ],
 )
-def test_arguments_that_mean_nothing_are_refused(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
         STF(**options)
 
 
-def test_all_references_without_indices_are_refused_with_the_reason():
+def test_all_references_without_indices_raise_with_the_reason():
     with pytest.raises(ValueError, match=r"`references='all'` needs sample indices.*twice"):
         STF("all").fill(torch.randn(5, 2), None, indexed=False)
 
 
-def test_more_references_than_samples_are_refused():
+def test_more_references_than_samples_raise():
     with pytest.raises(ValueError, match=r"`references` must be at most 5, .* got 6"):
         STF(6).fill(torch.randn(5, 2), None, indexed=True)
 
 
-def test_a_missing_bank_is_refused_with_how_to_fill_it(source):
+def test_a_missing_bank_raises_and_says_how_to_fill_it(source):
     clean = Clean(torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match=r"STF\(references=4\) has no bank, which `fit` fills"):
         STF(4)(noised_at(clean, 1.0, source), clean, source)
 
 
-def test_a_batch_that_lost_its_indices_is_refused(source):
+def test_a_batch_without_indices_raises(source):
     target = STF("all")
     target.fill(torch.zeros(5, 3), None, indexed=True)
     clean = Clean(torch.zeros(2, 3))

@@ -58,7 +58,7 @@ class Small(nn.Module):
 
 
 def draws_of(shape, t, noise=None, key=0):
-    """One draw at each time, of samples of their own, with weights of importance."""
+    """One draw at each time, each of its own sample, with importance weights."""
     source = generator("draws", key)
     t = torch.as_tensor(t, dtype=WIDE)
     x0 = torch.randn(len(t), *shape, generator=source, dtype=WIDE)
@@ -162,7 +162,7 @@ def nodes_and_weights(dimension, count=5):
 
 @shapes
 @orders
-def test_the_terms_are_the_loss_of_the_polynomial_less_its_mean(kind, order, shape):
+def test_the_terms_are_the_loss_of_the_polynomial_minus_its_mean(kind, order, shape):
     network, objective = Small(shape), objective_of(kind)
     noised = draws_of(shape, [0.1, 0.4, 0.8])
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_the_terms_are_the_loss_of_the_polynomial_less_its_mean(kind, order, sha
 @shapes
 @orders
 def test_the_mean_of_the_polynomials_loss_is_what_the_traces_say(kind, order, shape):
-    """By quadrature over the noise, which is exact: the loss is of degree 4 at most."""
+    """By quadrature over the noise, which is exact: the loss is of degree at most 4."""
     one = draws_of(shape, [0.3])
     expected = polynomial(Small(shape), one, kind)
     z, mass = nodes_and_weights(math.prod(shape))
@@ -224,7 +224,7 @@ def test_the_gradient_of_each_term_has_mean_zero(kind, order, shape):
     assert float(means.abs().max()) < 1e-10
 
 
-def test_with_random_directions_too(kind):
+def test_with_random_directions_too_the_gradient_of_each_term_has_mean_zero(kind):
     """Over all noise and all directions, by quadrature; with one direction the mean is not zero."""
     network, objective = Small((2,)), objective_of(kind)
     z, mass = nodes_and_weights(2)
@@ -277,7 +277,7 @@ def test_opposite_noise_cancels_the_odd_term_and_keeps_the_even_one(kind, order)
     torch.testing.assert_close(there[:, 1:], back[:, 1:], rtol=1e-12, atol=1e-12)
 
 
-def test_of_x0_there_is_nothing_to_control_at_order_0():
+def test_for_x0_prediction_the_order_0_term_is_zero():
     network, objective = Small((2,)), objective_of("x0")
     noised = draws_of((2,), [0.1, 0.4, 0.8])
     term = taylor_terms(network, noised, objective, 0)

@@ -176,7 +176,7 @@ def test_alpha_and_sigma_may_differ_from_row_to_row(hand_over):
     assert_posterior(posterior, brute_force(xt, alpha, sigma, references), 1e-8)
 
 
-def test_without_signal_every_reference_counts_alike(hand_over):
+def test_without_signal_all_references_have_equal_weight(hand_over):
     xt, _, references = problem(4, 20, 3, 0.0, 2.0)
     posterior = posterior_mean(xt, 0.0, 2.0, hand_over(references))
     torch.testing.assert_close(posterior.mean, references.mean(0).expand(4, 3))
@@ -279,7 +279,7 @@ def test_two_copies_of_all_references_double_the_ess_and_nothing_else(hand_over)
 
 @pytest.mark.parametrize("dtype", [torch.float32, WIDE])
 @pytest.mark.parametrize("sigma", [1e-4, 1.0, 1e4])
-def test_one_reference_is_the_answer_bitwise(hand_over, sigma, dtype):
+def test_one_reference_is_the_mean_bitwise(hand_over, sigma, dtype):
     xt, _, references = problem(1, 1, 7, 0.9, sigma, dtype)
     posterior = posterior_mean(xt, 0.9, sigma, hand_over(references))
     assert torch.equal(posterior.mean, references)
@@ -287,7 +287,7 @@ def test_one_reference_is_the_answer_bitwise(hand_over, sigma, dtype):
     assert float(posterior.spread) == 0
 
 
-def test_equal_references_are_the_answer(hand_over):
+def test_equal_references_are_the_mean(hand_over):
     xt, _, _ = problem(5, 3, 7, 0.9, 0.1)
     same = torch.linspace(-1, 1, 7, dtype=WIDE).expand(12, 7)
     posterior = posterior_mean(xt, 0.9, 0.1, hand_over(same))
@@ -297,7 +297,7 @@ def test_equal_references_are_the_answer(hand_over):
 
 
 @pytest.mark.parametrize("sigma", [0.2, 1.0, 5.0])
-def test_own_in_place_of_its_copy_is_having_it_among_the_references(hand_over, sigma):
+def test_own_with_its_copy_excluded_equals_the_copy_among_the_references(hand_over, sigma):
     xt, own, references = problem(9, 30, 4, 0.8, sigma)
     among = posterior_mean(xt, 0.8, sigma, hand_over(references))
     apart = posterior_mean(xt, 0.8, sigma, hand_over(references), own=references[own], exclude=own)
@@ -328,7 +328,7 @@ def test_exclude_removes_one_reference_of_each_row(hand_over):
         assert_posterior(posterior, brute_force(xt, 1.0, 1.0, references, allowed), 1e-10)
 
 
-def test_alone_with_its_own_copy_a_sample_is_the_answer_bitwise(hand_over):
+def test_a_sample_with_only_its_copy_as_reference_is_the_mean_bitwise(hand_over):
     xt, own, references = problem(1, 1, 5, 1.0, 3.0, torch.float32)
     posterior = posterior_mean(xt, 1.0, 3.0, hand_over(references), own=references, exclude=own)
     assert torch.equal(posterior.mean, references)
@@ -378,7 +378,7 @@ def test_rows_without_a_label_use_all_references(hand_over):
     assert_posterior(posterior, brute_force(xt, 0.9, 1.5, references, allowed), 1e-10)
 
 
-def test_of_several_labels_references_must_have_each_that_is_not_negative(hand_over):
+def test_references_must_have_each_of_several_labels_that_is_not_negative(hand_over):
     xt, own, references = problem(6, 30, 4, 0.9, 1.5)
     group = torch.stack([torch.arange(30) % 3, torch.arange(30) // 2 % 2], dim=1)
     query = group[own]
@@ -466,12 +466,12 @@ TWO = torch.zeros(2, dtype=torch.int64)
         ),
     ],
 )
-def test_inputs_that_mean_nothing_are_refused(xt, references, options, message):
+def test_invalid_inputs_raise(xt, references, options, message):
     with pytest.raises(ValueError, match=message):
         posterior_mean(xt, 1.0, 1.0, references, **options)
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
-def test_a_sigma_that_is_no_positive_number_is_refused(sigma):
+def test_a_sigma_that_is_not_a_positive_number_raises(sigma):
     with pytest.raises(ValueError, match=f"`sigma` must be positive .* got {sigma}"):
         posterior_mean(X, 1.0, sigma, R)

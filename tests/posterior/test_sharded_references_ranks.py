@@ -63,7 +63,7 @@ def problem(sigma, dtype):
 
 
 def labels():
-    """Classes of the references, of which class 7 stands in one place alone, and a second label."""
+    """Classes of the references, of which class 7 has only one, and a second label."""
     group = torch.arange(COUNT) // 2 % 3
     group[4] = 7
     return group, torch.arange(COUNT) % 2
@@ -108,7 +108,7 @@ def at_low_noise(rows, wide, share=slice(None), prepare=References.prepare):
     return posterior_mean(xt, 1.0, 1.2, prepared, own=own, exclude=at).spread
 
 
-def refused(call):
+def error_message(call):
     """The message of the error that a call raises."""
     try:
         call()
@@ -118,7 +118,7 @@ def refused(call):
 
 
 def posteriors(rank):
-    """What a rank gets in each case, and what else is to be known of it."""
+    """What a rank gets in each case, and facts about the case."""
     ranks = world_size()
     rows, share = SHARES[ranks][rank], slice(rank, None, ranks)
     found = {case: [*posterior_of(case, rows, share, ShardedReferences.prepare)] for case in CASES}
@@ -137,8 +137,8 @@ def posteriors(rank):
     query = x[:2]
     label = {"query_group": torch.zeros(2, dtype=torch.int64)} if rank == 0 else {}
     messages = [
-        refused(lambda: posterior_mean(query, 1.0, 1.0, sharded, **label)),
-        refused(lambda: ShardedReferences.prepare(x if rank == 0 else x[:3])),
+        error_message(lambda: posterior_mean(query, 1.0, 1.0, sharded, **label)),
+        error_message(lambda: ShardedReferences.prepare(x if rank == 0 else x[:3])),
     ]
     return found, messages
 
@@ -162,16 +162,16 @@ def test_the_posterior_over_references_on_all_ranks_is_that_of_one_process(resul
 
 
 def test_the_cases_reach_from_one_reference_to_all_and_hold_an_empty_class_on_a_rank():
-    """A class that one rank alone has makes all logits of the others -inf."""
+    """A class that only one rank has makes all logits of the others -inf."""
     assert float(posterior_of("high noise", slice(0, 8)).ess.min()) > 29
     ess = posterior_of("low noise", slice(0, 8)).ess
-    # the second row is not told where its copy stands
+    # the second row does not know the position of its copy
     torch.testing.assert_close(ess, torch.tensor([1, 2, 1, 1, 1, 1, 1, 1], dtype=WIDE))
     assert (posterior_of("classes", slice(0, 8)).ess.round() == 1).any()
     assert (labels()[0] == 7).sum() == 1
 
 
-def test_where_no_rank_has_a_query_all_get_nothing_and_go_on(results):
+def test_without_queries_on_any_rank_all_get_empty_results(results):
     shapes = [[0, DIM], [0], [0], [0]]
     for found, _ in results:
         assert [list(x.shape) for x in found["nobody asks"]] == shapes
@@ -184,7 +184,7 @@ def test_at_low_noise_the_spread_keeps_its_relative_precision_over_ranks(results
     torch.testing.assert_close(found, wide, rtol=1e-4, atol=1e-22)
 
 
-def test_every_reference_stands_on_one_rank_where_the_formula_says(results):
+def test_every_reference_is_on_the_one_rank_that_the_formula_says(results):
     ranks = len(results)
     for rank, (found, _) in enumerate(results):
         row, group = found["rows"]
@@ -196,7 +196,7 @@ def test_every_reference_stands_on_one_rank_where_the_formula_says(results):
             torch.testing.assert_close(found["in place"][0], rows)
 
 
-def test_a_subset_stays_where_it_is_and_keeps_its_order_and_repetitions(results):
+def test_a_subset_stays_on_its_ranks_and_keeps_its_order_and_repetitions(results):
     values = torch.full((4,), -1.0)
     for found, _ in results:
         positions, group, size = found["subset"]
@@ -206,7 +206,7 @@ def test_a_subset_stays_where_it_is_and_keeps_its_order_and_repetitions(results)
     assert values.tolist() == [60, 6, 6, 8]
 
 
-def test_ranks_that_ask_differently_are_all_told_so(results):
+def test_ranks_whose_queries_differ_all_raise(results):
     for _, (labelled, parts) in results:
         assert "`xt` must have one dtype and one number of labels on all ranks" in labelled
         assert "`x` must be every" in parts
@@ -328,7 +328,7 @@ def numbers_sent(rank):
     return sent
 
 
-def test_what_is_sent_does_not_grow_with_the_number_of_references(on_two_ranks):
+def test_communication_does_not_grow_with_the_number_of_references(on_two_ranks):
     for small, large in on_two_ranks(numbers_sent):
         # queries of this rank, and sums for the queries of both
         assert small == large == 3 + 4 * (1 + 5 + 2) + 8 * (5 + 5)
@@ -411,7 +411,7 @@ def test_a_run_with_a_sharded_bank_trains_as_with_one_on_every_rank(runs):
         assert sharded["switch"] > 0
 
 
-def test_each_rank_of_a_run_keeps_what_it_has_read_alone(runs):
+def test_each_rank_of_a_run_keeps_only_what_it_has_read(runs):
     for rank, (replicated, sharded) in enumerate(zip(*runs, strict=True)):
         assert len(replicated["held"]) == 21
         assert len(sharded["held"]) == [11, 10][rank]
@@ -420,7 +420,7 @@ def test_each_rank_of_a_run_keeps_what_it_has_read_alone(runs):
         assert sharded["size"] == 21
 
 
-def test_the_target_variance_of_a_run_is_not_measured_on_a_rank_s_share(runs):
+def test_the_target_variance_of_a_run_is_not_measured_on_one_shard(runs):
     for replicated, sharded in zip(*runs, strict=True):
         assert sharded["curve size"] == replicated["curve size"] == 21
         torch.testing.assert_close(sharded["curve"], replicated["curve"], rtol=1e-3, atol=1e-9)
@@ -436,6 +436,6 @@ def test_on_one_process_a_sharded_bank_is_the_whole_one(references):
     assert len(target.bank.rows) == 9
 
 
-def test_a_batch_is_no_bank_to_share_out():
+def test_references_from_the_batch_cannot_be_sharded():
     with pytest.raises(ValueError, match="`sharded` must be False with references='batch'"):
         STF("batch", sharded=True)

@@ -11,7 +11,7 @@ WIDE = torch.float64
 
 
 def problem():
-    """Queries of five rows and twelve references; the last row may use three of these alone."""
+    """Queries of five rows and twelve references; the last row may use only three of these."""
     source = torch.Generator().manual_seed(3)
     references = torch.randn(12, 4, generator=source, dtype=WIDE)
     scaled = 3 * torch.randn(5, 4, generator=source, dtype=WIDE)
@@ -60,7 +60,7 @@ def test_sums_over_parts_merge_to_the_sums_over_all(cuts):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_row_that_no_reference_of_a_part_is_for_has_sums_of_zero():
+def test_a_row_without_a_reference_in_a_shard_has_sums_of_zero():
     references, queries = problem()
     sums = SoftmaxSums.over(references.take(torch.arange(9)), queries, None)
     assert sums.packed()[4].tolist() == [-math.inf, *[0] * 8]

@@ -38,7 +38,7 @@ def test_perturb_is_the_schedulers_scale_noise(flow, source):
     torch.testing.assert_close(DiffusersSchedule(flow).perturb(x0, noise, flow.timesteps), expected)
 
 
-def test_velocity_of_a_flow_is_noise_less_sample(flow, source):
+def test_velocity_of_a_flow_is_noise_minus_sample(flow, source):
     x0, noise = torch.randn(2, 4, 3, generator=source).unbind()
     t = torch.tensor([10.0, 300.0, 700.0, 990.0])
     velocity = prediction("velocity", DiffusersSchedule(flow), t).output(x0, noise, x0)
@@ -76,12 +76,12 @@ def test_a_table_is_trained_at_its_own_steps_and_a_flow_at_all_times(ddpm, flow)
     assert 998 < usual.max() < 1000
 
 
-def test_the_network_is_told_the_schedulers_own_timestep(ddpm):
+def test_the_network_gets_the_schedulers_own_timestep(ddpm):
     t = STEPS.float()
     assert torch.equal(DiffusersSchedule(ddpm).embedding_time(t), t)
 
 
-def test_zero_terminal_signal_is_refused():
+def test_zero_terminal_signal_raises():
     scheduler = diffusers.DDPMScheduler(rescale_betas_zero_snr=True)
     with pytest.raises(
         ValueError, match=r"`scheduler` must keep some signal at .* got .*rescale_beta"
@@ -95,6 +95,6 @@ def test_zero_terminal_signal_is_refused():
 
 
 @pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
-def test_edm_schedulers_are_refused_with_what_to_use_instead(name):
+def test_edm_schedulers_raise_with_what_to_use_instead(name):
     with pytest.raises(ValueError, match=rf"got {name}: use EDM\(\) or VE\(\) instead"):
         DiffusersSchedule(getattr(diffusers, name)())

@@ -124,7 +124,7 @@ def test_where_the_signal_vanishes_x0_hat_is_finite(kind, source):
     torch.testing.assert_close(again, x0)
 
 
-def test_an_unknown_prediction_is_refused_with_those_that_exist():
+def test_an_unknown_prediction_raises_with_those_that_exist():
     with pytest.raises(
         ValueError, match=r"`prediction` must be 'x0', 'epsilon', 'v', .* or 'edm', got 'eps'"
     ):

@@ -156,6 +156,6 @@ def test_the_number_of_network_evaluations_is_the_stated_one(solver, evaluations
         ({"noise_level_min": 2.0, "noise_level_max": 1.0}, "0 < min < max, got 2 and 1"),
     ],
 )
-def test_samplers_that_mean_nothing_are_refused(options, message):
+def test_invalid_samplers_raise(options, message):
     with pytest.raises(ValueError, match=message):
         Sampler(**options).noise_levels(EDM())

@@ -106,7 +106,7 @@ def test_rectified_flow_is_a_straight_line_from_data_to_noise(source):
     torch.testing.assert_close(flow.perturb(x0, noise, t), torch.lerp(x0, noise, t[:, None]))
 
 
-def test_edm_tells_networks_the_time_in_table_1():
+def test_edm_gives_networks_the_time_in_table_1():
     t = torch.tensor([0.002, 1.0, 80.0])
     torch.testing.assert_close(EDM().embedding_time(t), 1000 * torch.log(t) / 4)
 
@@ -122,6 +122,6 @@ def test_edm_tells_networks_the_time_in_table_1():
         (lambda: EDM(sigma_max=math.nan), "got 0.002 and nan"),
     ],
 )
-def test_ranges_that_mean_nothing_are_refused(build, message):
+def test_invalid_ranges_raise(build, message):
     with pytest.raises(ValueError, match=message):
         build()

@@ -54,7 +54,7 @@ def test_times_at_the_ends_of_the_unit_interval_are_finite(density, u):
 
 @continuous
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_log_density_keeps_the_dtype_and_is_minus_infinity_off_the_support(density, dtype):
+def test_the_log_density_keeps_the_dtype_and_is_minus_infinity_outside_the_support(density, dtype):
     bounded = isinstance(density, (Uniform, LogitNormal))
     off = torch.tensor([-1.0, 0.0, 1.0] if bounded else [-1.0, 0.0], dtype=dtype)
     log_prob = density.log_prob(off)
@@ -181,6 +181,6 @@ def test_bins_of_steps_hold_their_own_steps_and_all_of_them_once():
         (lambda: Truncated(Uniform(), math.nan, 1.0), "0 <= low < high <= 1"),
     ],
 )
-def test_densities_that_mean_nothing_are_refused(build, message):
+def test_invalid_densities_raise(build, message):
     with pytest.raises(ValueError, match=message):
         build()

@@ -135,6 +135,6 @@ def test_weights_are_finite_and_not_negative_over_the_whole_range(weighting, sch
         (lambda: UnitWeighting("noise"), "`prediction` must be 'x0', .* or 'edm', got 'noise'"),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(build, message):
+def test_invalid_weightings_raise(build, message):
     with pytest.raises(ValueError, match=message):
         build()

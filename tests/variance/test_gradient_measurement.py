@@ -512,7 +512,9 @@ def test_a_given_loss_that_is_not_one_number_for_each_sample_is_refused(reduce):
     module = Points()
     loss = GivenLoss(module, lambda *arguments: reduce(mean_error(*arguments)), Uniform())
     batches = [Clean(data(3).x0)] * 2
-    with pytest.raises(ValueError, match="one loss for each of the 3 samples, but got a tensor"):
+    with pytest.raises(
+        ValueError, match="`loss` must return one number for each of the 3 samples, got a tensor"
+    ):
         measurement(module, loss).by_differences(batches)
 
 
