@@ -4,13 +4,13 @@ All of them give the same weights, bit by bit: two terms have the same sum in ei
 """
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -189,11 +189,14 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Folders, statuses and outputs of all jobs, of which two run at a time."""
-    folders = {name: tmp_path_factory.mktemp("job") for name in JOBS}
-    with ThreadPoolExecutor(2) as pool:
-        done = {name: pool.submit(job, folders[name]) for name, job in JOBS.items()}
-        yield lambda name: (folders[name], *done[name].result())
+    """Folder, statuses and outputs of a job, which runs when it is first asked for."""
+
+    @functools.cache
+    def done(name):
+        folder = tmp_path_factory.mktemp("job")
+        return folder, *JOBS[name](folder)
+
+    return done
 
 
 def weights(folder):
