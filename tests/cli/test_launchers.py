@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -186,17 +187,19 @@ JOBS = {
     "srun": srun,
 }
 
+WAITING = ["raises and saves", "first raises and saves, as others"]
+"""Jobs of which one rank waits for long until Lightning ends it."""
+
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Folder, statuses and outputs of a job, which runs when it is first asked for."""
-
-    @functools.cache
-    def done(name):
-        folder = tmp_path_factory.mktemp("job")
-        return folder, *JOBS[name](folder)
-
-    return done
+    """Folder, statuses and outputs of a job: those that mostly wait run beside the others."""
+    folders = {name: tmp_path_factory.mktemp("job") for name in JOBS}
+    with ThreadPoolExecutor(len(WAITING) + 1) as pool:
+        submit = functools.cache(lambda name: pool.submit(JOBS[name], folders[name]))
+        for name in WAITING:
+            submit(name)
+        yield lambda name: (folders[name], *submit(name).result())
 
 
 def weights(folder):
