@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.pictures import no_pictures  # noqa: F401  # a fixture
+from support.pictures import no_pictures, no_pictures_in_module  # noqa: F401  # fixtures
 from support.ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
 
 from lightning_vr.process.predictions import PredictionType

@@ -40,6 +40,8 @@ from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.data import EightGaussians
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 PARTS = ("data", "timestep", "noise")
 
 
@@ -482,6 +484,7 @@ def test_enough_samples_tell_all_noise_levels_at_each_measurement(tmp_path):
     assert few.statistics.levels.total.isfinite().tolist() == [True, False]
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_a_file_a_picture_and_a_table(tmp_path, capsys):
     callback = each()
     trainer(tmp_path, callback, max_epochs=2).fit(diffusion(), gaussians())
@@ -503,6 +506,7 @@ def test_a_run_leaves_a_file_a_picture_and_a_table(tmp_path, capsys):
         assert word in printed
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     ("make", "data", "callback"),
     [
@@ -571,6 +575,7 @@ def test_two_instances_keep_states_of_their_own_in_one_checkpoint(tmp_path):
     assert len(keys) == 6
 
 
+@pytest.mark.pictures
 def test_a_second_fit_starts_a_table_of_its_own(tmp_path):
     callback = each()
     for number in range(2):

@@ -35,6 +35,8 @@ from lightning_vr.data import EightGaussians
 from lightning_vr.process.predictions import prediction
 from lightning_vr.process.weightings import MinSNRWeighting
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SETTINGS = {"noise_levels": 6, "samples": 128, "references": [4]}
 
 
@@ -80,6 +82,7 @@ def logged(path, prefix):
     return found
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_a_picture_a_file_numbers_and_a_table(tmp_path, capsys):
     callback = TargetVariance(**SETTINGS)
     trainer(tmp_path, callback).fit(module(STF("batch")), data())
@@ -196,6 +199,7 @@ def test_dsm_removes_nothing(tmp_path):
     assert set(removed.values()) == {0.0}
 
 
+@pytest.mark.pictures
 def test_a_resumed_run_does_not_measure_again_and_goes_on_summing(tmp_path, monkeypatch):
     first = TargetVariance(**SETTINGS)
     fit = trainer(tmp_path / "first", first, max_steps=-1, max_epochs=2)
@@ -297,6 +301,7 @@ class Pictures(torch.utils.data.Dataset):
         return {"picture": self.x[i], "label": self.label[i]}
 
 
+@pytest.mark.pictures
 def test_it_works_on_a_module_that_knows_nothing_of_it(tmp_path, capsys):
     callback = TargetVariance(schedule=VP(), clean=lambda batch: batch["picture"], **SETTINGS)
     fit = trainer(tmp_path, callback)
@@ -383,6 +388,7 @@ def test_with_a_continuous_condition_nothing_is_measured_and_the_log_says_why(tm
     assert [callback.state_dict()[name] for name in ("curve", "removed", "excess")] == [None] * 3
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("target", [None, STF("batch"), STF(8)], ids=["dsm", "batch", "bank"])
 def test_a_run_leaves_the_excess_loss_as_numbers_a_file_and_a_picture(tmp_path, target):
     trainer(tmp_path, TargetVariance(**SETTINGS)).fit(module(target), data())
@@ -512,6 +518,7 @@ def test_where_it_cannot_be_told_there_is_no_excess_loss_and_the_log_says_why(
     assert not (tmp_path / "excess_loss.csv").exists()
 
 
+@pytest.mark.pictures
 def test_the_picture_touches_no_global_state_of_matplotlib(tmp_path):
     before = dict(matplotlib.rcParams)
     trainer(tmp_path, TargetVariance(**SETTINGS), max_steps=1).fit(module(), data())

@@ -28,7 +28,7 @@ from lightning_vr import (
 from lightning_vr.data import EightGaussians
 
 pytestmark = [
-    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.usefixtures("no_pictures_in_module"),
     # what saves is not what resumes
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),

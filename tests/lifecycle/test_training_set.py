@@ -103,7 +103,7 @@ def open_points(worker):
 
 
 def test_workers_start_as_those_of_the_training_loader_do():
-    loader = DataLoader(Opened(), batch_size=8, num_workers=1, worker_init_fn=open_points)
+    loader = DataLoader(Opened(POINTS), batch_size=8, num_workers=1, worker_init_fn=open_points)
     model = module(target=STF("all"))
     fit(model, loader=loader, limit_val_batches=0)
     assert len(model.target.bank) == COUNT

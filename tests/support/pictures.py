@@ -2,11 +2,23 @@
 
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
+
+
+def _blank(figure, file, *_, **__):
+    Image.new("L", (1, 1)).save(file, "png")
+
+
+@pytest.fixture
+def no_pictures(request, monkeypatch):
+    """Write blank pictures, but in tests that are marked with ``pictures``."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(Figure, "savefig", _blank)
 
 
 @pytest.fixture(scope="module")
-def no_pictures():
-    """Write no figures."""
+def no_pictures_in_module():
+    """Write blank pictures, in fixtures of the module too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda *_, **__: None)
+        patch.setattr(Figure, "savefig", _blank)
         yield

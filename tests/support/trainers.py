@@ -3,7 +3,7 @@
 from lightning.pytorch import Trainer
 
 
-def quiet_trainer(*callbacks, **options):
+def quiet_trainer(*extra, callbacks=(), **options):
     """Return a trainer for one CPU, unless options say otherwise."""
     quiet = {
         "accelerator": "cpu",
@@ -12,4 +12,4 @@ def quiet_trainer(*callbacks, **options):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return Trainer(callbacks=list(callbacks), **(quiet | options))
+    return Trainer(callbacks=[*callbacks, *extra], **(quiet | options))

@@ -517,8 +517,8 @@ def test_a_run_that_is_too_short_says_so_and_trains_plainly(run_of, costing, cap
     with caplog.at_level(logging.INFO):
         seen = run_of(control, 900)
     assert [pilot["count"] for _, pilot in seen] == [0]
-    assert "TaylorCV stays as it is" in caplog.text
-    assert "900 steps are too few" in caplog.text
+    assert "TaylorCV is not fitted" in caplog.text
+    assert "900 steps is too little" in caplog.text
     assert "et `refit_every_n_steps`" in caplog.text
     assert control.is_closed
 
@@ -528,8 +528,8 @@ def test_a_run_that_is_too_short_for_timing_says_so(run_of, costing, caplog, ste
     costing(0.0, 0.1)
     with caplog.at_level(logging.INFO):
         assert run_of(TaylorCV(), steps) == []
-    assert "TaylorCV stays as it is" in caplog.text
-    assert f"{steps} steps are too few" in caplog.text
+    assert "TaylorCV is not fitted" in caplog.text
+    assert f"{steps} steps is too little" in caplog.text
 
 
 def test_a_gate_that_becomes_automatic_in_mid_run_still_opens(run_of, costing):

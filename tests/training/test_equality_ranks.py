@@ -325,7 +325,7 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def run(no_pictures, tmp_path_factory):
+def run(no_pictures_in_module, tmp_path_factory):
     """What ranks have computed, and one process alone."""
 
     @functools.cache

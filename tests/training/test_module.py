@@ -648,7 +648,7 @@ class TestBadInput:
 
     def test_all_references_without_indices_are_refused(self):
         with pytest.raises(ValueError, match=r"`references='all'` needs sample indices"):
-            self.fit(Unindexed(), target=STF("all"))
+            self.fit(Unindexed(normal_points(32, "points"), two_classes(32)), target=STF("all"))
 
     @pytest.mark.parametrize("validation", [False, True])
     def test_a_network_with_another_output_shape_is_refused(self, validation):

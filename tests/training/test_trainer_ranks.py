@@ -64,7 +64,7 @@ def results(tmp_path_factory):
 
 def test_a_bank_filled_from_two_ranks_is_the_training_set_in_its_order(results):
     for found in results:
-        torch.testing.assert_close(found["bank"], Points.x0)
+        torch.testing.assert_close(found["bank"], POINTS.x0)
         assert found["group"].tolist() == [i % 2 for i in range(20)]
 
 
@@ -87,12 +87,12 @@ def test_ranks_share_the_seed_and_draw_different_times_and_noise(results):
 def test_two_ranks_train_as_one_process_on_the_whole_batch_with_their_draws(results, monkeypatch):
     model = module()
     model.seed = 5
-    model.target.fill(Points.x0, torch.arange(20) % 2, indexed=True)
+    model.target.fill(POINTS.x0, torch.arange(20) % 2, indexed=True)
     for step in range(2):
         losses = []
         for rank, found in enumerate(results):
             index = found["index"][step]
-            batch = {"x0": Points.x0[index], "label": index % 2, "index": index}
+            batch = {"x0": POINTS.x0[index], "label": index % 2, "index": index}
             monkeypatch.setattr("lightning_vr.core.keyed_module.rank", lambda rank=rank: rank)
             losses.append(model.loss(batch, model.generator("train", step, 0)).loss)
         model.zero_grad()
