@@ -135,7 +135,7 @@ class History(Callback):
         self.errors.append(self.truth.errors(module))
         if isinstance(module.control_variate, TaylorCV):
             fit = module.control_variate.fit
-            self.fractions.append(float(fit.shares[fit.is_open].sum()))
+            self.fractions.append(float(fit.fractions[fit.is_open].sum()))
         self.seconds += time.process_time() - begin
 
 

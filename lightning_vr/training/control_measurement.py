@@ -207,7 +207,7 @@ class ControlMeasurement:
                 for j, (_, other) in enumerate(parts):
                     found.squares[b, k, j] = factor * _product_in_order(own, other)
             found.loss_squares[b] = factor * _product(gradient, gradient)
-            found.share[b] = fraction
+            found.fraction[b] = fraction
             loss = some["sign"] * values
             explained = some["sign"] * sum(terms for terms, _ in parts)
             explained = explained + constant_term(Noised(**some["noised"]), self.model.objective)

@@ -179,7 +179,7 @@ def gate_numbers(model: Diffusion, control: TaylorCV) -> dict[str, float]:
     found: dict[str, float] = {}
     if control.gate == "auto":
         found["control_variate/saving"] = fit.predicted_speedup
-        found["control_variate/share"] = float(fit.shares[fit.is_open].sum())
+        found["control_variate/share"] = float(fit.fractions[fit.is_open].sum())
     for b, name in enumerate(names):
         if control.gate == "auto":
             found[f"control_variate/open/s{name}"] = float(fit.is_open[b])

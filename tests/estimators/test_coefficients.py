@@ -68,7 +68,7 @@ def test_before_the_first_pilot_coefficients_are_one_and_the_gate_is_closed():
     assert not fit.is_open.any()
     assert fit.predicted_speedup == 1
     assert not fit.reductions.any()
-    assert torch.equal(fit.shares, torch.full((4,), 0.25, dtype=WIDE))
+    assert torch.equal(fit.fractions, torch.full((4,), 0.25, dtype=WIDE))
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -167,13 +167,13 @@ def test_sums_decay_from_pilot_to_pilot():
     squares = sum(w * found.squares for w, found in zip(weights, pilots, strict=True))
     expected = torch.linalg.solve(squares, products)
     torch.testing.assert_close(fit.coefficients, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(fit.shares, torch.full((3,), 1 / 3, dtype=WIDE))
+    torch.testing.assert_close(fit.fractions, torch.full((3,), 1 / 3, dtype=WIDE))
 
 
 def test_fractions_of_draws_are_means_over_pilots():
     share = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]], dtype=WIDE)
     fit = fit_of(*(random_statistics(key=i, share=share[i]) for i in range(2)))
-    torch.testing.assert_close(fit.shares, (MEMORY * share[0] + share[1]) / (MEMORY + 1))
+    torch.testing.assert_close(fit.fractions, (MEMORY * share[0] + share[1]) / (MEMORY + 1))
 
 
 def best_by_trial(reductions, share, cost):
@@ -331,7 +331,7 @@ def test_its_state_is_plain_numbers_and_fits_continue_from_it(pilots):
     assert torch.equal(fit.coefficients, again.coefficients)
     assert torch.equal(fit.is_open, again.is_open)
     assert torch.equal(fit.reductions, again.reductions)
-    assert torch.equal(fit.shares, again.shares)
+    assert torch.equal(fit.fractions, again.fractions)
     assert fit.predicted_speedup == again.predicted_speedup
 
 

@@ -4,12 +4,13 @@ import os
 
 import pytest
 import torch
-from forks import exit_code
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from same_runs import DieAt, StopAt, StoppedError, assert_equal, logs
+from support.comparisons import assert_equal, logs
+from support.forks import exit_code
+from support.stops import DieAt, StopAt, StoppedError
 from torch import nn
 from torch.nn import functional as F
 

@@ -140,7 +140,7 @@ def test_what_a_pilot_finds_is_the_closed_form(samples, resamples, accumulated, 
         assert abs(z_score(found.squares[:, b, 0, 0], expected)) < 4
         # which is all of what the noise adds
         assert abs(z_score(found.loss_squares[:, b], expected)) < 4
-        assert abs(z_score(found.share[:, b], 0.5)) < 4
+        assert abs(z_score(found.fraction[:, b], 0.5)) < 4
     # two draws of one sample have it in common, at scales σ of their own
     common = (2 / math.pi) ** 2 * (resamples - 1)
     expected = 0.5 + 2 * (1 + common) / in_step

@@ -150,8 +150,8 @@ class TestRandomness:
                 drawn.append(noised.noise)
                 return super().compute_loss(noised, target, **options)
 
-        module = Random(network())
-        getattr(trainer(), stage)(module, DataLoader(points(size=2048), 1024), verbose=False)
+        module, many = Random(network()), Points(normal_points(2048, "many"))
+        getattr(trainer(), stage)(module, DataLoader(many, 1024), verbose=False)
         own, noise = torch.cat(drawn[::2]), torch.cat(drawn[1::2])
         # every shift of one stream against the other
         for shift in range(-4, 5):

@@ -677,5 +677,5 @@ class TestRefused:
 
     def test_a_compiled_network_without_room_for_dropped_labels(self):
         network = torch.compile(ResidualMLP(2, width=8, num_class_embeds=2), backend="eager")
-        with pytest.raises(ValueError, match="num_class_embeds=2, but 2 classes and the dropped"):
+        with pytest.raises(ValueError, match="2 classes and the dropped label, got a ResidualMLP"):
             DiffusionModule(network, num_classes=2)

@@ -55,7 +55,7 @@ class PilotStatistics(NamedTuple):
         squares: ``⟨c_k, c_l⟩`` ``(b, k, k)``.
         loss_squares: ``E‖g - E[g | x, t]‖²``, what the noise adds to ``E‖g‖²`` of a step ``(b,)``.
         second_moment: ``E‖g‖²`` of the whole gradient of a step ``()``.
-        share: Fraction of draws in each bin ``(b,)``.
+        fraction: Fraction of draws in each bin ``(b,)``.
         value_products: Sums of ``L (C - E C)`` over the draws in each bin, where L is the loss
             minus its mean in the bin ``(b,)``.
         value_squares: Sums of ``(C - E C)²`` ``(b,)``.
@@ -65,7 +65,7 @@ class PilotStatistics(NamedTuple):
     squares: Tensor
     loss_squares: Tensor
     second_moment: Tensor
-    share: Tensor
+    fraction: Tensor
     value_products: Tensor
     value_squares: Tensor
 
@@ -173,11 +173,11 @@ class ControlFit:
         return self._reduction / (noise + rest.clamp(min=_LEAST_REST * noise))
 
     @property
-    def shares(self) -> Tensor:
+    def fractions(self) -> Tensor:
         """Fraction of draws in each bin ``(bins,)``."""
         if self._sums is None:
             return torch.full_like(self._reduction, 1 / len(self._reduction))
-        return self._sums.share / self._weight
+        return self._sums.fraction / self._weight
 
     def state(self) -> dict[str, Any]:
         """Return all that has been learned, as numbers, for the checkpoint."""
@@ -223,9 +223,9 @@ class ControlFit:
 
     def _choose(self, cost: Cost) -> None:
         """Open the bins with the largest predicted saving, in order of their gain per draw."""
-        order = (self.reductions / self.shares.clamp(min=1e-12)).argsort(descending=True)
+        order = (self.reductions / self.fractions.clamp(min=1e-12)).argsort(descending=True)
         left = 1 - self.reductions[order].cumsum(dim=0)
-        seconds = 1 + cost.fixed + cost.marginal * self.shares[order].cumsum(dim=0)
+        seconds = 1 + cost.fixed + cost.marginal * self.fractions[order].cumsum(dim=0)
         savings = 1 / (left * seconds)
         best = int(savings.argmax())
         chosen = torch.zeros_like(self.is_open)
@@ -248,4 +248,4 @@ class ControlFit:
         if not bool(is_open.any()):
             return 1.0
         left = 1 - self.reductions[is_open].sum()
-        return float(1 / (left * (1 + cost.fixed + cost.marginal * self.shares[is_open].sum())))
+        return float(1 / (left * (1 + cost.fixed + cost.marginal * self.fractions[is_open].sum())))
