@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_vr.core.devices import uncompiled
 from lightning_vr.core.gradients import aliases, gradients_in_chunks, is_trained
-from lightning_vr.core.rng import preserve_global_rng
+from lightning_vr.core.rng import preserve_global_rng, set_global_rng
 from lightning_vr.core.rows import (
     Rows,
     concatenated,
@@ -140,7 +140,7 @@ class GradientMeasurement:
         with preserve_global_rng(), uncompiled(), _SameTensors(), sdpa_kernel(SDPBackend.MATH):
             rows = concatenated([interleaved(self._draws(*part)) for part in parts])
             parameters, fixed = aliases(self.loss)
-            torch.manual_seed(self.source(*key, "global").initial_seed())
+            set_global_rng(self.source(*key, "global"))
 
             def one(parameters: dict[str, Tensor], row: Rows) -> Tensor:
                 losses: Tensor = functional_call(self.loss, (parameters, fixed), (row,))
@@ -190,7 +190,7 @@ class GradientMeasurement:
         parameters, fixed = aliases(self.loss)
         for parameter in parameters.values():
             parameter.requires_grad_()
-        torch.manual_seed(self.source(*key, "global").initial_seed())
+        set_global_rng(self.source(*key, "global"))
         _, found = gradients_in_chunks(
             self.loss,
             self.loss,
