@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_vr.core.distributed import all_gather_rows, rank, row_offset, world_size
+from lightning_vr.core.distributed import gather_rows, rank, row_counts, world_size
 from lightning_vr.core.rng import generator as keyed_generator
 from lightning_vr.core.types import Clean, Noised, TargetEstimate
 from lightning_vr.core.validation import check_at_least
@@ -176,10 +176,11 @@ class STF(Target):
         """Return references and, for each row, the position that the own sample replaces."""
         if self.references == "batch":
             resamples = len(noised.x0) // len(clean.x0)
+            counts = row_counts(len(clean.x0))
             positions = torch.arange(len(clean.x0), device=noised.t.device)
-            positions = positions + row_offset(len(clean.x0), noised.t.device)
-            labels = None if clean.labels is None else all_gather_rows(clean.labels)
-            x0 = all_gather_rows(clean.x0.to(noised.x0.dtype))
+            positions = positions + sum(counts[: rank()])
+            labels = None if clean.labels is None else gather_rows(clean.labels, counts)
+            x0 = gather_rows(clean.x0.to(noised.x0.dtype), counts)
             references = References.prepare(x0, labels)
             return references, positions.repeat_interleave(resamples)
         bank = self._filled_bank(noised.t.device)

@@ -34,7 +34,7 @@ from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
-from lightning_vr.lifecycle.stopping import CoordinatedStop, bypass_collectives
+from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating, raise_if_asked
 from lightning_vr.lifecycle.strategies import check_strategy
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
@@ -78,7 +78,7 @@ class ResumableModule(KeyedModule, LightningModule):
         self._hooks_called = {"on_fit_start"}
         check_strategy(self.trainer, self)
         self._resuming.begin(self.trainer)
-        self._stop.install_signal_handlers(self.trainer)
+        self._stop.begin_fit(self.trainer)
         use_durable_checkpoints(self.trainer)
         keep_csv_logs_whole(self.trainer)
         warn_on_logger_errors(self.trainer)
@@ -139,6 +139,39 @@ class ResumableModule(KeyedModule, LightningModule):
         self._resuming.has_validated = not self.trainer.sanity_checking
         self._stop.synchronize(self.trainer)
 
+    def on_validation_start(self) -> None:
+        """Install a handler of signals, if this is no part of a fit."""
+        self._begin_evaluation()
+
+    def on_test_start(self) -> None:
+        """Install a handler of signals."""
+        self._begin_evaluation()
+
+    def on_predict_start(self) -> None:
+        """Install a handler of signals."""
+        self._begin_evaluation()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to, and this is no part of a fit."""
+        self.stop_evaluation_if_asked()
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to."""
+        self.stop_evaluation_if_asked()
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to."""
+        self.stop_evaluation_if_asked()
+
+    def stop_evaluation_if_asked(self) -> None:
+        """End ``validate``, ``test`` or ``predict`` at once if any rank was asked to.
+
+        Raises:
+            SIGTERMException: If one was.
+        """
+        if self._trainer is not None and is_evaluating(self._trainer):
+            raise_if_asked(self._trainer)
+
     def stop_if_asked(self) -> None:
         """End what takes long at once if any rank was asked to; all ranks call it.
 
@@ -154,7 +187,6 @@ class ResumableModule(KeyedModule, LightningModule):
         state = checkpoint.setdefault(STATE, {})
         state["seed"] = self.seed
         if self._is_fitting:
-            bypass_collectives(self.trainer)
             state |= self._resuming.state(self, checkpoint)
             state["skipped"] = self._guard.skipped
 
@@ -165,6 +197,10 @@ class ResumableModule(KeyedModule, LightningModule):
             self.seed = state.get("seed")
             self._resuming.load(state)
             self._guard.skipped = state.get("skipped", 0)
+
+    def _begin_evaluation(self) -> None:
+        if is_evaluating(self.trainer):
+            self._stop.begin_evaluation(self.trainer)
 
     def _check_hooks_called(self) -> None:
         """Raise if a subclass has overridden a hook that a run needs without ``super()``."""

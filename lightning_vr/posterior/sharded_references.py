@@ -137,7 +137,7 @@ def _gathered(references: ShardedReferences, queries: Queries) -> tuple[list[int
     scalars = torch.stack([queries.curvature, queries.own_logit], dim=1)
     numbers = torch.cat([scalars, queries.scaled], dim=1)
 
-    kinds = all_gather_numbers([integers.shape[1] - 1, numbers.element_size(), count], device)
+    kinds = all_gather_numbers([integers.shape[1] - 1, numbers.element_size(), count])
     if len({(labels, size) for labels, size, _ in kinds}) > 1:
         raise ValueError(
             f"`xt` must have one dtype and one number of labels on all ranks, got [labels, bytes "

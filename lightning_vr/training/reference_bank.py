@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import Target
+from lightning_vr.lifecycle.stopping import raise_if_asked
 from lightning_vr.lifecycle.training_set import check_equal_chances, encoded_training_set
 from lightning_vr.training.checks import check_clean
 from lightning_vr.training.diffusion import Diffusion
@@ -44,6 +45,7 @@ def read_references(
     """
 
     def encode(positions: Tensor, batch: object) -> Clean:
+        raise_if_asked(trainer)  # to encode a large set takes long, and nothing is trained yet
         clean = model.clean(batch)
         check_clean(clean, model.num_classes, positions)
         return clean
