@@ -107,6 +107,25 @@ Bank: TypeAlias = References | ShardedReferences
 """References prepared for many calls, all on each rank or sharded over the ranks."""
 
 
+def distances_to_copies(bank: Bank, x: Tensor, positions: Tensor) -> Tensor:
+    """Return how far samples are from the references at their positions, by the references' norm.
+
+    Args:
+        bank: References.
+        x: Samples ``(B, *)``.
+        positions: Their positions among the references ``(B,)``.
+
+    Returns:
+        Distances ``(m,)`` of those samples whose references are on this rank.
+    """
+    row, local = bank.rows_at(positions), bank.local
+    here = row >= 0
+    copies = local.rows[row[here]] + local.centre
+    norm = torch.sqrt(local.squared_norms.mean() + torch.linalg.vecdot(local.centre, local.centre))
+    distance: Tensor = torch.linalg.vector_norm(flat_rows(x)[here] - copies, dim=1) / norm
+    return distance
+
+
 def sums_over_ranks(
     references: ShardedReferences, queries: Queries, chunk_size: int | None
 ) -> SoftmaxSums:
