@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_is_initialized = dist.is_initialized if dist.is_available() else bool
+
 
 class _State:
     """What this process keeps for the process group ``world``."""
@@ -34,7 +36,7 @@ def _state() -> type[_State]:
 
 def process_count() -> int:
     """Return the number of ranks that were started, 1 without DDP."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and _is_initialized() else 1
 
 
 def world_size() -> int:
@@ -44,17 +46,20 @@ def world_size() -> int:
 
 
 def leave_ranks() -> None:
-    """Make each further collective the identity, on a rank that fails alone.
+    """Make each further collective the identity, on a rank that fails alone and is about to end.
 
-    The others do not take part in what this rank still does, such as saving a checkpoint.
+    The others do not take part in what this rank still does, such as saving a checkpoint. Metrics
+    that a checkpoint needs synchronize themselves wherever torch says that there are ranks: from
+    now on it says that there are none. To destroy the process group could wait for the others.
     """
     if process_count() > 1:
         _state().has_left = True
+        dist.is_initialized = lambda: False
 
 
 def rank() -> int:
     """Return this process's rank, 0 without DDP."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_available() and _is_initialized() else 0
 
 
 def all_gather_rows(x: Tensor) -> Tensor:

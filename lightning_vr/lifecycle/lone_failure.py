@@ -6,14 +6,12 @@ the others find out as soon as its process ends. Rank 0 saves what it has, the o
 """
 
 import logging
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -59,8 +57,6 @@ class _LeavingFirst:
         if world_size() > 1 and not is_shared and not (is_stop and self.is_stop_synchronized()):
             _say_why(error)
             _leave(trainer)
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            _set_status(error)
         self.whole(trainer, module, error)
 
 
@@ -71,13 +67,6 @@ def _say_why(error: BaseException) -> None:
     if not isinstance(error, Exception | SIGTERMException):
         # nothing else would say why this rank has ended
         log.error("rank %d ended by %r", rank(), error)
-
-
-def _set_status(error: BaseException) -> None:
-    """Give ``SystemExit`` a status: after 0, who has forked this process waits for its result."""
-    if isinstance(error, SystemExit) and not error.code:
-        is_stop = isinstance(error, SIGTERMException)
-        error.code = 128 + signal.SIGTERM if is_stop else 1
 
 
 def _leave(trainer: Trainer) -> None:

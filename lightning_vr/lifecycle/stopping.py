@@ -17,6 +17,7 @@ import signal
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -47,14 +48,14 @@ class CoordinatedStop:
         loop: Any = trainer.fit_loop.epoch_loop
         loop._broadcast_sigterm_tensor = _nothing
         numbers_group(getattr(trainer.strategy, "_timeout", None))
-        end_alone_on_failure(trainer, self.is_synchronized)
+        self._prepare_end(trainer)
 
     def begin_evaluation(self, trainer: Trainer) -> None:
         """Replace Lightning's handler of SIGTERM, which it has registered, where it broadcasts."""
         self._stop_asked = self._all_stop = False
         if trainer.world_size > 1:
             trainer._signal_connector._register_signal(signal.SIGTERM, self._handler(trainer))
-            end_alone_on_failure(trainer, self.is_synchronized)
+            self._prepare_end(trainer)
 
     def synchronize(self, trainer: Trainer) -> None:
         """Let Lightning save or stop on all ranks if any rank was asked to; all of them call it."""
@@ -70,6 +71,12 @@ class CoordinatedStop:
     def is_synchronized(self) -> bool:
         """Return whether all ranks have been told to stop at the same place."""
         return self._all_stop
+
+    def _prepare_end(self, trainer: Trainer) -> None:
+        end_alone_on_failure(trainer, self.is_synchronized)
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            # who has forked this process waits for its result, unless it ends with a status
+            SIGTERMException.code = 128 + signal.SIGTERM
 
     def _handler(self, trainer: Trainer) -> Any:
         def note_stop(signum: Any, _: Any) -> None:

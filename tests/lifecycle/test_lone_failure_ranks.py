@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from support.networks import small_mlp
 from support.trainers import quiet_trainer
 from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from lightning_vr import STF, DiffusionModule, TargetVariance
 from lightning_vr.core import peers
@@ -38,6 +39,10 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def fail():
     raise OSError("the disk is gone")
 
@@ -47,6 +52,7 @@ ENDS = {
     "exit as if all were well": lambda: sys.exit(0),
     "interrupt": interrupt,
     "error": fail,
+    "stop": stop,
 }
 
 
@@ -126,12 +132,21 @@ def test_a_rank_that_ends_alone_ends_both_and_the_first_saves(how, kind, number,
     assert steps == 2
 
 
-def test_a_rank_that_ends_in_a_validation_run_ends_both(ended):
-    ranks, _ = ended("exit", 1, "on_validation_batch_start", 1)
-    assert [each["lost"] for each in ranks] == ["rank 1", None]
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_ends_after_a_validation_batch_ends_both(number, ended):
+    """The checkpoint holds metrics, which synchronize themselves when they are read."""
+    ranks, steps = ended("exit", number, "on_validation_batch_end", 1)
+    assert ranks[number]["lost"] is None
+    assert ranks[1 - number]["lost"] == f"rank {number}"
+    assert steps == 5
 
 
-@pytest.mark.parametrize("how", ["exit", "exit as if all were well"])
-def test_who_has_forked_the_ranks_hears_of_an_exit(how, tmp_path):
-    with pytest.raises(Exception, match=r"rank 1 ended|exit code [13]"):
-        fit(tmp_path, End(how, 1), start="fork")
+def test_who_has_forked_the_ranks_hears_of_an_exit_as_if_all_were_well(tmp_path):
+    with pytest.raises(Exception, match=r"Connection (closed|reset) by peer"):
+        fit(tmp_path, End("exit as if all were well", 1), start="fork")
+
+
+def test_who_has_forked_the_ranks_hears_that_they_were_stopped(tmp_path):
+    with pytest.raises(ProcessExitedException) as error:
+        fit(tmp_path, End("stop", 1), start="fork")
+    assert error.value.exit_code == 143
