@@ -178,7 +178,7 @@ def test_an_epoch_ends_with_the_shortest_rank_and_a_warning_says_so(shortest, tm
     assert_equal_weights(found)
     told = [text for text in found[0]["warnings"] if "epochs end with the shortest" in text]
     assert told
-    assert all(str([float(len(own)) for own in batches]) in text for text in told)
+    assert all(str([len(own) for own in batches]) in text for text in told)
 
 
 def test_loaders_made_anew_are_looked_at_anew(tmp_path):
