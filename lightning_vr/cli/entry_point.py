@@ -42,6 +42,7 @@ def main(args: ArgsType = None) -> None:
 def _end(error: BaseException, *, is_fit: bool) -> None:
     """Say what has ended the process, and end it; return if the error is to be raised again."""
     other, wrong = lost_rank(error), cause(error)
+    announce_end(other)
     is_stop = isinstance(error, SIGTERMException)
     if is_stop or _is_stop_of_another(error) or (other is not None and is_stop_announced()):
         # Lightning would end with status 0, as if the job were done
@@ -86,7 +87,6 @@ def _leave(status: int, *, at_once: bool = True) -> NoReturn:
     What gloo cleans up at exit may wait for ranks that wait for this one.
     """
     if process_count() > 1 and at_once:
-        announce_end()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -26,19 +26,27 @@ _LOST = (
 """What gloo, NCCL and the store say where another process has gone."""
 
 
-def announce_end() -> None:
-    """Let the other ranks know that this one ends without them."""
-    _tell(f"{_ENDED}/{rank()}")
+def announce_end(cause: str | None = None) -> None:
+    """Let the other ranks know that this one ends without them; the first call counts.
+
+    Args:
+        cause: Which rank has ended before and so ends this one, if any has.
+    """
+    if process_count() > 1:
+        with suppress(RuntimeError):  # the store has gone with its rank
+            _get_default_store().compare_set(f"{_ENDED}/{rank()}", "", cause or f"rank {rank()}")
 
 
 def announce_stop() -> None:
     """Let all ranks know that this one was asked to stop."""
-    _tell(_STOP)
+    if process_count() > 1:
+        with suppress(RuntimeError):
+            _get_default_store().set(_STOP, "")
 
 
 def is_stop_announced() -> bool:
     """Return whether any rank was asked to stop and said so."""
-    with suppress(RuntimeError):  # the store has gone with its rank
+    with suppress(RuntimeError):
         return process_count() > 1 and bool(_get_default_store().check([_STOP]))
     return False
 
@@ -54,12 +62,13 @@ def lost_rank(error: BaseException) -> str | None:
     others = [number for number in range(process_count()) if number != rank()]
     if len(others) == 1:
         return f"rank {others[0]}"
+    store = _get_default_store()
     try:
-        store = _get_default_store()
-        ended = [number for number in others if store.check([f"{_ENDED}/{number}"])]
+        keys = [f"{_ENDED}/{number}" for number in others]
+        ended = [store.get(key).decode() for key in keys if store.check([key])]
     except RuntimeError:
         return "rank 0"  # which has the store
-    return f"rank {ended[0]}" if ended else "another rank"
+    return ended[0] if ended else "another rank"
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -72,9 +81,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while found is not None:
         yield found
         found = found.__cause__
-
-
-def _tell(key: str) -> None:
-    if process_count() > 1:
-        with suppress(RuntimeError):  # the store has gone with its rank
-            _get_default_store().set(key, "")

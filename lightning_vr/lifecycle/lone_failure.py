@@ -55,13 +55,14 @@ class _LeavingFirst:
         is_stop = isinstance(error, SIGTERMException)
         is_shared = isinstance(error, SynchronizedError)
         if world_size() > 1 and not is_shared and not (is_stop and self.is_stop_synchronized()):
-            _say_why(error)
+            other = lost_rank(error)
+            _say_why(error, other)
+            announce_end(other)
             _leave(trainer)
         self.whole(trainer, module, error)
 
 
-def _say_why(error: BaseException) -> None:
-    other = lost_rank(error)
+def _say_why(error: BaseException, other: str | None) -> None:
     if other is not None and hasattr(error, "add_note"):  # from Python 3.11 on
         error.add_note(f"{other} ended; see its message")
     if not isinstance(error, Exception | SIGTERMException):
@@ -70,7 +71,6 @@ def _say_why(error: BaseException) -> None:
 
 
 def _leave(trainer: Trainer) -> None:
-    announce_end()
     leave_ranks()
     strategy: Any = trainer.strategy
     strategy.barrier = _FailedBarrier()
