@@ -34,7 +34,7 @@ from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
-from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating, raise_if_asked
+from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating
 from lightning_vr.lifecycle.strategies import check_strategy
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
@@ -169,8 +169,8 @@ class ResumableModule(KeyedModule, LightningModule):
         Raises:
             SIGTERMException: If one was.
         """
-        if self._trainer is not None and is_evaluating(self._trainer):
-            raise_if_asked(self._trainer)
+        if self._trainer is not None:
+            self._stop.end_evaluation_if_asked(self._trainer)
 
     def stop_if_asked(self) -> None:
         """End what takes long at once if any rank was asked to; all ranks call it.
