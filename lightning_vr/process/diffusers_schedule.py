@@ -244,13 +244,15 @@ def _interpolates(scheduler: Any) -> bool:
     steps = _config(scheduler).get("num_train_timesteps")
     if steps is None or not hasattr(scheduler, "scale_noise"):
         return False
-    # one that has sampled before would use the timesteps of that time
-    fresh = type(scheduler).from_config(scheduler.config)
-    if not isinstance(fresh.timesteps, Tensor) or len(fresh.timesteps) == 0:
+    # one that has sampled before would use the timesteps of that time, and some keep the first
+    fresh = [type(scheduler).from_config(scheduler.config) for _ in range(3)]
+    times = fresh[0].timesteps
+    if not isinstance(times, Tensor) or len(times) == 0:
         return False
-    t = fresh.timesteps[[0, len(fresh.timesteps) // 2, -1]].float()
-    noised = fresh.scale_noise(torch.zeros(3, 1), t, torch.ones(3, 1))
-    return torch.allclose(noised[:, 0], t / steps, rtol=1e-4)
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    t = times[[0, len(times) // 2, -1]].float()
+    found = [own.scale_noise(zero, t[i : i + 1], one) for i, own in enumerate(fresh)]
+    return torch.allclose(torch.cat(found)[:, 0], t / steps, rtol=1e-4)
 
 
 def _log_noise_levels(scheduler: Any) -> Tensor:

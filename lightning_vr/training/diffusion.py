@@ -289,14 +289,11 @@ class Diffusion(KeyedModule):
             batch_size: Number of samples at a time.
             progress: Whether to show a progress bar if it takes longer than a second.
         """
-        sampler, device = sampler or self.sampler, device_of(self)
+        sampler, device, dropout = sampler or self.sampler, device_of(self), self.label_dropout
         size = sample_arguments.size(count, shape, self.sample_shape)
-        classes, guidance = (
-            (self.num_classes, self.label_dropout),
-            getattr(sampler, "guidance", 1.0),
-        )
-        sample_arguments.check_guidance(guidance, *classes, cond)
-        group = sample_arguments.labels(group, count, *classes, device)
+        guidance = getattr(sampler, "guidance", 1.0)
+        sample_arguments.check_guidance(guidance, self.num_classes, dropout)
+        group = sample_arguments.labels(group, count, self.num_classes, dropout, device)
         cond = sample_arguments.condition(cond, count, device)
         stream = sample_arguments.source(self, source, seed, self.sample_calls)
         self.sample_calls += source is None and seed is None

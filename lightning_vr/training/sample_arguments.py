@@ -11,27 +11,16 @@ from lightning_vr.core.keyed_module import KeyedModule
 from lightning_vr.core.validation import check_integer, check_labels
 
 
-def check_guidance(
-    guidance: float,
-    num_classes: int | None,
-    label_dropout: float,
-    cond: dict[str, Any] | None = None,
-) -> None:
+def check_guidance(guidance: float, num_classes: int | None, label_dropout: float) -> None:
     """Raise if the network was never trained without what guidance leaves out.
 
     Args:
         guidance: Scale of classifier-free guidance; 1 is none.
         num_classes: Number of classes of the model, or None.
         label_dropout: Fraction of labels that training drops.
-        cond: Further condition of the samples, or None.
     """
     if guidance == 1:
         return
-    if cond is not None:
-        raise ValueError(
-            f"`guidance` must be 1 with `cond`, which cannot be left out, got {guidance:g}: use "
-            f"Sampler(guidance=1)."
-        )
     if num_classes is None:
         raise ValueError(
             f"`guidance` must be 1 without classes, got {guidance:g}: set `num_classes` and "
