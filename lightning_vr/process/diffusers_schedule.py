@@ -8,6 +8,7 @@ relatives keep ``x_t / alpha`` as their state, and scale it to the same x_t befo
 it. What a scheduler changes for sampling alone (Karras sigmas, spacing, thresholds) plays no part.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -224,7 +225,9 @@ def _is_flow(scheduler: Any) -> bool:
             f"`scheduler` must give the network timesteps, got {name} of "
             f"timestep_type='continuous', which gives it logarithms of sigma: use EDM() instead."
         )
-    if config.get("use_flow_sigmas") or _interpolates(scheduler):
+    if config.get("use_flow_sigmas") or (
+        hasattr(scheduler, "scale_noise") and _interpolates(scheduler)
+    ):
         return True
     if hasattr(scheduler, "alphas_cumprod"):
         return False
@@ -240,18 +243,21 @@ def _is_flow(scheduler: Any) -> bool:
 
 
 def _interpolates(scheduler: Any) -> bool:
-    """Return whether a scheduler's own ``scale_noise`` is that of a flow."""
-    steps = _config(scheduler).get("num_train_timesteps")
-    if steps is None or not hasattr(scheduler, "scale_noise"):
+    """Return whether a scheduler's own ``scale_noise`` mixes sample and noise as a flow does."""
+    steps, times = (
+        _config(scheduler).get("num_train_timesteps"),
+        getattr(scheduler, "timesteps", None),
+    )
+    if steps is None or not isinstance(times, Tensor) or len(times) == 0:
         return False
-    # one that has sampled before would use the timesteps of that time, and some keep the first
-    fresh = [type(scheduler).from_config(scheduler.config) for _ in range(3)]
-    times = fresh[0].timesteps
-    if not isinstance(times, Tensor) or len(times) == 0:
-        return False
-    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    found = []
     t = times[[0, len(times) // 2, -1]].float()
-    found = [own.scale_noise(zero, t[i : i + 1], one) for i, own in enumerate(fresh)]
+    zero, one = torch.zeros(1, 1, device=t.device), torch.ones(1, 1, device=t.device)
+    for i in range(3):
+        # where a scheduler stands in sampling counts for more than the time that it is given
+        own = copy.copy(scheduler)
+        own._step_index = own._begin_index = None
+        found.append(own.scale_noise(zero, t[i : i + 1], one))
     return torch.allclose(torch.cat(found)[:, 0], t / steps, rtol=1e-4)
 
 

@@ -104,11 +104,30 @@ def test_a_shift_that_its_configuration_does_not_hold_is_refused():
         DiffusersSchedule(scheduler).default_timesteps()
 
 
-def test_a_scheduler_that_has_sampled_is_the_same_process(flow):
+@pytest.mark.parametrize("name", ["Euler", "Heun"])
+def test_a_scheduler_that_has_sampled_is_the_same_process(name):
+    flow = getattr(diffusers, f"FlowMatch{name}DiscreteScheduler")(shift=3.0)
     expected = DiffusersSchedule(flow).alpha(STEPS[1:].float())
     flow.set_timesteps(4)
     flow.set_begin_index(2)
+    flow.step(torch.zeros(1, 1), flow.timesteps[2], torch.zeros(1, 1))
+    at = flow.step_index
     assert torch.equal(DiffusersSchedule(flow).alpha(STEPS[1:].float()), expected)
+    assert flow.step_index == at
+
+
+def test_a_class_derived_from_a_scheduler_is_what_it_does():
+    class Derived(diffusers.FlowMatchEulerDiscreteScheduler):
+        def __init__(self, count):
+            super().__init__(num_train_timesteps=count)
+
+    class FromNoise(Derived):
+        def scale_noise(self, sample, timestep, noise):
+            return super().scale_noise(noise, timestep, sample)
+
+    assert DiffusersSchedule(Derived(50)).steps == 50
+    with pytest.raises(ValueError, match="got FromNoise: use"):
+        DiffusersSchedule(FromNoise(50))
 
 
 def test_a_prediction_type_without_a_name_here_is_refused():
