@@ -53,6 +53,15 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self._failed = None
         self._remove_kept_for(path)
 
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint without the objects in it that could run code, unless asked to."""
+        # Lightning reads any object of a remote file if it is not told
+        weights_only = True if weights_only is None else weights_only
+        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        return loaded
+
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint, unless its replacement could not be written."""
         if self._failed is not None:
