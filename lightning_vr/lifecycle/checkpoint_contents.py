@@ -30,6 +30,7 @@ _OWN: dict[str, Any] = {
     "row": dict,
     "unvalidated": bool,
 }
+_SAVED_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 _SHAPED_AS_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 
 
@@ -86,6 +87,8 @@ def check_training_state(checkpoint: dict[str, Any], path: Any) -> None:
             raise damaged(name, what, checkpoint.get(name), path)
     if not _has_names(checkpoint["callbacks"]):
         raise damaged("callbacks", "states by name", checkpoint["callbacks"], path)
+    for state in checkpoint["callbacks"].values():
+        _check_saved_paths(state, path)
     for name in ("optimizer_states", "lr_schedulers"):
         for state in checkpoint[name]:
             if not _has_names(state):
@@ -174,6 +177,17 @@ def _check_own(state: Any, path: Any) -> None:
     shape = state.get("sample_shape") or []
     if not all(_is_count(size) and size > 0 for size in shape):
         raise damaged(f"{STATE}.sample_shape", "sizes of 1 or more", state["sample_shape"], path)
+
+
+def _check_saved_paths(state: Any, path: Any) -> None:
+    """Raise if what a ModelCheckpoint takes for paths of its files are none."""
+    if not isinstance(state, Mapping):
+        return
+    best = state.get("best_k_models") or {}
+    found = [state.get(name) for name in _SAVED_PATHS]
+    for each in [*found, *(best if isinstance(best, Mapping) else [best])]:
+        if not isinstance(each, (str, type(None))):
+            raise damaged("callbacks.best_k_models", "paths of checkpoints", each, path)
 
 
 def _check_like(saved: Any, own: Any, name: str, path: Any) -> None:

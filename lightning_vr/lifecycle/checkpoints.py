@@ -126,4 +126,9 @@ def _shapes(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    shape = tuple(value.shape)
+    # torch would cast, and drop what the other type cannot hold
+    kind = "complex" if value.is_complex() else "whole"
+    return shape if value.is_floating_point() else f"{shape} of {kind} numbers"

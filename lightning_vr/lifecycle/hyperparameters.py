@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.saving import _default_map_location
@@ -253,14 +253,15 @@ def _build(
         if parsed.keys() - seen:
             seen.update(parser.add_class_arguments(base, skip=seen.copy(), fail_untyped=False))
     try:
-        config = parser.parse_object(parsed)
-    except ArgumentError as error:
+        arguments = parser.instantiate(parser.parse_object(parsed)).as_dict()
+        with _reload(kind, described):
+            return kind(**{name: arguments[name] for name in parsed}, **given)
+    except Exception as error:  # whatever a constructor makes of the arguments in a file
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"The checkpoint {trust.path} does not rebuild a {kind.__name__}: {error}"
+            f"The checkpoint {trust.path} does not rebuild a {kind.__name__}: {reason[:400]}: give "
+            f"the argument yourself, or use another checkpoint."
         ) from error
-    arguments = parser.instantiate(config).as_dict()
-    with _reload(kind, described):
-        return kind(**{name: arguments[name] for name in parsed}, **given)
 
 
 def _partial(described: Any, trust: Trust) -> functools.partial[Any] | None:
