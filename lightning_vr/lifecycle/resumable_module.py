@@ -14,7 +14,7 @@ The hooks are the module's and not a callback's: those of callbacks run before `
 and what a resumed run makes up for must come last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,23 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Self
 
 from lightning_vr.core.distributed import broadcast
 from lightning_vr.core.keyed_module import KeyedModule
 from lightning_vr.core.rng import set_global_rng
+from lightning_vr.lifecycle.checkpoint_contents import (
+    STATE,
+    check_contents,
+    check_loops,
+    check_optimizer_states,
+    check_training_state,
+)
 from lightning_vr.lifecycle.checkpoint_io import use_durable_checkpoints
-from lightning_vr.lifecycle.checkpoints import STATE
 from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
 from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
+from lightning_vr.lifecycle.hyperparameters import load_module
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
 from lightning_vr.lifecycle.stopping import CoordinatedStop, bypass_collectives
@@ -74,10 +82,15 @@ class ResumableModule(KeyedModule, LightningModule):
     def prepare_training(self) -> None:
         """Prepare what the first step needs; override it. All ranks call it, on their device."""
 
+    def setup(self, stage: str) -> None:
+        """Let checkpoints be read safely, before the trainer reads one."""
+        use_durable_checkpoints(self.trainer)
+
     def on_fit_start(self) -> None:
         """Install run safeguards: durable checkpoints, tolerant loggers, coordinated stopping."""
         self._hooks_called = {"on_fit_start"}
         check_strategy(self.trainer, self)
+        check_optimizer_states(self.trainer)
         self._resuming.begin(self.trainer)
         self._stop.install_signal_handlers(self.trainer)
         use_durable_checkpoints(self.trainer)
@@ -170,12 +183,48 @@ class ResumableModule(KeyedModule, LightningModule):
             state["skipped"] = self._guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take what ``on_save_checkpoint`` kept, to resume a fit."""
+        """Take what ``on_save_checkpoint`` kept, to resume a fit.
+
+        Raises:
+            ValueError: If the checkpoint is damaged.
+        """
+        check_contents(checkpoint, self._ckpt_path)
         state = checkpoint.get(STATE, {})
         if self._is_fitting:
+            check_training_state(checkpoint, self._ckpt_path)
+            check_loops(self.trainer, checkpoint)
             self.seed = state.get("seed")
             self._resuming.load(self.trainer, state, checkpoint)
             self._guard.skipped = state.get("skipped", 0)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        strict: bool | None = None,
+        *,
+        trust: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild a trained module, of whichever subclass wrote the checkpoint.
+
+        A checkpoint is data from a stranger: only classes of this package, torch, diffusers and
+        Lightning are built from it, those of modules that are imported, and of ``trust``.
+
+        Args:
+            checkpoint_path: The checkpoint file.
+            map_location: Where to load the weights; their own device if not given.
+            strict: Whether the names of all weights must match.
+            trust: Further packages whose classes may be imported and built.
+            **kwargs: Constructor arguments in place of the checkpoint's.
+
+        Raises:
+            ValueError: If the subclass is not imported, if an argument was an object that no
+                configuration can rebuild and is not given again, if an argument names what may not
+                be built, or if the weights do not fit.
+        """
+        return load_module(cls, checkpoint_path, map_location, strict, kwargs, trust)
 
     def _check_hooks_called(self) -> None:
         """Raise if a subclass has overridden a hook that a run needs without ``super()``."""
@@ -196,6 +245,11 @@ class ResumableModule(KeyedModule, LightningModule):
         if self._undo_seeding is not None:
             self._undo_seeding()
         self._undo_seeding = None
+
+    @property
+    def _ckpt_path(self) -> Any:
+        """The checkpoint that is loaded, for messages."""
+        return "given" if self._trainer is None else self._trainer.ckpt_path
 
     @property
     def _is_fitting(self) -> bool:
