@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_vr.data.datamodule import stratified_split
 from lightning_vr.data.dataset import Sample
+from lightning_vr.data.huggingface_files import load_rows, split_names
 from lightning_vr.data.image_column import ImageColumn, check_class_labels, class_labels
 from lightning_vr.data.image_error import missing_image
 from lightning_vr.data.images import CACHE_BYTES, DecodedImages, ImageDataModule
@@ -87,6 +88,7 @@ class HuggingFaceImages(ImageDataModule):
         self.train_split = train_split
         self.validation_split = validation_split
         self._missing: list[str] = []
+        self._rows: dict[str, Any] = {}
 
     @cached_property
     def num_classes(self) -> int | None:
@@ -155,26 +157,20 @@ class HuggingFaceImages(ImageDataModule):
 
     def _split_name(self, split: str) -> str | None:
         """Return the name of a split for error messages; None if the data set has no splits."""
-        return split if self._loaded[1] else None
+        return split if self._has_splits else None
 
     def _split(self, name: str) -> Any:
         """Return the rows of a split after a check of its columns."""
-        splits, _ = self._loaded
-        if name not in splits:
+        if name not in self._folders:
             raise ValueError(
-                f"`train_split` and `validation_split` must be in {list(splits)}, the splits of "
-                f"{self.path}, got {name!r}: use one of those."
+                f"`train_split` and `validation_split` must be in {list(self._folders)}, the "
+                f"splits of {self.path}, got {name!r}: use one of those."
             )
-        rows = splits[name]
-        if len(rows) == 0:
-            split = self._split_name(name)
-            part = "it has" if split is None else f"its split {split!r} has"
-            raise ValueError(
-                f"`path` must be a data set of at least one row, got {self.path}, and {part} none: "
-                f"use another data set or split."
-            )
-        self._check_columns(rows.features)
-        return rows.with_format(None)
+        if name not in self._rows:
+            rows = load_rows(self._folders[name])
+            self._check_columns(rows.features)
+            self._rows[name] = rows.with_format(None)
+        return self._rows[name]
 
     def _check_columns(self, features: Any) -> None:
         images = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
@@ -197,26 +193,17 @@ class HuggingFaceImages(ImageDataModule):
                 f"{self.label_column!r}: use one of those, or leave it out."
             )
 
-    @cached_property
-    def _loaded(self) -> tuple[dict[str, Any], bool]:
-        """All splits by name, and whether the data set has any; else it is the training split."""
-        try:
-            from datasets import Dataset, load_from_disk
-        except ImportError as error:
-            raise ImportError(
-                "HuggingFaceImages needs the `datasets` package: pip install lightning-vr[datasets]"
-            ) from error
+    @property
+    def _has_splits(self) -> bool:
+        return self.path not in self._folders.values()
 
-        try:
-            loaded = load_from_disk(str(self.path))
-        except Exception as error:  # pyarrow and json raise their own for damaged files
-            text = " ".join(str(error).split())
-            raise ValueError(
-                f"`path` must be a folder that `save_to_disk` of `datasets` wrote, got {self.path} "
-                f"({type(error).__name__}: {text}): save the data set there first."
-            ) from error
-        has_splits = not isinstance(loaded, Dataset)
-        return (dict(loaded) if has_splits else {self.train_split: loaded}), has_splits
+    @cached_property
+    def _folders(self) -> dict[str, Path]:
+        """The folder of each split; a data set without splits is the training split."""
+        names = split_names(self.path)
+        if names is None:
+            return {self.train_split: self.path}
+        return {name: self.path / name for name in names}
 
 
 def _select(part: _Part, positions: Tensor) -> _Part:

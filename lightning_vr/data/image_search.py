@@ -74,17 +74,17 @@ class _Search:
         return self.found
 
     def _walk(self, top: Path) -> None:
-        folders = [top]
+        # to resolve each path anew would take the square of their depth
+        folders = [(top, os.path.realpath(top))]
         while folders:
-            folder = folders.pop()
-            real = os.path.realpath(folder)
+            folder, real = folders.pop()
             if real in self.folders:
                 self._leave_out_alias(folder, self.folders[real])
                 continue
             self.folders[real] = folder
             folders += reversed(self._read(folder, real))
 
-    def _read(self, folder: Path, real: str) -> list[Path]:
+    def _read(self, folder: Path, real: str) -> list[tuple[Path, str]]:
         """Take the files of a folder, keep its links for later, and return its sub-folders."""
         try:
             with os.scandir(folder) as listing:
@@ -94,15 +94,15 @@ class _Search:
             return []
         subfolders = []
         for entry in entries:
-            path = Path(entry.path)
+            path, real_path = Path(entry.path), os.path.join(real, entry.name)
             if entry.name.startswith("."):
                 self.found.left_out[HIDDEN] += 1
             elif entry.is_symlink():
                 self.links.append(path)
             elif entry.is_dir():
-                subfolders.append(path)
+                subfolders.append((path, real_path))
             else:
-                self._add(path, os.path.join(real, entry.name))
+                self._add(path, real_path)
         return subfolders
 
     def _follow(self, link: Path) -> None:
