@@ -1,5 +1,6 @@
 """LightningCLI, where what is configured wins over what a checkpoint says."""
 
+import os
 import sys
 import warnings
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from lightning_vr.cli.checkpoint_settings import (
     changed_optimization,
     model_settings,
 )
+from lightning_vr.cli.comments import comments_as_text
 from lightning_vr.cli.last_checkpoint import last_checkpoint
 from lightning_vr.cli.save_run_config import SaveRunConfig
 from lightning_vr.cli.trainer_checks import check_trainer_settings
@@ -163,6 +165,7 @@ class VRCLI(LightningCLI):
         assert isinstance(settings, Namespace)
         return settings
 
+    @comments_as_text()
     def _parse(self, args: ArgsType) -> None:
         if isinstance(args, (dict, Namespace)):
             self.config = self.parser.parse_object(args)
@@ -220,6 +223,8 @@ class VRCLI(LightningCLI):
             return str(last_checkpoint(self._settings.trainer))
         if path in (None, "best", "hpc") or str(path).startswith("registry"):
             return None
+        if "://" not in str(path):
+            path = os.path.expanduser(path)
         if "://" not in str(path) and not Path(path).is_file():
             raise ValueError(
                 f"`ckpt_path` must be a checkpoint file or 'last', but there is no file {path}: "

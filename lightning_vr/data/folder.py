@@ -56,7 +56,9 @@ class ImageFolder(ImageDataModule):
     are read at ``setup``, up to 65,536 of them, and checksums of up to 4096 files.
 
     Of an animation the first frame is taken. Transparent images are composited on ``background``,
-    or keep their transparency with four channels. Grey images of 16 bits keep them.
+    or keep their transparency with four channels, which ``SampleGrid`` shows once the module's
+    ``decode`` makes three of them. Grey images of 16 bits keep them. A file that changes after it
+    was decoded is read again only without ``cache_bytes``.
 
     Mirroring is an unlabelled augmentation: the network does not know of it and learns the density
     of images and mirror images together. Both are samples with their own ``"index"``, so that

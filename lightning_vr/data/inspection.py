@@ -36,7 +36,7 @@ class Inspection:
     """What is known of images before they are decoded.
 
     Attributes:
-        opened: Number of images whose headers were read.
+        opened: Number of rows that were looked at.
         missing: Names of rows without an image.
         deep: Number of grey images with 16 bits.
         with_alpha: Positions of images that may be transparent.

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_vr.data import ImageFolder
 from lightning_vr.data.image_error import ImageError, unreadable
 from lightning_vr.training import DiffusionModule
-from tests.data.test_pixels import picture
+from tests.support.images import random_picture
 from tests.support.networks import small_unet
 from tests.support.trainers import quiet_trainer
 
@@ -26,7 +26,7 @@ class Broken(Dataset):
 @pytest.fixture
 def folder(tmp_path):
     for i in range(6):
-        picture(i, 8, 8).save(tmp_path / f"{i}.png")
+        random_picture(i, 8, 8).save(tmp_path / f"{i}.png")
     return tmp_path
 
 

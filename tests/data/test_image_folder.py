@@ -9,11 +9,7 @@ from PIL import Image
 from lightning_vr.data import ImageFolder
 from lightning_vr.data.image_error import ImageError
 from lightning_vr.data.pixels import to_tensor
-
-
-def picture(seed: int, width: int = 12, height: int = 10) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+from tests.support.images import random_picture
 
 
 @pytest.fixture
@@ -22,7 +18,7 @@ def folder(tmp_path):
         (tmp_path / name / "deeper").mkdir(parents=True)
         for index in range(count):
             place = tmp_path / name / ("deeper" if index % 2 else "")
-            picture(100 * len(name) + index).save(place / f"{name}{index}.png")
+            random_picture(100 * len(name) + index).save(place / f"{name}{index}.png")
     return tmp_path
 
 
@@ -90,8 +86,8 @@ class TestImageFolder:
         (folder / "notes.txt").write_text("no image")
         (folder / "cat" / "._cat0.png").write_bytes(b"no image")
         (folder / ".hidden").mkdir()
-        picture(0).save(folder / ".hidden" / "image.png")
-        picture(0).save(folder / "UPPER.JPG")
+        random_picture(0).save(folder / ".hidden" / "image.png")
+        random_picture(0).save(folder / "UPPER.JPG")
         datamodule = ready(ImageFolder(folder, size=8, batch_size=2))
         count = len(datamodule.train_dataset) + len(datamodule.validation_dataset)
         assert count == 11
@@ -160,7 +156,7 @@ class TestImageFolder:
             ImageFolder(folder, size=8, batch_size=2).setup()
 
     def test_image_of_too_many_pixels_is_named_with_the_limit_and_how_to_raise_it(self, folder):
-        picture(0, 20, 30).save(folder / "cat" / "large.png")
+        random_picture(0, 20, 30).save(folder / "cat" / "large.png")
         options = {"size": 8, "batch_size": 2}
         with pytest.raises(
             ImageError,
@@ -203,7 +199,7 @@ class TestImageFolder:
     ):
         (folder / "notes.txt").write_text("no image")
         (folder / "again").symlink_to(folder / "cat")
-        picture(0).convert("RGBA").save(folder / "opaque.png")
+        random_picture(0).convert("RGBA").save(folder / "opaque.png")
         Image.new("RGBA", (9, 9), (0, 0, 0, 9)).save(folder / "clear.png")
         with caplog.at_level("INFO"):
             ready(ImageFolder(folder, size=8, batch_size=2, background="#0000ff"))
@@ -248,7 +244,7 @@ class TestImageFolder:
         assert any("kitten is what cat is, and has the class cat" in x for x in caplog.messages)
 
     def test_images_outside_of_class_folders_are_refused(self, folder):
-        picture(0).save(folder / "loose.png")
+        random_picture(0).save(folder / "loose.png")
         with pytest.raises(
             ValueError, match=r"every image is in a sub-folder .* got true and the image loose\.png"
         ):

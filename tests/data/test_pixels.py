@@ -10,20 +10,16 @@ from PIL import Image
 from lightning_vr.data.image_error import UnsuitableImageError
 from lightning_vr.data.image_formats import open_image
 from lightning_vr.data.pixels import is_transparent, parse_colour, scaled, to_pixels, to_tensor
+from tests.support.images import random_picture
 
 RED = (200, 30, 0)
-
-
-def picture(seed, width=12, height=10):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def with_alpha(seed=0, size=10):
     """A colour image whose alpha takes all values, 0 and 255 often."""
     source = np.random.default_rng(seed)
     alpha = source.integers(-200, 456, (size, size)).clip(0, 255).astype(np.uint8)
-    image = picture(seed, size, size)
+    image = random_picture(seed, size, size)
     image.putalpha(Image.fromarray(alpha))
     return image
 
@@ -62,7 +58,7 @@ def png(depth, colour_type, row, transparent=b"", width=4):
 
 class TestOpaque:
     def test_pixels_of_an_image_of_the_right_size_are_scaled_exactly(self):
-        image = picture(0, 10, 10)
+        image = random_picture(0, 10, 10)
         expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
         actual = to_tensor(image, 10, 3)
         assert torch.equal(actual, expected)
@@ -72,7 +68,7 @@ class TestOpaque:
 
     @pytest.mark.parametrize(("width", "height"), [(10, 4), (4, 10), (5, 4)])
     def test_center_square_is_what_remains(self, width, height):
-        pixels = np.array(picture(1, width, height))
+        pixels = np.array(random_picture(1, width, height))
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         expected = torch.from_numpy(pixels[top : top + side, left : left + side] / 127.5 - 1)
@@ -94,16 +90,16 @@ class TestOpaque:
         torch.testing.assert_close(grown, expected)
 
     def test_grey_from_colour_and_colour_from_grey(self):
-        assert to_tensor(picture(2), 10, 1).shape == (1, 10, 10)
-        grey = to_tensor(picture(2, 10, 10).convert("L"), 10, 3)
+        assert to_tensor(random_picture(2), 10, 1).shape == (1, 10, 10)
+        grey = to_tensor(random_picture(2, 10, 10).convert("L"), 10, 3)
         assert torch.equal(grey[0], grey[1])
         assert torch.equal(grey[0], grey[2])
-        assert torch.equal(grey[:1], to_tensor(picture(2, 10, 10), 10, 1))
+        assert torch.equal(grey[:1], to_tensor(random_picture(2, 10, 10), 10, 1))
 
     @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
     @pytest.mark.parametrize("channels", [1, 3, 4])
     def test_every_mode_becomes_the_colours_that_it_shows(self, mode, channels):
-        colours = picture(3, 8, 8)
+        colours = random_picture(3, 8, 8)
         if mode == "LAB":
             colours = Image.new("LAB", (8, 8), (120, 128, 128))
         image = colours if mode == "LAB" else colours.convert(mode)
@@ -134,7 +130,7 @@ class TestOpaque:
         np.testing.assert_allclose(found, upright, atol=6)
 
     def test_broken_exif_record_turns_nothing(self):
-        image = saved(picture(4, 8, 8), "JPEG", exif=b"Exif\0\0no record", quality=100)
+        image = saved(random_picture(4, 8, 8), "JPEG", exif=b"Exif\0\0no record", quality=100)
         assert to_pixels(image, 8, 3).shape == (3, 8, 8)
 
     def test_animation_gives_its_first_frame(self):
@@ -237,7 +233,7 @@ class TestTransparent:
         assert np.array_equal(found[3], expected[3])
         assert np.array_equal(found[:, seen], expected[:, seen])
         assert (found[:3, ~seen] == np.array(RED)[:, None]).all()
-        assert (to_pixels(picture(1, 8, 8), 8, 4)[3] == 255).all()
+        assert (to_pixels(random_picture(1, 8, 8), 8, 4)[3] == 255).all()
 
     def test_averages_of_four_channels_weight_colours_by_alpha(self):
         image = Image.new("RGBA", (16, 16), (0, 0, 255, 0))
@@ -249,8 +245,8 @@ class TestTransparent:
 
     def test_opaque_images_are_not_called_transparent(self):
         assert is_transparent(with_alpha())
-        assert not is_transparent(picture(0).convert("RGBA"))
-        assert not is_transparent(picture(0))
+        assert not is_transparent(random_picture(0).convert("RGBA"))
+        assert not is_transparent(random_picture(0))
 
 
 class TestDeep:
@@ -271,7 +267,7 @@ class TestDeep:
         assert np.array_equal(to_pixels(swapped, 4, 1), to_pixels(image, 4, 1))
 
     def test_resizing_agrees_with_that_of_8_bits(self):
-        grey = picture(5, 32, 32).convert("L")
+        grey = random_picture(5, 32, 32).convert("L")
         deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
         for size in (8, 50):
             torch.testing.assert_close(
