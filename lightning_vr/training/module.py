@@ -5,7 +5,6 @@ references of its target. Validation and tests use the plain denoising loss with
 same in every epoch.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,28 +27,20 @@ from lightning_vr.lifecycle.precision import loss_scale
 from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.weight_averaging import keep_learned
-from lightning_vr.process.objective import Objective
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density
-from lightning_vr.process.weightings import UnitWeighting, Weighting
-from lightning_vr.training.checks import check_times
+from lightning_vr.process.weightings import Weighting
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.reference_bank import fill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
-from lightning_vr.training.sigma_data import (
-    SigmaData,
-    check_auto,
-    known_sigma_data,
-    saved_sigma_data,
-    unknown_sigma_data,
-)
+from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
 from lightning_vr.training.training_checks import check_optimization, check_ranks
 
 
-class DiffusionModule(Diffusion, ResumableModule):
+class DiffusionModule(AutoSigmaData, Diffusion, ResumableModule):
     """Trains a diffusion model with pluggable estimators of its loss.
 
     Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
@@ -88,7 +79,6 @@ class DiffusionModule(Diffusion, ResumableModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
-        check_auto(sigma_data, encodes=type(self).encode is not Diffusion.encode)
         super().__init__(
             network,
             schedule,
@@ -98,16 +88,13 @@ class DiffusionModule(Diffusion, ResumableModule):
             draws,
             target,
             control_variate,
-            0.5 if sigma_data == "auto" else sigma_data,
+            self.first_sigma_data(sigma_data),
             num_classes,
             label_dropout,
             sampler,
         )
         self._description = describe_arguments(self)
-        self._has_auto_sigma_data = sigma_data == "auto"
-        self._has_default_weighting = weighting is None
-        if self._has_auto_sigma_data:
-            self.sigma_data = math.nan
+        self.note_sigma_data(sigma_data, has_weighting=weighting is not None)
         self.optimizer = _Uncopied(optimizer)
         self.lr_scheduler = None if lr_scheduler is None else _Uncopied(lr_scheduler)
         self.on_nonfinite = on_nonfinite
@@ -122,25 +109,6 @@ class DiffusionModule(Diffusion, ResumableModule):
     def skips_nonfinite(self) -> bool:
         """Whether steps whose samples are not finite are left out."""
         return self.on_nonfinite == "skip"
-
-    @property
-    def objective(self) -> Objective:
-        """The loss as an expectation, whatever estimates it."""
-        if math.isnan(self.sigma_data):
-            raise unknown_sigma_data(self._trainer)
-        return super().objective
-
-    def setup(self, stage: str) -> None:
-        """Take ``sigma_data="auto"`` from the data module."""
-        if math.isnan(self.sigma_data):
-            known = known_sigma_data(self.trainer)
-            if known is not None:
-                self._set_sigma_data(known)
-
-    def on_fit_start(self) -> None:
-        """Raise if neither the data module nor a checkpoint knows ``sigma_data="auto"``."""
-        self.objective  # noqa: B018
-        super().on_fit_start()
 
     def prepare_training(self) -> None:
         """Make the pilots, and fill the target's bank with the encoded training set."""
@@ -204,21 +172,14 @@ class DiffusionModule(Diffusion, ResumableModule):
         super().on_save_checkpoint(checkpoint)
         shape = None if self.sample_shape is None else list(self.sample_shape)
         checkpoint[STATE]["sample_shape"] = shape
-        is_known = not math.isnan(self.sigma_data)
-        checkpoint[STATE]["sigma_data"] = self.sigma_data if is_known else None
         keep_learned(checkpoint)
         self._description.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the samples' shape and, to resume a fit, the rest."""
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint.get(STATE, {})
-        shape = state.get("sample_shape")
+        shape = checkpoint.get(STATE, {}).get("sample_shape")
         self.sample_shape = tuple(shape) if shape else None
-        if self._has_auto_sigma_data:
-            saved = saved_sigma_data(state, self.sigma_data)
-            if saved is not None:
-                self._set_sigma_data(saved)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -241,14 +202,6 @@ class DiffusionModule(Diffusion, ResumableModule):
                 configuration can rebuild and is not given again, or if the weights do not fit.
         """
         return load_module(cls, checkpoint_path, map_location, strict, kwargs)
-
-    def _set_sigma_data(self, sigma_data: float) -> None:
-        """Put a number in the place of ``"auto"``, in checkpoints too."""
-        self.sigma_data = sigma_data
-        if self._has_default_weighting:
-            self.weighting = UnitWeighting(self.prediction, sigma_data)
-        check_times(self.objective)
-        self._description.replace(self, "sigma_data", sigma_data)
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
         # a random `encode` draws from another key than the noise

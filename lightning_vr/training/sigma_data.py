@@ -12,11 +12,90 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_vr.core.validation import check_positive
+from lightning_vr.lifecycle.checkpoints import STATE
+from lightning_vr.lifecycle.hyperparameters import Description
+from lightning_vr.lifecycle.resumable_module import ResumableModule
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.weightings import UnitWeighting
+from lightning_vr.training.checks import check_times
+from lightning_vr.training.diffusion import Diffusion
 
 SigmaData = float | Literal["auto"]
 
 
-def known_sigma_data(trainer: Trainer) -> float | None:
+class AutoSigmaData(Diffusion, ResumableModule):
+    """The part of a ``DiffusionModule`` that turns ``"auto"`` into a number."""
+
+    _description: Description
+
+    def first_sigma_data(self, given: SigmaData) -> float:
+        """Return a number to build the module with, whose checks need one.
+
+        Args:
+            given: The argument ``sigma_data``.
+
+        Raises:
+            ValueError: If it is other text, or the module encodes data into other samples.
+        """
+        if not isinstance(given, str):
+            return given
+        _check_auto(given, encodes=type(self).encode is not Diffusion.encode)
+        return 0.5
+
+    def note_sigma_data(self, given: SigmaData, *, has_weighting: bool) -> None:
+        """Keep what was given; until the number is known it is NaN.
+
+        Args:
+            given: The argument ``sigma_data``.
+            has_weighting: Whether the loss weight was given too.
+        """
+        self._has_auto_sigma_data = given == "auto"
+        self._has_default_weighting = not has_weighting
+        if self._has_auto_sigma_data:
+            self.sigma_data = math.nan
+
+    @property
+    def objective(self) -> Objective:
+        """The loss as an expectation, whatever estimates it."""
+        if math.isnan(self.sigma_data):
+            raise _unknown(self._trainer)
+        return super().objective
+
+    def setup(self, stage: str) -> None:
+        """Take ``sigma_data="auto"`` from the data module."""
+        if math.isnan(self.sigma_data):
+            known = _known(self.trainer)
+            if known is not None:
+                self._set_sigma_data(known)
+
+    def on_fit_start(self) -> None:
+        """Raise if neither the data module nor a checkpoint knows ``sigma_data="auto"``."""
+        self.objective  # noqa: B018
+        super().on_fit_start()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number."""
+        super().on_save_checkpoint(checkpoint)
+        is_known = not math.isnan(self.sigma_data)
+        checkpoint[STATE]["sigma_data"] = self.sigma_data if is_known else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the number, unless the module was built with one."""
+        super().on_load_checkpoint(checkpoint)
+        if self._has_auto_sigma_data:
+            saved = _saved(checkpoint.get(STATE, {}), self.sigma_data)
+            if saved is not None:
+                self._set_sigma_data(saved)
+
+    def _set_sigma_data(self, sigma_data: float) -> None:
+        self.sigma_data = sigma_data
+        if self._has_default_weighting:
+            self.weighting = UnitWeighting(self.prediction, sigma_data)
+        check_times(self.objective)
+        self._description.replace(self, "sigma_data", sigma_data)
+
+
+def _known(trainer: Trainer) -> float | None:
     """Return what the data module of a trainer knows, the same on all ranks; None if it does not.
 
     Args:
@@ -46,7 +125,7 @@ def known_sigma_data(trainer: Trainer) -> float | None:
     return number
 
 
-def saved_sigma_data(state: dict[str, Any], now: float) -> float | None:
+def _saved(state: dict[str, Any], now: float) -> float | None:
     """Return the number that a checkpoint was trained with, None if it has none.
 
     Args:
@@ -69,7 +148,7 @@ def saved_sigma_data(state: dict[str, Any], now: float) -> float | None:
     return float(saved)
 
 
-def unknown_sigma_data(trainer: Trainer | None) -> ValueError:
+def _unknown(trainer: Trainer | None) -> ValueError:
     """Return the error for a module that needs the number before anything knows it."""
     datamodule = getattr(trainer, "datamodule", None)
     if trainer is None:
@@ -85,18 +164,18 @@ def unknown_sigma_data(trainer: Trainer | None) -> ValueError:
     )
 
 
-def check_auto(value: Any, *, encodes: bool) -> None:
+def _check_auto(value: Any, *, encodes: bool) -> None:
     """Raise if text is not ``"auto"``, or the data module's number is not that of clean samples.
 
     Args:
         value: The argument ``sigma_data``.
         encodes: Whether the module turns data into other samples.
     """
-    if isinstance(value, str) and value != "auto":
+    if value != "auto":
         raise ValueError(
             f"`sigma_data` must be a number or 'auto', got {value!r}: use one such as 0.5."
         )
-    if value == "auto" and encodes:
+    if encodes:
         raise ValueError(
             "`sigma_data` must be a number where `encode` is overridden, got 'auto': the data "
             "module knows the standard deviation of what it loads, not of what `encode` returns. "
