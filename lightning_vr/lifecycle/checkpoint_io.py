@@ -6,6 +6,7 @@ one. If the disk is full the run goes on with a warning, and the checkpoint that
 have replaced stays until a later one is written.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         # the last checkpoint, if it could not be written, and the files kept in place of such ones
         self._failed: str | None = None
         self._kept: list[tuple[str, Any]] = []
+        self._written: set[str] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -51,15 +53,43 @@ class DurableCheckpointIO(TorchCheckpointIO):
             )
             return
         self._failed = None
+        self._written.add(_place(path))
         self._remove_kept_for(path)
 
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint without the objects in it that could run code, unless asked to."""
+        # Lightning reads any object of a remote file if it is not told
+        weights_only = True if weights_only is None else weights_only
+        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        return loaded
+
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint, unless its replacement could not be written."""
+        """Remove a checkpoint, unless its replacement could not be written.
+
+        The state of a ``ModelCheckpoint`` names the files that it removes, and may come from the
+        checkpoint of a stranger: what is not in its folder stays.
+        """
+        if not self._is_own(path):
+            rank_zero_warn(
+                f"The checkpoint {path} is not removed: this run has not written it, and it is in "
+                f"no folder of a ModelCheckpoint."
+            )
+            return
         if self._failed is not None:
             self._kept.append((self._failed, path))
             return
         super().remove_checkpoint(path)
         self._remove_kept_for(path)
+
+    def _is_own(self, path: Any) -> bool:
+        """Return whether a run may remove a file: one of its own, or in a folder of its own."""
+        if self.trainer is None or _place(path) in self._written:
+            return True
+        callbacks = self.trainer.checkpoint_callbacks
+        folders = [getattr(callback, "dirpath", None) for callback in callbacks]
+        return any(f"{_place(path)}".startswith(f"{_place(each)}/") for each in folders if each)
 
     def _remove_kept_for(self, path: Any) -> None:
         """Remove files that were kept because ``path`` could not be written: now it is."""
@@ -75,6 +105,12 @@ def use_durable_checkpoints(trainer: Trainer) -> None:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
     if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
         trainer.strategy.checkpoint_io.trainer = trainer
+
+
+def _place(path: Any) -> str:
+    """Return where a path leads, with neither ``..`` nor links in it."""
+    scheme, separator, rest = str(path).rpartition("://")
+    return f"{scheme}{separator}{os.path.normpath(rest)}" if scheme else os.path.realpath(rest)
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

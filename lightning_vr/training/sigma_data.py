@@ -17,7 +17,7 @@ from lightning_vr.lifecycle.hyperparameters import Description
 from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.weightings import UnitWeighting
-from lightning_vr.training.checks import check_times
+from lightning_vr.training.checks import check_objective
 from lightning_vr.training.diffusion import Diffusion
 
 SigmaData = float | Literal["auto"]
@@ -63,6 +63,7 @@ class AutoSigmaData(Diffusion, ResumableModule):
 
     def setup(self, stage: str) -> None:
         """Take ``sigma_data="auto"`` from the data module."""
+        super().setup(stage)
         if math.isnan(self.sigma_data):
             known = _known(self.trainer)
             if known is not None:
@@ -91,7 +92,7 @@ class AutoSigmaData(Diffusion, ResumableModule):
         self.sigma_data = sigma_data
         if self._has_default_weighting:
             self.weighting = UnitWeighting(self.prediction, sigma_data)
-        check_times(self.objective)
+        check_objective(self.objective)
         self._description.replace(self, "sigma_data", sigma_data)
 
 
