@@ -61,6 +61,12 @@ class Description:
         }
         checkpoint.setdefault(STATE, {})["objects"] = [*self.objects, *foreign]
 
+    def replace(self, module: LightningModule, name: str, value: Any) -> None:
+        """Let an argument of ``module`` have another value from now on, if it has that argument."""
+        if name in self.hyperparameters:
+            self.hyperparameters[name] = value
+            module.save_hyperparameters(dict(self.hyperparameters))
+
 
 @dataclass(frozen=True)
 class SavedArguments:
