@@ -210,7 +210,10 @@ def _check_optimizer(optimizer: Optimizer, saved: Any, path: Any) -> None:
     if not isinstance(states, dict) or not isinstance(groups, list):
         raise damaged(name, "states of parameters", saved, path)
     own = optimizer.param_groups
-    sizes = [_size(group) for group in groups]
+    numbers = {number for group in groups for number in _parameters(group)}
+    if not states.keys() <= numbers:
+        raise damaged(f"{name}.state", "states of the parameters in its groups", states, path)
+    sizes = [len(_parameters(group)) for group in groups]
     if sizes != [len(group["params"]) for group in own]:
         expected = [len(group["params"]) for group in own]
         raise _of_another(name, f"of {expected} parameters", str(sizes), path)
@@ -223,10 +226,10 @@ def _check_optimizer(optimizer: Optimizer, saved: Any, path: Any) -> None:
             _check_moments(states.get(number, {}), parameter, path)
 
 
-def _size(group: Any) -> int:
-    """Return the number of parameters of a saved group, -1 if it does not say."""
-    parameters = group.get("params") if isinstance(group, dict) else None
-    return len(parameters) if isinstance(parameters, list) else -1
+def _parameters(group: Any) -> list[int]:
+    """Return the numbers of the parameters of a saved group, none if it does not say."""
+    found = group.get("params") if isinstance(group, dict) else None
+    return [x for x in found if _is_count(x)] if isinstance(found, list) else []
 
 
 def _check_moments(state: Any, parameter: Tensor, path: Any) -> None:

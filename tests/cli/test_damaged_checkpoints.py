@@ -215,6 +215,9 @@ DAMAGED = {
     "a setting that is no number": (hyper(sigma_data="wide"), ALL, "sigma_data"),
     "a network of no arguments": (hyper(network="ResidualMLPs"), ALL, "network"),
     "a network of negative size": (hyper(network=NEGATIVE), ALL, "negative|width"),
+    "a tensor for a setting": (hyper(lr_scheduler=torch.zeros(2, 3)), ALL, "`lr_scheduler`"),
+    "numbers for arguments": (hyper(network={1: 2}), ALL, "`network` .* with the key 1"),
+    "a class of no name": (hyper(_class_path={1: 2}), ALL, "_class_path` .* the name of a class"),
     "another class": (hyper(**OTHER), ALL, "holds a lightning.*no subclass of DiffusionModule"),
     "another network": (hyper(network=WIDER), ALL, "does not fit the module"),
     # the package's own state
@@ -277,6 +280,11 @@ DAMAGED = {
         changing(lambda x: x["optimizer_states"][0]["param_groups"][0].pop("betas")),
         FIT,
         "optimizer_states.betas",
+    ),
+    "a parameter of no number": (
+        having(optimizer_states__0__param_groups__0__params__1=NAN),
+        FIT,
+        "`optimizer_states",
     ),
     "moments of another shape": (moments(exp_avg=torch.zeros(2, 7)), FIT, r"got \(2, 7\)"),
     "moments of text": (moments(exp_avg="one"), FIT, "exp_avg"),
