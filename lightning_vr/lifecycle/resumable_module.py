@@ -1,7 +1,8 @@
 """ResumableModule: what any LightningModule needs to be stopped anywhere and to resume exactly.
 
-* **Resume**: seed, gradients within an accumulation window, logs and validation runs that a
-  checkpoint cut short are kept in the checkpoint and made up for (``resuming.py``).
+* **Resume**: a checkpoint keeps the seed, where the run stands within an epoch and what is due
+  there (a row of the log, a validation run, an epoch's end), and gradients within an accumulation
+  window (``resuming.py``).
 * **Stop**: a signal to one rank stops or saves all of them at the end of the same batch
   (``stopping.py``).
 * **Files**: checkpoints and CSV logs are written whole or not at all, and neither a full disk nor
@@ -97,14 +98,15 @@ class ResumableModule(KeyedModule, LightningModule):
         warn_on_logger_errors(self.trainer)
 
     def on_train_start(self) -> None:
-        """Fix the seed of the run, prepare training, and run the hooks that a resume skipped."""
+        """Fix the seed of the run, prepare training, and go on from the checkpoint's position."""
         self._hooks_called.add("on_train_start")
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         equalize_epoch_length(self.trainer)
         self._resuming.restore_gradients(self)
+        self._resuming.watch_optimizers(self.trainer)
         self.prepare_training()
-        self._resuming.replay_skipped_hooks(self.trainer)
+        self._resuming.restart(self.trainer)
 
     def on_fit_end(self) -> None:
         """Log the final step's pending metrics when resuming a finished run."""
@@ -124,7 +126,7 @@ class ResumableModule(KeyedModule, LightningModule):
         micro_step = batch_idx % self.trainer.accumulate_grad_batches
         if micro_step == 0:
             self._guard.begin_step()
-        self._resuming.begin_batch(self.trainer)
+        self._resuming.begin_batch(self)
         source = self.generator("global", self.global_step, micro_step)
         self._undo_seeding = set_global_rng(source)
 
@@ -133,7 +135,7 @@ class ResumableModule(KeyedModule, LightningModule):
         self._check_hooks_called()
         if self.automatic_optimization:  # else more forward passes may follow
             self._restore_global_rng()
-        self._resuming.has_backward_begun = True
+        self._resuming.marks.has_backward_begun = True
         self._guard.add_loss(loss)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -141,16 +143,25 @@ class ResumableModule(KeyedModule, LightningModule):
         if not self._guard.check(self.trainer, self):
             skip_step(self.trainer, self, optimizer)
             self.log("train/skipped_steps", float(self._guard.skipped))
+        self._resuming.marks.is_stepping = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Restore the global generators, and stop here if any rank was asked to."""
+        self._resuming.marks.has_ended = True
         self._restore_global_rng()
         self._stop.synchronize(self.trainer)
 
     def on_validation_epoch_end(self) -> None:
-        """Note that the validation run has ended, and stop if any rank was asked to."""
-        self._resuming.has_validated = not self.trainer.sanity_checking
+        """Stop after the validation run if any rank was asked to."""
         self._stop.synchronize(self.trainer)
+
+    def on_validation_end(self) -> None:
+        """Note that the validation run has ended."""
+        self._resuming.marks.has_validated = not self.trainer.sanity_checking
+
+    def on_train_epoch_end(self) -> None:
+        """Raise if training makes no progress."""
+        self._resuming.end_epoch()
 
     def stop_if_asked(self) -> None:
         """End what takes long at once if any rank was asked to; all ranks call it.
@@ -166,7 +177,7 @@ class ResumableModule(KeyedModule, LightningModule):
         """Keep the seed and gradients that wait, so that a resumed run repeats."""
         state = checkpoint.setdefault(STATE, {})
         state["seed"] = self.seed
-        if self._is_fitting:
+        if self._is_fitting or self._has_fitted:
             bypass_collectives(self.trainer)
             state |= self._resuming.state(self, checkpoint)
             state["skipped"] = self._guard.skipped
@@ -183,7 +194,7 @@ class ResumableModule(KeyedModule, LightningModule):
             check_training_state(checkpoint, self._ckpt_path)
             check_loops(self.trainer, checkpoint)
             self.seed = state.get("seed")
-            self._resuming.load(state)
+            self._resuming.load(self.trainer, state, checkpoint)
             self._guard.skipped = state.get("skipped", 0)
 
     @classmethod
@@ -224,6 +235,11 @@ class ResumableModule(KeyedModule, LightningModule):
                     f"seeds and prepares the run, but does not: call it first, or override "
                     f"`prepare_training` instead."
                 )
+
+    @property
+    def _has_fitted(self) -> bool:
+        """Whether the trainer has trained, and runs something else now."""
+        return self._trainer is not None and self._trainer.fit_loop.total_batch_idx >= 0
 
     def _restore_global_rng(self) -> None:
         if self._undo_seeding is not None:

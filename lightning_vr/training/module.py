@@ -166,15 +166,17 @@ class DiffusionModule(Diffusion, ResumableModule):
         """Keep what rebuilds the module, and what its slots have learned."""
         super().on_save_checkpoint(checkpoint)
         shape = None if self.sample_shape is None else list(self.sample_shape)
-        checkpoint[STATE]["sample_shape"] = shape
+        checkpoint[STATE] |= {"sample_shape": shape, "sample_calls": self.sample_calls}
         keep_learned(checkpoint)
         self._description.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the samples' shape and, to resume a fit, the rest."""
+        """Take the samples' shape and number and, to resume a fit, the rest."""
         super().on_load_checkpoint(checkpoint)
-        shape = checkpoint.get(STATE, {}).get("sample_shape")
+        state = checkpoint.get(STATE, {})
+        shape = state.get("sample_shape")
         self.sample_shape = tuple(shape) if shape else None
+        self.sample_calls = state.get("sample_calls", 0)
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
         # a random `encode` draws from another key than the noise
