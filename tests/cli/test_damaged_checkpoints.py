@@ -281,6 +281,18 @@ DAMAGED = {
         FIT,
         "optimizer_states.betas",
     ),
+    "an option of no number": (
+        having(optimizer_states__0__param_groups__0__eps=[None]),
+        FIT,
+        r"optimizer_states.eps` .* must be as 1e-08 is",
+    ),
+    "a rate of NaN": (
+        having(optimizer_states__0__param_groups__0__lr=NAN),
+        FIT,
+        "optimizer_states.lr` .* got nan",
+    ),
+    "position of text": (having(lightning_vr__position="one"), ALL, "lightning_vr.position`"),
+    "calls of text": (having(lightning_vr__sample_calls="one"), ALL, "sample_calls`"),
     "a parameter of no number": (
         having(optimizer_states__0__param_groups__0__params__1=NAN),
         FIT,
@@ -292,7 +304,7 @@ DAMAGED = {
     "schedulers twice": (having(lr_schedulers=[{}, {}]), FIT, "must be 0 states .* got 2"),
     "epoch of text": (having(epoch="one"), FIT, "`epoch`"),
     "no step": (without("global_step"), FIT, "`global_step`"),
-    "position of text": (having(EightGaussians="one"), FIT, "EightGaussians|does not restore|pos"),
+    "data of text": (having(EightGaussians="one"), FIT, "EightGaussians|does not restore|pos"),
 }
 FLAGS = {
     "predict": ["--num_samples=3"],
