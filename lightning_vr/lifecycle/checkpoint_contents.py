@@ -222,8 +222,8 @@ def _check_optimizer(optimizer: Optimizer, saved: Any, path: Any) -> None:
     for group, made in zip(groups, own, strict=True):
         for key, value in made.items():
             if not _is_like(group.get(key), value):
-                expected = f"as {value!r} is"
-                raise _of_another(f"{name}.{key}", expected, _shown(group.get(key)), path)
+                got = _shown(group.get(key))
+                raise _of_another(f"{name}.{key}", f"as {value!r} is", got, path)
         for number, parameter in zip(group["params"], made["params"], strict=True):
             _check_moments(states.get(number, {}), parameter, path)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import POINTS
 from PIL import Image
 from support.networks import small_mlp
 from support.trainers import quiet_trainer
@@ -306,10 +305,12 @@ DAMAGED = {
     "no step": (without("global_step"), FIT, "`global_step`"),
     "data of text": (having(EightGaussians="one"), FIT, "EightGaussians|does not restore|pos"),
 }
+DATA = ["--data=EightGaussians", "--data.num_samples=64", "--data.num_validation=16"]
+DATA += ["--data.batch_size=16"]
 FLAGS = {
     "predict": ["--num_samples=3"],
-    "fit": [*POINTS, "--data.batch_size=16", "--trainer.max_steps=3"],
-    "audit": [*POINTS, "--data.batch_size=16", "--budget=1"],
+    "fit": [*DATA, "--trainer.max_steps=3"],
+    "audit": [*DATA, "--budget=1"],
 }
 CASES = [(kind, command) for kind, (_, commands, _) in DAMAGED.items() for command in commands]
 FIRST = [
