@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_vr.estimators.slot import SLOTS
+from lightning_vr.lifecycle.weight_averaging import trained_weights
 
 STATE = "lightning_vr"
 """Key of this package's own state in a checkpoint."""
@@ -48,8 +49,7 @@ def read_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
 def load_training_weights(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Load the weights that training would continue from, where averaged ones are kept as well."""
     module.on_load_checkpoint(checkpoint)
-    weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
-    module.load_state_dict(weights, strict=module.strict_loading)
+    module.load_state_dict(trained_weights(checkpoint), strict=module.strict_loading)
 
 
 def check_weights(module: nn.Module, checkpoint: dict[str, Any], path: Any) -> None:

@@ -36,6 +36,7 @@ from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
 from lightning_vr.lifecycle.stopping import CoordinatedStop, bypass_collectives
 from lightning_vr.lifecycle.strategies import check_strategy
+from lightning_vr.lifecycle.weight_averaging import AveragedWeights, load_what_trains
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
 
@@ -57,6 +58,7 @@ class ResumableModule(KeyedModule, LightningModule):
         super().__init__()
         self._resuming = Resuming()
         self._stop = CoordinatedStop()
+        self._averages = AveragedWeights()
         self._guard = FiniteGuard("raise")
         self._hooks_called: set[str] = set()
         self._undo_seeding: Callable[[], None] | None = None
@@ -78,6 +80,7 @@ class ResumableModule(KeyedModule, LightningModule):
         self._hooks_called = {"on_fit_start"}
         check_strategy(self.trainer, self)
         self._resuming.begin(self.trainer)
+        self._averages.watch(self.trainer)
         self._stop.install_signal_handlers(self.trainer)
         use_durable_checkpoints(self.trainer)
         keep_csv_logs_whole(self.trainer)
@@ -155,6 +158,7 @@ class ResumableModule(KeyedModule, LightningModule):
         state["seed"] = self.seed
         if self._is_fitting:
             bypass_collectives(self.trainer)
+            self._averages.complete(self.trainer, self, checkpoint)
             state |= self._resuming.state(self, checkpoint)
             state["skipped"] = self._guard.skipped
 
@@ -162,6 +166,7 @@ class ResumableModule(KeyedModule, LightningModule):
         """Take what ``on_save_checkpoint`` kept, to resume a fit."""
         state = checkpoint.get(STATE, {})
         if self._is_fitting:
+            load_what_trains(self.trainer, checkpoint)
             self.seed = state.get("seed")
             self._resuming.load(state)
             self._guard.skipped = state.get("skipped", 0)

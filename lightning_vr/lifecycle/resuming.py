@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_vr.core.distributed import all_reduce_mean, ranks_save_together
 from lightning_vr.estimators.proposals import LearnedProposal
-from lightning_vr.lifecycle.weight_averaging import AveragedWeights, update_weights
+from lightning_vr.lifecycle.weight_averaging import update_weights
 
 _SAVED = ("window", "row", "unvalidated")
 
@@ -35,7 +35,6 @@ class Resuming:
     def __init__(self) -> None:
         self.has_validated = False
         self.has_backward_begun = False
-        self._averages = AveragedWeights()
         self._loaded: dict[str, Any] = {}
         self._has_just_loaded = False
 
@@ -55,7 +54,6 @@ class Resuming:
         if not self._has_just_loaded:
             self._loaded = {}
         self._has_just_loaded = False
-        self._averages.watch(trainer)
 
     def begin_batch(self, trainer: Trainer) -> None:
         """Begin a training batch: nothing of it is validated or in the gradients."""
@@ -69,14 +67,13 @@ class Resuming:
         Args:
             module: A module that is fitting.
             checkpoint: The checkpoint. What each rank has observed is replaced by the mean over
-                ranks, and trained weights that a callback has swapped out are put back.
+                ranks.
         """
         # rows that the checkpoint counts as logged must outlast the process
         for logger in module.trainer.loggers:
             logger.save()
         if self._loaded:
             return self._loaded  # training has not begun since
-        self._averages.restore_training_weights(module, checkpoint)
         return {
             "window": self._window(module, checkpoint),
             "row": _waiting_row(module.trainer),
