@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from lightning_vr.core.distributed import broadcast
 from lightning_vr.core.keyed_module import KeyedModule
 from lightning_vr.core.rng import set_global_rng
-from lightning_vr.lifecycle.checkpoint_io import use_durable_checkpoints
+from lightning_vr.lifecycle.checkpoint_io import finish_checkpoints, use_durable_checkpoints
 from lightning_vr.lifecycle.checkpoints import STATE
 from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
 from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
@@ -81,6 +81,7 @@ class ResumableModule(KeyedModule, LightningModule):
         check_strategy(self.trainer, self)
         self._resuming.begin(self.trainer)
         self._averages.watch(self.trainer)
+        self._guard.begin()
         self._stop.install_signal_handlers(self.trainer)
         use_durable_checkpoints(self.trainer)
         keep_csv_logs_whole(self.trainer)
@@ -97,10 +98,16 @@ class ResumableModule(KeyedModule, LightningModule):
         self._resuming.replay_skipped_hooks(self.trainer)
 
     def on_fit_end(self) -> None:
-        """Log the final step's pending metrics when resuming a finished run."""
+        """Log pending metrics of a finished run, and raise if what was trained is not kept.
+
+        Raises:
+            ValueError: If the last checkpoint could not be written, or a weight is not finite.
+        """
         self._hooks_called = set()
         if self._resuming.is_due:
             self._resuming.end(self.trainer)
+        finish_checkpoints(self.trainer)
+        self._guard.check_end(self)
 
     def on_train_epoch_start(self) -> None:
         """Look at the lengths of loaders that were made anew."""
