@@ -154,7 +154,7 @@ def _why_unknown(
     if curve.size < len(dataset):
         return (
             f"the curve of {curve.size} samples is not that of all {len(dataset)}, "
-            f"set `max_data` to {len(dataset)} for it"
+            f"as `max_data` or samples that are not finite left some out"
         )
     if not isinstance(module.target, (DSM, STF)):
         return f"the variance of the target {type(module.target).__name__} is not known"
