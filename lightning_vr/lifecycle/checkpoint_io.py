@@ -122,11 +122,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         if not unwritten:
             return None
-        (path, reason), *_ = unwritten.values()
         saved = None
         if first_broken_weight(trainer.lightning_module) is None:
-            folders = [*unwritten, Path(trainer.default_root_dir), Path(tempfile.gettempdir())]
+            folders = [folder for folder, (path, _) in unwritten.items() if "://" not in path]
+            folders += [Path(trainer.default_root_dir), Path(tempfile.gettempdir())]
             saved = _write_to_first(checkpoint, folders)
+        (path, reason), *_ = unwritten.values()
         where = "what was trained since the checkpoint before it is lost."
         if saved is not None:
             where = f"what was trained is in {saved}: move it to a safe place."
