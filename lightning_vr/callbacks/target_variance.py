@@ -26,6 +26,7 @@ from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.stf import STF
 from lightning_vr.lifecycle.loggers import log_numbers
 from lightning_vr.lifecycle.training_set import training_loader
+from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.variance.excess_loss import ExcessLoss
@@ -96,7 +97,7 @@ class TargetVariance(Callback):
         self.noise_levels = noise_levels
         self.samples = samples
         self.max_data = max_data
-        self.schedule = schedule
+        self.schedule = None if schedule is None else as_schedule(schedule)
         self.clean = clean
         self.curve: TargetVarianceCurve | None = None
         self._removed: RemovedVariance | None = None

@@ -14,6 +14,7 @@ from lightning_vr.cli.parsing_errors import parsing_error
 _LIBRARIES = {"diffusers", "fsspec", "jsonargparse", "lightning", "lightning_utilities", "torch"}
 _LIBRARIES |= {"lightning_vr", "torchmetrics", *sys.stdlib_module_names}
 
+_USER_ERRORS = (ValueError, MisconfigurationException)
 _EXPLANATIONS = {
     r"No supported gpu backend|Accelerator` can not run|torch_xla": (
         "`trainer.accelerator` must be one that this machine has: use auto."
@@ -69,6 +70,8 @@ def is_wrong_setting(error: BaseException) -> bool:
     if isinstance(error, (ArgumentError, MisconfigurationException)):
         return True
     modules = _modules(error)
+    if _is_restoring(error):
+        return True
     if modules[-1].startswith("lightning_vr."):
         return isinstance(error, (ValueError, OSError, ImportError))
     if modules[-1].startswith("lightning.pytorch.callbacks."):
@@ -91,6 +94,11 @@ def one_line(error: BaseException) -> str:
         if found := re.search(pattern, text):
             text, is_ours = found.expand(explanation), True
             break
+    if _is_restoring(error) and not (is_ours and isinstance(error, _USER_ERRORS)):
+        return (
+            f"`ckpt_path` must be a checkpoint that this run can go on from, got one that does not "
+            f"restore ({type(error).__name__}: {text.rstrip('.')}): use another checkpoint."
+        )
     built = _class_being_built(error)
     if built is None or built in text or text.startswith("`trainer."):
         return text
@@ -109,6 +117,16 @@ def _class_being_built(error: BaseException) -> str | None:
         if is_setting or issubclass(kind, (Optimizer, LRScheduler)):
             return kind.__name__
     return None
+
+
+def _is_restoring(error: BaseException) -> bool:
+    """Return whether an error was raised while Lightning restored a checkpoint."""
+    names = [
+        frame.f_code.co_name
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).endswith(".checkpoint_connector")
+    ]
+    return any(name.startswith(("restore", "resume_start")) for name in names)
 
 
 def _is_of_libraries(modules: list[str]) -> bool:

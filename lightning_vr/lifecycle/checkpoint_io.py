@@ -12,6 +12,7 @@ trained is written elsewhere: to the folder itself, if it has room by then, to t
 ``default_root_dir`` or to the system's folder for temporary files.
 """
 
+import os
 import sys
 import tempfile
 from contextlib import suppress
@@ -54,6 +55,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         # of each folder whose last write has failed: the checkpoint and the reason
         self._unwritten: dict[Path, tuple[str, str]] = {}
         self._is_over = False
+        self._written: set[str] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -80,10 +82,30 @@ class DurableCheckpointIO(TorchCheckpointIO):
             return
         self._failed = None
         self._unwritten.pop(Path(path).parent, None)
+        self._written.add(_place(path))
         self._remove_kept_for(path)
 
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint without the objects in it that could run code, unless asked to."""
+        # Lightning reads any object of a remote file if it is not told
+        weights_only = True if weights_only is None else weights_only
+        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        return loaded
+
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint, unless its replacement could not be written."""
+        """Remove a checkpoint, unless its replacement could not be written.
+
+        The state of a ``ModelCheckpoint`` names the files that it removes, and may come from the
+        checkpoint of a stranger: what is not in its folder stays.
+        """
+        if not self._is_own(path):
+            rank_zero_warn(
+                f"The checkpoint {path} is not removed: this run has not written it, and it is in "
+                f"no folder of a ModelCheckpoint."
+            )
+            return
         if self._failed is not None:
             self._kept.append((self._failed, path))
             return
@@ -140,6 +162,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if name is not None:
             raise OSError(f"the weight `{name}` is not finite")
 
+    def _is_own(self, path: Any) -> bool:
+        """Return whether a run may remove a file: one of its own, or in a folder of its own."""
+        if self.trainer is None or _place(path) in self._written:
+            return True
+        callbacks = self.trainer.checkpoint_callbacks
+        folders = [getattr(callback, "dirpath", None) for callback in callbacks]
+        return any(f"{_place(path)}".startswith(f"{_place(each)}/") for each in folders if each)
+
     def _remove_kept_for(self, path: Any) -> None:
         """Remove files that were kept because ``path`` could not be written: now it is."""
         replaced = [old for failed, old in self._kept if failed == str(path)]
@@ -149,12 +179,16 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 def use_durable_checkpoints(trainer: Trainer) -> None:
-    """Put ``DurableCheckpointIO`` in place of Lightning's plain one, and of no other.
-
-    What killed processes have left of checkpoints goes.
-    """
+    """Put ``DurableCheckpointIO`` in place of Lightning's plain one, and of no other."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
+        trainer.strategy.checkpoint_io.trainer = trainer
+
+
+def begin_checkpoints(trainer: Trainer) -> None:
+    """Begin a fit, and remove what killed processes have left; all ranks call it."""
+    use_durable_checkpoints(trainer)
     if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
         trainer.strategy.checkpoint_io.begin(trainer)
     folder = run_folder(trainer)
@@ -193,6 +227,12 @@ def _write_to_first(checkpoint: dict[str, Any], folders: list[Path]) -> Path | N
             _write(checkpoint, path)
             return path
     return None
+
+
+def _place(path: Any) -> str:
+    """Return where a path leads, with neither ``..`` nor links in it."""
+    scheme, separator, rest = str(path).rpartition("://")
+    return f"{scheme}{separator}{os.path.normpath(rest)}" if scheme else os.path.realpath(rest)
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

@@ -35,8 +35,11 @@ def average_that_counts(trainer: Trainer) -> WeightAveraging | None:
 
     Only a fit has an average: afterwards the module holds it.
     """
-    if trainer.state.fn != TrainerFn.FITTING:
-        return None
+    return _started(trainer) if trainer.state.fn == TrainerFn.FITTING else None
+
+
+def _started(trainer: Trainer) -> WeightAveraging | None:
+    """Return the callback whose average has begun, or None."""
     for callback in _averaging(trainer):
         average = callback._average_model
         if average is not None and bool(average.n_averaged > 0):
@@ -80,11 +83,11 @@ class AveragedWeights:
         The latter stand where Lightning restores from, whatever weights are in place.
 
         Args:
-            trainer: The trainer of a fit.
+            trainer: A trainer that is fitting or has fitted.
             module: Its module.
             state: The checkpoint, after the callbacks.
         """
-        callback, trained = average_that_counts(trainer), state.get(_TRAINED)
+        callback, trained = _started(trainer), state.get(_TRAINED)
         if trained is None:
             if callback is not None and not self._are_swapped and not self._replaced:
                 _take_average(state["state_dict"], callback)  # no callback was asked for it

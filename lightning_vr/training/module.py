@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator, seed_global_rng
@@ -22,7 +21,7 @@ from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.lifecycle.checkpoints import STATE
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
-from lightning_vr.lifecycle.hyperparameters import describe_arguments, load_module
+from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.precision import loss_scale
 from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.lifecycle.run_context import RunContext
@@ -167,37 +166,17 @@ class DiffusionModule(Diffusion, ResumableModule):
         """Keep what rebuilds the module, and what its slots have learned."""
         super().on_save_checkpoint(checkpoint)
         shape = None if self.sample_shape is None else list(self.sample_shape)
-        checkpoint[STATE]["sample_shape"] = shape
+        checkpoint[STATE] |= {"sample_shape": shape, "sample_calls": self.sample_calls}
         keep_learned(checkpoint)
         self._description.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the samples' shape and, to resume a fit, the rest."""
+        """Take the samples' shape and number and, to resume a fit, the rest."""
         super().on_load_checkpoint(checkpoint)
-        shape = checkpoint.get(STATE, {}).get("sample_shape")
+        state = checkpoint.get(STATE, {})
+        shape = state.get("sample_shape")
         self.sample_shape = tuple(shape) if shape else None
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls,
-        checkpoint_path: Any,
-        map_location: Any = None,
-        strict: bool | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Rebuild a trained module, of whichever subclass wrote the checkpoint.
-
-        Args:
-            checkpoint_path: The checkpoint file.
-            map_location: Where to load the weights; their own device if not given.
-            strict: Whether the names of all weights must match.
-            **kwargs: Constructor arguments in place of the checkpoint's.
-
-        Raises:
-            ValueError: If the subclass is not imported, if an argument was an object that no
-                configuration can rebuild and is not given again, or if the weights do not fit.
-        """
-        return load_module(cls, checkpoint_path, map_location, strict, kwargs)
+        self.sample_calls = state.get("sample_calls", 0)
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
         # a random `encode` draws from another key than the noise

@@ -110,6 +110,14 @@ MODEL = [
     fit("--model=DiffusionModul", "model", "use DiffusionModule"),
     fit("--model.schedule=DDPM", "model.schedule", "use EDM, VE, VP"),
     fit("--model.schedule=Schedule", "`model.schedule` must be a class", "use EDM, VE, VP"),
+    fit("--model.schedule=diffusers.DDPMScheduler", "`prediction`", "to 'epsilon'"),
+    fit("--model.schedule=diffusers.EDMEulerScheduler", "`scheduler`", "use EDM()"),
+    fit(
+        "--model.schedule=diffusers.FlowMatchEulerDiscreteScheduler --model.prediction=velocity "
+        "--model.timesteps=Uniform",
+        "`timesteps`",
+        "Shifted(",
+    ),
     fit("--model.schedule=EDM --model.schedule.sigma_min=90", "`sigma_min`", "< sigma_max"),
     file(
         "model: {init_args: {schedule: {class_path: VE, init_args: {sigma_max: .inf}}}}",
@@ -136,6 +144,11 @@ MODEL = [
     ),
     fit("--model.label_dropout=0.1", "`label_dropout`", "set `num_classes`"),
     fit("--model.sampler.guidance=2", "`guidance`", "set `num_classes`"),
+    fit(
+        "--model.num_classes=8 --model.network.num_class_embeds=9 --model.sampler.guidance=2",
+        "`guidance`",
+        "`label_dropout` of 0.1",
+    ),
     fit(
         "--model.schedule=VP --model.sampler.noise_level_max=1e9",
         "`noise_level_max`",

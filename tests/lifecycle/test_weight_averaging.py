@@ -150,12 +150,12 @@ def test_what_samples_after_validation_gets_the_weights_that_were_validated():
 
 
 @pytest.mark.parametrize("start", ["never", "late"])
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_end"])
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end", "on_train_end"])
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights(start, hook, tmp_path):
     whole, stopped, again = module(), module(), module()
     options = {"val_check_interval": 3, "check_val_every_n_epoch": None}
     trainer(averaging(start), **options).fit(whole, data())
-    stop, path = {"on_train_batch_end": 4, "on_train_end": 1}[hook], tmp_path / "stop.ckpt"
+    stop, path = {"on_train_batch_end": 4}.get(hook, 1), tmp_path / "stop.ckpt"
     shorter = {"max_steps": 3} if hook == "on_train_end" else {}
     with pytest.raises(StoppedError):
         trainer(averaging(start), StopAt(hook, stop, path), **(options | shorter)).fit(

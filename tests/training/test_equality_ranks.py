@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from support.points import Points, normal_points, two_classes
+from support.trainers import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -190,25 +191,19 @@ class Save(Callback):
 
 def fit(name, ranks, folder):
     torch.manual_seed(SEED)
-    Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        TargetVariance([4], noise_levels=3, samples=64),
+        GradientVariance(every_n_steps=1, samples=2, noise_levels=2),
+        FrechetDistance(samples=GENERATED),
+        Save(folder),
         strategy=DDPStrategy(start_method="fork", timeout=LIMIT) if ranks > 1 else "auto",
         devices=ranks,
         accumulate_grad_batches=WINDOW,
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=folder,
-        callbacks=[
-            TargetVariance([4], noise_levels=3, samples=64),
-            GradientVariance(every_n_steps=1, samples=2, noise_levels=2),
-            FrechetDistance(samples=GENERATED),
-            Save(folder),
-        ],
-    ).fit(
+    )
+    trainer.fit(
         build(name),
         DataLoader(DATA, SAMPLES[ranks], drop_last=True),
         DataLoader(DATA, SAMPLES[ranks]),

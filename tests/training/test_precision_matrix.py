@@ -62,8 +62,9 @@ from lightning_vr.core.types import LossEstimate, StepPart
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.process.weightings import UnitWeighting
+from lightning_vr.training import resamples_pilot as resamples_pilots
 from lightning_vr.training.control_pilot import control_pilot
-from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
+from lightning_vr.training.resamples_pilot import resamples_pilot
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
@@ -161,13 +162,10 @@ def nothing_falls_back_to_eager():
 @pytest.fixture(autouse=True)
 def an_expensive_encode(monkeypatch):
     """Let pilots run all that they time, and find what does not depend on the machine."""
-
-    def medians(pilot, *functions):
-        for function in functions:
-            function()
-        return [20.0, 21.0]
-
-    monkeypatch.setattr(ResamplesPilot, "_medians", medians)
+    seconds = itertools.cycle([20.0, 21.0])
+    monkeypatch.setattr(
+        resamples_pilots, "timed", lambda function, device: (function(), next(seconds))
+    )
 
 
 @functools.cache
