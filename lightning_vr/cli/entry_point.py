@@ -21,7 +21,8 @@ def main(args: ArgsType = None) -> None:
         args: The arguments, in place of those of the process.
 
     Raises:
-        SystemExit: With status 2 and one line on stderr if a setting is wrong. If the process is
+        SystemExit: With status 2 and one line on stderr if a setting is wrong, with status 1 if the
+            last checkpoint of a run could not be written. If the process is
             asked to stop, with status 143 where it is the main one of its node, with 0 elsewhere.
     """
     try:
@@ -41,9 +42,10 @@ def main(args: ArgsType = None) -> None:
                 _leave(1)
             raise
         sys.stderr.write(f"error: {one_line(wrong)}\n")
+        status = getattr(wrong, "exit_status", 2)
         if world_size() > 1:
-            _leave(2)
-        raise SystemExit(2) from None
+            _leave(status)
+        raise SystemExit(status) from None
 
 
 def _leave(status: int) -> NoReturn:
