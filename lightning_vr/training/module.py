@@ -111,7 +111,7 @@ class DiffusionModule(AutoSigmaData, Diffusion, ResumableModule):
 
     def prepare_training(self) -> None:
         """Make the pilots, and fill the target's bank with the encoded training set."""
-        check_ranks(self.draws, self.device)
+        check_ranks(self.draws)
         run = RunContext.of(self.trainer)
         found = resamples_pilot(self, run), control_pilot(self, run)
         self._pilots = [pilot for pilot in found if pilot is not None]
@@ -156,6 +156,11 @@ class DiffusionModule(AutoSigmaData, Diffusion, ResumableModule):
         labels = batch.get("label") if self.num_classes is not None else None
         x0 = self.sample(len(batch["index"]), group=labels, source=source, progress=True)
         return self.decode(x0)
+
+    def denoise(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Do what ``Diffusion.denoise`` does; ``predict`` stops here if it was asked to."""
+        self.stop_evaluation_if_asked()
+        return super().denoise(*args, **kwargs)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer and, if there is one, a learning-rate schedule over steps."""
