@@ -205,8 +205,8 @@ def class_to_load(cls: type[_Module], class_path: Any, trust: Trust) -> type[_Mo
         return namesakes[0]
     raise ValueError(
         f"The checkpoint {trust.path} holds a {class_path}, which is not imported or is no "
-        f"subclass of {cls.__name__}: import the module that defines it, or trust its package, as in "
-        f'trust=["{class_path.partition(".")[0]}"] or --trust on the command line.'
+        f"subclass of {cls.__name__}: import the module that defines it, or trust its package, "
+        f'as in trust=["{class_path.partition(".")[0]}"] or --trust on the command line.'
     )
 
 
