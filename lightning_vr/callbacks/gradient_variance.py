@@ -285,6 +285,12 @@ class GradientVariance(Callback):
             probe.restore_pending_batch(self._restored_batch)
             self._restored_batch = None
         state = self._state if probe.names == self._groups else None
+        if self._state is not None and state is None:
+            rank_zero_warn(
+                f"GradientVariance: the checkpoint's moments are of the groups "
+                f"{', '.join(self._groups)}, the module has {', '.join(probe.names)}: they are "
+                f"dropped, and measuring starts anew."
+            )
         self.statistics = GradientStatistics(probe.names, probe.noise_levels, state)
         self._state = None
 

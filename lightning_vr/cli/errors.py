@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_vr.cli.parsing_errors import parsing_error
+from lightning_vr.data.image_error import ImageError
 
 _LIBRARIES = {"diffusers", "fsspec", "jsonargparse", "lightning", "lightning_utilities", "torch"}
 _LIBRARIES |= {"lightning_vr", "torchmetrics", *sys.stdlib_module_names}
@@ -51,6 +52,11 @@ _EXPLANATIONS = {
 }
 """Messages of other libraries that name no setting or no fix, and what to say instead."""
 
+_WORKER_TRACEBACK = re.compile(
+    r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback .*^[\w.]+: (.*)",
+    re.DOTALL | re.MULTILINE,
+)
+
 
 def cause(error: BaseException) -> BaseException:
     """Return what a constructor raised, where the parser has wrapped it."""
@@ -67,7 +73,7 @@ def is_wrong_setting(error: BaseException) -> bool:
     Our own errors are written for users. Others are about a setting unless training is under way or
     code of the user's own is at work, where only a ``ValueError`` is.
     """
-    if isinstance(error, (ArgumentError, MisconfigurationException)):
+    if isinstance(error, (ArgumentError, ImageError, MisconfigurationException)):
         return True
     modules = _modules(error)
     if _is_restoring(error):
@@ -88,7 +94,7 @@ def one_line(error: BaseException) -> str:
     """Return the message in one line: what is wrong, and what to do instead."""
     if isinstance(error, ArgumentError):
         return parsing_error(str(error))
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(_own_text(error).split()) or type(error).__name__
     is_ours = _modules(error)[-1].startswith("lightning_vr.")
     for pattern, explanation in _EXPLANATIONS.items():
         if found := re.search(pattern, text):
@@ -104,6 +110,13 @@ def one_line(error: BaseException) -> str:
         return text
     has_fix = is_ours or "HINT" in text or ": use " in text
     return f"{built}: {text}" if has_fix else f"{built}: {text.rstrip('.')}: change its settings."
+
+
+def _own_text(error: BaseException) -> str:
+    """Return the message without the traceback of a loader's worker, which torch puts before it."""
+    text = str(error)
+    found = _WORKER_TRACEBACK.match(text)
+    return found[1] if found else text
 
 
 def _class_being_built(error: BaseException) -> str | None:

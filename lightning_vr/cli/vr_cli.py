@@ -1,5 +1,6 @@
 """LightningCLI, where what is configured wins over what a checkpoint says."""
 
+import os
 import sys
 import warnings
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from lightning_vr.cli.checkpoint_settings import (
     changed_optimization,
     model_settings,
 )
+from lightning_vr.cli.comments import comments_as_text
 from lightning_vr.cli.last_checkpoint import last_checkpoint
 from lightning_vr.cli.optimization_classes import check_optimization_classes
 from lightning_vr.cli.run_names import check_run_names
@@ -179,6 +181,7 @@ class VRCLI(LightningCLI):
         assert isinstance(settings, Namespace)
         return settings
 
+    @comments_as_text()
     def _parse(self, args: ArgsType) -> None:
         if isinstance(args, (dict, Namespace)):
             self.config = self.parser.parse_object(args)
@@ -237,4 +240,6 @@ class VRCLI(LightningCLI):
             return str(last_checkpoint(self._settings.trainer))
         if path in (None, "best", "hpc") or str(path).startswith("registry"):
             return None
+        if "://" not in str(path):
+            path = os.path.expanduser(path)
         return str(path)

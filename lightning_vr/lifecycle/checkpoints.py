@@ -13,6 +13,7 @@ from torch import nn
 from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.lifecycle.checkpoint_contents import STATE, check_contents
 from lightning_vr.lifecycle.file_kinds import file_kind
+from lightning_vr.lifecycle.weight_averaging import trained_weights
 
 __all__ = ["STATE", "check_weights", "load_training_weights", "load_weights", "read_checkpoint"]
 
@@ -59,8 +60,7 @@ def load_training_weights(
 ) -> None:
     """Load the weights that training would continue from, where averaged ones are kept as well."""
     module.on_load_checkpoint(checkpoint)
-    weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
-    load_weights(module, weights, path, strict=module.strict_loading)
+    load_weights(module, trained_weights(checkpoint), path, strict=module.strict_loading)
 
 
 def load_weights(module: nn.Module, weights: dict[str, Any], path: Any, *, strict: bool) -> None:

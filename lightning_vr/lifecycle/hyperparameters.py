@@ -62,6 +62,12 @@ class Description:
         }
         checkpoint.setdefault(STATE, {})["objects"] = [*self.objects, *foreign]
 
+    def replace(self, module: LightningModule, name: str, value: Any) -> None:
+        """Let an argument of ``module`` have another value from now on, if it has that argument."""
+        if name in self.hyperparameters:
+            self.hyperparameters[name] = value
+            module.save_hyperparameters(dict(self.hyperparameters))
+
 
 @dataclass(frozen=True)
 class SavedArguments:
@@ -205,8 +211,8 @@ def class_to_load(cls: type[_Module], class_path: Any, trust: Trust) -> type[_Mo
         return namesakes[0]
     raise ValueError(
         f"The checkpoint {trust.path} holds a {class_path}, which is not imported or is no "
-        f"subclass of {cls.__name__}: import the module that defines it, or trust its package, "
-        f'as in trust=["{class_path.partition(".")[0]}"] or --trust on the command line.'
+        f"subclass of {cls.__name__}: import the module that defines it, or trust its package, as "
+        f'in trust=["{class_path.partition(".")[0]}"] or --trust on the command line.'
     )
 
 

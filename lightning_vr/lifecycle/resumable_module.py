@@ -36,15 +36,20 @@ from lightning_vr.lifecycle.checkpoint_contents import (
     check_optimizer_states,
     check_training_state,
 )
-from lightning_vr.lifecycle.checkpoint_io import use_durable_checkpoints
+from lightning_vr.lifecycle.checkpoint_io import (
+    begin_checkpoints,
+    finish_checkpoints,
+    use_durable_checkpoints,
+)
 from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
 from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
 from lightning_vr.lifecycle.hyperparameters import load_module
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
-from lightning_vr.lifecycle.stopping import CoordinatedStop, bypass_collectives
+from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating, raise_if_asked
 from lightning_vr.lifecycle.strategies import check_strategy
+from lightning_vr.lifecycle.weight_averaging import AveragedWeights, load_what_trains
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
 
@@ -66,6 +71,7 @@ class ResumableModule(KeyedModule, LightningModule):
         super().__init__()
         self._resuming = Resuming()
         self._stop = CoordinatedStop()
+        self._averages = AveragedWeights()
         self._guard = FiniteGuard("raise")
         self._hooks_called: set[str] = set()
         self._undo_seeding: Callable[[], None] | None = None
@@ -92,8 +98,10 @@ class ResumableModule(KeyedModule, LightningModule):
         check_strategy(self.trainer, self)
         check_optimizer_states(self.trainer)
         self._resuming.begin(self.trainer)
-        self._stop.install_signal_handlers(self.trainer)
-        use_durable_checkpoints(self.trainer)
+        self._averages.watch(self.trainer)
+        self._guard.begin()
+        self._stop.begin_fit(self.trainer)
+        begin_checkpoints(self.trainer)
         keep_csv_logs_whole(self.trainer)
         warn_on_logger_errors(self.trainer)
 
@@ -109,10 +117,16 @@ class ResumableModule(KeyedModule, LightningModule):
         self._resuming.restart(self.trainer)
 
     def on_fit_end(self) -> None:
-        """Log the final step's pending metrics when resuming a finished run."""
+        """Log pending metrics of a finished run, and raise if what was trained is not kept.
+
+        Raises:
+            ValueError: If the last checkpoint could not be written, or a weight is not finite.
+        """
         self._hooks_called = set()
         if self._resuming.is_due:
             self._resuming.end(self.trainer)
+        finish_checkpoints(self.trainer)
+        self._guard.check_end(self)
 
     def on_train_epoch_start(self) -> None:
         """Look at the lengths of loaders that were made anew."""
@@ -163,6 +177,39 @@ class ResumableModule(KeyedModule, LightningModule):
         """Raise if training makes no progress."""
         self._resuming.end_epoch()
 
+    def on_validation_start(self) -> None:
+        """Install a handler of signals, if this is no part of a fit."""
+        self._begin_evaluation()
+
+    def on_test_start(self) -> None:
+        """Install a handler of signals."""
+        self._begin_evaluation()
+
+    def on_predict_start(self) -> None:
+        """Install a handler of signals."""
+        self._begin_evaluation()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to, and this is no part of a fit."""
+        self.stop_evaluation_if_asked()
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to."""
+        self.stop_evaluation_if_asked()
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to."""
+        self.stop_evaluation_if_asked()
+
+    def stop_evaluation_if_asked(self) -> None:
+        """End ``validate``, ``test`` or ``predict`` at once if any rank was asked to.
+
+        Raises:
+            SIGTERMException: If one was.
+        """
+        if self._trainer is not None and is_evaluating(self._trainer):
+            raise_if_asked(self._trainer)
+
     def stop_if_asked(self) -> None:
         """End what takes long at once if any rank was asked to; all ranks call it.
 
@@ -178,7 +225,7 @@ class ResumableModule(KeyedModule, LightningModule):
         state = checkpoint.setdefault(STATE, {})
         state["seed"] = self.seed
         if self._is_fitting or self._has_fitted:
-            bypass_collectives(self.trainer)
+            self._averages.complete(self.trainer, self, checkpoint)
             state |= self._resuming.state(self, checkpoint)
             state["skipped"] = self._guard.skipped
 
@@ -191,6 +238,7 @@ class ResumableModule(KeyedModule, LightningModule):
         check_contents(checkpoint, self._ckpt_path)
         state = checkpoint.get(STATE, {})
         if self._is_fitting:
+            load_what_trains(self.trainer, checkpoint)
             check_training_state(checkpoint, self._ckpt_path)
             check_loops(self.trainer, checkpoint)
             self.seed = state.get("seed")
@@ -225,6 +273,10 @@ class ResumableModule(KeyedModule, LightningModule):
                 be built, or if the weights do not fit.
         """
         return load_module(cls, checkpoint_path, map_location, strict, kwargs, trust)
+
+    def _begin_evaluation(self) -> None:
+        if is_evaluating(self.trainer):
+            self._stop.begin_evaluation(self.trainer)
 
     def _check_hooks_called(self) -> None:
         """Raise if a subclass has overridden a hook that a run needs without ``super()``."""

@@ -35,10 +35,11 @@ from lightning_vr.training.control_pilot import ControlPilot, control_pilot
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.reference_bank import fill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
+from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
 from lightning_vr.training.training_checks import check_optimization, check_ranks
 
 
-class DiffusionModule(Diffusion, ResumableModule):
+class DiffusionModule(AutoSigmaData, Diffusion, ResumableModule):
     """Trains a diffusion model with pluggable estimators of its loss.
 
     Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
@@ -46,6 +47,8 @@ class DiffusionModule(Diffusion, ResumableModule):
     ``Diffusion``.
 
     Args:
+        sigma_data: Standard deviation of the data, for the preconditioning of ``"edm"``, or
+            ``"auto"``: that of the data module's training data, which checkpoints keep.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer; steps are optimizer
             steps.
@@ -67,7 +70,7 @@ class DiffusionModule(Diffusion, ResumableModule):
         draws: Draws | None = None,
         target: Target | None = None,
         control_variate: ControlVariate | None = None,
-        sigma_data: float = 0.5,
+        sigma_data: SigmaData = 0.5,
         num_classes: int | None = None,
         label_dropout: float = 0.0,
         sampler: Sampler | None = None,
@@ -84,12 +87,13 @@ class DiffusionModule(Diffusion, ResumableModule):
             draws,
             target,
             control_variate,
-            sigma_data,
+            self.first_sigma_data(sigma_data),
             num_classes,
             label_dropout,
             sampler,
         )
         self._description = describe_arguments(self)
+        self.note_sigma_data(sigma_data, has_weighting=weighting is not None)
         self.optimizer = _Uncopied(optimizer)
         self.lr_scheduler = None if lr_scheduler is None else _Uncopied(lr_scheduler)
         self.on_nonfinite = on_nonfinite
@@ -107,7 +111,7 @@ class DiffusionModule(Diffusion, ResumableModule):
 
     def prepare_training(self) -> None:
         """Make the pilots, and fill the target's bank with the encoded training set."""
-        check_ranks(self.draws, self.device)
+        check_ranks(self.draws)
         run = RunContext.of(self.trainer)
         found = resamples_pilot(self, run), control_pilot(self, run)
         self._pilots = [pilot for pilot in found if pilot is not None]
@@ -152,6 +156,11 @@ class DiffusionModule(Diffusion, ResumableModule):
         labels = batch.get("label") if self.num_classes is not None else None
         x0 = self.sample(len(batch["index"]), group=labels, source=source, progress=True)
         return self.decode(x0)
+
+    def denoise(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Do what ``Diffusion.denoise`` does; ``predict`` stops here if it was asked to."""
+        self.stop_evaluation_if_asked()
+        return super().denoise(*args, **kwargs)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer and, if there is one, a learning-rate schedule over steps."""

@@ -93,9 +93,9 @@ def check_optimization(optimizer: Optimizer, schedule: Any) -> None:
             group.update(values)
 
 
-def check_ranks(draws: Draws, device: torch.device) -> None:
+def check_ranks(draws: Draws) -> None:
     """Raise if ranks take different numbers of draws; all must call it."""
-    counts = [count for (count,) in all_gather_numbers([draws.draws_per_sample], device)]
+    counts = [count for (count,) in all_gather_numbers([draws.draws_per_sample])]
     if len(set(counts)) > 1:
         raise ValueError(
             f"`resamples` must be the same on all ranks, whose gradients are averaged, got "

@@ -218,6 +218,11 @@ DATA = [
     own(f"{IMAGES}nowhere", "`path`", "existing folder"),
     own(f"{IMAGES}empty", "`path`", ".png"),
     own(f"{IMAGES}broken --data.batch_size=1", "broken/a.png", "repair or remove it"),
+    own(f"{IMAGES}broken --data.background=whit", "`background`", "use one such as 'white'"),
+    own(f"{IMAGES}broken --data.background=[1,2]", "`data.background`", "3 elements or text"),
+    own(f"{IMAGES}broken --data.channels=2", "data.channels", "4"),
+    own(f"{IMAGES}broken --data.cache_bytes=-1", "`cache_bytes`", "at least 0"),
+    fit("--model.sigma_data=wide", "model.sigma_data", "'auto'"),
 ]
 
 TRAINER = [
