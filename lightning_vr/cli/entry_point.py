@@ -26,8 +26,9 @@ def main(args: ArgsType = None) -> None:
 
     Raises:
         SystemExit: With status 2 and one line on stderr if a setting is wrong, with status 1 if
-            another rank has ended. If the process is asked to stop, with status 143 where it is the
-            main one of its node, with 0 elsewhere.
+            another rank has ended or the last checkpoint of a run could not be written. If the
+            process is asked to stop, with status 143 where it is the main one of its node, with 0
+            elsewhere.
     """
     try:
         VRCLI(args=args)
@@ -66,7 +67,7 @@ def _end(error: BaseException, *, is_fit: bool) -> None:
         _leave_with_traceback(error)
     else:
         sys.stderr.write(f"error: {one_line(wrong)}\n")
-        _leave(2)
+        _leave(getattr(wrong, "exit_status", 2))
 
 
 def _is_stop_of_another(error: BaseException) -> bool:

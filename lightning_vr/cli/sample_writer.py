@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_vr.callbacks.pictures import is_picture, save_picture
 from lightning_vr.core.distributed import all_gather_numbers, all_gather_rows
+from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import run_folder
 
 
@@ -55,7 +56,8 @@ class SampleWriter(Callback):
         arrays: dict[str, Any] = {"samples": samples.numpy()}
         if self.num_classes is not None:
             arrays["labels"] = np.arange(len(samples)) % self.num_classes
-        np.savez(folder / "samples.npz", **arrays)
+        with replacing(folder / "samples.npz") as file:
+            np.savez(file, **arrays)
         if is_picture(tuple(samples.shape[1:])):
             names.append("samples.png")
             save_picture(samples, folder / "samples.png", columns=self.num_classes)
