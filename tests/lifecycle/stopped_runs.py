@@ -62,8 +62,12 @@ RUN_ENDS = ("max_steps", "max_time", "should_stop")
 """Ends after which a run is as if it were over."""
 
 PLACES = [f"{hook} {count}" for hook, counts in HOOKS.items() for count in counts]
-# for few runs: each hook, at least once
-SOME_PLACES = [place for i, place in enumerate(PLACES) if i % 3 == 0 or place.endswith(" 1")]
+# for few runs: each hook of a batch at one call in turn, the first and last ones at all
+SOME_PLACES = [
+    place
+    for i, place in enumerate(PLACES)
+    if (i + i // 3) % 3 == 0 or place.endswith(("batch_end 8", " 1")) or "on_train_batch" in place
+]
 ONCE_A_STEP = ("on_before_zero_grad", "on_before_optimizer_step", "module.optimizer_step")
 ENDS = ["SIGTERM", "SIGINT", "exception", "max_steps", "max_time", "should_stop"]
 FACTORS = {
