@@ -223,7 +223,7 @@ class ResumableModule(KeyedModule, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed and gradients that wait, so that a resumed run repeats."""
         state = checkpoint.setdefault(STATE, {})
-        state["seed"] = self.seed
+        state["seed"] = self.run_seed if self._is_fitting else self.seed
         if self._is_fitting or self._has_fitted:
             self._averages.complete(self.trainer, self, checkpoint)
             state |= self._resuming.state(self, checkpoint)
