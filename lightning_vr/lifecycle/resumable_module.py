@@ -30,7 +30,11 @@ from lightning_vr.core.rng import set_global_rng
 from lightning_vr.lifecycle.checkpoint_io import use_durable_checkpoints
 from lightning_vr.lifecycle.checkpoints import STATE
 from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
-from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
+from lightning_vr.lifecycle.epoch_length import (
+    check_training_batches,
+    check_validation_batches,
+    equalize_epoch_length,
+)
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
@@ -77,6 +81,7 @@ class ResumableModule(KeyedModule, LightningModule):
         """Install run safeguards: durable checkpoints, tolerant loggers, coordinated stopping."""
         self._hooks_called = {"on_fit_start"}
         check_strategy(self.trainer, self)
+        check_training_batches(self.trainer)
         self._resuming.begin(self.trainer)
         self._stop.install_signal_handlers(self.trainer)
         use_durable_checkpoints(self.trainer)
@@ -89,6 +94,7 @@ class ResumableModule(KeyedModule, LightningModule):
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         equalize_epoch_length(self.trainer)
+        check_validation_batches(self.trainer)
         self._resuming.restore_gradients(self)
         self.prepare_training()
         self._resuming.replay_skipped_hooks(self.trainer)
@@ -96,6 +102,7 @@ class ResumableModule(KeyedModule, LightningModule):
     def on_fit_end(self) -> None:
         """Log the final step's pending metrics when resuming a finished run."""
         self._hooks_called = set()
+        check_training_batches(self.trainer)
         if self._resuming.is_due:
             self._resuming.end(self.trainer)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import Self
 
 from lightning_vr.core.distributed import rank, world_size
@@ -34,9 +35,14 @@ from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
 from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.monitors import check_monitors, plateau_settings, step_plateaus
 from lightning_vr.training.reference_bank import fill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
-from lightning_vr.training.training_checks import check_optimization, check_ranks
+from lightning_vr.training.training_checks import (
+    check_optimization,
+    check_ranks,
+    check_schedules,
+)
 
 
 class DiffusionModule(Diffusion, ResumableModule):
@@ -106,6 +112,13 @@ class DiffusionModule(Diffusion, ResumableModule):
         """Whether steps whose samples are not finite are left out."""
         return self.on_nonfinite == "skip"
 
+    def on_train_start(self) -> None:
+        """Raise if a schedule ends before the run, or a monitored number is never logged."""
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        check_schedules(schedules, RunContext.of(self.trainer))
+        check_monitors(self.trainer, self, DiffusionModule)
+        super().on_train_start()
+
     def prepare_training(self) -> None:
         """Make the pilots, and fill the target's bank with the encoded training set."""
         check_ranks(self.draws, self.device)
@@ -143,6 +156,17 @@ class DiffusionModule(Diffusion, ResumableModule):
         """Log the plain denoising loss with noise that is the same in every epoch."""
         self._evaluation_step("val", batch, batch_idx)
 
+    def on_validation_epoch_end(self) -> None:
+        """Step a schedule that monitors the validation loss, before checkpoints are written."""
+        if self._is_fitting and not self.trainer.sanity_checking:
+            step_plateaus(self.trainer, of_validation=True)
+        super().on_validation_epoch_end()
+
+    def on_validation_end(self) -> None:
+        """Step a schedule that monitors what a callback has measured after the validation run."""
+        if self._is_fitting and not self.trainer.sanity_checking:
+            step_plateaus(self.trainer, of_validation=False)
+
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the plain denoising loss with fixed noise."""
         self._evaluation_step("test", batch, batch_idx)
@@ -161,7 +185,10 @@ class DiffusionModule(Diffusion, ResumableModule):
         check_optimization(optimizer, schedule)
         if schedule is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        settings: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
+        if isinstance(schedule, ReduceLROnPlateau):
+            settings |= plateau_settings(schedule)
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what rebuilds the module, and what its slots have learned."""
