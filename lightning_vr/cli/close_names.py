@@ -43,7 +43,7 @@ def close_names(name: str, names: Iterable[str]) -> list[str]:
 
 def close_settings(name: str) -> list[str]:
     """Return settings that ``name`` may stand for: misspelt, or at another level."""
-    known = [*_SECTIONS, "config", "ckpt_path", "seed_everything"] + [
+    known = [*_SECTIONS, "config", "ckpt_path", "seed_everything", "model.optimizer.lr"] + [
         f"{section}.{parameter}"
         for section, kind in _SECTIONS.items()
         for parameter in inspect.signature(kind).parameters

@@ -50,9 +50,6 @@ _EXPLANATIONS = {
     r"(?i).*tried to allocate ([\d.]+ \w+).*": (
         r"\1 do not fit into the memory: use smaller sizes, such as `batch_size` or `resamples`."
     ),
-    r"Key must be a string, got: (\S*?)\.?$": (
-        r"`config` must have names of settings as keys, got \1: name one of --print_config."
-    ),
     r"value cannot be converted to type float without overflow": (
         "`model.optimizer` must keep its numbers within float32, got one that is larger: lower "
         "`lr` or what `model.lr_scheduler` multiplies it by."

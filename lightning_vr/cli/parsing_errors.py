@@ -12,6 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
 from lightning_vr.cli.close_names import ANY_BASE, close_names, close_settings, subclass_names
 from lightning_vr.lifecycle.configuration import imported
 
@@ -70,7 +73,7 @@ def parsing_error(text: str) -> str:
             else:
                 line = explain(failure)
             return " ".join(line.replace("<unicode string>", "the file").split())
-    end = re.compile(r"()\Z").search(text)
+    end = re.search(r"\Z", text)
     assert end is not None
     failure = _read(text, end)
     if not failure.keys:
@@ -87,7 +90,7 @@ def _read(text: str, reason: re.Match[str]) -> _Failure:
         kind = step["kind"] or ""
     if before.endswith("callable class: ") and (called := _CALLED.search(after)):
         kind = called[1]
-    return _Failure(keys, kind, reason[1], before, after)
+    return _Failure(keys, kind, reason[1] if reason.re.groups else "", before, after)
 
 
 def _wrong_class(failure: _Failure) -> str:
@@ -115,8 +118,9 @@ def _no_argument(failure: _Failure) -> str:
     kind = imported(failure.kind)
     if kind is None:
         return _no_setting(failure._replace(reason=failure.argument(failure.reason)))
-    filled = ("args", "kwargs", "params", "optimizer")  # the last two by the module
-    names = [x for x in inspect.signature(kind).parameters if x not in filled]
+    names = [x for x in inspect.signature(kind).parameters if x not in ("args", "kwargs")]
+    if issubclass(kind, (Optimizer, LRScheduler)):
+        names = names[1:]  # the module gives the first: its weights, or their optimizer
     listed = _either(close_names(failure.reason, names) or names)
     fix = f"use {listed}" if len(listed) < 250 else _LIST
     if failure.reason == "class_path" or not names:
@@ -182,7 +186,7 @@ _REASONS: dict[str, str | Callable[[_Failure], str]] = {
     r"does not accept option '(.*)'": _no_setting,
     r"unrecognized arguments: (\S*)": _no_setting,
     r"the following arguments are required: ([\w, ]+)": _missing,
-    r"argument (\S+): expected one argument": (
+    r"argument (?:-\w/)?(\S+): expected one argument": (
         "`{0}` must have a value, got none: write {0}=VALUE."
     ),
     r"argument subcommand: invalid choice: (.*) \(choose from (.*)\)": (
@@ -191,8 +195,15 @@ _REASONS: dict[str, str | Callable[[_Failure], str]] = {
     r"Not of type Positive\w+: (?:.*: )?(\S+) does not": (
         "{setting} must be positive, got {0}: use a number above 0."
     ),
+    r"argument (?:-\w/)?(\S+): ignored explicit argument": (
+        "`{0}` must have no value, got one: leave it out."
+    ),
+    r"Path is not a file: (.*)": ("{setting} must be a file, got {0}, which is none: name a file."),
     r"File does not exist: (.*)": (
         "{setting} must be a file, got {0}, which does not exist: correct the path."
+    ),
+    r"Key must be a string, got: (\S*?)\.?$": (
+        "`config` must have names of settings as keys, got {0}: name one of --print_config."
     ),
     r"Unexpected config:(.*)": (
         "`config` must be a file of settings, got something else: begin a section, as `model:`."
