@@ -14,10 +14,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.callbacks.target_variance_report import numbers as numbers_by_level
 from lightning_vr.core.types import LossEstimate
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import DSM
+from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import log_picture, run_folder, training_goes_on
 from lightning_vr.lifecycle.training_set import training_loader
 from lightning_vr.training.module import DiffusionModule
@@ -103,12 +105,13 @@ def own_references(trainer: Trainer, module: LightningModule, size: int) -> int 
 def write_csv(excess: ExcessLoss, path: Path) -> None:
     """Write one row for each noise level."""
     parts = excess.by_level()
-    with path.open("w", newline="") as file:
+    with replacing(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("noise_level", *LossParts._fields))
         writer.writerows(torch.stack([excess.noise_levels, *parts], dim=1).tolist())
 
 
+@frees_figure
 def draw(excess: ExcessLoss, path: Path) -> None:
     """Draw loss, irreducible part and excess against the noise level, to a PNG.
 
@@ -140,7 +143,7 @@ def draw(excess: ExcessLoss, path: Path) -> None:
     )
     axes.grid(which="major", alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _why_unknown(
@@ -151,7 +154,7 @@ def _why_unknown(
     if curve.size < len(dataset):
         return (
             f"the curve of {curve.size} samples is not that of all {len(dataset)}, "
-            f"set `max_data` to {len(dataset)} for it"
+            f"as `max_data` or samples that are not finite left some out"
         )
     if not isinstance(module.target, (DSM, STF)):
         return f"the variance of the target {type(module.target).__name__} is not known"

@@ -24,6 +24,7 @@ from lightning_vr.callbacks.nested_probe import diffusion_probe, given_probe
 from lightning_vr.core.batches import is_plain
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.loggers import log_numbers
+from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.noisy_losses import LossFunction
@@ -101,7 +102,7 @@ class GradientVariance(Callback):
         self.samples = samples
         self.noise_levels = noise_levels
         self.loss = loss
-        self.schedule = schedule
+        self.schedule = None if schedule is None else as_schedule(schedule)
         self.clean = clean
         self.statistics: GradientStatistics | None = None
         self._state: dict[str, Any] | None = None
@@ -286,6 +287,12 @@ class GradientVariance(Callback):
             probe.restore_pending_batch(self._restored_batch)
             self._restored_batch = None
         state = self._state if probe.names == self._groups else None
+        if self._state is not None and state is None:
+            rank_zero_warn(
+                f"GradientVariance: the checkpoint's moments are of the groups "
+                f"{', '.join(self._groups)}, the module has {', '.join(probe.names)}: they are "
+                f"dropped, and measuring starts anew."
+            )
         self.statistics = GradientStatistics(probe.names, probe.noise_levels, state)
         self._state = None
 

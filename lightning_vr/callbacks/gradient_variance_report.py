@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from lightning.pytorch import Trainer
 
+from lightning_vr.callbacks.pictures import frees_figure, save_figure
+from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import level_names, log_picture, run_folder, training_goes_on
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
@@ -53,7 +55,7 @@ def numbers(statistics: GradientStatistics) -> dict[str, float]:
 
 def write_csv(statistics: GradientStatistics, path: Path) -> None:
     """Write one row for the whole, each group and each noise level, standard errors included."""
-    with path.open("w", newline="") as file:
+    with replacing(path, "w", newline="") as file:
         writer = csv.writer(file)
         fields = Components._fields
         writer.writerow(["of", "name", *(name + e for name in fields for e in ("", "_error"))])
@@ -62,6 +64,7 @@ def write_csv(statistics: GradientStatistics, path: Path) -> None:
             writer.writerow([kind, name, *(number for pair in pairs for number in pair)])
 
 
+@frees_figure
 def draw(statistics: GradientStatistics, path: Path) -> None:
     """Draw the components of the whole, of each group and, where measured, by noise level."""
     from matplotlib.figure import Figure
@@ -78,7 +81,7 @@ def draw(statistics: GradientStatistics, path: Path) -> None:
         draw_components(right, statistics.levels, names, statistics.levels_error)
         right.set_xlabel("noise level  s = σ / α, in the middle of equally likely bins")
         right.set_title("by noise level")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def table(statistics: GradientStatistics) -> "Table":

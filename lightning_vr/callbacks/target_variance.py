@@ -8,6 +8,7 @@ variance of the target, is how far the network is from its optimum
 (``lightning_vr.variance.excess_loss``).
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +25,16 @@ from lightning_vr.core.types import LossEstimate
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.stf import STF
 from lightning_vr.lifecycle.loggers import log_numbers
+from lightning_vr.lifecycle.training_set import training_loader
+from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.variance.excess_loss import ExcessLoss
 from lightning_vr.variance.removed_variance import RemovedVariance
 from lightning_vr.variance.target_curves import TargetVarianceCurve
 from lightning_vr.variance.target_measurement import measure_target_variance, noise_level_grid
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_REFERENCES = (16, 256)
 _TAIL = 1e-3
@@ -94,7 +99,7 @@ class TargetVariance(Callback):
         self.noise_levels = noise_levels
         self.samples = samples
         self.max_data = max_data
-        self.schedule = schedule
+        self.schedule = None if schedule is None else as_schedule(schedule)
         self.clean = clean
         self.curve: TargetVarianceCurve | None = None
         self._removed: RemovedVariance | None = None
@@ -102,6 +107,7 @@ class TargetVariance(Callback):
         self._excess_state: dict[str, Tensor] | None = None
         self._is_reported = False
         self._logged_step = -1
+        self._data_size = 0
 
     @property
     def state_key(self) -> str:
@@ -202,6 +208,7 @@ class TargetVariance(Callback):
             "removed": None if self._removed is None else self._removed.state(),
             "excess": self._excess_state if self._excess is None else self._excess.state(),
             "logged_step": self._logged_step,
+            "data_size": self._data_size,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -210,6 +217,7 @@ class TargetVariance(Callback):
             self.curve = TargetVarianceCurve.from_state(state_dict["curve"])
             self._removed = RemovedVariance(self.curve.noise_levels, state_dict["removed"])
             self._excess_state = state_dict["excess"]
+            self._data_size = state_dict["data_size"]
         self._logged_step = state_dict["logged_step"]
 
     def _is_current(self, trainer: Trainer, module: LightningModule) -> bool:
@@ -217,12 +225,24 @@ class TargetVariance(Callback):
         if self.curve is None:
             return False
         own = excess_loss.own_references(trainer, module, self.curve.size)
-        return own is None or own in self.curve.stf
+        size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        changes = []
+        if self._data_size != size:
+            changes.append(f"{self._data_size} training samples, there are {size} now")
+        if own is not None and own not in self.curve.stf:
+            changes.append(f"other references than {own}, which the module uses now")
+        if changes and trainer.is_global_zero:
+            log.warning(
+                "TargetVariance: the checkpoint's curve is of %s: it is dropped and measured anew.",
+                " and of ".join(changes),
+            )
+        return not changes
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
         clean = training_samples(trainer, module, self.clean, self.max_data)
         if clean is None:
             return
+        self._data_size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
         size = len(clean.x0)
         counts = list(self.references or [n for n in _DEFAULT_REFERENCES if n <= size])
         own = excess_loss.own_references(trainer, module, size)

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_vr.callbacks.pictures import frees_figure, save_figure
+from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import level_names, log_picture, run_folder, training_goes_on
 from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 
@@ -48,12 +50,13 @@ def write_csv(curve: TargetVarianceCurve, path: Path) -> None:
     """Write one row for each noise level, the factors V_DSM / V_STF included."""
     columns = {"noise_level": curve.noise_levels, **curve.columns()}
     columns |= {f"factor_{curve.name(n)}": curve.factor(n) for n in curve.stf}
-    with path.open("w", newline="") as file:
+    with replacing(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(torch.stack(list(columns.values()), dim=1).tolist())
 
 
+@frees_figure
 def draw(curve: TargetVarianceCurve, path: Path) -> None:
     """Draw V_DSM and every V_STF against the noise level, log-log, to a PNG."""
     from matplotlib import colormaps
@@ -74,7 +77,7 @@ def draw(curve: TargetVarianceCurve, path: Path) -> None:
     axes.set_title(f"Target variance on {curve.size} samples, ± one standard error")
     axes.grid(which="major", alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _draw_band(

@@ -221,8 +221,7 @@ _REASONS: dict[str, str | Callable[[_Failure], str]] = {
         "`init_args` of {setting} must be a section, got a {0}: write `name: value`."
     ),
     r"Import path (\S*?) ?does not correspond to a subclass": _wrong_class,
-    r"Expected '(.*)' to be a subclass of": _wrong_class,
-    r"Expected '(.*)' to be a function that returns": _wrong_class,
+    r"Expected '(.*)' to be a (?:subclass of|function that returns)": _wrong_class,
     r"Unexpected import path format: (.*)": _wrong_class,
     r"Expected an instantiatable class, but (\S*?) ?is abstract": _wrong_class,
     r"Not a valid subclass of()": _wrong_class,

@@ -131,9 +131,9 @@ def _check_size(name: str, value: Any) -> None:
             )
 
 
-def check_ranks(draws: Draws, device: torch.device) -> None:
+def check_ranks(draws: Draws) -> None:
     """Raise if ranks take different numbers of draws; all must call it."""
-    counts = [count for (count,) in all_gather_numbers([draws.draws_per_sample], device)]
+    counts = [count for (count,) in all_gather_numbers([draws.draws_per_sample])]
     if len(set(counts)) > 1:
         raise ValueError(
             f"`resamples` must be the same on all ranks, whose gradients are averaged, got "
