@@ -83,6 +83,8 @@ class GradientVariance(Callback):
         ValueError: If a number is out of range.
     """
 
+    logged = ("gradient_variance/",)
+
     def __init__(
         self,
         every_n_steps: int | None = None,

@@ -79,6 +79,8 @@ class TargetVariance(Callback):
         ValueError: If a number is out of range.
     """
 
+    logged = ("target_variance/", "excess_loss/", "irreducible_loss/")
+
     def __init__(
         self,
         references: list[int] | None = None,
