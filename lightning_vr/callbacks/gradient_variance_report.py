@@ -140,7 +140,7 @@ def _table_cells(statistics: GradientStatistics) -> Iterator[tuple[str, str, dic
     for i, (kind, name, values, errors, share) in enumerate(_rows(statistics)):
         cells = {"total": "" if math.isnan(values[3]) else _with_error(values[3], errors[3])}
         for part, value in zip(PARTS, values, strict=False):
-            cells[f"{part} %"] = _percent(value / values[3])
+            cells[f"{part} %"] = _percent(value / values[3]) if values[3] else ""
         cells["share %"] = _percent(share)
         if bool(statistics.levels.total.isnan().all()):
             cells["noise scale"] = "" if kind == "noise level" else _noise_scale(statistics, i)

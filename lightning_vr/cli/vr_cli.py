@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -31,7 +32,7 @@ from lightning_vr.cli.trainer_checks import check_trainer_settings
 from lightning_vr.cli.vr_trainer import VRTrainer
 from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
 from lightning_vr.lifecycle.hyperparameters import SavedArguments
-from lightning_vr.lifecycle.step_progress_bar import count_steps
+from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.training.module import DiffusionModule
 
 _LOADERS = {
@@ -133,10 +134,11 @@ class VRCLI(LightningCLI):
         self._settings.ckpt_path = path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; where it was given no progress bar, that of steps if they end it."""
+        """Build the trainer, whose progress bar counts steps unless one is configured."""
         trainer = super().instantiate_trainer(**kwargs)
-        configured = self._get(self.config_init, "trainer", default={}).get("callbacks")
-        count_steps(trainer, configured or [])
+        configured = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        if not any(isinstance(callback, ProgressBar) for callback in configured):
+            use_step_progress_bar(trainer)
         return trainer
 
     def before_instantiate_classes(self) -> None:

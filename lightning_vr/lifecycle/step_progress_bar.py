@@ -9,28 +9,33 @@ With ``max_steps`` and no ``max_epochs`` Lightning's bar begins anew with each e
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's default progress bar with optimizer steps in place of batches of an epoch."""
+    """Lightning's default progress bar; where epochs are not limited it shows optimizer steps."""
 
     @property
     def total_train_batches(self) -> int | float:
-        """Number of steps of the run, which may be infinite."""
+        """Number of batches of an epoch, or of steps of the run; either may be infinite."""
+        if not self._counts_steps:
+            return super().total_train_batches
         steps = self.trainer.max_steps
         return steps if steps >= 0 else float("inf")
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        """Put the count beside what it counts."""
-        description, bar, count, *rest = super().configure_columns(trainer)
-        return [description, count, bar, *rest]
+        """Put the number of steps beside the word."""
+        columns: list[Any] = super().configure_columns(trainer)
+        if self._counts_steps:
+            columns[1], columns[2] = columns[2], columns[1]
+        return columns
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with the run's first epoch, and go on through the others."""
-        if self.train_progress_bar_id is None:
+        """Begin with the first epoch of a run, and with each epoch if epochs are limited."""
+        is_first = self.train_progress_bar_id is None
+        if is_first or not self._counts_steps:
             super().on_train_epoch_start(trainer, pl_module)
-        if self.progress is not None and self.train_progress_bar_id is not None:
+        if self._counts_steps and self.progress and self.train_progress_bar_id is not None:
             self.progress.update(self.train_progress_bar_id, completed=trainer.global_step)
 
     def on_train_batch_end(
@@ -41,23 +46,20 @@ class StepProgressBar(RichProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Show the number of steps so far."""
-        step = trainer.global_step - 1  # a batch counts once it has ended
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, step)
+        """Show the number of batches of the epoch, or of steps of the run."""
+        done = trainer.global_step if self._counts_steps else batch_idx + 1
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, done - 1)
+
+    @property
+    def _counts_steps(self) -> bool:
+        return self.trainer.max_epochs == -1
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return "step"
+        return "step" if self._counts_steps else super()._get_train_description(current_epoch)
 
 
-def count_steps(trainer: Trainer, configured: list[Any]) -> None:
-    """Let a trainer's default progress bar count steps, if its epochs are not limited.
-
-    Args:
-        trainer: The trainer.
-        configured: The callbacks that it was given: a progress bar among them stays.
-    """
-    if trainer.max_epochs != -1 or any(isinstance(each, ProgressBar) for each in configured):
-        return
+def use_step_progress_bar(trainer: Trainer) -> None:
+    """Put a ``StepProgressBar`` in the place of Lightning's default progress bar."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for i, callback in enumerate(callbacks):
         if type(callback) is RichProgressBar:
