@@ -444,7 +444,7 @@ def test_what_was_fitted_is_logged_by_name(costing, gate, options):
 
 
 @pytest.fixture
-def run_of(monkeypatch):
+def run_of(monkeypatch, tmp_path):
     """Let a pilot live through a run of steps without any training, and return its states."""
 
     def run(control, steps, pilot_seconds=3.0, reduction=0.0, up_to=None):
@@ -458,6 +458,9 @@ def run_of(monkeypatch):
             estimated_stepping_batches=steps,
             global_step=0,
             sanity_checking=False,
+            is_global_zero=False,  # which writes no files
+            logger=None,
+            log_dir=str(tmp_path),
             loggers=[],
             callback_metrics={},
             accumulate_grad_batches=1,
