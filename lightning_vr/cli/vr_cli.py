@@ -136,8 +136,9 @@ class VRCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, whose progress bar counts steps unless one is configured."""
         trainer = super().instantiate_trainer(**kwargs)
-        configured = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
-        if not any(isinstance(callback, ProgressBar) for callback in configured):
+        configured = self._get(self.config_init, "trainer", default={}).get("callbacks")
+        callbacks = configured if isinstance(configured, list) else [configured]
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             use_step_progress_bar(trainer)
         return trainer
 
