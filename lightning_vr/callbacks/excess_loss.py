@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.callbacks.target_variance_report import numbers as numbers_by_level
 from lightning_vr.core.types import LossEstimate
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import DSM
-from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import log_picture, log_table, training_goes_on
 from lightning_vr.lifecycle.training_set import training_loader
 from lightning_vr.training.module import DiffusionModule
@@ -118,6 +118,7 @@ def own_references(trainer: Trainer, module: LightningModule, size: int) -> int 
     return int(target.references) if int(target.references) <= size else None
 
 
+@frees_figure
 def draw(excess: ExcessLoss, path: Path) -> None:
     """Draw loss, irreducible part and excess against the noise level, to a PNG.
 
@@ -149,8 +150,7 @@ def draw(excess: ExcessLoss, path: Path) -> None:
     )
     axes.grid(which="major", alpha=0.3)
     axes.legend()
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def _why_unknown(
@@ -161,7 +161,7 @@ def _why_unknown(
     if curve.size < len(dataset):
         return (
             f"the curve of {curve.size} samples is not that of all {len(dataset)}, "
-            f"set `max_data` to {len(dataset)} for it"
+            f"as `max_data` or samples that are not finite left some out"
         )
     if not isinstance(module.target, (DSM, STF)):
         return f"the variance of the target {type(module.target).__name__} is not known"

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
+from lightning_vr.callbacks.training_samples import finite_rows
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.progress import progress_bar
 from lightning_vr.lifecycle.loggers import log_numbers
@@ -94,10 +95,12 @@ class FrechetDistance(AfterValidation):
     def _read_training_set(self, trainer: Trainer, module: LightningModule) -> FrechetMetric:
         metric = None
         with torch.no_grad():
-            for _, batch in training_batches(
+            for positions, batch in training_batches(
                 trainer, "Reading the training set", self.real_samples
             ):
                 real = self._real_samples(module, batch)
+                rows = finite_rows(real, positions, module, "FrechetDistance")
+                real = real if rows is None else real[rows]
                 if metric is None:
                     features = self.features or self._default_features(real)
                     metric = FrechetMetric(features, reset_real_features=False)

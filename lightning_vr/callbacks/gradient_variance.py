@@ -6,7 +6,6 @@ ratio of means.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
@@ -16,12 +15,13 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_vr.callbacks import gradient_variance_report as report
+from lightning_vr.callbacks.curve_display import CurveDisplay
 from lightning_vr.callbacks.gradient_probes import GradientProbe, trainable_names
 from lightning_vr.callbacks.probe_choice import check_measurable, choose_probe
 from lightning_vr.core.batches import is_plain
 from lightning_vr.core.validation import check_at_least
-from lightning_vr.lifecycle.curve_log import CurveLog, open_curve_log
-from lightning_vr.lifecycle.loggers import is_training, run_folder, shows_pictures
+from lightning_vr.lifecycle.curve_log import CurveLog
+from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.noisy_losses import LossFunction
 from lightning_vr.variance.components import Components
@@ -47,7 +47,9 @@ class GradientVariance(Callback):
     and ``noise_scale`` (the number of draws at which the noise of the mean gradient is as large as
     the gradient). A batch of B independent draws has ``total / B``. Each measurement adds rows to
     ``gradient_variance.csv`` in the run's folder, for the whole and for each group of parameters.
-    The end of ``fit`` leaves ``gradient_variance.png`` there, and a table in the terminal.
+    The end of ``fit`` leaves ``gradient_variance.png`` there, and a table in the terminal. Loggers
+    that can show pictures or tables get both after each validation run. Callbacks can monitor each
+    point, as ``gradient_variance/total/<group>`` or ``.../noise/s<noise level>``.
 
     Where times and noise can be drawn again it logs the components ``data``, ``timestep`` and
     ``noise`` as well. The file then has rows for bins of the noise level too, with the bin's
@@ -59,9 +61,6 @@ class GradientVariance(Callback):
     On any module without a loss it takes no arguments and gives the totals: from the micro-batches
     of gradient accumulation and the ranks of DDP, at every step and free; without these from the
     training step of a copy of the module on both halves of a batch.
-
-    Loggers that can show pictures or tables get both after each validation run. Callbacks can
-    monitor each point: ``gradient_variance/total/<group>``, ``.../noise/s<noise level>`` and so on.
 
     Args:
         every_n_steps: Measure at one in this many optimizer steps. By default measuring takes about
@@ -99,7 +98,7 @@ class GradientVariance(Callback):
         self.samples = samples
         self.noise_levels = noise_levels
         self.loss = loss
-        self.schedule = schedule
+        self.schedule = None if schedule is None else as_schedule(schedule)
         self.clean = clean
         self.statistics: GradientStatistics | None = None
         self._state: dict[str, Any] | None = None
@@ -111,9 +110,9 @@ class GradientVariance(Callback):
         self._is_prepared = False
         self._probe: GradientProbe | None = None
         self._pending: list[Components] = []
-        self._folder = Path()
+        self._display = CurveDisplay()
         self._curves: CurveLog | None = None
-        self._logged_step = self._shown_step = -1
+        self._logged_step = -1
         self._has_unlogged = False
 
     @property
@@ -137,15 +136,14 @@ class GradientVariance(Callback):
         """
         if stage != "fit":
             return
-        self._logged_step, self._shown_step, self._has_unlogged = -1, -1, False
+        self._logged_step, self._has_unlogged = -1, False
         check_measurable(trainer, pl_module, self.loss, self.schedule)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose how to measure, and open the file."""
         self._start(trainer, pl_module)
-        self._folder = run_folder(trainer)
-        name, columns = "gradient_variance", report.COLUMNS
-        self._curves = open_curve_log(trainer, name, columns, self._logged_step)
+        self._display.open(trainer)
+        self._curves = report.open_log(trainer, self._logged_step)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -201,12 +199,11 @@ class GradientVariance(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what was measured in loggers that can show it."""
-        if not (trainer.is_global_zero and is_training(trainer) and shows_pictures(trainer)):
-            return
         self._add_pending()
-        if self.statistics is not None and not self.statistics.is_empty:
-            report.show(trainer, self.statistics, self._folder)
-            self._shown_step = trainer.global_step
+        if self.statistics is None or self.statistics.is_empty:
+            return
+        if self._display.is_due(trainer):
+            report.show(trainer, self.statistics, self._display.folder)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove hooks, and write what was measured."""
@@ -220,8 +217,8 @@ class GradientVariance(Callback):
             # what a checkpoint counts as logged stays, as a run that goes on has no log event here
             report.log(trainer, self.statistics, self._curves)
         if trainer.is_global_zero:
-            is_logged = self._shown_step != trainer.global_step
-            report.show(trainer, self.statistics, self._folder, is_logged=is_logged)
+            is_logged = self._display.is_new(trainer)
+            report.show(trainer, self.statistics, self._display.folder, is_logged=is_logged)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -294,6 +291,12 @@ class GradientVariance(Callback):
             probe.restore_pending_batch(self._restored_batch)
             self._restored_batch = None
         state = self._state if probe.names == self._groups else None
+        if self._state is not None and state is None:
+            rank_zero_warn(
+                f"GradientVariance: the checkpoint's moments are of the groups "
+                f"{', '.join(self._groups)}, the module has {', '.join(probe.names)}: they are "
+                f"dropped, and measuring starts anew."
+            )
         self.statistics = GradientStatistics(probe.names, probe.noise_levels, state)
         self._state = None
 

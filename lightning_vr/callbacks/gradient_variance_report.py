@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from lightning.pytorch import Trainer
 
-from lightning_vr.lifecycle.atomic_files import replacing
-from lightning_vr.lifecycle.curve_log import CurveLog, log_rows
+from lightning_vr.callbacks.pictures import frees_figure, save_figure
+from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
 from lightning_vr.lifecycle.loggers import (
     level_names,
     log_numbers,
@@ -34,6 +34,11 @@ COLUMNS = (
     "share",
 )
 """Columns of ``gradient_variance.csv`` after ``step``."""
+
+
+def open_log(trainer: Trainer, logged_step: int) -> CurveLog:
+    """Return the file; all ranks call it. ``logged_step`` is that of ``open_curve_log``."""
+    return open_curve_log(trainer, "gradient_variance", COLUMNS, logged_step)
 
 
 def log(trainer: Trainer, statistics: GradientStatistics, curves: CurveLog | None) -> None:
@@ -89,6 +94,7 @@ def rows(statistics: GradientStatistics) -> list[list[float | str]]:
     return found
 
 
+@frees_figure
 def draw(statistics: GradientStatistics, path: Path) -> None:
     """Draw the components of the whole, of each group and, where measured, by noise level."""
     from matplotlib.figure import Figure
@@ -105,8 +111,7 @@ def draw(statistics: GradientStatistics, path: Path) -> None:
         draw_components(right, statistics.levels, names, statistics.levels_error)
         right.set_xlabel("noise level  s = σ / α, in the middle of equally likely bins")
         right.set_title("by noise level")
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def table(statistics: GradientStatistics) -> "Table":

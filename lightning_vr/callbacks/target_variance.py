@@ -9,8 +9,8 @@ variance of the target, is how far the network is from its optimum
 """
 
 import copy
+import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +21,15 @@ from torch import Tensor
 
 from lightning_vr.callbacks import excess_loss
 from lightning_vr.callbacks import target_variance_report as report
+from lightning_vr.callbacks.curve_display import CurveDisplay
 from lightning_vr.callbacks.training_samples import training_samples
 from lightning_vr.core.types import LossEstimate
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.stf import STF
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
-from lightning_vr.lifecycle.loggers import is_training, log_numbers, run_folder, shows_pictures
+from lightning_vr.lifecycle.loggers import log_numbers
+from lightning_vr.lifecycle.training_set import training_loader
+from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.variance.excess_loss import ExcessLoss
@@ -34,7 +37,13 @@ from lightning_vr.variance.removed_variance import RemovedVariance
 from lightning_vr.variance.target_curves import TargetVarianceCurve
 from lightning_vr.variance.target_measurement import measure_target_variance, noise_level_grid
 
-_REMOVED_COLUMNS = ("noise_level", "removed")
+log = logging.getLogger(__name__)
+
+_COLUMNS = {
+    "removed_variance": ("noise_level", "removed"),
+    "excess_loss": excess_loss.COLUMNS,
+}
+"""Columns of the files of curves after ``step``."""
 
 _DEFAULT_REFERENCES = (16, 256)
 _TAIL = 1e-3
@@ -58,13 +67,11 @@ class TargetVariance(Callback):
 
     ``excess_loss.csv`` has both losses at each noise level at each log event, ``excess_loss.png``
     the last of them. The optimum is that of the encoded training set as read once: augmentation
-    that changes between epochs would count as excess. Nothing of this is known with another
-    module, with ``clean``, or with a curve of a part of the data (``max_data``), which lacks some
-    of the variance.
+    that changes between epochs would count as excess. Nothing of this is known with another module,
+    with ``clean``, or with a curve of a part of the data (``max_data``), which lacks some variance.
 
     Loggers that can show pictures or tables get both of the curves, of the excess loss after each
-    validation run. Callbacks can monitor single points: ``excess_loss/s<noise level>``,
-    ``irreducible_loss/s...``, ``target_variance/removed/s...`` and ``target_variance/dsm/s...``.
+    validation run. Callbacks can monitor points: ``excess_loss/s<noise level>`` and so on.
 
     On a ``DiffusionModule`` it needs no arguments; on any other module::
 
@@ -106,15 +113,16 @@ class TargetVariance(Callback):
         self.noise_levels = noise_levels
         self.samples = samples
         self.max_data = max_data
-        self.schedule = schedule
+        self.schedule = None if schedule is None else as_schedule(schedule)
         self.clean = clean
         self.curve: TargetVarianceCurve | None = None
         self._removed: RemovedVariance | None = None
         self._excess: ExcessLoss | None = None
         self._excess_state: dict[str, Tensor] | None = None
         self._is_reported = False
-        self._logged_step = self._shown_step = -1
-        self._folder = Path()
+        self._logged_step = -1
+        self._data_size = 0
+        self._display = CurveDisplay()
         self._logs: dict[str, CurveLog] = {}
 
     @property
@@ -146,15 +154,14 @@ class TargetVariance(Callback):
             )
         self.curve, self._removed = None, None
         self._excess, self._excess_state = None, None
-        self._is_reported, self._logged_step, self._shown_step = False, -1, -1
+        self._is_reported, self._logged_step = False, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the files, and move the sums of a checkpoint to the device, for the ranks to add."""
-        self._folder = run_folder(trainer)
-        columns = {"removed_variance": _REMOVED_COLUMNS, "excess_loss": excess_loss.COLUMNS}
+        self._display.open(trainer)
         self._logs = {
-            name: open_curve_log(trainer, name, of, self._logged_step)
-            for name, of in columns.items()
+            name: open_curve_log(trainer, name, columns, self._logged_step)
+            for name, columns in _COLUMNS.items()
         }
         if self._removed is not None:
             self._removed.to(pl_module.device)
@@ -179,7 +186,7 @@ class TargetVariance(Callback):
             points = report.numbers(self.curve.noise_levels, self.curve.columns())
             log_numbers(trainer, {}, points)
         if trainer.is_global_zero:
-            report.write(trainer, self.curve, self._folder)
+            report.write(trainer, self.curve, self._display.folder)
 
     def on_train_batch_end(
         self,
@@ -204,11 +211,10 @@ class TargetVariance(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the excess loss in loggers that can show it."""
-        if not trainer.is_global_zero or self._excess is None or self._excess.is_empty:
+        if self._excess is None or self._excess.is_empty:
             return
-        if is_training(trainer) and shows_pictures(trainer):
-            excess_loss.show(trainer, self._excess, self._folder)
-            self._shown_step = trainer.global_step
+        if self._display.is_due(trainer):
+            excess_loss.show(trainer, self._excess, self._display.folder)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the last steps added, and show the excess loss."""
@@ -218,8 +224,8 @@ class TargetVariance(Callback):
             removed, excess = copy.deepcopy((removed, excess))
             self._log(trainer, removed, excess)
         if excess is not None and trainer.is_global_zero:
-            is_logged = self._shown_step != trainer.global_step
-            excess_loss.show(trainer, excess, self._folder, is_logged=is_logged)
+            is_logged = self._display.is_new(trainer)
+            excess_loss.show(trainer, excess, self._display.folder, is_logged=is_logged)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
@@ -239,6 +245,7 @@ class TargetVariance(Callback):
             "removed": None if self._removed is None else self._removed.state(),
             "excess": self._excess_state if self._excess is None else self._excess.state(),
             "logged_step": self._logged_step,
+            "data_size": self._data_size,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -247,6 +254,7 @@ class TargetVariance(Callback):
             self.curve = TargetVarianceCurve.from_state(state_dict["curve"])
             self._removed = RemovedVariance(self.curve.noise_levels, state_dict["removed"])
             self._excess_state = state_dict["excess"]
+            self._data_size = state_dict["data_size"]
         self._logged_step = state_dict["logged_step"]
 
     def _is_current(self, trainer: Trainer, module: LightningModule) -> bool:
@@ -254,12 +262,24 @@ class TargetVariance(Callback):
         if self.curve is None:
             return False
         own = excess_loss.own_references(trainer, module, self.curve.size)
-        return own is None or own in self.curve.stf
+        size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        changes = []
+        if self._data_size != size:
+            changes.append(f"{self._data_size} training samples, there are {size} now")
+        if own is not None and own not in self.curve.stf:
+            changes.append(f"other references than {own}, which the module uses now")
+        if changes and trainer.is_global_zero:
+            log.warning(
+                "TargetVariance: the checkpoint's curve is of %s: it is dropped and measured anew.",
+                " and of ".join(changes),
+            )
+        return not changes
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
         clean = training_samples(trainer, module, self.clean, self.max_data)
         if clean is None:
             return
+        self._data_size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
         size = len(clean.x0)
         counts = list(self.references or [n for n in _DEFAULT_REFERENCES if n <= size])
         own = excess_loss.own_references(trainer, module, size)
@@ -291,8 +311,7 @@ class TargetVariance(Callback):
 
     def _log(self, trainer: Trainer, removed: RemovedVariance, excess: ExcessLoss | None) -> None:
         levels, means = removed.noise_levels, removed.means()
-        numbers: dict[str, float] = {}
-        points = report.numbers(levels, {"removed": means})
+        numbers, points = {}, report.numbers(levels, {"removed": means})
         rows = torch.stack([levels, means], dim=1)[means.isfinite()]
         log_rows(trainer, self._logs["removed_variance"], rows.tolist())
         if excess is not None:

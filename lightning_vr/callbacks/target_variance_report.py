@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import level_names, log_picture, log_table, training_goes_on
 from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
@@ -65,6 +66,7 @@ def write_csv(curve: TargetVarianceCurve, path: Path) -> None:
         writer.writerows(torch.stack(list(found.values()), dim=1).tolist())
 
 
+@frees_figure
 def draw(curve: TargetVarianceCurve, path: Path) -> None:
     """Draw V_DSM and every V_STF against the noise level, log-log, to a PNG."""
     from matplotlib import colormaps
@@ -85,8 +87,7 @@ def draw(curve: TargetVarianceCurve, path: Path) -> None:
     axes.set_title(f"Target variance on {curve.size} samples, ± one standard error")
     axes.grid(which="major", alpha=0.3)
     axes.legend()
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def _draw_band(

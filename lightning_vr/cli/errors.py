@@ -10,10 +10,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_vr.cli.parsing_errors import parsing_error
+from lightning_vr.data.image_error import ImageError
 
 _LIBRARIES = {"diffusers", "fsspec", "jsonargparse", "lightning", "lightning_utilities", "torch"}
 _LIBRARIES |= {"lightning_vr", "torchmetrics", *sys.stdlib_module_names}
 
+_USER_ERRORS = (ValueError, MisconfigurationException)
 _EXPLANATIONS = {
     r"No supported gpu backend|Accelerator` can not run|torch_xla": (
         "`trainer.accelerator` must be one that this machine has: use auto."
@@ -50,6 +52,11 @@ _EXPLANATIONS = {
 }
 """Messages of other libraries that name no setting or no fix, and what to say instead."""
 
+_WORKER_TRACEBACK = re.compile(
+    r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback .*^[\w.]+: (.*)",
+    re.DOTALL | re.MULTILINE,
+)
+
 
 def cause(error: BaseException) -> BaseException:
     """Return what a constructor raised, where the parser has wrapped it."""
@@ -66,9 +73,11 @@ def is_wrong_setting(error: BaseException) -> bool:
     Our own errors are written for users. Others are about a setting unless training is under way or
     code of the user's own is at work, where only a ``ValueError`` is.
     """
-    if isinstance(error, (ArgumentError, MisconfigurationException)):
+    if isinstance(error, (ArgumentError, ImageError, MisconfigurationException)):
         return True
     modules = _modules(error)
+    if _is_restoring(error):
+        return True
     if modules[-1].startswith("lightning_vr."):
         return isinstance(error, (ValueError, OSError, ImportError))
     if modules[-1].startswith("lightning.pytorch.callbacks."):
@@ -85,17 +94,29 @@ def one_line(error: BaseException) -> str:
     """Return the message in one line: what is wrong, and what to do instead."""
     if isinstance(error, ArgumentError):
         return parsing_error(str(error))
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(_own_text(error).split()) or type(error).__name__
     is_ours = _modules(error)[-1].startswith("lightning_vr.")
     for pattern, explanation in _EXPLANATIONS.items():
         if found := re.search(pattern, text):
             text, is_ours = found.expand(explanation), True
             break
+    if _is_restoring(error) and not (is_ours and isinstance(error, _USER_ERRORS)):
+        return (
+            f"`ckpt_path` must be a checkpoint that this run can go on from, got one that does not "
+            f"restore ({type(error).__name__}: {text.rstrip('.')}): use another checkpoint."
+        )
     built = _class_being_built(error)
     if built is None or built in text or text.startswith("`trainer."):
         return text
     has_fix = is_ours or "HINT" in text or ": use " in text
     return f"{built}: {text}" if has_fix else f"{built}: {text.rstrip('.')}: change its settings."
+
+
+def _own_text(error: BaseException) -> str:
+    """Return the message without the traceback of a loader's worker, which torch puts before it."""
+    text = str(error)
+    found = _WORKER_TRACEBACK.match(text)
+    return found[1] if found else text
 
 
 def _class_being_built(error: BaseException) -> str | None:
@@ -109,6 +130,16 @@ def _class_being_built(error: BaseException) -> str | None:
         if is_setting or issubclass(kind, (Optimizer, LRScheduler)):
             return kind.__name__
     return None
+
+
+def _is_restoring(error: BaseException) -> bool:
+    """Return whether an error was raised while Lightning restored a checkpoint."""
+    names = [
+        frame.f_code.co_name
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).endswith(".checkpoint_connector")
+    ]
+    return any(name.startswith(("restore", "resume_start")) for name in names)
 
 
 def _is_of_libraries(modules: list[str]) -> bool:

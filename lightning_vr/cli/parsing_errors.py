@@ -187,7 +187,7 @@ _REASONS: dict[str, str | Callable[[_Failure], str]] = {
         "`config` must be valid YAML, got a file that is not ({0}): fix the YAML there."
     ),
     r"Import path (\S*?) ?does not correspond to a subclass": _wrong_class,
-    r"Expected '(.*)' to be a subclass of": _wrong_class,
+    r"Expected '(.*)' to be a (?:subclass of|function that returns)": _wrong_class,
     r"Expected an instantiatable class, but (\S*?) ?is abstract": _wrong_class,
     r"Not a valid subclass of()": _wrong_class,
     r"Unable to load config '(.*)'": (

@@ -1,9 +1,9 @@
 """LightningCLI, where what is configured wins over what a checkpoint says."""
 
+import os
 import sys
 import warnings
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
@@ -26,13 +26,17 @@ from lightning_vr.cli.checkpoint_settings import (
     changed_optimization,
     model_settings,
 )
+from lightning_vr.cli.comments import comments_as_text
 from lightning_vr.cli.last_checkpoint import last_checkpoint
+from lightning_vr.cli.optimization_classes import check_optimization_classes
+from lightning_vr.cli.run_names import check_run_names
 from lightning_vr.cli.save_run_config import SaveRunConfig
 from lightning_vr.cli.trainer_checks import check_trainer_settings
 from lightning_vr.cli.vr_trainer import VRTrainer
+from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
 from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
-from lightning_vr.lifecycle.hyperparameters import SavedArguments
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
+from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.training.module import DiffusionModule
 
 _LOADERS = {
@@ -100,6 +104,12 @@ class VRCLI(LightningCLI):
         parser.set_defaults({f"trainer.{name}": x for name, x in self.trainer_defaults.items()})
         parser.add_lightning_class_args(self._model_class, "model", True, required=False)
         parser.add_lightning_class_args(self._datamodule_class, "data", True, required=False)
+        parser.add_argument(
+            "--trust",
+            nargs="*",
+            default=[],
+            help="Packages of your own or of others whose classes may be built from --ckpt_path.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; where no module is configured, a checkpoint's hyperparameters are the defaults."""
@@ -123,10 +133,13 @@ class VRCLI(LightningCLI):
                 raise missing
             return
         self._checkpoint = read_checkpoint(path)
+        check_version(self._checkpoint, path)
+        if self.config.subcommand == "fit":
+            check_training_state(self._checkpoint, path)
         if missing is not None:
-            arguments = SavedArguments.of(self._checkpoint)
-            arguments.check_complete(path, given=("optimizer", "lr_scheduler"))
-            self._set_default("model", model_settings(self._checkpoint, path))
+            trust = Trust(path, self._settings.trust)
+            model = model_settings(self._checkpoint, self._model_class, trust)
+            self._set_default("model", model)
         seed = self._checkpoint_seed()
         if self.config.subcommand == "fit" and seed is not None:
             self._set_default("seed_everything", seed)
@@ -146,6 +159,11 @@ class VRCLI(LightningCLI):
         """Check settings that Lightning would accept and not follow."""
         if hasattr(self, "_subcommand_parsers"):
             check_trainer_settings(self._settings.trainer)
+            check_run_names(self._settings.trainer)
+            check_optimization_classes(self._settings.model)
+            if "weights_only" in self._settings and self._settings.weights_only is None:
+                # for a remote file Lightning would read any object
+                self._settings.weights_only = True
 
     def after_instantiate_classes(self) -> None:
         """Check what would fail later with a traceback."""
@@ -174,6 +192,7 @@ class VRCLI(LightningCLI):
         assert isinstance(settings, Namespace)
         return settings
 
+    @comments_as_text()
     def _parse(self, args: ArgsType) -> None:
         if isinstance(args, (dict, Namespace)):
             self.config = self.parser.parse_object(args)
@@ -200,7 +219,8 @@ class VRCLI(LightningCLI):
         if self._checkpoint is None:
             return
         model = self._settings.model.as_dict()
-        for name, configured, saved in changed_network(model, self._checkpoint):
+        trust = Trust(self._settings.ckpt_path, self._settings.trust)
+        for name, configured, saved in changed_network(model, self._checkpoint, trust):
             rank_zero_warn(
                 f"Setting `{name}` is {configured}, but {saved} in {self._settings.ckpt_path}, "
                 f"whose weights were trained with it: unless you mean this, use the config.yaml of "
@@ -208,7 +228,7 @@ class VRCLI(LightningCLI):
             )
         if self.config.subcommand != "fit":
             return
-        changes = changed_optimization(model, self._checkpoint)
+        changes = changed_optimization(model, self._checkpoint, trust)
         seed = self._checkpoint_seed()
         if seed is not None and self._settings.seed_everything != seed:
             changes.append(Change("seed_everything", self._settings.seed_everything, seed))
@@ -231,9 +251,6 @@ class VRCLI(LightningCLI):
             return str(last_checkpoint(self._settings.trainer))
         if path in (None, "best", "hpc") or str(path).startswith("registry"):
             return None
-        if "://" not in str(path) and not Path(path).is_file():
-            raise ValueError(
-                f"`ckpt_path` must be a checkpoint file or 'last', but there is no file {path}: "
-                f"correct the path."
-            )
+        if "://" not in str(path):
+            path = os.path.expanduser(path)
         return str(path)

@@ -41,8 +41,9 @@ class SplitDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self._datasets: tuple[SampleDataset, SampleDataset] | None = None
         self._sigma_data: float | None = None
-        self._order: EpochOrder | None = None
-        self._position: dict[str, int] = {}
+        # the order of training samples, and where in it a resumed run begins
+        self._order_seed: int | None = None
+        self._epoch = self._batches = 0
 
     @property
     @abstractmethod
@@ -58,6 +59,18 @@ class SplitDataModule(LightningDataModule, ABC):
     def build_datasets(self) -> tuple[SampleDataset, SampleDataset]:
         """Build the training set and the validation set."""
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a checkpoint is data from a stranger, and holds no data set.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"`{cls.__name__}` must be built by its constructor, got a checkpoint, which holds no "
+            f"data set: give `ckpt_path` to the trainer, which restores the position in the data."
+        )
+
     def setup(self, stage: str = "fit") -> None:
         """Build both data sets, whatever the stage.
 
@@ -69,6 +82,8 @@ class SplitDataModule(LightningDataModule, ABC):
         """
         if self._datasets is None:
             self._datasets = self.build_datasets()
+        if stage == "fit":  # a checkpoint is loaded after this
+            self._epoch = self._batches = 0
 
         count = len(self.train_dataset)
         processes = self.trainer.world_size if self.trainer is not None else 1
@@ -99,20 +114,21 @@ class SplitDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return shuffled batches of one size, from the position of a resumed run on."""
-        trainer, start = self.trainer, self._position
-        if "seed" not in start:
+        trainer = self.trainer
+        if self._order_seed is None:
             seed = torch.initial_seed() % 2**63
-            start["seed"] = seed if trainer is None else trainer.strategy.broadcast(seed)
-        self._order = EpochOrder(
+            self._order_seed = seed if trainer is None else trainer.strategy.broadcast(seed)
+        assert self._order_seed is not None
+        order = EpochOrder(
             self.train_dataset,
-            seed=start["seed"],
+            seed=self._order_seed,
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
-            epoch=start.pop("epoch", 0),
-            start=start.pop("batches", 0) * self.batch_size,
+            epoch=self._epoch,
+            start=self._batches * self.batch_size,
         )
         return ResumableLoader(
-            self.train_dataset, sampler=self._order, drop_last=True, **self._loader_options()
+            self.train_dataset, sampler=order, drop_last=True, **self._loader_options()
         )
 
     def val_dataloader(self) -> DataLoader[Sample]:
@@ -120,35 +136,51 @@ class SplitDataModule(LightningDataModule, ABC):
         return DataLoader(self.validation_dataset, **self._loader_options())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of training in the order of its samples."""
-        order = self._order
-        if self.trainer is None or order is None:
+        """Return the order of samples and the place in it that Lightning's counters name.
+
+        A ``ResumableModule`` sets the place when it resumes; with other modules Lightning goes on
+        with the next epoch where it has counted one as done, and so does the order.
+        """
+        if self._order_seed is None or self.trainer is None:
             return {}
-        epoch, batches = order.epoch, order.start // self.batch_size
-        if order.started_epoch is not None:
-            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-            epoch, batches = order.started_epoch, progress.current.processed
-        if batches >= self.trainer.num_training_batches:
-            epoch, batches = epoch + 1, 0
-        size = self.batch_size * self.trainer.world_size
-        return {"seed": order.seed, "epoch": epoch, "batches": batches, "size": size}
+        fit: Any = self.trainer.fit_loop
+        epochs, batches = fit.epoch_progress.current, fit.epoch_loop.batch_progress.current
+        return {
+            "seed": self._order_seed,
+            "epoch": epochs.processed,
+            "batches": batches.processed if epochs.started > epochs.processed else 0,
+            "size": self.batch_size * self.trainer.world_size,
+            "samples": len(self.train_dataset),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the position of a checkpoint.
+        """Continue from the place of a checkpoint.
 
         Raises:
-            MisconfigurationException: If it is in the middle of an epoch of batches of another
-                size.
+            MisconfigurationException: If it is in the middle of an epoch of another data set or of
+                batches of another size.
         """
+        if state_dict["batches"]:
+            self._check_data(state_dict)
+        self._order_seed = state_dict["seed"]
+        self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
+
+    def _check_data(self, state: dict[str, Any]) -> None:
+        """Raise if the rest of an epoch would be of other data."""
         ranks = 1 if self.trainer is None else self.trainer.world_size
-        if state_dict["batches"] and state_dict["size"] != self.batch_size * ranks:
+        if state["size"] != self.batch_size * ranks:
             raise MisconfigurationException(
-                f"`batch_size` must be {state_dict['size'] / ranks:g} on {ranks} processes, as the "
-                f"checkpoint is from the middle of an epoch with batches of {state_dict['size']} "
+                f"`batch_size` must be {state['size'] / ranks:g} on {ranks} processes, as the "
+                f"checkpoint is from the middle of an epoch with batches of {state['size']} "
                 f"in all, got {self.batch_size}: use batches of the same size, or resume from a "
                 f"checkpoint of the end of an epoch."
             )
-        self._position = {name: state_dict[name] for name in ("seed", "epoch", "batches")}
+        if state["samples"] != len(self.train_dataset):
+            raise MisconfigurationException(
+                f"The training set must have {state['samples']} samples, as the checkpoint is from "
+                f"the middle of an epoch of so many, got {len(self.train_dataset)}: resume with "
+                f"the same data, or from a checkpoint of the end of an epoch."
+            )
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """Return the validation set: none of these data sets has a test set of its own."""

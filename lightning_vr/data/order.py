@@ -24,10 +24,7 @@ class EpochOrder(DistributedSampler[Any]):
         rank: This rank.
         world_size: Number of ranks. Up to W - 1 samples of an epoch are left out.
         epoch: The first epoch.
-        start: Number of the rank's samples that the first epoch skips.
-
-    Attributes:
-        started_epoch: The epoch that was started last, or None before the first.
+        start: Number of the rank's samples that this first epoch skips.
     """
 
     def __init__(
@@ -42,16 +39,14 @@ class EpochOrder(DistributedSampler[Any]):
     ) -> None:
         super().__init__(dataset, world_size, rank, seed=seed, drop_last=True)
         self.epoch = epoch
-        self.start = start
-        self.started_epoch: int | None = None
+        self._first_epoch, self._start = epoch, start
 
     def __iter__(self) -> Iterator[int]:
         assert isinstance(self.dataset, Sized)
         source = generator(self.seed, "order", self.epoch)
         order = torch.randperm(len(self.dataset), generator=source)
         own = order[: self.total_size][self.rank :: self.num_replicas]
-        start, self.start = self.start, 0
-        self.started_epoch = self.epoch
+        start = self._start if self.epoch == self._first_epoch else 0
         self.epoch += 1  # for training loops that do not set the epoch
         return iter(own[start:].tolist())
 

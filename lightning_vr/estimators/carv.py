@@ -29,6 +29,7 @@ from lightning_vr.core.types import WHOLE_STEP, Clean, LossEstimate, Noised, Ste
 from lightning_vr.core.validation import check_at_least, check_choice
 from lightning_vr.estimators.draws import Draws, open_uniform
 from lightning_vr.estimators.proposals import Proposal
+from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.schedules import Schedule, expand
 
@@ -158,6 +159,12 @@ class CARV(Draws):
         """Load what the pilots of a checkpoint have found; K stays within today's bounds."""
         least, chosen = self.least_resamples, min(state["chosen"], self.max_resamples)
         self.chosen, self.pilot = max(least, chosen // least * least), state["pilot"]
+        if self.resamples == "auto" and self.chosen != state["chosen"]:
+            warn_of_dropped_state(
+                f"CARV: the checkpoint's pilots chose K = {state['chosen']}, which is not between "
+                f"{least} and {self.max_resamples}, or not even with antithetic pairs: K = "
+                f"{self.chosen} until the next pilot."
+            )
 
 
 def stratify(u: Tensor, scope: Scope, part: StepPart, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ No logger ends a training run: one that raises, or a disk that is full, is a war
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ _LOGGER_METHODS = (
 def run_folder(trainer: Trainer) -> Path:
     """Return the folder of this run, which is created if it does not exist; all ranks call it."""
     logger = trainer.logger
+    check_run_names(logger)
     if logger is None or isinstance(logger, (CSVLogger, TensorBoardLogger)):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
     else:
@@ -47,6 +49,28 @@ def run_folder(trainer: Trainer) -> Path:
     with training_goes_on(trainer, f"The folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def leads_outside(*parts: str) -> bool:
+    """Return whether names, one below the other, lead out of the folder that they are put into."""
+    path = os.path.normpath(os.path.join(*parts))
+    return os.path.isabs(path) or path.split(os.sep)[0] == os.pardir
+
+
+def check_run_names(logger: Any) -> None:
+    """Raise if the name or version of a logger of files leads out of its ``save_dir``.
+
+    Raises:
+        ValueError: With the name.
+    """
+    if not isinstance(logger, (CSVLogger, TensorBoardLogger)):
+        return
+    parts = [str(part) for part in (logger.name, logger.version) if part is not None]
+    if any(leads_outside(part) for part in [*parts, os.path.join("", *parts)]):
+        raise ValueError(
+            f"`name` and `version` of {type(logger).__name__} must stay within its `save_dir`, got "
+            f"{os.path.join('', *parts)}: use names without '..', or set `save_dir`."
+        )
 
 
 def is_training(trainer: Trainer) -> bool:
@@ -73,8 +97,13 @@ def training_goes_on(trainer: Trainer, what: str) -> Iterator[None]:
 
 
 def warn_on_logger_errors(trainer: Trainer) -> None:
-    """Make loggers warn instead of raising in training, once for each of their methods."""
+    """Make loggers warn instead of raising in training, once for each of their methods.
+
+    Raises:
+        ValueError: If the name of a run leads out of the folder of all runs.
+    """
     for logger in trainer.loggers:
+        check_run_names(logger)
         for name in _LOGGER_METHODS:
             method = getattr(logger, name, None)
             if method is not None:

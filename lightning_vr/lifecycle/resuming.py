@@ -1,10 +1,10 @@
 """What a checkpoint must hold beyond what Lightning keeps, so that a resumed run is exact.
 
-Lightning restores weights, optimizers and counters, but neither the gradients of an incomplete
-accumulation window nor what each rank has observed since the ranks last shared it. Both are saved
-as means over the ranks, which a step computes anyway: on one process the resumed run is bitwise the
-uninterrupted one, on several up to the order of summation. Nor does Lightning make up for what came
-after the moment of the checkpoint: logs, a validation run, the end of an epoch.
+Lightning restores weights, optimizers and counters, but neither the position within an epoch
+(``epoch_position.py``) nor the gradients of an incomplete accumulation window nor what each rank
+has observed since the ranks last shared it. The last two are saved as means over the ranks, which a
+step computes anyway: on one process the resumed run is bitwise the uninterrupted one, on several up
+to the order of summation.
 
 Private attributes of Lightning's loops are as seen in version 2.6.
 """
@@ -14,100 +14,109 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_vr.core.distributed import all_reduce_mean, ranks_save_together
 from lightning_vr.estimators.proposals import LearnedProposal
-from lightning_vr.lifecycle.weight_averaging import AveragedWeights, update_weights
+from lightning_vr.lifecycle.epoch_position import BatchMarks, EpochPosition
+from lightning_vr.lifecycle.learned_state import LearnedState
+from lightning_vr.lifecycle.restarting import forget_restart, log_row, restart
+from lightning_vr.lifecycle.weight_averaging import update_weights
 
-_SAVED = ("window", "row", "unvalidated")
+_SAVED = ("position", "window", "row", "metrics")
 
 
 class Resuming:
     """What a module keeps in the checkpoints of a fit, and what it makes up for on a resume.
 
     Attributes:
-        has_validated: Whether the validation run that follows a training batch has ended.
-        has_backward_begun: Whether gradients hold part of a batch that is being trained on.
+        marks: What is known of the training batch that runs.
     """
 
     def __init__(self) -> None:
-        self.has_validated = False
-        self.has_backward_begun = False
-        self._averages = AveragedWeights()
+        self.marks = BatchMarks()
+        self._learned = LearnedState()
         self._loaded: dict[str, Any] = {}
         self._has_just_loaded = False
+        self._at_error: tuple[EpochPosition, dict[str, Any] | None] | None = None
+        self._handles: list[Any] = []
+        self._empty_epochs = 0
 
     @property
     def is_due(self) -> bool:
-        """Whether a checkpoint was loaded whose pending work has not been done yet."""
+        """Whether a checkpoint was loaded from which the run has not gone on yet."""
         return bool(self._loaded)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take what ``state`` returned for the checkpoint."""
-        self._loaded = {name: state.get(name) for name in _SAVED}
-        self._has_just_loaded = True
+    def load(self, trainer: Trainer, state: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+        """Take what ``state`` returned for the checkpoint, and set the checkpoint's counters."""
+        self._loaded, self._has_just_loaded = {}, True
+        if "position" in state:
+            self._loaded = {name: state.get(name) for name in _SAVED}
+            self._position.put_into(checkpoint, trainer)
 
     def begin(self, trainer: Trainer) -> None:
         """Forget an earlier fit; call it when a fit begins, after its checkpoint is loaded."""
-        self.has_validated = self.has_backward_begun = False
+        self.marks, self._at_error, self._empty_epochs = BatchMarks(), None, 0
         if not self._has_just_loaded:
             self._loaded = {}
         self._has_just_loaded = False
-        self._averages.watch(trainer)
+        forget_restart(trainer)
+        self._note_position_of_errors(trainer)
 
-    def begin_batch(self, trainer: Trainer) -> None:
-        """Begin a training batch: nothing of it is validated or in the gradients."""
-        self.has_validated = self.has_backward_begun = False
-        # loggers count as the optimizer does, which an error within a batch may have undone
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+    def begin_batch(self, module: LightningModule) -> None:
+        """Begin a training batch."""
+        self.marks = BatchMarks.of(module.trainer)
+        self._empty_epochs = -1
+        self._learned.keep(module)
+
+    def end_epoch(self) -> None:
+        """Raise if training makes no progress.
+
+        Raises:
+            MisconfigurationException: If two epochs in a row had no batch.
+        """
+        self._empty_epochs += 1
+        if self._empty_epochs == 2:
+            raise MisconfigurationException(
+                "`train_dataloaders` must give batches in each epoch, got none in two epochs in a "
+                "row: make a loader that can be iterated over again, or end the run."
+            )
+
+    def watch_optimizers(self, trainer: Trainer) -> None:
+        """Note when an optimizer has changed weights, which Lightning counts only later."""
+
+        def note(*_: Any) -> None:
+            self.marks.has_stepped, self.marks.is_stepping = True, False
+
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [each.register_step_post_hook(note) for each in trainer.optimizers]
 
     def state(self, module: LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint must hold besides Lightning's own; all ranks call it.
 
         Args:
-            module: A module that is fitting.
+            module: A module that is fitting or has fitted.
             checkpoint: The checkpoint. What each rank has observed is replaced by the mean over
-                ranks, and trained weights that a callback has swapped out are put back.
+                ranks.
         """
+        trainer = module.trainer
         # rows that the checkpoint counts as logged must outlast the process
-        for logger in module.trainer.loggers:
+        for logger in trainer.loggers:
             logger.save()
         if self._loaded:
-            return self._loaded  # training has not begun since
-        self._averages.restore_training_weights(module, checkpoint)
+            return self._loaded  # the run has not gone on since
+        position, row = self._at_error or self._read(trainer)
+        metrics = trainer._logger_connector._callback_metrics
         return {
-            "window": self._window(module, checkpoint),
-            "row": _waiting_row(module.trainer),
-            "unvalidated": module.trainer.validating and not self.has_validated,
+            "position": position.state(),
+            "window": self._window(module, checkpoint, position),
+            "row": row,
+            "metrics": {name: torch.as_tensor(x).detach().cpu() for name, x in metrics.items()},
         }
-
-    @torch.no_grad()
-    def _window(self, module: LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the gradients of an incomplete optimizer step, None between two steps."""
-        waiting, trainer = _waiting_batches(module.trainer), module.trainer
-        if waiting == 0:
-            return None
-        device = trainer.strategy.root_device  # after a fit the module is on the CPU
-
-        def mean(x: Tensor) -> Tensor:
-            return all_reduce_mean(x.to(device)) if ranks_save_together() else x
-
-        for name, part in module.named_modules():
-            if isinstance(part, LearnedProposal):
-                state = part.state_over_ranks(mean)
-                update_weights(checkpoint, {f"{name}._extra_state": state})
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        window = {"batches": trainer.accumulate_grad_batches, "gradients": {}, "lost": 0}
-        if progress.started > progress.processed and self.has_backward_begun:
-            return window | {"lost": waiting}
-        gradients = {
-            name: mean(parameter.grad).cpu()
-            for name, parameter in module.named_parameters()
-            if parameter.grad is not None
-        }
-        return window | {"gradients": gradients}
 
     def restore_gradients(self, module: LightningModule) -> None:
         """Give the parameters the gradients of an accumulation window that was not complete.
@@ -115,10 +124,15 @@ class Resuming:
         Raises:
             MisconfigurationException: If windows have another size now.
         """
-        window = self._loaded.get("window")
+        if not self._loaded:
+            return
+        if self._position.has_begun:
+            for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GradientAccumulationScheduler):
+                    callback.on_train_epoch_start(module.trainer)
+        window, batches = self._loaded["window"], module.trainer.accumulate_grad_batches
         if window is None:
             return
-        batches = module.trainer.accumulate_grad_batches
         if window["batches"] != batches:
             raise MisconfigurationException(
                 f"`accumulate_grad_batches` must be {window['batches']}, as the checkpoint is from "
@@ -135,113 +149,111 @@ class Resuming:
         for name, gradient in window["gradients"].items():
             parameters[name].grad = gradient.to(parameters[name].device, copy=True)
 
-    def replay_skipped_hooks(self, trainer: Trainer) -> None:
-        """Run the hooks that Lightning skips when it restarts; all ranks call it at train start.
+    def restart(self, trainer: Trainer) -> None:
+        """Go on from the position of the checkpoint; all ranks call it last at train start."""
+        if not self._loaded:
+            return
+        position, loaded = self._position, self._loaded
+        device = trainer.strategy.root_device
+        metrics = {name: value.to(device) for name, value in loaded["metrics"].items()}
+        trainer._logger_connector._callback_metrics.update(metrics)
 
-        A checkpoint from the end of a training batch is saved before the batch is logged and before
-        the validation run that may follow, but Lightning takes both for done. It does the same with
-        a validation run that was stopped, and with the end of an epoch if steps are counted.
-        """
-        loaded = self._log_row(trainer)
-        fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        if not loop.restarting or fit._data_fetcher is None:
-            return
-        epochs: Any = fit.epoch_progress.current
-        is_batch_end = loop.restarted_on_train_batch_end
-        if epochs.processed == epochs.started and not is_batch_end:
-            # between two epochs; if steps are counted Lightning would go on with the finished one
-            if fit.restarted_on_epoch_end:
-                fit.epoch_progress.increment_completed()
-            fit.reset_restart_stage()
-            fit._restarting = loop._restarting = False
-            return
-        if loop.val_loop.restarted_mid_evaluation:
-            # Lightning would evaluate as many batches as are left, but from the first one on
-            loop.val_loop.restarting = False
-        is_last = loop.batch_progress.is_last_batch
-        if is_batch_end and is_last:
-            _end_epoch(trainer)
-        began = epochs.completed
-        if is_batch_end and fit.restarted_mid_epoch and is_last:
-            # Lightning has counted the next epoch, but would not count it as begun
-            epochs.completed -= 1
-            fit.reset_restart_stage()
-        if loop._should_check_val_fx(fit._data_fetcher):
-            if is_batch_end or loaded.get("unvalidated"):
-                _validate(trainer)
-            if loop.restarted_on_last and not loop._should_accumulate():
-                # Lightning is about to count this batch; a signal to stop comes after that
-                loop._batches_that_stepped = trainer.global_step - 1
-        epochs.completed = began
+        def begin() -> None:
+            self._loaded = {}
+            if position.due != "nothing":
+                self.marks = BatchMarks.of(trainer)
+                self.marks.has_ended = True
+
+        restart(trainer, position, loaded["row"], begin)
 
     def end(self, trainer: Trainer) -> None:
         """Log the final step's pending metrics, where Lightning finds that no step is left."""
-        loaded, loop = self._log_row(trainer), trainer.fit_loop.epoch_loop
+        position, row, self._loaded = self._position, self._loaded["row"], {}
+        log_row(trainer, row)
         for logger in trainer.loggers:
             logger.save()
-        is_due = loaded["row"] is not None and loop._should_check_val_fx(None)  # type: ignore[arg-type]
-        if is_due or loaded["unvalidated"]:
+        if position.due != "nothing" and _is_validation_due(trainer, position):
             rank_zero_warn(
                 "The checkpoint is from the run's last step, so training is over, and the "
                 "validation run that was due after it is not made: run `validate` for it."
             )
 
-    def _log_row(self, trainer: Trainer) -> dict[str, Any]:
-        """Log the pending row, if there is one, and return all that was loaded."""
-        loaded, self._loaded = self._loaded, {}
-        row = loaded.get("row")
-        if row is not None:
-            trainer._logger_connector.log_metrics(row["numbers"], step=row["step"])
-        return loaded
+    @property
+    def _position(self) -> EpochPosition:
+        return EpochPosition(**self._loaded["position"])
+
+    def _read(self, trainer: Trainer) -> tuple[EpochPosition, dict[str, Any] | None]:
+        position = EpochPosition.of(trainer, self.marks)
+        return position, _row(trainer, position)
+
+    def _note_position_of_errors(self, trainer: Trainer) -> None:
+        """Read the position where an error is handled: later the stages and the stack are gone."""
+        strategy: Any = trainer.strategy
+        handle = type(strategy).on_exception
+
+        def on_exception(exception: BaseException) -> None:
+            self._at_error = self._read(trainer)
+            handle(strategy, exception)
+
+        strategy.on_exception = on_exception
+
+    @torch.no_grad()
+    def _window(
+        self, module: LightningModule, checkpoint: dict[str, Any], position: EpochPosition
+    ) -> dict[str, Any] | None:
+        """Return the gradients of an incomplete optimizer step, None between two steps."""
+        trainer = module.trainer
+        batches = trainer.accumulate_grad_batches
+        is_taken_again = self.marks.are_of(trainer) and position.total_batches < self.marks.number
+        if is_taken_again:
+            update_weights(checkpoint, self._learned.kept)
+        waiting = position.batches % batches if position.is_within_epoch else 0
+        if waiting == 0:
+            return None
+        device = trainer.strategy.root_device  # after a fit the module is on the CPU
+
+        def mean(x: Tensor) -> Tensor:
+            return all_reduce_mean(x.to(device)) if ranks_save_together() else x
+
+        for name, part in module.named_modules():
+            if isinstance(part, LearnedProposal):
+                key, state = f"{name}._extra_state", part.get_extra_state()
+                state = self._learned.kept[key] if is_taken_again else state
+                update_weights(checkpoint, {key: state | {"observed": mean(state["observed"])}})
+        window = {"batches": batches, "gradients": {}, "lost": 0}
+        is_begun = is_taken_again and self.marks.has_backward_begun
+        if is_begun or trainer.state.fn != TrainerFn.FITTING:
+            return window | {"lost": waiting}
+        gradients = {
+            name: mean(parameter.grad).cpu()
+            for name, parameter in module.named_parameters()
+            if parameter.grad is not None
+        }
+        return window | {"gradients": gradients}
 
 
-def _waiting_batches(trainer: Trainer) -> int:
-    """Return how many batches of an accumulation window are done, 0 between two windows."""
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    done = progress.current.processed
-    # Lightning knows that a batch is the last one before it trains on it
-    is_last = progress.is_last_batch and progress.current.ready == done
-    is_end = is_last or done == trainer.num_training_batches
-    return 0 if is_end else done % trainer.accumulate_grad_batches
-
-
-def _waiting_row(trainer: Trainer) -> dict[str, Any] | None:
-    """Return what Lightning will log of this batch once its last hooks have run, or None."""
-    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    connector = trainer._logger_connector
-    is_in_hooks = batches.processed > batches.completed
-    if not is_in_hooks or trainer.fit_loop._should_accumulate():
+def _row(trainer: Trainer, position: EpochPosition) -> dict[str, Any] | None:
+    """Return the numbers that Lightning has not logged yet, or None."""
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    if not trainer.training or trainer._results is None:
         return None
-    if trainer._results is None or not connector.should_update_logs:
+    if position.due == "epoch_end":
+        if not ranks_save_together():
+            return None  # to sum over the ranks takes all of them
+        step = loop._batches_that_stepped - 1
+    elif position.due in ("batch_end", "validation"):
+        if loop._should_accumulate() or not connector.should_update_logs:
+            return None
+        step = loop._batches_that_stepped
+    else:
         return None
     numbers = {name: float(value) for name, value in connector.metrics["log"].items()}
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
     return {"step": step, "numbers": numbers | {"epoch": trainer.current_epoch}}
 
 
-def _validate(trainer: Trainer) -> None:
-    """Make the validation run that follows the last training batch."""
+def _is_validation_due(trainer: Trainer, position: EpochPosition) -> bool:
+    """Return whether a validation run follows the last batch, or was being made."""
+    if position.due == "validation":
+        return True
     loop = trainer.fit_loop.epoch_loop
-    batches: Any = loop.batch_progress
-    uncounted = batches.current.processed - batches.current.completed
-    # a checkpoint from the run's end was saved after the batch
-    for progress in (batches.current, batches.total):
-        progress.completed += uncounted
-    trainer.validating = True
-    loop.val_loop.restarting = False
-    loop.val_loop.run()
-    trainer.training = True
-    for progress in (batches.current, batches.total):
-        progress.completed -= uncounted
-
-
-def _end_epoch(trainer: Trainer) -> None:
-    """Count as many batches as an epoch has now.
-
-    On another number of ranks Lightning would make up for the difference in the next epoch.
-    """
-    progress = trainer.fit_loop.epoch_loop.batch_progress.current
-    missing = trainer.num_training_batches - progress.ready
-    if 0 < missing < float("inf"):
-        for count in ("ready", "started", "processed", "completed"):
-            setattr(progress, count, getattr(progress, count) + int(missing))
+    return position.due == "batch_end" and loop._should_check_val_fx(None)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_vr.core.distributed import all_gather_numbers
-from lightning_vr.core.gradients import aliases, gradients_in_chunks
+from lightning_vr.core.gradients import mean_gradients
 from lightning_vr.core.rows import row_count
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.draws import IID, Draws
@@ -61,11 +61,7 @@ def check_gradients(model: Diffusion, run: RunContext, clean: Clean) -> None:
     source, some = model.generator("gradients"), clean.rows(slice(0, 2))
     with torch.no_grad():
         rows = loss.draw(some, loss.times(some, source, 0.0, 1.0), source)
-    parameters, buffers = aliases(model)
-    for parameter in parameters.values():
-        parameter.requires_grad_()
-    count = row_count(rows)
-    gradients_in_chunks(model, loss, rows, count, aliases=parameters, buffers=buffers)
+    mean_gradients(model, loss, rows, row_count(rows))
 
 
 def check_optimization(optimizer: Optimizer, schedule: Any) -> None:
@@ -97,9 +93,9 @@ def check_optimization(optimizer: Optimizer, schedule: Any) -> None:
             group.update(values)
 
 
-def check_ranks(draws: Draws, device: torch.device) -> None:
+def check_ranks(draws: Draws) -> None:
     """Raise if ranks take different numbers of draws; all must call it."""
-    counts = [count for (count,) in all_gather_numbers([draws.draws_per_sample], device)]
+    counts = [count for (count,) in all_gather_numbers([draws.draws_per_sample])]
     if len(set(counts)) > 1:
         raise ValueError(
             f"`resamples` must be the same on all ranks, whose gradients are averaged, got "

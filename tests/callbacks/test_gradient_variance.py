@@ -609,6 +609,17 @@ def test_a_resumed_run_goes_on_with_the_means_of_the_first(tmp_path, way):
         assert torch.equal(resumed["statistics"]["whole"], unbroken["statistics"]["whole"])
 
 
+def test_moments_of_other_groups_are_dropped_with_a_warning(tmp_path):
+    first = each()
+    trainer(tmp_path / "first", first, max_epochs=1).fit(Classifier(), labelled())
+    state = first.state_dict()
+    state["groups"] = ["other"]
+    again = each()
+    again.load_state_dict(state)
+    with pytest.warns(UserWarning, match="moments are of the groups other, the module has "):
+        trainer(tmp_path / "again", again, max_epochs=1).fit(Classifier(), labelled())
+
+
 def test_two_instances_keep_states_of_their_own_in_one_checkpoint(tmp_path):
     def callbacks():
         return [each(), GradientVariance(every_n_steps=4), each(clean=labelled)]

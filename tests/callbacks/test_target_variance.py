@@ -257,6 +257,21 @@ def test_a_resumed_run_does_not_measure_again_and_goes_on_summing(tmp_path, monk
     assert float(removed[1][0].sum()) > 1.5 * float(removed[0][0].sum())
 
 
+@pytest.mark.parametrize(("size", "is_told"), [(128, False), (160, True)])
+def test_a_resumed_run_on_another_training_set_says_so_and_measures_again(
+    size, is_told, tmp_path, caplog
+):
+    first = trainer(tmp_path / "first", TargetVariance(**SETTINGS), max_steps=-1, max_epochs=1)
+    first.fit(module(), data())
+    first.save_checkpoint(tmp_path / "end.ckpt", weights_only=False)
+    watch = TargetVariance(**SETTINGS)
+    again = trainer(tmp_path / "again", watch, max_steps=-1, max_epochs=2)
+    again.fit(module(), data(num_samples=size), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert watch.curve.size == size
+    message = f"the checkpoint's curve is of 128 training samples, there are {size} now"
+    assert (message in caplog.text) == is_told
+
+
 def test_a_resumed_run_with_another_target_measures_again(tmp_path):
     fit = trainer(tmp_path / "first", TargetVariance(**SETTINGS))
     fit.fit(module(STF(8)), data())

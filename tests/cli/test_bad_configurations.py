@@ -110,6 +110,14 @@ MODEL = [
     fit("--model=DiffusionModul", "model", "use DiffusionModule"),
     fit("--model.schedule=DDPM", "model.schedule", "use EDM, VE, VP"),
     fit("--model.schedule=Schedule", "`model.schedule` must be a class", "use EDM, VE, VP"),
+    fit("--model.schedule=diffusers.DDPMScheduler", "`prediction`", "to 'epsilon'"),
+    fit("--model.schedule=diffusers.EDMEulerScheduler", "`scheduler`", "use EDM()"),
+    fit(
+        "--model.schedule=diffusers.FlowMatchEulerDiscreteScheduler --model.prediction=velocity "
+        "--model.timesteps=Uniform",
+        "`timesteps`",
+        "Shifted(",
+    ),
     fit("--model.schedule=EDM --model.schedule.sigma_min=90", "`sigma_min`", "< sigma_max"),
     file(
         "model: {init_args: {schedule: {class_path: VE, init_args: {sigma_max: .inf}}}}",
@@ -136,6 +144,11 @@ MODEL = [
     ),
     fit("--model.label_dropout=0.1", "`label_dropout`", "set `num_classes`"),
     fit("--model.sampler.guidance=2", "`guidance`", "set `num_classes`"),
+    fit(
+        "--model.num_classes=8 --model.network.num_class_embeds=9 --model.sampler.guidance=2",
+        "`guidance`",
+        "`label_dropout` of 0.1",
+    ),
     fit(
         "--model.schedule=VP --model.sampler.noise_level_max=1e9",
         "`noise_level_max`",
@@ -205,6 +218,11 @@ DATA = [
     own(f"{IMAGES}nowhere", "`path`", "existing folder"),
     own(f"{IMAGES}empty", "`path`", ".png"),
     own(f"{IMAGES}broken --data.batch_size=1", "broken/a.png", "repair or remove it"),
+    own(f"{IMAGES}broken --data.background=whit", "`background`", "use one such as 'white'"),
+    own(f"{IMAGES}broken --data.background=[1,2]", "`data.background`", "3 elements or text"),
+    own(f"{IMAGES}broken --data.channels=2", "data.channels", "4"),
+    own(f"{IMAGES}broken --data.cache_bytes=-1", "`cache_bytes`", "at least 0"),
+    fit("--model.sigma_data=wide", "model.sigma_data", "'auto'"),
 ]
 
 TRAINER = [
