@@ -1,4 +1,4 @@
-"""When a callback draws its curves and shows them in loggers: after validation runs, and at the end.
+"""When callbacks draw curves and show them in loggers: after validation runs, and at the end.
 
 To draw one takes a few tenths of a second: where no logger can show it, it is drawn once, at the
 end, for the run's folder.

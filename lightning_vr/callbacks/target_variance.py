@@ -39,10 +39,7 @@ from lightning_vr.variance.target_measurement import measure_target_variance, no
 
 log = logging.getLogger(__name__)
 
-_COLUMNS = {
-    "removed_variance": ("noise_level", "removed"),
-    "excess_loss": excess_loss.COLUMNS,
-}
+_COLUMNS = {"removed_variance": ("noise_level", "removed"), "excess_loss": excess_loss.COLUMNS}
 """Columns of the files of curves after ``step``."""
 
 _DEFAULT_REFERENCES = (16, 256)
