@@ -1,8 +1,7 @@
 """GradientVariance: how noisy the gradient is, and why, while a trainer runs.
 
 The theory and its sources are in ``lightning_vr.variance.components``. Each measurement is unbiased
-and noisy. Means over the latest ones are logged, in which older ones fade, and every ratio is a
-ratio of means.
+and noisy. Means over the latest are logged, older ones fading; a ratio is a ratio of means.
 """
 
 import math

@@ -3,9 +3,8 @@
 V_DSM, V_STF, ESS and D are measured on the training set once, when training starts (theory, units
 and sources: ``lightning_vr.variance.target_measurement``). During training the variance that the
 target removes is read off its weights: by the law of total variance the mean of
-``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF, and costs nothing. The loss less its irreducible part, the
-variance of the target, is how far the network is from its optimum
-(``lightning_vr.variance.excess_loss``).
+``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF, and costs nothing. The loss less the target's variance is
+how far the network is from its optimum (``lightning_vr.variance.excess_loss``).
 """
 
 import copy
