@@ -19,6 +19,40 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_vr.core.distributed import gather_objects, world_size
 
 
+def check_training_batches(trainer: Trainer) -> None:
+    """Raise if a fit has nothing to train on; call it before it begins, and when it has ended.
+
+    Lightning skips a fit without batches, hooks included, and ends as if it were done.
+
+    Raises:
+        MisconfigurationException: If a limit or a loader allows no batch.
+    """
+    if trainer.limit_train_batches == 0:
+        raise MisconfigurationException(
+            "`limit_train_batches` must not be 0, with which `fit` trains nothing, got 0: use 1 or "
+            "more, or `validate`."
+        )
+    if trainer.num_training_batches == 0:
+        raise MisconfigurationException(
+            "`train_dataloaders` must have at least one batch, got an empty loader: give it data, "
+            "and a batch no larger than the data set where it drops the last one."
+        )
+
+
+def check_validation_batches(trainer: Trainer) -> None:
+    """Raise if a validation loader is empty, with which no validation loss is ever logged.
+
+    Raises:
+        MisconfigurationException: With the number of the loader.
+    """
+    empty = [i for i, count in enumerate(trainer.num_val_batches) if count == 0]
+    if empty and trainer.enable_validation:
+        raise MisconfigurationException(
+            f"`val_dataloaders` must have at least one batch each, got number {empty[0]} empty: "
+            f"give it data, or set `limit_val_batches` to 0."
+        )
+
+
 def equalize_epoch_length(trainer: Trainer) -> None:
     """End epochs where the shortest rank's batches end; all ranks call it when loaders are new.
 

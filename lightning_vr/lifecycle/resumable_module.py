@@ -42,7 +42,11 @@ from lightning_vr.lifecycle.checkpoint_io import (
     use_durable_checkpoints,
 )
 from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
-from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
+from lightning_vr.lifecycle.epoch_length import (
+    check_training_batches,
+    check_validation_batches,
+    equalize_epoch_length,
+)
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
 from lightning_vr.lifecycle.hyperparameters import load_module
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
@@ -96,6 +100,7 @@ class ResumableModule(KeyedModule, LightningModule):
         """Install run safeguards: durable checkpoints, tolerant loggers, coordinated stopping."""
         self._hooks_called = {"on_fit_start"}
         check_strategy(self.trainer, self)
+        check_training_batches(self.trainer)
         check_optimizer_states(self.trainer)
         self._resuming.begin(self.trainer)
         self._averages.watch(self.trainer)
@@ -111,6 +116,7 @@ class ResumableModule(KeyedModule, LightningModule):
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         equalize_epoch_length(self.trainer)
+        check_validation_batches(self.trainer)
         self._resuming.restore_gradients(self)
         self._resuming.watch_optimizers(self.trainer)
         self.prepare_training()
@@ -123,6 +129,7 @@ class ResumableModule(KeyedModule, LightningModule):
             ValueError: If the last checkpoint could not be written, or a weight is not finite.
         """
         self._hooks_called = set()
+        check_training_batches(self.trainer)
         if self._resuming.is_due:
             self._resuming.end(self.trainer)
         finish_checkpoints(self.trainer)
@@ -223,7 +230,7 @@ class ResumableModule(KeyedModule, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed and gradients that wait, so that a resumed run repeats."""
         state = checkpoint.setdefault(STATE, {})
-        state["seed"] = self.seed
+        state["seed"] = self.run_seed if self._is_fitting else self.seed
         if self._is_fitting or self._has_fitted:
             self._averages.complete(self.trainer, self, checkpoint)
             state |= self._resuming.state(self, checkpoint)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator, seed_global_rng
@@ -23,7 +24,6 @@ from lightning_vr.lifecycle.checkpoints import STATE
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.precision import loss_scale
-from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.predictions import PredictionType
@@ -33,13 +33,14 @@ from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
 from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.monitors import MonitoredSchedules, plateau_settings
 from lightning_vr.training.reference_bank import fill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
 from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
 from lightning_vr.training.training_checks import check_optimization, check_ranks
 
 
-class DiffusionModule(AutoSigmaData, Diffusion, ResumableModule):
+class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
     """Trains a diffusion model with pluggable estimators of its loss.
 
     Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
@@ -169,7 +170,10 @@ class DiffusionModule(AutoSigmaData, Diffusion, ResumableModule):
         check_optimization(optimizer, schedule)
         if schedule is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        settings: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
+        if isinstance(schedule, ReduceLROnPlateau):
+            settings |= plateau_settings(schedule)
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what rebuilds the module, and what its slots have learned."""
