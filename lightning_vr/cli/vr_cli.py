@@ -7,7 +7,8 @@ from importlib.metadata import version
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -38,6 +39,7 @@ from lightning_vr.cli.vr_trainer import VRTrainer
 from lightning_vr.cli.yaml_files import check_yaml_files
 from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
 from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
+from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.training.module import DiffusionModule
 
@@ -150,6 +152,15 @@ class VRCLI(LightningCLI):
         self._parse(args)
         self._settings.ckpt_path = path
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, whose progress bar counts steps unless one is configured."""
+        trainer = super().instantiate_trainer(**kwargs)
+        configured = self._get(self.config_init, "trainer", default={}).get("callbacks")
+        callbacks = configured if isinstance(configured, list) else [configured]
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            use_step_progress_bar(trainer)
+        return trainer
+
     def before_instantiate_classes(self) -> None:
         """Check settings that Lightning would accept and not follow."""
         if hasattr(self, "_subcommand_parsers"):
@@ -252,4 +263,9 @@ class VRCLI(LightningCLI):
             return None
         if "://" not in str(path):
             path = os.path.expanduser(path)
+            if not os.path.exists(path):
+                raise ValueError(
+                    f"`ckpt_path` must be a checkpoint file or 'last', but there is no file "
+                    f"{path}: correct the path."
+                )
         return str(path)

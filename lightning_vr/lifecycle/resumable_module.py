@@ -51,7 +51,7 @@ from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_s
 from lightning_vr.lifecycle.hyperparameters import load_module
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
-from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating, raise_if_asked
+from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating
 from lightning_vr.lifecycle.strategies import check_strategy
 from lightning_vr.lifecycle.weight_averaging import AveragedWeights, load_what_trains
 
@@ -214,8 +214,8 @@ class ResumableModule(KeyedModule, LightningModule):
         Raises:
             SIGTERMException: If one was.
         """
-        if self._trainer is not None and is_evaluating(self._trainer):
-            raise_if_asked(self._trainer)
+        if self._trainer is not None:
+            self._stop.end_evaluation_if_asked(self._trainer)
 
     def stop_if_asked(self) -> None:
         """End what takes long at once if any rank was asked to; all ranks call it.
@@ -230,7 +230,7 @@ class ResumableModule(KeyedModule, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed and gradients that wait, so that a resumed run repeats."""
         state = checkpoint.setdefault(STATE, {})
-        state["seed"] = self.seed
+        state["seed"] = self.run_seed if self._is_fitting else self.seed
         if self._is_fitting or self._has_fitted:
             self._averages.complete(self.trainer, self, checkpoint)
             state |= self._resuming.state(self, checkpoint)

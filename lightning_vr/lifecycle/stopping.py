@@ -30,11 +30,11 @@ class CoordinatedStop:
     """Records whether this rank was asked to stop or to save, and synchronizes the ranks."""
 
     def __init__(self) -> None:
-        self._stop_asked = self._save_asked = self._all_stop = False
+        self._stop_asked = self._save_asked = self._all_stop = self._evaluates = False
 
     def begin_fit(self, trainer: Trainer) -> None:
         """Replace Lightning's signal handlers; call it before Lightning registers them."""
-        self._stop_asked = self._save_asked = self._all_stop = False
+        self._stop_asked = self._save_asked = self._all_stop = self._evaluates = False
         connector: Any = trainer._signal_connector
 
         def note_save(*_: Any) -> None:
@@ -53,9 +53,19 @@ class CoordinatedStop:
     def begin_evaluation(self, trainer: Trainer) -> None:
         """Replace Lightning's handler of SIGTERM, which it has registered, where it broadcasts."""
         self._stop_asked = self._all_stop = False
+        self._evaluates = True
         if trainer.world_size > 1:
             trainer._signal_connector._register_signal(signal.SIGTERM, self._handler(trainer))
             self._prepare_end(trainer)
+
+    def end_evaluation_if_asked(self, trainer: Trainer) -> None:
+        """End this rank if it evaluates and any was asked to stop.
+
+        Raises:
+            SIGTERMException: If one was.
+        """
+        if self._evaluates and is_evaluating(trainer):
+            raise_if_asked(trainer)
 
     def synchronize(self, trainer: Trainer) -> None:
         """Let Lightning save or stop on all ranks if any rank was asked to; all of them call it."""

@@ -10,7 +10,8 @@ first by the second: a checkpoint of such a moment would resume from the average
 that with a copy of the initial weights as well, as long as nothing is averaged.
 
 All uses of its private attributes are here (``_average_model``, ``_swap_models``,
-``_copy_average_to_current``, ``_latest_update_step``; seen in Lightning 2.6).
+``_copy_average_to_current``, ``_latest_update_step``; also the connector's
+``_loaded_checkpoint``; seen in Lightning 2.6).
 """
 
 from collections.abc import Iterator
@@ -71,8 +72,10 @@ class AveragedWeights:
                 f"`callbacks` must hold at most one WeightAveraging, got {names}: leave all but "
                 f"one out, as each would swap the weights of the others into training."
             )
+        # Lightning counts steps from a checkpoint only later
+        is_new = trainer.global_step == 0 and not trainer._checkpoint_connector._loaded_checkpoint
         for callback in found:
-            if trainer.global_step == 0:
+            if is_new:
                 # of an earlier fit, whose steps it would wait for
                 callback._latest_update_step, callback._latest_update_epoch = 0, -1
             self._watch(callback, trainer)

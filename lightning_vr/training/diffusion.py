@@ -128,8 +128,7 @@ class Diffusion(KeyedModule):
     def encode(self, batch: Any) -> Clean:
         """Turn a batch into clean samples; override it for latents or conditions.
 
-        Args:
-            batch: What ``Clean.from_batch`` takes, unless overridden.
+        Unless overridden it takes what ``Clean.from_batch`` takes.
         """
         return Clean.from_batch(batch)
 
@@ -169,8 +168,7 @@ class Diffusion(KeyedModule):
             group: Class labels ``(B,)``, negative where unconditional; None if all are.
             cond: Further condition of the network.
         """
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        weight = torch.ones_like(t)
+        alpha, sigma, weight = self.schedule.alpha(t), self.schedule.sigma(t), torch.ones_like(t)
         noised = Noised(xt, xt, torch.zeros_like(xt), t, alpha, sigma, weight, group, cond)
         return denoise(self.predict, noised, self.objective)
 

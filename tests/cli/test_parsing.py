@@ -55,9 +55,9 @@ def test_a_control_variate_is_fitted_and_logged(run):
     control = {"order": 1, "gate": [0.0, 0.3], "refit_every_n_steps": 1}
     flags = [f"--model.control_variate.{name}={value}" for name, value in control.items()]
     folder = run("fit", "--model.control_variate=TaylorCV", *flags)
-    header = (folder / "metrics.csv").read_text().splitlines()[0]
-    assert "control_variate/odd/s" in header
-    assert "control_variate/even/s" in header
+    assert "control_variate/reduction" in (folder / "metrics.csv").read_text().splitlines()[0]
+    header = (folder / "control_variate.csv").read_text().splitlines()[0]
+    assert header == "step,noise_level,open,reduction,odd,even"
 
 
 def test_a_run_folder_that_exists_can_be_used_again(run, folder):
