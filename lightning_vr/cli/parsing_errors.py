@@ -119,7 +119,7 @@ def _no_argument(failure: _Failure) -> str:
     if kind is None:
         return _no_setting(failure._replace(reason=failure.argument(failure.reason)))
     names = [x for x in inspect.signature(kind).parameters if x not in ("args", "kwargs")]
-    if issubclass(kind, (Optimizer, LRScheduler)):
+    if isinstance(kind, type) and issubclass(kind, (Optimizer, LRScheduler)):
         names = names[1:]  # the module gives the first: its weights, or their optimizer
     listed = _either(close_names(failure.reason, names) or names)
     fix = f"use {listed}" if len(listed) < 250 else _LIST
