@@ -12,12 +12,13 @@ from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, Schedule
 from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.sigma_data import SigmaData
 
 _OPTIMIZATION = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable | None}
 _NETWORK = {
     "schedule": Schedule,
     "prediction": PredictionType,
-    "sigma_data": float,
+    "sigma_data": SigmaData,
     "num_classes": int | None,
 }
 """What a network is trained for: with another one its weights mean nothing."""
@@ -91,8 +92,8 @@ def _changes(
     saved = dict.fromkeys(arguments.objects, "an object of Python's") | described
     changes = []
     for name, kind in types.items():
-        if name not in model["init_args"]:
-            continue
+        if name not in model["init_args"] or model["init_args"][name] == "auto":
+            continue  # "auto" takes the checkpoint's value
         default = describe(inspect.signature(DiffusionModule).parameters[name].default)
         if kind is Schedule:
             default = {"class_path": f"{EDM.__module__}.{EDM.__qualname__}"}

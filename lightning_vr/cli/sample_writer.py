@@ -30,7 +30,7 @@ class SampleWriter(Callback):
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # the last ranks may have one batch less than the first
         own = int(sum(trainer.num_predict_batches))
-        counts = all_gather_numbers([own], pl_module.device)
+        counts = all_gather_numbers([own])
         self._batches_left = max(count for (count,) in counts)
 
     def on_predict_batch_end(

@@ -1,12 +1,14 @@
 """LightningCLI, where what is configured wins over what a checkpoint says."""
 
+import os
 import sys
 import warnings
 from importlib.metadata import version
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -24,14 +26,20 @@ from lightning_vr.cli.checkpoint_settings import (
     changed_optimization,
     model_settings,
 )
+from lightning_vr.cli.close_names import full_names
+from lightning_vr.cli.comments import comments_as_text
 from lightning_vr.cli.last_checkpoint import last_checkpoint
+from lightning_vr.cli.nested_values import values_as_written
 from lightning_vr.cli.optimization_classes import check_optimization_classes
 from lightning_vr.cli.run_names import check_run_names
 from lightning_vr.cli.save_run_config import SaveRunConfig
+from lightning_vr.cli.setting_values import check_values
 from lightning_vr.cli.trainer_checks import check_trainer_settings
 from lightning_vr.cli.vr_trainer import VRTrainer
+from lightning_vr.cli.yaml_files import check_yaml_files
 from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
 from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
+from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.training.module import DiffusionModule
 
@@ -76,8 +84,10 @@ class VRCLI(LightningCLI):
                 "LIGHTNING_VR_TRACEBACK=1 shows where it was raised.",
                 "version": version("lightning-vr"),
                 "exit_on_error": False,
+                "allow_abbrev": False,
             },
         }
+        check_yaml_files()
         super().__init__(model_class, datamodule_class, **(defaults | kwargs))
 
     @staticmethod
@@ -142,10 +152,20 @@ class VRCLI(LightningCLI):
         self._parse(args)
         self._settings.ckpt_path = path
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, whose progress bar counts steps unless one is configured."""
+        trainer = super().instantiate_trainer(**kwargs)
+        configured = self._get(self.config_init, "trainer", default={}).get("callbacks")
+        callbacks = configured if isinstance(configured, list) else [configured]
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            use_step_progress_bar(trainer)
+        return trainer
+
     def before_instantiate_classes(self) -> None:
         """Check settings that Lightning would accept and not follow."""
         if hasattr(self, "_subcommand_parsers"):
-            check_trainer_settings(self._settings.trainer)
+            check_values(self._settings, {"trainer": self.trainer_class})
+            check_trainer_settings(self._settings.trainer, self.config.subcommand)
             check_run_names(self._settings.trainer)
             check_optimization_classes(self._settings.model)
             if "weights_only" in self._settings and self._settings.weights_only is None:
@@ -179,11 +199,15 @@ class VRCLI(LightningCLI):
         assert isinstance(settings, Namespace)
         return settings
 
+    @comments_as_text()
     def _parse(self, args: ArgsType) -> None:
         if isinstance(args, (dict, Namespace)):
             self.config = self.parser.parse_object(args)
-        else:
-            self.config = self.parser.parse_args(args)
+            return
+        # no argument holds a zero byte; none at all would be joined to an empty one
+        given = full_names("\0".join(self._arguments)).split("\0") if self._arguments else []
+        with values_as_written():
+            self.config = self.parser.parse_args(given)
 
     def _parse_without_network(self, args: ArgsType, error: ArgumentError) -> None:
         kind = self._model_class
@@ -237,4 +261,6 @@ class VRCLI(LightningCLI):
             return str(last_checkpoint(self._settings.trainer))
         if path in (None, "best", "hpc") or str(path).startswith("registry"):
             return None
+        if "://" not in str(path):
+            path = os.path.expanduser(path)
         return str(path)

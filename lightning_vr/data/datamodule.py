@@ -115,13 +115,11 @@ class SplitDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return shuffled batches of one size, from the position of a resumed run on."""
         trainer = self.trainer
-        if self._order_seed is None:
-            seed = torch.initial_seed() % 2**63
-            self._order_seed = seed if trainer is None else trainer.strategy.broadcast(seed)
-        assert self._order_seed is not None
+        if self._order_seed is None and trainer is not None:
+            self._order_seed = trainer.strategy.broadcast(self._seed_of_order)
         order = EpochOrder(
             self.train_dataset,
-            seed=self._order_seed,
+            seed=self._seed_of_order,
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
             epoch=self._epoch,
@@ -141,12 +139,12 @@ class SplitDataModule(LightningDataModule, ABC):
         A ``ResumableModule`` sets the place when it resumes; with other modules Lightning goes on
         with the next epoch where it has counted one as done, and so does the order.
         """
-        if self._order_seed is None or self.trainer is None:
+        if self.trainer is None or self._datasets is None:
             return {}
         fit: Any = self.trainer.fit_loop
         epochs, batches = fit.epoch_progress.current, fit.epoch_loop.batch_progress.current
         return {
-            "seed": self._order_seed,
+            "seed": self._seed_of_order,
             "epoch": epochs.processed,
             "batches": batches.processed if epochs.started > epochs.processed else 0,
             "size": self.batch_size * self.trainer.world_size,
@@ -164,6 +162,10 @@ class SplitDataModule(LightningDataModule, ABC):
             self._check_data(state_dict)
         self._order_seed = state_dict["seed"]
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
+
+    @property
+    def _seed_of_order(self) -> int:
+        return torch.initial_seed() % 2**63 if self._order_seed is None else self._order_seed
 
     def _check_data(self, state: dict[str, Any]) -> None:
         """Raise if the rest of an epoch would be of other data."""

@@ -33,6 +33,9 @@ from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.schedules import Schedule, expand
 
+_MOST_RESAMPLES = 2**24
+"""Strata between 0 and 1 that float32 can tell apart."""
+
 Scope = Literal["auto", "none", "sample", "global", "nested"]
 
 
@@ -210,6 +213,12 @@ def _check_arguments(
             f"or 1 for one draw of each sample."
         )
     check_at_least("max_resamples", largest, 2 if antithetic else 1)
+    for name, count in (("resamples", resamples), ("max_resamples", largest)):
+        if isinstance(count, int) and count > _MOST_RESAMPLES:
+            raise ValueError(
+                f"`{name}` must be at most {_MOST_RESAMPLES}, as times in float32 have no more "
+                f"strata, got {count}: use a number such as 4."
+            )
     if antithetic and is_number and int(resamples) % 2:
         raise ValueError(
             f"`resamples` must be even with antithetic pairs, got {resamples}: use "

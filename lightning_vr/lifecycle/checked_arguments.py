@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from lightning_vr.lifecycle.lookup import could_be_imported
 from lightning_vr.lifecycle.trust import Trust
@@ -73,12 +74,16 @@ class _Walk:
         if isinstance(value, (list, tuple, set, frozenset)):
             items = [self.value(each, wanted, name, level + 1) for each in value]
             return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, Tensor) and not (wanted.is_open or Tensor in wanted.objects):
+            raise self.error(name, "a setting", f"a tensor of shape {tuple(value.shape)}")
         return value
 
     def dictionary(
         self, value: Mapping[Any, Any], wanted: Wanted, name: str, level: int
     ) -> dict[Any, Any]:
         for key in value:
+            if not isinstance(key, str) and wanted.takes_classes:
+                raise self.error(name, f"a {wanted}", f"a dictionary with the key {key!r:.60}")
             # the parser takes a dot in a name for a level
             if isinstance(key, str) and "." in key and _SPECIFICATION & set(key.split(".")):
                 raise self.error(name, "settings without a dot in their names", repr(key)[:60])

@@ -4,6 +4,7 @@ Lightning takes much of a checkpoint on trust: an error in the middle of a resto
 file nor the fix, and what is missing from the state of its loops is left out silently.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +29,8 @@ _OWN: dict[str, Any] = {
     "sample_shape": (list, tuple),
     "window": dict,
     "row": dict,
-    "unvalidated": bool,
+    "position": dict,
+    "metrics": dict,
 }
 _SAVED_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 _SHAPED_AS_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
@@ -169,7 +171,7 @@ def _check_own(state: Any, path: Any) -> None:
         value = state.get(name)
         if value is not None and not isinstance(value, kind):
             raise damaged(f"{STATE}.{name}", "what a run has saved", value, path)
-    for name in ("seed", "skipped"):
+    for name in ("seed", "skipped", "sample_calls"):
         if state.get(name) is not None and not _is_count(state[name]):
             raise damaged(f"{STATE}.{name}", "a number of 0 or more", state[name], path)
     if not all(isinstance(each, str) for each in state.get("objects") or []):
@@ -210,23 +212,38 @@ def _check_optimizer(optimizer: Optimizer, saved: Any, path: Any) -> None:
     if not isinstance(states, dict) or not isinstance(groups, list):
         raise damaged(name, "states of parameters", saved, path)
     own = optimizer.param_groups
-    sizes = [_size(group) for group in groups]
+    numbers = {number for group in groups for number in _parameters(group)}
+    if not states.keys() <= numbers:
+        raise damaged(f"{name}.state", "states of the parameters in its groups", states, path)
+    sizes = [len(_parameters(group)) for group in groups]
     if sizes != [len(group["params"]) for group in own]:
         expected = [len(group["params"]) for group in own]
         raise _of_another(name, f"of {expected} parameters", str(sizes), path)
     for group, made in zip(groups, own, strict=True):
         for key, value in made.items():
-            is_needed = isinstance(value, (float, tuple)) and not isinstance(value, bool)
-            if is_needed and not isinstance(group.get(key), (int, float, list, tuple, Tensor)):
-                raise _of_another(f"{name}.{key}", "a number", _shown(group.get(key)), path)
+            if not _is_like(group.get(key), value):
+                got = _shown(group.get(key))
+                raise _of_another(f"{name}.{key}", f"as {value!r} is", got, path)
         for number, parameter in zip(group["params"], made["params"], strict=True):
             _check_moments(states.get(number, {}), parameter, path)
 
 
-def _size(group: Any) -> int:
-    """Return the number of parameters of a saved group, -1 if it does not say."""
-    parameters = group.get("params") if isinstance(group, dict) else None
-    return len(parameters) if isinstance(parameters, list) else -1
+def _is_like(saved: Any, own: Any) -> bool:
+    """Return whether a saved option is a number where the optimizer's own is one."""
+    if isinstance(own, tuple):
+        is_list = isinstance(saved, (list, tuple)) and len(saved) == len(own)
+        return is_list and all(map(_is_like, saved, own))
+    if not isinstance(own, float):
+        return True
+    if isinstance(saved, Tensor):
+        return saved.numel() == 1
+    return isinstance(saved, (int, float)) and math.isfinite(saved)
+
+
+def _parameters(group: Any) -> list[int]:
+    """Return the numbers of the parameters of a saved group, none if it does not say."""
+    found = group.get("params") if isinstance(group, dict) else None
+    return [x for x in found if _is_count(x)] if isinstance(found, list) else []
 
 
 def _check_moments(state: Any, parameter: Tensor, path: Any) -> None:

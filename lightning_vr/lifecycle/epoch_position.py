@@ -140,6 +140,8 @@ class EpochPosition:
         """
         loops = checkpoint["loops"]["fit_loop"]
         epochs, batches = self.epoch_counts(), _same(self.batches)
+        if self.left:
+            epochs["processed"] = self.epoch  # else Lightning may find that training is over
         total = _same(self.total_batches)
         loops["epoch_progress"] = {"total": epochs, "current": dict(epochs)}
         loops["epoch_loop.batch_progress"] = {

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.parsing import collect_init_args, parse_class_i
 from torch import nn
 
 from lightning_vr.lifecycle.checked_arguments import checked_arguments
+from lightning_vr.lifecycle.checkpoint_contents import damaged
 from lightning_vr.lifecycle.checkpoints import STATE, check_weights, load_weights, read_checkpoint
 from lightning_vr.lifecycle.configuration import UndescribableError, describe
 from lightning_vr.lifecycle.trust import Trust
@@ -60,6 +61,12 @@ class Description:
             name: value for name, value in self.hyperparameters.items() if name not in foreign
         }
         checkpoint.setdefault(STATE, {})["objects"] = [*self.objects, *foreign]
+
+    def replace(self, module: LightningModule, name: str, value: Any) -> None:
+        """Let an argument of ``module`` have another value from now on, if it has that argument."""
+        if name in self.hyperparameters:
+            self.hyperparameters[name] = value
+            module.save_hyperparameters(dict(self.hyperparameters))
 
 
 @dataclass(frozen=True)
@@ -189,22 +196,23 @@ def class_to_load(cls: type[_Module], class_path: Any, trust: Trust) -> type[_Mo
     """
     if class_path is None:
         return cls
-    name = class_path if isinstance(class_path, str) else repr(class_path)[:60]
-    saved = trust.find(name)
+    if not isinstance(class_path, str):
+        raise damaged(f"hyper_parameters.{_CLASS}", "the name of a class", class_path, trust.path)
+    saved = trust.find(class_path)
     if isinstance(saved, type) and issubclass(saved, LightningModule) and trust.allows(saved):
         if issubclass(saved, cls):
             return saved
         if issubclass(cls, saved):
             return cls
     # a class of a script is `__main__.Name` in one process and `script.Name` in the next
-    short = name.rpartition(".")[2]
+    short = class_path.rpartition(".")[2]
     namesakes = [kind for kind in _subclasses(cls) if kind.__name__ == short]
     if len(namesakes) == 1:
         return namesakes[0]
     raise ValueError(
-        f"The checkpoint {trust.path} holds a {name}, which is not imported or is no subclass of "
-        f"{cls.__name__}: import the module that defines it, or trust its package, as in "
-        f'trust=["{name.partition(".")[0]}"] or --trust on the command line.'
+        f"The checkpoint {trust.path} holds a {class_path}, which is not imported or is no "
+        f"subclass of {cls.__name__}: import the module that defines it, or trust its package, as "
+        f'in trust=["{class_path.partition(".")[0]}"] or --trust on the command line.'
     )
 
 

@@ -1,11 +1,15 @@
-"""Numbers and pictures for every logger, and the run's folder for files.
+"""Numbers, pictures and tables for every logger, and the run's folder for files.
+
+A logger gets a few numbers of each event. Curves over noise levels are pictures and tables, as one
+number for each level would be hundreds of columns.
 
 No logger ends a training run: one that raises, or a disk that is full, is a warning.
 """
 
 import functools
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ _LOGGER_METHODS = (
     "log_metrics",
     "log_hyperparams",
     "log_image",
+    "log_table",
     "save",
     "after_save_checkpoint",
     "finalize",
@@ -128,16 +133,38 @@ def _warning_once(method: Callable[..., Any], trainer: Trainer) -> Callable[...,
     return call
 
 
-def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
-    """Send ``numbers`` to every logger in one event, and to the metrics that callbacks monitor."""
+def log_numbers(
+    trainer: Trainer, numbers: Mapping[str, float], curves: Mapping[str, float] | None = None
+) -> None:
+    """Send numbers to every logger in one event, and to the metrics that callbacks monitor.
+
+    Args:
+        trainer: The trainer.
+        numbers: A few numbers by name.
+        curves: Points of curves by name, which no logger gets but callbacks can monitor.
+    """
     if trainer.sanity_checking:
         return
-    for logger in trainer.loggers:
+    for logger in trainer.loggers if numbers else ():
         with training_goes_on(trainer, f"Numbers to {type(logger).__name__}"):
             logger.log_metrics(dict(numbers), step=trainer.global_step)
     monitored = trainer.callback_metrics  # each access waits for the device
-    for name, value in numbers.items():
+    for name, value in (dict(curves or {}) | dict(numbers)).items():
         monitored[name] = torch.tensor(value)
+
+
+def shows_pictures(trainer: Trainer) -> bool:
+    """Return whether a logger can show pictures or tables; rank 0 alone calls it."""
+    found = False
+    for logger in trainer.loggers:
+        with training_goes_on(trainer, f"Pictures to {type(logger).__name__}"):
+            experiment: Any = getattr(logger, "experiment", None)
+            methods = (
+                (logger, ("log_image", "log_table")),
+                (experiment, ("add_image", "add_text")),
+            )
+            found |= any(hasattr(of, name) for of, names in methods for name in names)
+    return found
 
 
 def log_picture(trainer: Trainer, name: str, path: Path) -> None:
@@ -145,6 +172,47 @@ def log_picture(trainer: Trainer, name: str, path: Path) -> None:
     for logger in trainer.loggers:
         with training_goes_on(trainer, f"The picture of {name} to {type(logger).__name__}"):
             _show(logger, name, path, trainer.global_step)
+
+
+def log_table(
+    trainer: Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[float | str]]
+) -> None:
+    """Show a table in every logger that can show tables or text; rank 0 alone calls it.
+
+    Args:
+        trainer: The trainer.
+        name: Name of the picture that it belongs to; loggers get it as ``<name>_table``.
+        columns: Names of the columns.
+        rows: Values; numbers that are not finite are shown as empty cells.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    for logger in trainer.loggers:
+        with training_goes_on(trainer, f"The table of {name} to {type(logger).__name__}"):
+            _show_table(logger, f"{name}_table", list(columns), cells, trainer.global_step)
+
+
+def _show_table(logger: Any, name: str, columns: list[str], cells: Any, step: int) -> None:
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(logger, "log_table"):
+        logger.log_table(key=name, columns=columns, data=cells, step=step)
+    elif hasattr(experiment, "add_text"):
+        experiment.add_text(name, markdown_table(columns, cells), step)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[float | str | None]]) -> str:
+    """Return a table in Markdown, with numbers of four digits."""
+    shown = [columns, ["---"] * len(columns), *([_text(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in shown)
+
+
+def _cell(value: float | str) -> float | str | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _text(cell: float | str | None) -> str:
+    if cell is None:
+        return ""
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
 def _show(logger: Any, name: str, path: Path, step: int) -> None:

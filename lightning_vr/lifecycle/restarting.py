@@ -162,8 +162,8 @@ def _tell(trainer: Trainer, position: EpochPosition) -> None:
     """Say what cannot be as if the run had not stopped."""
     if position.torn is not None:
         rank_zero_warn(
-            f"The checkpoint was saved by an error {position.torn}: the run goes on, but not as if "
-            f"it had not stopped. Resume from an earlier checkpoint for that."
+            f"The checkpoint was saved {position.torn}: the run goes on, but not as if it had not "
+            f"stopped. Resume from an earlier checkpoint for that."
         )
     elif position.due == "batch_end" and (names := _missed(trainer, position.left)):
         rank_zero_warn(

@@ -42,12 +42,16 @@ from lightning_vr.lifecycle.checkpoint_io import (
     use_durable_checkpoints,
 )
 from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
-from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
+from lightning_vr.lifecycle.epoch_length import (
+    check_training_batches,
+    check_validation_batches,
+    equalize_epoch_length,
+)
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
 from lightning_vr.lifecycle.hyperparameters import load_module
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
-from lightning_vr.lifecycle.stopping import CoordinatedStop, bypass_collectives
+from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating
 from lightning_vr.lifecycle.strategies import check_strategy
 from lightning_vr.lifecycle.weight_averaging import AveragedWeights, load_what_trains
 
@@ -96,11 +100,12 @@ class ResumableModule(KeyedModule, LightningModule):
         """Install run safeguards: durable checkpoints, tolerant loggers, coordinated stopping."""
         self._hooks_called = {"on_fit_start"}
         check_strategy(self.trainer, self)
+        check_training_batches(self.trainer)
         check_optimizer_states(self.trainer)
         self._resuming.begin(self.trainer)
         self._averages.watch(self.trainer)
         self._guard.begin()
-        self._stop.install_signal_handlers(self.trainer)
+        self._stop.begin_fit(self.trainer)
         begin_checkpoints(self.trainer)
         keep_csv_logs_whole(self.trainer)
         warn_on_logger_errors(self.trainer)
@@ -111,6 +116,7 @@ class ResumableModule(KeyedModule, LightningModule):
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         equalize_epoch_length(self.trainer)
+        check_validation_batches(self.trainer)
         self._resuming.restore_gradients(self)
         self._resuming.watch_optimizers(self.trainer)
         self.prepare_training()
@@ -123,6 +129,7 @@ class ResumableModule(KeyedModule, LightningModule):
             ValueError: If the last checkpoint could not be written, or a weight is not finite.
         """
         self._hooks_called = set()
+        check_training_batches(self.trainer)
         if self._resuming.is_due:
             self._resuming.end(self.trainer)
         finish_checkpoints(self.trainer)
@@ -177,6 +184,39 @@ class ResumableModule(KeyedModule, LightningModule):
         """Raise if training makes no progress."""
         self._resuming.end_epoch()
 
+    def on_validation_start(self) -> None:
+        """Install a handler of signals, if this is no part of a fit."""
+        self._begin_evaluation()
+
+    def on_test_start(self) -> None:
+        """Install a handler of signals."""
+        self._begin_evaluation()
+
+    def on_predict_start(self) -> None:
+        """Install a handler of signals."""
+        self._begin_evaluation()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to, and this is no part of a fit."""
+        self.stop_evaluation_if_asked()
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to."""
+        self.stop_evaluation_if_asked()
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to."""
+        self.stop_evaluation_if_asked()
+
+    def stop_evaluation_if_asked(self) -> None:
+        """End ``validate``, ``test`` or ``predict`` at once if any rank was asked to.
+
+        Raises:
+            SIGTERMException: If one was.
+        """
+        if self._trainer is not None:
+            self._stop.end_evaluation_if_asked(self._trainer)
+
     def stop_if_asked(self) -> None:
         """End what takes long at once if any rank was asked to; all ranks call it.
 
@@ -190,9 +230,8 @@ class ResumableModule(KeyedModule, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed and gradients that wait, so that a resumed run repeats."""
         state = checkpoint.setdefault(STATE, {})
-        state["seed"] = self.seed
+        state["seed"] = self.run_seed if self._is_fitting else self.seed
         if self._is_fitting or self._has_fitted:
-            bypass_collectives(self.trainer)
             self._averages.complete(self.trainer, self, checkpoint)
             state |= self._resuming.state(self, checkpoint)
             state["skipped"] = self._guard.skipped
@@ -241,6 +280,10 @@ class ResumableModule(KeyedModule, LightningModule):
                 be built, or if the weights do not fit.
         """
         return load_module(cls, checkpoint_path, map_location, strict, kwargs, trust)
+
+    def _begin_evaluation(self) -> None:
+        if is_evaluating(self.trainer):
+            self._stop.begin_evaluation(self.trainer)
 
     def _check_hooks_called(self) -> None:
         """Raise if a subclass has overridden a hook that a run needs without ``super()``."""

@@ -9,6 +9,7 @@ to the order of summation.
 Private attributes of Lightning's loops are as seen in version 2.6.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -110,12 +111,11 @@ class Resuming:
         if self._loaded:
             return self._loaded  # the run has not gone on since
         position, row = self._at_error or self._read(trainer)
-        metrics = trainer._logger_connector._callback_metrics
         return {
             "position": position.state(),
             "window": self._window(module, checkpoint, position),
             "row": row,
-            "metrics": {name: torch.as_tensor(x).detach().cpu() for name, x in metrics.items()},
+            "metrics": _on_cpu(trainer._logger_connector._callback_metrics),
         }
 
     def restore_gradients(self, module: LightningModule) -> None:
@@ -141,7 +141,7 @@ class Resuming:
             )
         if window["lost"]:
             rank_zero_warn(
-                f"The checkpoint was saved by an error within a backward pass: the gradients of "
+                f"The checkpoint was saved within a backward pass: the gradients of "
                 f"{window['lost']} batches are lost, and the next optimizer step uses only the "
                 f"rest of its {batches} batches."
             )
@@ -154,9 +154,7 @@ class Resuming:
         if not self._loaded:
             return
         position, loaded = self._position, self._loaded
-        device = trainer.strategy.root_device
-        metrics = {name: value.to(device) for name, value in loaded["metrics"].items()}
-        trainer._logger_connector._callback_metrics.update(metrics)
+        self._restore_metrics(trainer)
 
         def begin() -> None:
             self._loaded = {}
@@ -168,6 +166,7 @@ class Resuming:
 
     def end(self, trainer: Trainer) -> None:
         """Log the final step's pending metrics, where Lightning finds that no step is left."""
+        self._restore_metrics(trainer)
         position, row, self._loaded = self._position, self._loaded["row"], {}
         log_row(trainer, row)
         for logger in trainer.loggers:
@@ -181,6 +180,13 @@ class Resuming:
     @property
     def _position(self) -> EpochPosition:
         return EpochPosition(**self._loaded["position"])
+
+    def _restore_metrics(self, trainer: Trainer) -> None:
+        """Restore the numbers that callbacks and schedulers monitor."""
+        device, row = trainer.strategy.root_device, self._loaded["row"]
+        metrics = self._loaded["metrics"] | ({} if row is None else row["metrics"])
+        metrics = {name: value.to(device) for name, value in metrics.items()}
+        trainer._logger_connector._callback_metrics.update(metrics)
 
     def _read(self, trainer: Trainer) -> tuple[EpochPosition, dict[str, Any] | None]:
         position = EpochPosition.of(trainer, self.marks)
@@ -247,8 +253,14 @@ def _row(trainer: Trainer, position: EpochPosition) -> dict[str, Any] | None:
         step = loop._batches_that_stepped
     else:
         return None
-    numbers = {name: float(value) for name, value in connector.metrics["log"].items()}
-    return {"step": step, "numbers": numbers | {"epoch": trainer.current_epoch}}
+    found = connector.metrics
+    numbers = {name: float(value) for name, value in found["log"].items()}
+    numbers["epoch"] = trainer.current_epoch
+    return {"step": step, "numbers": numbers, "metrics": _on_cpu(found["callback"])}
+
+
+def _on_cpu(metrics: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(value).detach().cpu() for name, value in metrics.items()}
 
 
 def _is_validation_due(trainer: Trainer, position: EpochPosition) -> bool:

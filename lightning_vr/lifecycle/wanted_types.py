@@ -118,7 +118,9 @@ def _any_of(hints: Any) -> Wanted:
 def _of_class(kind: type) -> Wanted:
     if issubclass(kind, (str, Enum, os.PathLike)):
         return Wanted(takes_text=True)
-    is_abstract = getattr(kind, "_is_protocol", False)
+    if kind is types.ModuleType:
+        return Wanted(objects=(kind,))  # nothing in a file is one: text would be imported
+    is_abstract = getattr(kind, "_is_protocol", False) or typing.is_typeddict(kind)
     # much of what runs commands or writes files is an Iterable, a Hashable, an object
     if is_abstract or kind.__module__.partition(".")[0] in sys.stdlib_module_names:
         return OPEN

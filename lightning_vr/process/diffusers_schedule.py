@@ -244,10 +244,8 @@ def _is_flow(scheduler: Any) -> bool:
 
 def _interpolates(scheduler: Any) -> bool:
     """Return whether a scheduler's own ``scale_noise`` mixes sample and noise as a flow does."""
-    steps, times = (
-        _config(scheduler).get("num_train_timesteps"),
-        getattr(scheduler, "timesteps", None),
-    )
+    steps = _config(scheduler).get("num_train_timesteps")
+    times = getattr(scheduler, "timesteps", None)
     if steps is None or not isinstance(times, Tensor) or len(times) == 0:
         return False
     found = []

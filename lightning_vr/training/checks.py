@@ -1,6 +1,7 @@
 """What is checked when a model is built, that its parts go together, and of each kind of batch."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,9 @@ from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.objective import Objective
 from lightning_vr.training.sample_arguments import check_guidance
+
+_LARGEST_PIXEL = 8.0
+"""Above what latents of unit variance and standardised pixels reach."""
 
 
 def check_conditioning(
@@ -181,6 +185,20 @@ def check_clean(
             f"Sample indices must be positions in the training set, but sample "
             f"{int(positions[0])} has index {int(clean.index[0])}: let item i of the data set "
             f"carry the index i."
+        )
+
+
+def warn_of_range(clean: Clean) -> None:
+    """Warn if images reach far outside [-1, 1], as pixels from 0 to 255 in floating point do."""
+    if clean.x0.ndim < 4:
+        return
+    largest = float(clean.x0.detach().abs().max())
+    if largest > _LARGEST_PIXEL:
+        warnings.warn(
+            f"Images should lie in [-1, 1], but these reach {largest:.4g}: scale them, as "
+            f"`image / 127.5 - 1` for pixels from 0 to 255, or divide latents by their standard "
+            f"deviation.",
+            stacklevel=2,
         )
 
 

@@ -121,7 +121,7 @@ class ControlMeasurement:
         wanted = math.ceil(_LEAST_DRAWS * self.control.bins / (2 * resamples))
         some = clean.rows(slice(0, max(wanted, len(clean.x0) // 2)))
         # all ranks draw equally often: the smallest batch says how often
-        size = least(len(some.x0), device_of(self.model))
+        size = least(len(some.x0))
         units = [
             self._pairs(some, partial(source, "pairs", unit))
             for unit in range(math.ceil(wanted / size))

@@ -48,6 +48,7 @@ from lightning_vr.training.checks import (
     check_estimators,
     check_objective,
     check_upstream,
+    warn_of_range,
 )
 
 
@@ -128,8 +129,7 @@ class Diffusion(KeyedModule):
     def encode(self, batch: Any) -> Clean:
         """Turn a batch into clean samples; override it for latents or conditions.
 
-        Args:
-            batch: What ``Clean.from_batch`` takes, unless overridden.
+        Unless overridden it takes what ``Clean.from_batch`` takes.
         """
         return Clean.from_batch(batch)
 
@@ -169,8 +169,7 @@ class Diffusion(KeyedModule):
             group: Class labels ``(B,)``, negative where unconditional; None if all are.
             cond: Further condition of the network.
         """
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        weight = torch.ones_like(t)
+        alpha, sigma, weight = self.schedule.alpha(t), self.schedule.sigma(t), torch.ones_like(t)
         noised = Noised(xt, xt, torch.zeros_like(xt), t, alpha, sigma, weight, group, cond)
         return denoise(self.predict, noised, self.objective)
 
@@ -198,6 +197,7 @@ class Diffusion(KeyedModule):
         if self.training not in self._checked_modes:
             check_clean(clean, self.num_classes, allow_nonfinite=self.skips_nonfinite)
             check_upstream(clean, self.target)
+            warn_of_range(clean)
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
         draws = draws or self.draws

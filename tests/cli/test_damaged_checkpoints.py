@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import POINTS
 from PIL import Image
 from support.networks import small_mlp
 from support.trainers import quiet_trainer
@@ -215,6 +214,9 @@ DAMAGED = {
     "a setting that is no number": (hyper(sigma_data="wide"), ALL, "sigma_data"),
     "a network of no arguments": (hyper(network="ResidualMLPs"), ALL, "network"),
     "a network of negative size": (hyper(network=NEGATIVE), ALL, "negative|width"),
+    "a tensor for a setting": (hyper(lr_scheduler=torch.zeros(2, 3)), ALL, "`lr_scheduler`"),
+    "numbers for arguments": (hyper(network={1: 2}), ALL, "`network` .* with the key 1"),
+    "a class of no name": (hyper(_class_path={1: 2}), ALL, "_class_path` .* the name of a class"),
     "another class": (hyper(**OTHER), ALL, "holds a lightning.*no subclass of DiffusionModule"),
     "another network": (hyper(network=WIDER), ALL, "does not fit the module"),
     # the package's own state
@@ -278,18 +280,37 @@ DAMAGED = {
         FIT,
         "optimizer_states.betas",
     ),
+    "an option of no number": (
+        having(optimizer_states__0__param_groups__0__eps=[None]),
+        FIT,
+        r"optimizer_states.eps` .* must be as 1e-08 is",
+    ),
+    "a rate of NaN": (
+        having(optimizer_states__0__param_groups__0__lr=NAN),
+        FIT,
+        "optimizer_states.lr` .* got nan",
+    ),
+    "position of text": (having(lightning_vr__position="one"), ALL, "lightning_vr.position`"),
+    "calls of text": (having(lightning_vr__sample_calls="one"), ALL, "sample_calls`"),
+    "a parameter of no number": (
+        having(optimizer_states__0__param_groups__0__params__1=NAN),
+        FIT,
+        "`optimizer_states",
+    ),
     "moments of another shape": (moments(exp_avg=torch.zeros(2, 7)), FIT, r"got \(2, 7\)"),
     "moments of text": (moments(exp_avg="one"), FIT, "exp_avg"),
     "schedulers none": (having(lr_schedulers=None), FIT, "`lr_schedulers`"),
     "schedulers twice": (having(lr_schedulers=[{}, {}]), FIT, "must be 0 states .* got 2"),
     "epoch of text": (having(epoch="one"), FIT, "`epoch`"),
     "no step": (without("global_step"), FIT, "`global_step`"),
-    "position of text": (having(EightGaussians="one"), FIT, "EightGaussians|does not restore|pos"),
+    "data of text": (having(EightGaussians="one"), FIT, "EightGaussians|does not restore|pos"),
 }
+DATA = ["--data=EightGaussians", "--data.num_samples=64", "--data.num_validation=16"]
+DATA += ["--data.batch_size=16"]
 FLAGS = {
     "predict": ["--num_samples=3"],
-    "fit": [*POINTS, "--data.batch_size=16", "--trainer.max_steps=3"],
-    "audit": [*POINTS, "--data.batch_size=16", "--budget=1"],
+    "fit": [*DATA, "--trainer.max_steps=3"],
+    "audit": [*DATA, "--budget=1"],
 }
 CASES = [(kind, command) for kind, (_, commands, _) in DAMAGED.items() for command in commands]
 FIRST = [

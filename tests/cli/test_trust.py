@@ -22,7 +22,7 @@ import torch
 Path("imported").touch()
 
 
-class SGD(torch.optim.SGD):
+class Descent(torch.optim.SGD):
     pass
 
 
@@ -77,7 +77,9 @@ def stopped(capsys):
 
 
 @pytest.mark.parametrize("command", FLAGS)
-@pytest.mark.parametrize("given", [SYSTEM, "os.system", "strange.SGD", "{class_path: os.system}"])
+@pytest.mark.parametrize(
+    "given", [SYSTEM, "os.system", "strange.Descent", "{class_path: os.system}"]
+)
 def test_no_command_runs_what_a_checkpoint_names(given, command, changed, stopped):
     line = stopped(command, changed(given), *FLAGS[command])
     assert "`optimizer` in the checkpoint changed.ckpt must be" in line
@@ -92,7 +94,7 @@ def test_nor_where_the_module_is_configured(changed, stopped):
 
 
 def test_a_package_that_is_trusted_may_be_built(changed, stopped):
-    path = changed({"class_path": "strange.SGD", "init_args": {"lr": 0.1}})
+    path = changed({"class_path": "strange.Descent", "init_args": {"lr": 0.1}})
     assert "--trust strange on the command line" in stopped("predict", path)
     main(["predict", path, *FLAGS["predict"], "--trust", "strange", *QUIET])
     assert Path("imported").exists()

@@ -5,11 +5,12 @@ from lightning_vr.core.distributed import (
     all_gather_numbers,
     all_gather_rows,
     all_reduce_sum,
+    any_of_ranks,
     broadcast,
     exchange_rows,
     gather_rows,
     rank,
-    row_offset,
+    row_counts,
     world_size,
 )
 
@@ -31,9 +32,10 @@ def every_collective(number):
         "integers": all_gather_rows(mine[:, 0].long()),
         "one rank empty": all_gather_rows(mine[:0] if number == 0 else mine),
         "half": all_gather_rows(mine.bfloat16()),
-        "offset": row_offset(len(mine), mine.device),
+        "counts": row_counts(len(mine)),
         "counted": gather_rows(mine, [3, 5]),
-        "numbers": all_gather_numbers([number, 7], mine.device),
+        "numbers": all_gather_numbers([number, 7]),
+        "any": any_of_ranks([number == 0, False, True]),
         # of six rows the first rank gets two and the second four
         "exchanged": exchange_rows(rows(6, 100 * number), [2, 4]),
         "to one": exchange_rows(rows(1, 100 * number), [1, 0]),
@@ -63,6 +65,8 @@ def test_rows_of_known_counts_and_numbers_are_gathered_in_rank_order(results):
     for found in results:
         assert torch.equal(found["counted"], found["uneven"])
         assert found["numbers"] == [[0, 7], [1, 7]]
+        assert found["counts"] == [3, 5]
+        assert found["any"] == [True, False, True]
 
 
 def test_rows_are_exchanged_so_that_each_rank_has_what_all_have_sent_it(results):
@@ -71,12 +75,6 @@ def test_rows_are_exchanged_so_that_each_rank_has_what_all_have_sent_it(results)
     assert torch.equal(second["exchanged"], torch.stack([rows(4, 4), rows(4, 104)]))
     assert torch.equal(first["to one"], torch.stack([rows(1, 0), rows(1, 100)]))
     assert second["to one"].shape == (2, 0, 2)
-
-
-def test_the_row_offset_is_where_a_ranks_rows_begin_in_the_gathered_ones(results):
-    for found in results:
-        start, mine = found["offset"], found["input"]
-        assert torch.equal(found["uneven"][start : start + len(mine)], mine)
 
 
 def test_sums_and_broadcasts_are_the_same_on_every_rank_and_change_no_input(results):
@@ -91,8 +89,8 @@ def test_on_one_process_collectives_are_the_identity():
     x = rows(3, 0)
     for collective in (all_gather_rows, all_reduce_sum, broadcast):
         assert collective(x) is x
-    assert row_offset(3, x.device) == 0
+    assert row_counts(3) == [3]
     assert gather_rows(x, [3]) is x
     assert torch.equal(exchange_rows(x, [3]), x[None])
-    assert all_gather_numbers([4, 2], x.device) == [[4, 2]]
+    assert all_gather_numbers([4, 2]) == [[4, 2]]
     assert (rank(), world_size()) == (0, 1)

@@ -66,8 +66,9 @@ def test_the_callbacks_attach_to_a_trainer_that_is_not_ours(tmp_path, monkeypatc
         assert (folder / name).stat().st_size > 0
     header = (folder / "metrics.csv").read_text().splitlines()[0]
     assert "frechet_distance/digits_n40" in header
-    assert "target_variance/dsm/s" in header
     assert "gradient_variance/timestep" in header
+    assert "dsm,dsm_error" in (folder / "target_variance.csv").read_text()
+    assert (folder / "gradient_variance.csv").read_text().count(",whole,all,") > 0
 
 
 def test_latents_are_resampled_where_encoding_is_expensive(tmp_path, monkeypatch, capsys):

@@ -611,7 +611,7 @@ def test_a_logger_that_raises_ends_no_run_and_the_others_get_everything(tmp_path
     assert fit.global_step == 4
     text = (tmp_path / "good/version_0/metrics.csv").read_text()
     assert "train/loss" in text
-    assert "target_variance/dsm" in text
+    assert "target_variance/dsm_total" in text
 
 
 def test_a_failing_logger_is_told_of_once_for_each_of_its_methods(recwarn):

@@ -30,11 +30,11 @@ import lightning_vr
 Path("imported").touch()
 
 
-class SGD(torch.optim.SGD):
+class Descent(torch.optim.SGD):
     pass
 
 
-class Network(nn.Module):
+class Strange(nn.Module):
     def __init__(self, width=2, inner=None):
         super().__init__()
         self.project = nn.Linear(2, 2)
@@ -48,7 +48,7 @@ class Plain:
     pass
 
 
-class Module(lightning_vr.DiffusionModule):
+class StrangeModule(lightning_vr.DiffusionModule):
     pass
 
 
@@ -168,16 +168,16 @@ HOSTILE = {
     "a function within": {
         "lr_scheduler": touch("torch.optim.lr_scheduler.LambdaLR", lr_lambda="os.system")
     },
-    "foreign": {"optimizer": touch("strange.SGD", lr=0.1)},
-    "foreign as text": {"optimizer": "strange.SGD"},
+    "foreign": {"optimizer": touch("strange.Descent", lr=0.1)},
+    "foreign as text": {"optimizer": "strange.Descent"},
     "foreign function": {"lr_scheduler": "strange.schedule"},
-    "foreign network": {"network": touch("strange.Network")},
-    "foreign network as text": {"network": "strange.Network"},
-    "foreign slot": {"target": touch("strange.Network")},
-    "foreign submodule": {"network": touch("strange.deep.Network")},
-    "a name that only begins alike": {"network": touch("torch_strange.Network")},
+    "foreign network": {"network": touch("strange.Strange")},
+    "foreign network as text": {"network": "strange.Strange"},
+    "foreign slot": {"target": touch("strange.Strange")},
+    "foreign submodule": {"network": touch("strange.deep.Strange")},
+    "a name that only begins alike": {"network": touch("torch_strange.Strange")},
     "without a module": {"network": touch("Network")},
-    "relative": {"network": touch("..strange.Network")},
+    "relative": {"network": touch("..strange.Strange")},
     "a number": {"network": {"class_path": 3}},
     "a graph": {"network": touch("torch.fx.GraphModule", root={}, graph=None)},
     "a script": {"network": touch("torch.jit.ScriptModule")},
@@ -194,7 +194,7 @@ HOSTILE = {
     "deep inside as text": {
         "network": touch(f"{__name__}.Untyped", inner=["{a: {class_path: os.system}}"])
     },
-    "as a name inside": {"network": touch(f"{__name__}.Untyped", inner="strange.Network")},
+    "as a name inside": {"network": touch(f"{__name__}.Untyped", inner="strange.Strange")},
     "as a file inside": {"network": touch(f"{__name__}.Untyped", inner="evil.yaml")},
     "a name of the standard library": {
         "network": touch(f"{__name__}.Untyped", inner="antigravity.fly")
@@ -206,10 +206,10 @@ HOSTILE = {
         }
     },
     "in a list of modules": {
-        "network": touch(f"{__name__}.Typed", parts=[touch("strange.Network")])
+        "network": touch(f"{__name__}.Typed", parts=[touch("strange.Strange")])
     },
     "a class as a class": {"network": touch(f"{__name__}.Typed", kind="subprocess.Popen")},
-    "a foreign class as a class": {"network": touch(f"{__name__}.Typed", kind="strange.Network")},
+    "a foreign class as a class": {"network": touch(f"{__name__}.Typed", kind="strange.Strange")},
     "a plain class of the process": {
         "network": touch(f"{__name__}.Untyped", inner=touch("pathlib.Path"))
     },
@@ -219,7 +219,7 @@ HOSTILE = {
     "arguments that are a list": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": []}},
     "module of another kind": {"_class_path": "torch.nn.Linear"},
     "module that is a function": {"_class_path": "os.system"},
-    "foreign module": {"_class_path": "strange.Module"},
+    "foreign module": {"_class_path": "strange.StrangeModule"},
     "module without a name": {"_class_path": ["os", "system"]},
 }
 
@@ -257,7 +257,7 @@ def test_the_name_that_lightning_would_call_is_not_looked_at(changed):
 
 
 def test_a_package_that_is_trusted_is_imported_and_built(changed):
-    path = changed(optimizer=touch("strange.SGD", lr=0.5))
+    path = changed(optimizer=touch("strange.Descent", lr=0.5))
     with pytest.raises(ValueError, match=r'trust=\["strange"\].*--trust strange'):
         DiffusionModule.load_from_checkpoint(path)
     module = DiffusionModule.load_from_checkpoint(path, trust=["strange"])
@@ -266,8 +266,11 @@ def test_a_package_that_is_trusted_is_imported_and_built(changed):
 
 
 def test_a_module_of_a_trusted_package_is_built(changed):
-    path = changed(_class_path="strange.Module")
-    assert type(DiffusionModule.load_from_checkpoint(path, trust=["strange"])).__name__ == "Module"
+    path = changed(_class_path="strange.StrangeModule")
+    assert (
+        type(DiffusionModule.load_from_checkpoint(path, trust=["strange"])).__name__
+        == "StrangeModule"
+    )
 
 
 def test_a_plain_object_of_a_trusted_package_is_built_where_the_hint_is_open(changed):
@@ -279,7 +282,7 @@ def test_a_plain_object_of_a_trusted_package_is_built_where_the_hint_is_open(cha
 
 
 def test_trust_does_not_make_an_optimizer_of_a_function(changed):
-    for given in (touch("strange.build"), "strange.build", touch("strange.Network")):
+    for given in (touch("strange.build"), "strange.build", touch("strange.Strange")):
         with pytest.raises(ValueError, match="must be an Optimizer"):
             DiffusionModule.load_from_checkpoint(changed(optimizer=given), trust=["strange"])
     assert not Path("ran").exists()
@@ -338,7 +341,7 @@ def resumable(**hyperparameters):
 
 def test_other_modules_are_loaded_as_safely(changed):
     assert Resumable.load_from_checkpoint(resumable(width=2)).width == 2
-    for network in (touch("os.system", **RUN), touch("strange.Network")):
+    for network in (touch("os.system", **RUN), touch("strange.Strange")):
         path = resumable(
             width=2,
             network=network,
