@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 Sums = dict[str, dict[str, Any]]
-"""By Lightning's key of a number: its ``name`` to callbacks, that under which it is ``logged`` for
-an epoch, the ``value`` and, for a mean, its ``count``."""
+"""By Lightning's key of a number: the ``name`` that callbacks know it by, the one that it is
+``logged`` by for an epoch, the ``value`` and, for a mean, its ``count``."""
 
 
 class EpochSums:
