@@ -106,6 +106,7 @@ class GradientVariance(Callback):
         self._groups: list[str] = []
         self._measurements = 0
         self._period = 0
+        self._measured_step = -1
         self._restored_batch: Any = None
         self._every = 1
         self._is_prepared = False
@@ -133,6 +134,7 @@ class GradientVariance(Callback):
         """
         if stage != "fit":
             return
+        self._measured_step = -1
         strategy = trainer.strategy
         if not isinstance(strategy, SingleDeviceStrategy) and type(strategy) is not DDPStrategy:
             raise MisconfigurationException(
@@ -198,8 +200,9 @@ class GradientVariance(Callback):
         """Measure from micro-batches and ranks, and log at the loggers' cadence."""
         assert self._probe is not None
         found = self._probe.before_optimizer_step()
-        if found is None:
-            return
+        if found is None or trainer.global_step == self._measured_step:
+            return  # an error has ended the batch after this, and it is taken again
+        self._measured_step = trainer.global_step
         self._pending.append(found)
         cadence = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if len(self._pending) > _MOST_PENDING:
@@ -249,6 +252,7 @@ class GradientVariance(Callback):
             "groups": groups,
             "measurements": self._measurements,
             "period": self._period,
+            "measured_step": self._measured_step,
             "batch": self._pending_batch(),
         }
 
@@ -257,6 +261,7 @@ class GradientVariance(Callback):
         self._state = state_dict["statistics"]
         self._groups = state_dict["groups"]
         self._measurements, self._period = state_dict["measurements"], state_dict["period"]
+        self._measured_step = state_dict["measured_step"]
         self._restored_batch = state_dict["batch"]
 
     @property

@@ -91,7 +91,7 @@ class ResumableModule(KeyedModule, LightningModule):
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         equalize_epoch_length(self.trainer)
         self._resuming.restore_gradients(self)
-        self._resuming.watch_optimizers(self.trainer)
+        self._resuming.begin_training(self.trainer)
         self.prepare_training()
         self._resuming.restart(self.trainer)
 
