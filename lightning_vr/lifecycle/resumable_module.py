@@ -118,7 +118,7 @@ class ResumableModule(KeyedModule, LightningModule):
         equalize_epoch_length(self.trainer)
         check_validation_batches(self.trainer)
         self._resuming.restore_gradients(self)
-        self._resuming.watch_optimizers(self.trainer)
+        self._resuming.begin_training(self.trainer)
         self.prepare_training()
         self._resuming.restart(self.trainer)
 

@@ -45,6 +45,7 @@ class Resuming:
         self._loaded: dict[str, Any] = {}
         self._has_just_loaded = False
         self._at_error: tuple[EpochPosition, dict[str, Any] | None] | None = None
+        self._data = EpochPosition()
         self._handles: list[Any] = []
         self._empty_epochs = 0
 
@@ -96,8 +97,8 @@ class Resuming:
                 "row: make a loader that can be iterated over again, or end the run."
             )
 
-    def watch_optimizers(self, trainer: Trainer) -> None:
-        """Note when an optimizer has changed weights, which Lightning counts only later."""
+    def begin_training(self, trainer: Trainer) -> None:
+        """Note what is trained on and, before Lightning counts it, when weights have changed."""
 
         def note(*_: Any) -> None:
             self.marks.has_stepped, self.marks.is_stepping = True, False
@@ -105,6 +106,7 @@ class Resuming:
         for handle in self._handles:
             handle.remove()
         self._handles = [each.register_step_post_hook(note) for each in trainer.optimizers]
+        self._data.set_data(trainer)
 
     def state(self, module: LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint must hold besides Lightning's own; all ranks call it.
@@ -211,6 +213,8 @@ class Resuming:
 
     def _read(self, trainer: Trainer) -> tuple[EpochPosition, dict[str, Any] | None]:
         position = EpochPosition.of(trainer, self.marks)
+        # after a fit the trainer may have other data, or none
+        position.data, position.sizes = self._data.data, self._data.sizes
         return position, _row(trainer, position)
 
     def _note_position_of_errors(self, trainer: Trainer) -> None:
