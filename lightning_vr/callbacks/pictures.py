@@ -106,7 +106,7 @@ def _scatter(points: Tensor, path: Path) -> None:
     axes = figure.subplots()
     axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=4, linewidths=0, alpha=0.6)
     axes.set_aspect("equal")
-    axes.set_xlabel("$x_1$")
-    axes.set_ylabel("$x_2$")
+    axes.set_xlabel("x₁")  # mathematics between dollars is parsed anew, and kept, for each figure
+    axes.set_ylabel("x₂")
     axes.set_title(f"{len(points)} samples")
     save_figure(figure, path)
