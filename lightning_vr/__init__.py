@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         RectifiedFlow,
         ResidualMLP,
         Sampler,
+        Shifted,
         Uniform,
         UnitWeighting,
     )
@@ -85,6 +86,7 @@ __all__ = [
     "ResumableModule",
     "SampleGrid",
     "Sampler",
+    "Shifted",
     "TableProposal",
     "TargetEstimate",
     "TargetVariance",

@@ -69,13 +69,14 @@ def read_candidates(path: str | Path) -> list[Candidate]:
         ValueError: If there is no such file, or it holds something else.
         ArgumentError: If a setting is wrong.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise ValueError(
             f"`candidates` must be a YAML file, got {path}, but there is no file of that name: "
             f"check the path."
         )
     try:
-        listed = yaml.safe_load(Path(path).read_text())
+        listed = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
             f"`candidates` must be a YAML file, got {path}, which cannot be read ({error}): fix it "

@@ -45,6 +45,7 @@ from lightning_vr.core.rng import generator
 from lightning_vr.core.types import Clean
 from lightning_vr.lifecycle.precision import loss_scale, loss_scaler
 from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.lifecycle.stopping import raise_if_asked
 from lightning_vr.lifecycle.training_set import training_loader
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.noisy_losses import DiffusionLoss
@@ -178,6 +179,7 @@ class AuditMeasurement:
             yield from next(self.batches)
 
     def _encode(self, batch: Any) -> Clean:
+        raise_if_asked(self.trainer)
         with self.trainer.precision_plugin.forward_context():
             return self.module.clean(batch)
 

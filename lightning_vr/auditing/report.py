@@ -11,6 +11,8 @@ from rich.table import Table
 
 from lightning_vr.auditing.result import Audit, MeasuredEstimator
 from lightning_vr.callbacks.gradient_variance_report import PARTS, draw_components
+from lightning_vr.callbacks.pictures import frees_figure, save_figure
+from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import level_names
 from lightning_vr.variance.bootstrap import Interval
 
@@ -36,9 +38,13 @@ def table(audit: Audit) -> Table:
 def save(audit: Audit, folder: str | Path) -> None:
     """Write ``audit.json``, ``audit.md`` and ``audit.png`` to a folder, made if it is missing."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "audit.json").write_text(json.dumps(audit.to_dict(), indent=2, allow_nan=False))
-    (folder / "audit.md").write_text(page(audit))
+    texts = {
+        "audit.json": json.dumps(audit.to_dict(), indent=2, allow_nan=False),
+        "audit.md": page(audit),
+    }
+    for name, text in texts.items():
+        with replacing(folder / name, "w", encoding="utf-8") as file:
+            file.write(text)
     draw(audit, folder / "audit.png")
 
 
@@ -53,6 +59,7 @@ def page(audit: Audit) -> str:
     return "\n".join(lines)
 
 
+@frees_figure
 def draw(audit: Audit, path: Path) -> None:
     """Draw the parts of each estimator's variance, by noise level, and what each saves."""
     from matplotlib.figure import Figure
@@ -65,7 +72,7 @@ def draw(audit: Audit, path: Path) -> None:
     levels.set_title("current estimator, by noise level")
     levels.set_xlabel("noise level  s = σ / α, in the middle of equally likely bins")
     _draw_multipliers(saving, audit)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _row(measured: MeasuredEstimator) -> list[str]:

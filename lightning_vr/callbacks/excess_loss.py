@@ -1,10 +1,9 @@
-"""Excess loss in a run: whether it is known, what each step adds, how it is shown and written.
+"""Excess loss in a run: whether it is known, what each step adds, its numbers and picture.
 
 ``variance.excess_loss`` holds the theory. It needs the curve of the whole training set: a part of
 it has another posterior mean and less variance, and the difference would be taken for excess loss.
 """
 
-import csv
 import logging
 import math
 from pathlib import Path
@@ -14,11 +13,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.callbacks.target_variance_report import numbers as numbers_by_level
 from lightning_vr.core.types import LossEstimate
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import DSM
-from lightning_vr.lifecycle.loggers import log_picture, run_folder, training_goes_on
+from lightning_vr.lifecycle.loggers import log_picture, log_table, training_goes_on
 from lightning_vr.lifecycle.training_set import training_loader
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.variance.excess_loss import ExcessLoss, LossParts
@@ -26,6 +26,9 @@ from lightning_vr.variance.irreducible_variance import IrreducibleVariance
 from lightning_vr.variance.target_curves import TargetVarianceCurve
 
 log = logging.getLogger(__name__)
+
+COLUMNS = ("noise_level", *LossParts._fields)
+"""Columns of ``excess_loss.csv`` after ``step``."""
 
 
 def start(
@@ -62,30 +65,45 @@ def add(excess: ExcessLoss, module: DiffusionModule, estimate: LossEstimate) -> 
     excess.add(noised.noise_level, estimate.per_draw, scale)
 
 
-def numbers(excess: ExcessLoss) -> dict[str, float]:
-    """Add up what is recent over all ranks, and return the means by name.
+def totals(excess: ExcessLoss) -> dict[str, float]:
+    """Return the means over all noise levels by name, as of the last ``advance``.
 
-    Names are those of loggers: ``excess_loss/s0.5``, ``excess_loss/total``.
+    ``target_variance/removed_fraction`` is the fraction of ``target_variance/dsm_total``, the
+    irreducible loss of the plain target, that the module's own target removes.
     """
-    excess.advance()
-    parts, total = excess.by_level(), excess.total()
-    columns = {"excess_loss": parts.excess, "irreducible_loss": parts.irreducible}
-    found = numbers_by_level(excess.noise_levels, columns, prefix="")
-    totals = {
+    total = excess.total()
+    found = {
         "excess_loss/total": float(total.excess),
         "irreducible_loss/total": float(total.irreducible),
+        "target_variance/dsm_total": float(total.irreducible_dsm),
+        "target_variance/removed_fraction": float(1 - total.irreducible / total.irreducible_dsm),
     }
-    return found | {name: value for name, value in totals.items() if not math.isnan(value)}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def write(trainer: Trainer, excess: ExcessLoss) -> None:
-    """Write the picture and the file to the run's folder. All ranks must call it."""
-    folder = run_folder(trainer)
-    if trainer.is_global_zero:
-        with training_goes_on(trainer, "The excess loss"):
-            write_csv(excess, folder / "excess_loss.csv")
-            draw(excess, folder / "excess_loss.png")
-            log_picture(trainer, "excess_loss", folder / "excess_loss.png")
+def by_level(excess: ExcessLoss) -> dict[str, float]:
+    """Return the means at each noise level by name, such as ``excess_loss/s0.5``."""
+    parts = excess.by_level()
+    columns = {"excess_loss": parts.excess, "irreducible_loss": parts.irreducible}
+    return numbers_by_level(excess.noise_levels, columns, prefix="")
+
+
+def rows(excess: ExcessLoss) -> list[list[float]]:
+    """Return a row of ``COLUMNS`` for each noise level."""
+    found: list[list[float]] = torch.stack(
+        [excess.noise_levels, *excess.by_level()], dim=1
+    ).tolist()
+    return found
+
+
+def show(trainer: Trainer, excess: ExcessLoss, folder: Path, *, is_logged: bool = True) -> None:
+    """Draw the picture in the run's folder, and show it and a table in loggers; on rank 0 alone."""
+    path = folder / "excess_loss.png"
+    with training_goes_on(trainer, "The excess loss"):
+        draw(excess, path)
+        if is_logged:
+            log_picture(trainer, "excess_loss", path)
+            log_table(trainer, "excess_loss", COLUMNS, rows(excess))
 
 
 def own_references(trainer: Trainer, module: LightningModule, size: int) -> int | None:
@@ -100,15 +118,7 @@ def own_references(trainer: Trainer, module: LightningModule, size: int) -> int 
     return int(target.references) if int(target.references) <= size else None
 
 
-def write_csv(excess: ExcessLoss, path: Path) -> None:
-    """Write one row for each noise level."""
-    parts = excess.by_level()
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("noise_level", *LossParts._fields))
-        writer.writerows(torch.stack([excess.noise_levels, *parts], dim=1).tolist())
-
-
+@frees_figure
 def draw(excess: ExcessLoss, path: Path) -> None:
     """Draw loss, irreducible part and excess against the noise level, to a PNG.
 
@@ -140,7 +150,7 @@ def draw(excess: ExcessLoss, path: Path) -> None:
     )
     axes.grid(which="major", alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _why_unknown(
@@ -151,7 +161,7 @@ def _why_unknown(
     if curve.size < len(dataset):
         return (
             f"the curve of {curve.size} samples is not that of all {len(dataset)}, "
-            f"set `max_data` to {len(dataset)} for it"
+            f"as `max_data` or samples that are not finite left some out"
         )
     if not isinstance(module.target, (DSM, STF)):
         return f"the variance of the target {type(module.target).__name__} is not known"

@@ -14,10 +14,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
+from lightning_vr.callbacks.training_samples import finite_rows
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.progress import progress_bar
 from lightning_vr.lifecycle.loggers import log_numbers
-from lightning_vr.lifecycle.training_set import training_batches
+from lightning_vr.lifecycle.training_set import training_batches, training_loader
 from lightning_vr.metrics import Features, FrechetMetric, IdentityFeatures, RandomConvFeatures
 from lightning_vr.training.module import DiffusionModule
 
@@ -59,6 +60,7 @@ class FrechetDistance(AfterValidation):
         self.samples = samples
         self.real_samples = real_samples
         self.clean = clean
+        self.logged: tuple[str, ...] = ("frechet_distance/",)
         self._metric: FrechetMetric | None = None
         if features is not None:
             self._check_counts(features)
@@ -76,7 +78,10 @@ class FrechetDistance(AfterValidation):
         with torch.no_grad():
             for _, batch in training_batches(trainer, "Checking the data", world_size()):
                 real = self._real_samples(pl_module, batch)
-                (self.features or self._default_features(real)).check_images(real)
+                features = self.features or self._default_features(real)
+                features.check_images(real)
+                self.logged = (self._name(features),)
+            _check_training_set(trainer, features)
 
     def evaluate(self, trainer: Trainer, module: LightningModule) -> None:
         """Generate samples, compare them with the training set and log the distance."""
@@ -88,16 +93,20 @@ class FrechetDistance(AfterValidation):
         for start in progress_bar(starts, "Sampling", is_shown=is_shown):
             samples = self.generate(module, min(_BLOCK, self.samples - start), "frechet", start)
             metric.update(samples, real=False)
-        name = f"frechet_distance/{metric.features.name}_n{self.samples}"
-        log_numbers(trainer, {name: float(metric.compute())})
+        log_numbers(trainer, {self._name(metric.features): float(metric.compute())})
+
+    def _name(self, features: Features) -> str:
+        return f"frechet_distance/{features.name}_n{self.samples}"
 
     def _read_training_set(self, trainer: Trainer, module: LightningModule) -> FrechetMetric:
         metric = None
         with torch.no_grad():
-            for _, batch in training_batches(
+            for positions, batch in training_batches(
                 trainer, "Reading the training set", self.real_samples
             ):
                 real = self._real_samples(module, batch)
+                rows = finite_rows(real, positions, module, "FrechetDistance")
+                real = real if rows is None else real[rows]
                 if metric is None:
                     features = self.features or self._default_features(real)
                     metric = FrechetMetric(features, reset_real_features=False)
@@ -132,3 +141,13 @@ class FrechetDistance(AfterValidation):
                     f"{features.name!r}, got {count}: use more samples, or features of a smaller "
                     f"dimension."
                 )
+
+
+def _check_training_set(trainer: Trainer, features: Features) -> None:
+    count = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+    if count <= features.dimension:
+        raise ValueError(
+            f"The training set must have more than {features.dimension} samples, the number of "
+            f"features of {features.name!r}, for `FrechetDistance`, got {count}: use more data, or "
+            f"`features` of a smaller dimension."
+        )

@@ -1,31 +1,27 @@
 """GradientVariance: how noisy the gradient is, and why, while a trainer runs.
 
 The theory and its sources are in ``lightning_vr.variance.components``. Each measurement is unbiased
-and noisy. Means over the latest ones are logged, in which older ones fade, and every ratio is a
-ratio of means.
+and noisy. Means over the latest are logged, older ones fading; a ratio is a ratio of means.
 """
 
 import math
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 
 from lightning_vr.callbacks import gradient_variance_report as report
+from lightning_vr.callbacks.curve_display import CurveDisplay
 from lightning_vr.callbacks.gradient_probes import GradientProbe, trainable_names
-from lightning_vr.callbacks.half_batch_probe import HalfBatchProbe
-from lightning_vr.callbacks.micro_batch_probe import MicroBatchProbe
-from lightning_vr.callbacks.nested_probe import diffusion_probe, given_probe
+from lightning_vr.callbacks.probe_choice import check_measurable, choose_probe
 from lightning_vr.core.batches import is_plain
 from lightning_vr.core.validation import check_at_least
-from lightning_vr.lifecycle.loggers import log_numbers
+from lightning_vr.lifecycle.curve_log import CurveLog
+from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
-from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.noisy_losses import LossFunction
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
@@ -48,14 +44,16 @@ class GradientVariance(Callback):
 
     Logs ``gradient_variance/total``, ``squared_mean`` (of the mean gradient), ``signal_to_noise``
     and ``noise_scale`` (the number of draws at which the noise of the mean gradient is as large as
-    the gradient), and ``total/<group>`` for each group of parameters. A batch of B independent
-    draws has ``total / B``. Writes ``gradient_variance.csv`` and ``gradient_variance.png`` to the
-    run's folder, and a table to the terminal at the end of ``fit``.
+    the gradient). A batch of B independent draws has ``total / B``. Each measurement adds rows to
+    ``gradient_variance.csv`` in the run's folder, for the whole and for each group of parameters.
+    The end of ``fit`` leaves ``gradient_variance.png`` there, and a table in the terminal. Loggers
+    that can show pictures or tables get both after each validation run. Callbacks can monitor each
+    point, as ``gradient_variance/total/<group>`` or ``.../noise/s<noise level>``.
 
     Where times and noise can be drawn again it logs the components ``data``, ``timestep`` and
-    ``noise`` as well, for the whole and in bins of the noise level, as ``noise/s<noise level>``,
-    and ``share/s<noise level>``, the bin's fraction of ``E ‖g‖²``. This works on a
-    ``DiffusionModule`` without arguments, and on any other module with its loss::
+    ``noise`` as well. The file then has rows for bins of the noise level too, with the bin's
+    fraction of ``E ‖g‖²`` as ``share``. This works on a ``DiffusionModule`` without arguments, and
+    on any other module with its loss::
 
         Trainer(callbacks=[GradientVariance(loss=my_loss, schedule=VP())])
 
@@ -82,6 +80,8 @@ class GradientVariance(Callback):
         ValueError: If a number is out of range.
     """
 
+    logged = ("gradient_variance/",)
+
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -95,23 +95,24 @@ class GradientVariance(Callback):
             check_at_least("every_n_steps", every_n_steps, 1)
         check_at_least("samples", samples, 2)
         check_at_least("noise_levels", noise_levels, 1)
-        self.every_n_steps = every_n_steps
-        self.samples = samples
-        self.noise_levels = noise_levels
+        self.every_n_steps, self.samples, self.noise_levels = every_n_steps, samples, noise_levels
         self.loss = loss
-        self.schedule = schedule
+        self.schedule = None if schedule is None else as_schedule(schedule)
         self.clean = clean
         self.statistics: GradientStatistics | None = None
         self._state: dict[str, Any] | None = None
         self._groups: list[str] = []
         self._measurements = 0
         self._period = 0
-        self._measured_step = -1
         self._restored_batch: Any = None
         self._every = 1
         self._is_prepared = False
         self._probe: GradientProbe | None = None
         self._pending: list[Components] = []
+        self._display = CurveDisplay()
+        self._curves: CurveLog | None = None
+        self._logged_step = self._measured_step = -1
+        self._has_unlogged = False
 
     @property
     def state_key(self) -> str:
@@ -134,29 +135,14 @@ class GradientVariance(Callback):
         """
         if stage != "fit":
             return
-        self._measured_step = -1
-        strategy = trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy) and type(strategy) is not DDPStrategy:
-            raise MisconfigurationException(
-                f"GradientVariance needs whole gradients on each rank, which "
-                f"{type(strategy).__name__} does not keep: train with one device or DDP."
-            )
-        if self.loss is not None and self.schedule is None:
-            raise MisconfigurationException(
-                "GradientVariance needs the `schedule` that `loss` trains with: pass it, as in "
-                "GradientVariance(loss=..., schedule=VP())."
-            )
-        is_nested = self.loss is not None or isinstance(pl_module, DiffusionModule)
-        if not is_nested and not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"GradientVariance cannot know which gradient to measure on a "
-                f"{type(pl_module).__name__} with manual optimization: pass `loss`, a function "
-                f"(module, x0, noise, t) -> loss of each sample, and its `schedule`."
-            )
+        self._logged_step, self._measured_step, self._has_unlogged = -1, -1, False
+        check_measurable(trainer, pl_module, self.loss, self.schedule)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose how to measure."""
+        """Choose how to measure, and open the file."""
         self._start(trainer, pl_module)
+        self._display.open(trainer)
+        self._curves = report.open_log(trainer, self._logged_step)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -185,7 +171,7 @@ class GradientVariance(Callback):
         for level, components in levels.items():
             self.statistics.add_level(level, components, _MEMORY)
         self._measurements += 1
-        log_numbers(trainer, report.numbers(self.statistics))
+        self._log(trainer)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -209,8 +195,15 @@ class GradientVariance(Callback):
             self._add_pending()
         if cadence and (trainer.global_step + 1) % cadence == 0:
             self._add_pending()
-            assert self.statistics is not None
-            log_numbers(trainer, report.numbers(self.statistics))
+            self._log(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what was measured in loggers that can show it."""
+        self._add_pending()
+        if self.statistics is None or self.statistics.is_empty:
+            return
+        if self._display.is_due(trainer):
+            report.show(trainer, self.statistics, self._display.folder)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove hooks, and write what was measured."""
@@ -218,8 +211,14 @@ class GradientVariance(Callback):
         if self._probe is not None:
             self._probe.close()
         self._probe = None
-        if self.statistics is not None:
-            report.write(trainer, self.statistics)
+        if self.statistics is None or self.statistics.is_empty:
+            return
+        if self._has_unlogged:
+            # what a checkpoint counts as logged stays, as a run that goes on has no log event here
+            report.log(trainer, self.statistics, self._curves)
+        if trainer.is_global_zero:
+            is_logged = self._display.is_new(trainer)
+            report.show(trainer, self.statistics, self._display.folder, is_logged=is_logged)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -254,6 +253,8 @@ class GradientVariance(Callback):
             "period": self._period,
             "measured_step": self._measured_step,
             "batch": self._pending_batch(),
+            "logged_step": self._logged_step,
+            "has_unlogged": self._has_unlogged,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -263,6 +264,8 @@ class GradientVariance(Callback):
         self._measurements, self._period = state_dict["measurements"], state_dict["period"]
         self._measured_step = state_dict["measured_step"]
         self._restored_batch = state_dict["batch"]
+        self._logged_step = state_dict["logged_step"]
+        self._has_unlogged = state_dict["has_unlogged"]
 
     @property
     def _current_period(self) -> int:
@@ -283,25 +286,20 @@ class GradientVariance(Callback):
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         self._is_prepared, self._pending = False, []
-        probe = self._choose_probe(trainer, module)
-        self._probe = probe
+        bins = {"samples": self.samples, "noise_levels": self.noise_levels}
+        probe = choose_probe(trainer, module, self.loss, self.schedule, self.clean, **bins)
+        self._probe, state = probe, self._state if probe.names == self._groups else None
         if self._restored_batch is not None:
             probe.restore_pending_batch(self._restored_batch)
             self._restored_batch = None
-        state = self._state if probe.names == self._groups else None
+        if self._state is not None and state is None:
+            rank_zero_warn(
+                f"GradientVariance: the checkpoint's moments are of the groups "
+                f"{', '.join(self._groups)}, the module has {', '.join(probe.names)}: they are "
+                f"dropped, and measuring starts anew."
+            )
         self.statistics = GradientStatistics(probe.names, probe.noise_levels, state)
         self._state = None
-
-    def _choose_probe(self, trainer: Trainer, module: LightningModule) -> GradientProbe:
-        bins = {"samples": self.samples, "noise_levels": self.noise_levels}
-        if self.loss is not None:
-            assert self.schedule is not None
-            return given_probe(trainer, module, self.loss, self.schedule, self.clean, **bins)
-        if isinstance(module, DiffusionModule):
-            return diffusion_probe(trainer, module, **bins)
-        if trainer.accumulate_grad_batches * trainer.world_size > 1:
-            return MicroBatchProbe(trainer, module)
-        return HalfBatchProbe(trainer, module)
 
     def _prepare(self, batch: Any) -> None:
         assert self._probe is not None
@@ -311,6 +309,12 @@ class GradientVariance(Callback):
 
     def _add_pending(self) -> None:
         pending, self._pending = self._pending, []
+        self._has_unlogged |= bool(pending)
         for components in pending:
             assert self.statistics is not None
             self.statistics.add(components, _STEPWISE_MEMORY)
+
+    def _log(self, trainer: Trainer) -> None:
+        assert self.statistics is not None
+        report.log(trainer, self.statistics, self._curves)
+        self._logged_step, self._has_unlogged = trainer.global_step, False

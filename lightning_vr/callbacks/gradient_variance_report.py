@@ -1,15 +1,22 @@
-"""Reports of gradient variance: names for loggers, a CSV file, a picture, a table."""
+"""Reports of gradient variance: names for loggers, rows of a file, a picture, a table."""
 
-import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from lightning.pytorch import Trainer
 
-from lightning_vr.lifecycle.loggers import level_names, log_picture, run_folder, training_goes_on
+from lightning_vr.callbacks.pictures import frees_figure, save_figure
+from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
+from lightning_vr.lifecycle.loggers import (
+    level_names,
+    log_numbers,
+    log_picture,
+    log_table,
+    training_goes_on,
+)
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
@@ -20,48 +27,74 @@ if TYPE_CHECKING:
 PARTS = ("data", "timestep", "noise")
 """The components that sum to the total, outermost first."""
 
+COLUMNS = (
+    "of",
+    "name",
+    *(name + e for name in Components._fields for e in ("", "_error")),
+    "share",
+)
+"""Columns of ``gradient_variance.csv`` after ``step``."""
 
-def write(trainer: Trainer, statistics: GradientStatistics) -> None:
-    """Write the file and the picture to the run's folder, if there is anything to write.
 
-    All ranks must call it.
-    """
-    folder = run_folder(trainer)
-    if statistics.is_empty or not trainer.is_global_zero:
-        return
+def open_log(trainer: Trainer, logged_step: int) -> CurveLog:
+    """Return the file; all ranks call it. ``logged_step`` is that of ``open_curve_log``."""
+    return open_curve_log(trainer, "gradient_variance", COLUMNS, logged_step)
+
+
+def log(trainer: Trainer, statistics: GradientStatistics, curves: CurveLog | None) -> None:
+    """Send a few numbers to loggers, and all of them to the file and to what callbacks monitor."""
+    log_numbers(trainer, numbers(statistics), points(statistics))
+    log_rows(trainer, curves, rows(statistics))
+
+
+def show(
+    trainer: Trainer, statistics: GradientStatistics, folder: Path, *, is_logged: bool = True
+) -> None:
+    """Draw the picture in the run's folder, and show it and a table in loggers; on rank 0 alone."""
+    path = folder / "gradient_variance.png"
     with training_goes_on(trainer, "GradientVariance's report"):
-        write_csv(statistics, folder / "gradient_variance.csv")
-        draw(statistics, folder / "gradient_variance.png")
-        log_picture(trainer, "gradient_variance", folder / "gradient_variance.png")
+        draw(statistics, path)
+        if is_logged:
+            log_picture(trainer, "gradient_variance", path)
+            log_table(trainer, "gradient_variance", COLUMNS, rows(statistics))
 
 
 def numbers(statistics: GradientStatistics) -> dict[str, float]:
-    """Name numbers as loggers take them, ``gradient_variance/noise/s0.5``; NaN is left out."""
+    """Return what is known of the whole gradient by name, such as ``gradient_variance/total``."""
     whole = statistics.whole
     found = {name: float(getattr(whole, name)[0]) for name in Components._fields}
     found["signal_to_noise"] = float(whole.signal_to_noise[0])
     found["noise_scale"] = float(whole.noise_scale[0])
+    return _named(found)
+
+
+def points(statistics: GradientStatistics) -> dict[str, float]:
+    """Return what is known of groups and noise levels, such as ``gradient_variance/noise/s0.5``."""
+    found: dict[str, float] = {}
     for i, group in enumerate(statistics.groups, start=1):
-        found[f"total/{group}"] = float(whole.total[i])
+        found[f"total/{group}"] = float(statistics.whole.total[i])
     levels, fractions = statistics.levels, statistics.fractions
     for i, name in enumerate(level_names(statistics.noise_levels)):
         for part in (*PARTS, "total"):
             found[f"{part}/s{name}"] = float(getattr(levels, part)[i])
         found[f"share/s{name}"] = float(fractions[i])
-    return {f"gradient_variance/{k}": v for k, v in found.items() if math.isfinite(v)}
+    return _named(found)
 
 
-def write_csv(statistics: GradientStatistics, path: Path) -> None:
-    """Write one row for the whole, each group and each noise level, standard errors included."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        fields = Components._fields
-        writer.writerow(["of", "name", *(name + e for name in fields for e in ("", "_error"))])
-        for kind, name, values, errors in _rows(statistics):
-            pairs = zip(values, errors, strict=True)
-            writer.writerow([kind, name, *(number for pair in pairs for number in pair)])
+def _named(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {f"gradient_variance/{k}": v for k, v in numbers.items() if math.isfinite(v)}
 
 
+def rows(statistics: GradientStatistics) -> list[list[float | str]]:
+    """Return a row of ``COLUMNS`` for the whole, each group and each noise level."""
+    found: list[list[float | str]] = []
+    for kind, name, values, errors, share in _rows(statistics):
+        pairs = zip(values, errors, strict=True)
+        found.append([kind, name, *(number for pair in pairs for number in pair), share])
+    return found
+
+
+@frees_figure
 def draw(statistics: GradientStatistics, path: Path) -> None:
     """Draw the components of the whole, of each group and, where measured, by noise level."""
     from matplotlib.figure import Figure
@@ -78,45 +111,67 @@ def draw(statistics: GradientStatistics, path: Path) -> None:
         draw_components(right, statistics.levels, names, statistics.levels_error)
         right.set_xlabel("noise level  s = σ / α, in the middle of equally likely bins")
         right.set_title("by noise level")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def table(statistics: GradientStatistics) -> "Table":
-    """Return a table of the components of the whole and of each noise level."""
+    """Return a table of the whole and of each noise level, of each group where no level is known.
+
+    Columns of which nothing is known are left out.
+    """
     from rich.table import Table
 
-    whole = statistics.whole
-    scale = float(whole.noise_scale[0])
-    known = f"{scale:.3g} draws" if math.isfinite(scale) else "above what was measured"
     caption = (
-        f"Variance of the gradient of one draw, ± one standard error. Noise scale: {known}, "
-        f"the batch size at which the gradient is as large as its noise."
+        f"Variance of the gradient of one draw, ± one standard error. Noise scale: "
+        f"{_noise_scale(statistics, 0)}, the batch size at which the gradient is as large as its "
+        f"noise."
     )
+    has_levels = not bool(statistics.levels.total.isnan().all())
+    lines = [
+        {"noise level" if has_levels else "parameters": name} | cells
+        for kind, name, cells in _table_cells(statistics)
+        if cells["total"] and kind != ("group" if has_levels else "noise level")
+    ]
+    headers = [header for header in lines[0] if any(line[header] for line in lines)]
     shown = Table(title="Gradient variance", caption=caption, caption_justify="left")
-    shown.add_column("noise level")
-    for header in ("total", *(f"{part} %" for part in PARTS), "share %"):
-        shown.add_column(header, justify="right")
-    fractions = ["", *(f"{100 * value:.0f}" for value in statistics.fractions.tolist())]
-    rows = [row for row in _rows(statistics) if row[0] != "group"]
-    for (_, name, values, errors), fraction in zip(rows, fractions, strict=True):
-        parts = [100 * value / values[3] for value in values[:3]]
-        cells = ["" if math.isnan(part) else f"{part:.0f}" for part in parts]
-        if not math.isnan(values[3]):
-            shown.add_row(
-                name, _with_error(values[3], errors[3]), *cells, fraction.replace("nan", "")
-            )
+    for number, header in enumerate(headers):
+        shown.add_column(header, justify="right" if number else "left")
+    for line in lines:
+        shown.add_row(*(line[header] for header in headers))
     return shown
+
+
+def _table_cells(statistics: GradientStatistics) -> Iterator[tuple[str, str, dict[str, str]]]:
+    for i, (kind, name, values, errors, share) in enumerate(_rows(statistics)):
+        cells = {"total": "" if math.isnan(values[3]) else _with_error(values[3], errors[3])}
+        for part, value in zip(PARTS, values, strict=False):
+            cells[f"{part} %"] = _percent(value / values[3]) if values[3] else ""
+        cells["share %"] = _percent(share)
+        if bool(statistics.levels.total.isnan().all()):
+            cells["noise scale"] = "" if kind == "noise level" else _noise_scale(statistics, i)
+        yield kind, name, cells
+
+
+def _percent(fraction: float) -> str:
+    return "" if math.isnan(fraction) else f"{100 * fraction:.0f}"
+
+
+def _noise_scale(statistics: GradientStatistics, i: int) -> str:
+    scale = float(statistics.whole.noise_scale[i])
+    return f"{scale:.3g} draws" if math.isfinite(scale) else "above what was measured"
 
 
 def _rows(
     statistics: GradientStatistics,
-) -> Iterator[tuple[str, str, list[float], list[float]]]:
+) -> Iterator[tuple[str, str, list[float], list[float], float]]:
     kinds = ["whole", *["group"] * len(statistics.groups)]
     names = ["all", *statistics.groups]
     for i, (kind, name) in enumerate(zip(kinds, names, strict=True)):
-        yield kind, name, _at(statistics.whole, i), _at(statistics.whole_error, i)
+        yield kind, name, _at(statistics.whole, i), _at(statistics.whole_error, i), math.nan
+    fractions = statistics.fractions.tolist()
     for i, name in enumerate(level_names(statistics.noise_levels)):
-        yield "noise level", name, _at(statistics.levels, i), _at(statistics.levels_error, i)
+        values, errors = _at(statistics.levels, i), _at(statistics.levels_error, i)
+        yield "noise level", name, values, errors, fractions[i]
 
 
 def _at(components: Components, i: int) -> list[float]:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_vr.callbacks.gradient_probes import GradientProbe, ProbeResult, with_total
 from lightning_vr.core.batches import batch_size, take_rows
-from lightning_vr.core.rng import preserve_global_rng
+from lightning_vr.core.rng import preserve_global_rng, set_global_rng
 from lightning_vr.variance.components import two_batch_sizes
 
 
@@ -75,7 +75,7 @@ class HalfBatchProbe(GradientProbe):
     def _gradient(
         self, module: LightningModule, batch: Any, batch_idx: int, half: int
     ) -> list[Tensor] | None:
-        torch.manual_seed(self.source("half", half).initial_seed())
+        set_global_rng(self.source("half", half))
         arguments = [batch]
         if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
             arguments.append(batch_idx)

@@ -155,7 +155,7 @@ class NestedProbe(GradientProbe):
 
     def _least(self, size: int) -> int:
         """Return the smallest of the ranks' sizes: all ranks must leave out what one does."""
-        return least(size, self.module.device)
+        return least(size)
 
     def _encode(self, batch: Any, count: int) -> Clean:
         precision = self.trainer.precision_plugin.forward_context

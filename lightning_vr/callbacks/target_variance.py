@@ -3,11 +3,12 @@
 V_DSM, V_STF, ESS and D are measured on the training set once, when training starts (theory, units
 and sources: ``lightning_vr.variance.target_measurement``). During training the variance that the
 target removes is read off its weights: by the law of total variance the mean of
-``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF, and costs nothing. The loss less its irreducible part, the
-variance of the target, is how far the network is from its optimum
-(``lightning_vr.variance.excess_loss``).
+``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF, and costs nothing. The loss less the target's variance is
+how far the network is from its optimum (``lightning_vr.variance.excess_loss``).
 """
 
+import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +20,26 @@ from torch import Tensor
 
 from lightning_vr.callbacks import excess_loss
 from lightning_vr.callbacks import target_variance_report as report
+from lightning_vr.callbacks.curve_display import CurveDisplay
 from lightning_vr.callbacks.training_samples import training_samples
 from lightning_vr.core.types import LossEstimate
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.stf import STF
+from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
 from lightning_vr.lifecycle.loggers import log_numbers
+from lightning_vr.lifecycle.training_set import training_loader
+from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.variance.excess_loss import ExcessLoss
 from lightning_vr.variance.removed_variance import RemovedVariance
 from lightning_vr.variance.target_curves import TargetVarianceCurve
 from lightning_vr.variance.target_measurement import measure_target_variance, noise_level_grid
+
+log = logging.getLogger(__name__)
+
+_COLUMNS = {"removed_variance": ("noise_level", "removed"), "excess_loss": excess_loss.COLUMNS}
+"""Columns of the files of curves after ``step``."""
 
 _DEFAULT_REFERENCES = (16, 256)
 _TAIL = 1e-3
@@ -39,18 +49,25 @@ _TAIL = 1e-3
 class TargetVariance(Callback):
     """Measures target variance against the noise level, for DSM and for STF.
 
-    Writes ``target_variance.png`` and ``target_variance.csv`` to the run's folder, every number to
-    every logger as ``target_variance/<quantity>/s<noise level>``, and a table to the terminal at
-    the end of ``fit``. During training it logs ``target_variance/removed/s<noise level>``: the
-    variance that the target removes, as a mean over all draws so far near that level.
+    Curves over noise levels go to the run's folder: ``target_variance.csv`` and ``.png`` when
+    training starts, ``removed_variance.csv`` with rows at each log event of the variance that the
+    target has removed, as means over all draws so far. ``fit`` ends with a table in the terminal.
 
     On a ``DiffusionModule`` it also splits the training loss, as means over about the last five log
-    events: ``irreducible_loss/s<noise level>`` is what the variance of the target leaves to the
-    best network, ``excess_loss/...`` the rest, how far the weights that train are from the optimum;
-    ``.../total`` is over all draws. At the end ``excess_loss.png`` and ``excess_loss.csv`` show it.
-    The optimum is that of the encoded training set as read once: augmentation that changes between
-    epochs would count as excess. Nothing of this is logged with another module, with ``clean``, or
-    with a curve of a part of the data (``max_data``), which lacks some of the variance.
+    events: the irreducible loss is what the variance of the target leaves to the best network, the
+    excess loss the rest, how far the weights that train are from the optimum. Loggers get
+
+    * ``irreducible_loss/total`` and ``excess_loss/total``, means over all draws,
+    * ``target_variance/dsm_total``, the irreducible loss with the plain target,
+    * ``target_variance/removed_fraction``, the fraction of it that the module's target removes.
+
+    ``excess_loss.csv`` has both losses at each noise level at each log event, ``excess_loss.png``
+    the last of them. The optimum is that of the encoded training set as read once: augmentation
+    that changes between epochs would count as excess. Nothing of this is known with another module,
+    with ``clean``, or with a curve of a part of the data (``max_data``), which lacks some variance.
+
+    Loggers that can show pictures or tables get both of the curves, of the excess loss after each
+    validation run. Callbacks can monitor points: ``excess_loss/s<noise level>`` and so on.
 
     On a ``DiffusionModule`` it needs no arguments; on any other module::
 
@@ -74,6 +91,8 @@ class TargetVariance(Callback):
         ValueError: If a number is out of range.
     """
 
+    logged = ("target_variance/", "excess_loss/", "irreducible_loss/")
+
     def __init__(
         self,
         references: list[int] | None = None,
@@ -92,7 +111,7 @@ class TargetVariance(Callback):
         self.noise_levels = noise_levels
         self.samples = samples
         self.max_data = max_data
-        self.schedule = schedule
+        self.schedule = None if schedule is None else as_schedule(schedule)
         self.clean = clean
         self.curve: TargetVarianceCurve | None = None
         self._removed: RemovedVariance | None = None
@@ -100,6 +119,9 @@ class TargetVariance(Callback):
         self._excess_state: dict[str, Tensor] | None = None
         self._is_reported = False
         self._logged_step = -1
+        self._data_size = 0
+        self._display = CurveDisplay()
+        self._logs: dict[str, CurveLog] = {}
 
     @property
     def state_key(self) -> str:
@@ -133,7 +155,12 @@ class TargetVariance(Callback):
         self._is_reported, self._logged_step = False, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the sums of a checkpoint to the device, where the ranks add them up."""
+        """Open the files, and move the sums of a checkpoint to the device, for the ranks to add."""
+        self._display.open(trainer)
+        self._logs = {
+            name: open_curve_log(trainer, name, columns, self._logged_step)
+            for name, columns in _COLUMNS.items()
+        }
         if self._removed is not None:
             self._removed.to(pl_module.device)
 
@@ -154,8 +181,10 @@ class TargetVariance(Callback):
         if self.clean is None:
             self._excess = excess_loss.start(trainer, pl_module, self.curve, self._excess_state)
         if not is_known:
-            log_numbers(trainer, report.numbers(self.curve.noise_levels, self.curve.columns()))
-        report.write(trainer, self.curve)
+            points = report.numbers(self.curve.noise_levels, self.curve.columns())
+            log_numbers(trainer, {}, points)
+        if trainer.is_global_zero:
+            report.write(trainer, self.curve, self._display.folder)
 
     def on_train_batch_end(
         self,
@@ -173,14 +202,28 @@ class TargetVariance(Callback):
         if self._excess is not None and isinstance(pl_module, DiffusionModule):
             excess_loss.add(self._excess, pl_module, estimate)
         cadence = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if cadence and trainer.global_step % cadence == 0:
-            self._log_recent(trainer)
+        is_due = cadence and trainer.global_step % cadence == 0
+        if is_due and self._logged_step != trainer.global_step:
+            self._logged_step = trainer.global_step
+            self._log(trainer, self._removed, self._excess)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the excess loss in loggers that can show it."""
+        if self._excess is None or self._excess.is_empty:
+            return
+        if self._display.is_due(trainer):
+            excess_loss.show(trainer, self._excess, self._display.folder)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the last steps added, and show the excess loss."""
-        self._log_recent(trainer)
-        if self._excess is not None:
-            excess_loss.write(trainer, self._excess)
+        removed, excess = self._removed, self._excess
+        if removed is not None and self._logged_step != trainer.global_step:
+            # of copies: a run that goes on from a checkpoint has no log event here
+            removed, excess = copy.deepcopy((removed, excess))
+            self._log(trainer, removed, excess)
+        if excess is not None and trainer.is_global_zero:
+            is_logged = self._display.is_new(trainer)
+            excess_loss.show(trainer, excess, self._display.folder, is_logged=is_logged)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
@@ -200,6 +243,7 @@ class TargetVariance(Callback):
             "removed": None if self._removed is None else self._removed.state(),
             "excess": self._excess_state if self._excess is None else self._excess.state(),
             "logged_step": self._logged_step,
+            "data_size": self._data_size,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -208,6 +252,7 @@ class TargetVariance(Callback):
             self.curve = TargetVarianceCurve.from_state(state_dict["curve"])
             self._removed = RemovedVariance(self.curve.noise_levels, state_dict["removed"])
             self._excess_state = state_dict["excess"]
+            self._data_size = state_dict["data_size"]
         self._logged_step = state_dict["logged_step"]
 
     def _is_current(self, trainer: Trainer, module: LightningModule) -> bool:
@@ -215,12 +260,24 @@ class TargetVariance(Callback):
         if self.curve is None:
             return False
         own = excess_loss.own_references(trainer, module, self.curve.size)
-        return own is None or own in self.curve.stf
+        size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        changes = []
+        if self._data_size != size:
+            changes.append(f"{self._data_size} training samples, there are {size} now")
+        if own is not None and own not in self.curve.stf:
+            changes.append(f"other references than {own}, which the module uses now")
+        if changes and trainer.is_global_zero:
+            log.warning(
+                "TargetVariance: the checkpoint's curve is of %s: it is dropped and measured anew.",
+                " and of ".join(changes),
+            )
+        return not changes
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
         clean = training_samples(trainer, module, self.clean, self.max_data)
         if clean is None:
             return
+        self._data_size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
         size = len(clean.x0)
         counts = list(self.references or [n for n in _DEFAULT_REFERENCES if n <= size])
         own = excess_loss.own_references(trainer, module, size)
@@ -250,12 +307,14 @@ class TargetVariance(Callback):
         levels = schedule.noise_level(timesteps.icdf(tails))
         return float(levels.min()), float(levels.max())
 
-    def _log_recent(self, trainer: Trainer) -> None:
-        if self._removed is None or self._logged_step == trainer.global_step:
-            return
-        self._logged_step = trainer.global_step
-        removed = {"removed": self._removed.means()}
-        found = report.numbers(self._removed.noise_levels, removed)
-        if self._excess is not None:
-            found |= excess_loss.numbers(self._excess)
-        log_numbers(trainer, found)
+    def _log(self, trainer: Trainer, removed: RemovedVariance, excess: ExcessLoss | None) -> None:
+        levels, means = removed.noise_levels, removed.means()
+        numbers, points = {}, report.numbers(levels, {"removed": means})
+        rows = torch.stack([levels, means], dim=1)[means.isfinite()]
+        log_rows(trainer, self._logs["removed_variance"], rows.tolist())
+        if excess is not None:
+            excess.advance()
+            numbers = excess_loss.totals(excess)
+            points |= excess_loss.by_level(excess)
+            log_rows(trainer, self._logs["excess_loss"], excess_loss.rows(excess))
+        log_numbers(trainer, numbers, points)

@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_vr.lifecycle.loggers import level_names, log_picture, run_folder, training_goes_on
+from lightning_vr.callbacks.pictures import frees_figure, save_figure
+from lightning_vr.lifecycle.atomic_files import replacing
+from lightning_vr.lifecycle.loggers import level_names, log_picture, log_table, training_goes_on
 from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 
 if TYPE_CHECKING:
@@ -21,20 +23,25 @@ if TYPE_CHECKING:
 _TABLE_ROWS = 9
 
 
-def write(trainer: Trainer, curve: TargetVarianceCurve) -> None:
-    """Write the file and the picture to the run's folder. All ranks must call it."""
-    folder = run_folder(trainer)
-    if trainer.is_global_zero:
-        with training_goes_on(trainer, "TargetVariance's report"):
-            write_csv(curve, folder / "target_variance.csv")
-            draw(curve, folder / "target_variance.png")
-            log_picture(trainer, "target_variance", folder / "target_variance.png")
+def write(trainer: Trainer, curve: TargetVarianceCurve, folder: Path) -> None:
+    """Write the file and the picture to the run's folder, and show them in loggers.
+
+    Rank 0 alone calls it.
+    """
+    path = folder / "target_variance.png"
+    with training_goes_on(trainer, "TargetVariance's report"):
+        write_csv(curve, folder / "target_variance.csv")
+        draw(curve, path)
+        log_picture(trainer, "target_variance", path)
+        found = columns(curve)
+        rows = torch.stack(list(found.values()), dim=1).tolist()
+        log_table(trainer, "target_variance", list(found), rows)
 
 
 def numbers(
     noise_levels: Tensor, columns: Mapping[str, Tensor], prefix: str = "target_variance/"
 ) -> dict[str, float]:
-    """Name numbers ``(L,)`` as loggers take them, ``target_variance/dsm/s0.5``; NaN is left out."""
+    """Name numbers ``(L,)`` for monitors, ``target_variance/dsm/s0.5``; NaN is left out."""
     names = level_names(noise_levels)
     return {
         f"{prefix}{column}/s{name}": value
@@ -44,16 +51,22 @@ def numbers(
     }
 
 
+def columns(curve: TargetVarianceCurve) -> dict[str, Tensor]:
+    """Return every number ``(L,)`` by column, the factors V_DSM / V_STF included."""
+    found = {"noise_level": curve.noise_levels, **curve.columns()}
+    return found | {f"factor_{curve.name(n)}": curve.factor(n) for n in curve.stf}
+
+
 def write_csv(curve: TargetVarianceCurve, path: Path) -> None:
-    """Write one row for each noise level, the factors V_DSM / V_STF included."""
-    columns = {"noise_level": curve.noise_levels, **curve.columns()}
-    columns |= {f"factor_{curve.name(n)}": curve.factor(n) for n in curve.stf}
-    with path.open("w", newline="") as file:
+    """Write one row for each noise level."""
+    found = columns(curve)
+    with replacing(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(torch.stack(list(columns.values()), dim=1).tolist())
+        writer.writerow(found)
+        writer.writerows(torch.stack(list(found.values()), dim=1).tolist())
 
 
+@frees_figure
 def draw(curve: TargetVarianceCurve, path: Path) -> None:
     """Draw V_DSM and every V_STF against the noise level, log-log, to a PNG."""
     from matplotlib import colormaps
@@ -74,7 +87,7 @@ def draw(curve: TargetVarianceCurve, path: Path) -> None:
     axes.set_title(f"Target variance on {curve.size} samples, ± one standard error")
     axes.grid(which="major", alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _draw_band(

@@ -55,7 +55,45 @@ def training_samples(
             "TargetVariance: batches carry a condition beyond class labels, for which no "
             "two samples are exchangeable; nothing is measured."
         )
-    return found
+        return None
+    count = len(found.x0)
+    rows = finite_rows(found.x0, torch.arange(count) * size // count, module, "TargetVariance")
+    return found if rows is None else found.rows(rows)
+
+
+def finite_rows(
+    x: torch.Tensor, positions: torch.Tensor, module: LightningModule, reader: str
+) -> torch.Tensor | None:
+    """Return the rows of samples that are finite, or None if all are.
+
+    The others are left out with a warning where the module leaves out training steps with them.
+
+    Args:
+        x: Samples of the training set ``(B, *)``.
+        positions: Where they are in it ``(B,)``.
+        module: The module that trains on them.
+        reader: The callback that reads them.
+
+    Raises:
+        ValueError: Naming the first sample that is not finite, if none may be left out.
+    """
+    is_finite = x.flatten(1).isfinite().all(dim=1).cpu()
+    if bool(is_finite.all()):
+        return None
+    wrong = positions[~is_finite].tolist()
+    others = f" (nor are {len(wrong) - 1} others)" if len(wrong) > 1 else ""
+    if getattr(module, "on_nonfinite", "raise") != "skip" or not bool(is_finite.any()):
+        raise ValueError(
+            f"Clean samples must be finite, but sample {wrong[0]} of the training set is not"
+            f"{others}: remove it from the data or fix `encode`."
+        )
+    log.warning(
+        "%s leaves out sample %d of the training set, which is not finite%s.",
+        reader,
+        wrong[0],
+        others,
+    )
+    return is_finite.nonzero()[:, 0].to(x.device)
 
 
 def _clean(module: LightningModule, clean: Callable[[Any], Any] | None, batch: Any) -> Clean:

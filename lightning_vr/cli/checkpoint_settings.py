@@ -7,16 +7,18 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_vr.lifecycle.configuration import describe, imported
-from lightning_vr.lifecycle.hyperparameters import SavedArguments
+from lightning_vr.lifecycle.hyperparameters import SavedArguments, class_to_load
+from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, Schedule
 from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.sigma_data import SigmaData
 
 _OPTIMIZATION = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable | None}
 _NETWORK = {
     "schedule": Schedule,
     "prediction": PredictionType,
-    "sigma_data": float,
+    "sigma_data": SigmaData,
     "num_classes": int | None,
 }
 """What a network is trained for: with another one its weights mean nothing."""
@@ -36,50 +38,62 @@ class Change(NamedTuple):
     saved: Any
 
 
-def model_settings(checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:
+def model_settings(checkpoint: dict[str, Any], base: Any, trust: Trust) -> dict[str, Any]:
     """Return what rebuilds the module of a checkpoint, as the command line takes a module.
 
     Partials of functions, which the command line does not take, are left out.
 
+    Args:
+        checkpoint: The checkpoint.
+        base: The class that the module is to be of.
+        trust: What may be built from it.
+
     Raises:
-        ValueError: If the checkpoint does not say.
+        ValueError: If the checkpoint does not say, or names what may not be built.
     """
     saved = SavedArguments.of(checkpoint)
     if saved.class_path is None:
         raise ValueError(
-            f"`model` must be configured, as the checkpoint {path} does not say how to rebuild its "
-            f"module: give a network, as in --model.network ResidualMLP."
+            f"`model` must be configured, as the checkpoint {trust.path} does not say how to "
+            f"rebuild its module: give a network, as in --model.network ResidualMLP."
         )
+    kind = class_to_load(base, saved.class_path, trust)
+    saved.check_complete(trust.path, given=_OPTIMIZATION)
     arguments = {
         name: value
-        for name, value in saved.described.items()
+        for name, value in saved.checked(kind, trust, saved.described).items()
         if name not in _OPTIMIZATION or _parsed(_OPTIMIZATION[name], value) is not None
     }
-    return {"class_path": saved.class_path, "init_args": arguments}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
-def changed_optimization(model: dict[str, Any], checkpoint: dict[str, Any]) -> list[Change]:
+def changed_optimization(
+    model: dict[str, Any], checkpoint: dict[str, Any], trust: Trust
+) -> list[Change]:
     """Return the optimizer's settings that differ from a checkpoint's.
 
     Resuming restores the optimizer with its hyperparameters, so that no change takes effect.
     """
-    return _changes(model, checkpoint, _OPTIMIZATION)
+    return _changes(model, checkpoint, _OPTIMIZATION, trust)
 
 
-def changed_network(model: dict[str, Any], checkpoint: dict[str, Any]) -> list[Change]:
+def changed_network(
+    model: dict[str, Any], checkpoint: dict[str, Any], trust: Trust
+) -> list[Change]:
     """Return the settings that the weights of a checkpoint were not trained for."""
-    return _changes(model, checkpoint, _NETWORK)
+    return _changes(model, checkpoint, _NETWORK, trust)
 
 
 def _changes(
-    model: dict[str, Any], checkpoint: dict[str, Any], types: dict[str, Any]
+    model: dict[str, Any], checkpoint: dict[str, Any], types: dict[str, Any], trust: Trust
 ) -> list[Change]:
     arguments = SavedArguments.of(checkpoint)
-    saved = dict.fromkeys(arguments.objects, "an object of Python's") | arguments.described
+    described = arguments.checked(DiffusionModule, trust, types)
+    saved = dict.fromkeys(arguments.objects, "an object of Python's") | described
     changes = []
     for name, kind in types.items():
-        if name not in model["init_args"]:
-            continue
+        if name not in model["init_args"] or model["init_args"][name] == "auto":
+            continue  # "auto" takes the checkpoint's value
         default = describe(inspect.signature(DiffusionModule).parameters[name].default)
         if kind is Schedule:
             default = {"class_path": f"{EDM.__module__}.{EDM.__qualname__}"}

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,20 @@ ANY_BASE = (nn.Module, Optimizer, LRScheduler)
 _SECTIONS = {"trainer": Trainer, "model": DiffusionModule, "data": ImageDataModule}
 
 
+_PLATEAU = re.compile(
+    r"((?:class_path|lr_scheduler)['\"]?\s*[:=\0]\s*['\"]?)ReduceLROnPlateau(?![\w.])"
+)
+
+
+def full_names(settings: str) -> str:
+    """Return settings where a name that two classes have is that of the one which has a monitor.
+
+    Args:
+        settings: YAML, or the arguments of a command line, joined by zero bytes.
+    """
+    return _PLATEAU.sub(r"\1lightning.pytorch.cli.ReduceLROnPlateau", settings)
+
+
 def close_names(name: str, names: Iterable[str]) -> list[str]:
     """Return at most three of ``names`` that are close to ``name``, the closest first."""
     lower = {known.lower(): known for known in names if not known.startswith("_")}
@@ -28,7 +43,7 @@ def close_names(name: str, names: Iterable[str]) -> list[str]:
 
 def close_settings(name: str) -> list[str]:
     """Return settings that ``name`` may stand for: misspelt, or at another level."""
-    known = [*_SECTIONS, "config", "ckpt_path", "seed_everything"] + [
+    known = [*_SECTIONS, "config", "ckpt_path", "seed_everything", "model.optimizer.lr"] + [
         f"{section}.{parameter}"
         for section, kind in _SECTIONS.items()
         for parameter in inspect.signature(kind).parameters

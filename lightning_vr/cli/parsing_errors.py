@@ -12,6 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
 from lightning_vr.cli.close_names import ANY_BASE, close_names, close_settings, subclass_names
 from lightning_vr.lifecycle.configuration import imported
 
@@ -48,7 +51,9 @@ class _Failure(NamedTuple):
     @property
     def value(self) -> str:
         found = _VALUE.search(self.after)
-        return found[1] if found else "something else"
+        if found is None:
+            return "something else"
+        return "nothing" if found[1] == "'" else found[1]
 
     def argument(self, name: str) -> str:
         """Return the full name of an argument of the setting."""
@@ -68,7 +73,13 @@ def parsing_error(text: str) -> str:
             else:
                 line = explain(failure)
             return " ".join(line.replace("<unicode string>", "the file").split())
-    return " ".join(text.split())
+    end = re.search(r"\Z", text)
+    assert end is not None
+    failure = _read(text, end)
+    if not failure.keys:
+        return " ".join(text.split())
+    detail = " ".join(re.findall(r"- (.*)", text)[-1:]) or "it does not parse"
+    return f"{failure.setting} must be a valid setting, got another ({detail[:200]}): {_NEST}."
 
 
 def _read(text: str, reason: re.Match[str]) -> _Failure:
@@ -79,7 +90,7 @@ def _read(text: str, reason: re.Match[str]) -> _Failure:
         kind = step["kind"] or ""
     if before.endswith("callable class: ") and (called := _CALLED.search(after)):
         kind = called[1]
-    return _Failure(keys, kind, reason[1], before, after)
+    return _Failure(keys, kind, reason[1] if reason.re.groups else "", before, after)
 
 
 def _wrong_class(failure: _Failure) -> str:
@@ -108,6 +119,8 @@ def _no_argument(failure: _Failure) -> str:
     if kind is None:
         return _no_setting(failure._replace(reason=failure.argument(failure.reason)))
     names = [x for x in inspect.signature(kind).parameters if x not in ("args", "kwargs")]
+    if isinstance(kind, type) and issubclass(kind, (Optimizer, LRScheduler)):
+        names = names[1:]  # the module gives the first: its weights, or their optimizer
     listed = _either(close_names(failure.reason, names) or names)
     fix = f"use {listed}" if len(listed) < 250 else _LIST
     if failure.reason == "class_path" or not names:
@@ -118,6 +131,10 @@ def _no_argument(failure: _Failure) -> str:
 
 def _no_setting(failure: _Failure) -> str:
     name = failure.reason.partition("=")[0]
+    section, _, rest = name.removeprefix("--").partition(".")
+    if section in ("fit", "validate", "test", "predict", "audit"):
+        fix = f"give the file before the subcommand, or write {rest or 'its sections'} at the top"
+        return f"`{section}` is the subcommand and no section of a file given after it: {fix}."
     near = close_settings(name.removeprefix("--"))
     fix = f"use {_either(near)}" if near else _NEST if name.count(".") > 1 else _LIST
     return f"`{name}` is not a setting: {fix}."
@@ -140,8 +157,13 @@ def _wrong_type(failure: _Failure) -> str:
     near = close_names(failure.value, [choice.strip("'") for choice in choices])
     fix = f"use {near[0]}" if near else "use one of these"
     if not choices:
-        fix = f"use {_either([_EXAMPLES.get(each, each) for each in plain])}"
+        fix = f"use {_either([_example(each) for each in plain])}"
     return f"{failure.setting} must be {_either([*plain, *choices])}, got {failure.value}: {fix}."
+
+
+def _example(kind: str) -> str:
+    count = re.fullmatch(r"tuple with (\d+) elements", kind)
+    return f"a list of {count[1]} elements" if count else _EXAMPLES.get(kind, kind)
 
 
 def _either(names: list[str]) -> str:
@@ -155,6 +177,7 @@ _EXAMPLES = {
     "str": "text",
     "list": "a list, as [1, 2]",
     "tuple": "a list, as [1, 2]",
+    "Iterable": "a list, as [1, 2]",
     "Sequence": "a list, as [1, 2]",
 }
 _REASONS: dict[str, str | Callable[[_Failure], str]] = {
@@ -167,8 +190,8 @@ _REASONS: dict[str, str | Callable[[_Failure], str]] = {
     r"Option '(.*)' is not accepted": _no_argument,
     r"does not accept option '(.*)'": _no_setting,
     r"unrecognized arguments: (\S*)": _no_setting,
-    r"the following arguments are required: (.*)": _missing,
-    r"argument (\S+): expected one argument": (
+    r"the following arguments are required: ([\w, ]+)": _missing,
+    r"argument (?:-\w/)?(\S+): expected one argument": (
         "`{0}` must have a value, got none: write {0}=VALUE."
     ),
     r"argument subcommand: invalid choice: (.*) \(choose from (.*)\)": (
@@ -177,8 +200,15 @@ _REASONS: dict[str, str | Callable[[_Failure], str]] = {
     r"Not of type Positive\w+: (?:.*: )?(\S+) does not": (
         "{setting} must be positive, got {0}: use a number above 0."
     ),
+    r"argument (?:-\w/)?(\S+): ignored explicit argument": (
+        "`{0}` must have no value, got one: leave it out."
+    ),
+    r"Path is not a file: (.*)": ("{setting} must be a file, got {0}, which is none: name a file."),
     r"File does not exist: (.*)": (
         "{setting} must be a file, got {0}, which does not exist: correct the path."
+    ),
+    r"Key must be a string, got: (\S*?)\.?$": (
+        "`config` must have names of settings as keys, got {0}: name one of --print_config."
     ),
     r"Unexpected config:(.*)": (
         "`config` must be a file of settings, got something else: begin a section, as `model:`."
@@ -186,8 +216,18 @@ _REASONS: dict[str, str | Callable[[_Failure], str]] = {
     r"(?s)Problems parsing config: (.*)": (
         "`config` must be valid YAML, got a file that is not ({0}): fix the YAML there."
     ),
+    r"Multiple subclasses with name (\w+)\. Give the full class path to avoid ambiguity: (.*)\.": (
+        "{setting} must be one class, got {0}, the name of several: use one of {1}."
+    ),
+    r"argument of type 'NoneType' is not iterable": (
+        "{setting} must name a class, got null: name one under `class_path`."
+    ),
+    r"'(\w+)' object has no attribute 'keys'": (
+        "`init_args` of {setting} must be a section, got a {0}: write `name: value`."
+    ),
     r"Import path (\S*?) ?does not correspond to a subclass": _wrong_class,
-    r"Expected '(.*)' to be a subclass of": _wrong_class,
+    r"Expected '(.*)' to be a (?:subclass of|function that returns)": _wrong_class,
+    r"Unexpected import path format: (.*)": _wrong_class,
     r"Expected an instantiatable class, but (\S*?) ?is abstract": _wrong_class,
     r"Not a valid subclass of()": _wrong_class,
     r"Unable to load config '(.*)'": (

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_vr.callbacks.pictures import is_picture, save_picture
 from lightning_vr.core.distributed import all_gather_numbers, all_gather_rows
+from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import run_folder
 
 
@@ -29,7 +30,7 @@ class SampleWriter(Callback):
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # the last ranks may have one batch less than the first
         own = int(sum(trainer.num_predict_batches))
-        counts = all_gather_numbers([own], pl_module.device)
+        counts = all_gather_numbers([own])
         self._batches_left = max(count for (count,) in counts)
 
     def on_predict_batch_end(
@@ -55,7 +56,8 @@ class SampleWriter(Callback):
         arrays: dict[str, Any] = {"samples": samples.numpy()}
         if self.num_classes is not None:
             arrays["labels"] = np.arange(len(samples)) % self.num_classes
-        np.savez(folder / "samples.npz", **arrays)
+        with replacing(folder / "samples.npz") as file:
+            np.savez(file, **arrays)
         if is_picture(tuple(samples.shape[1:])):
             names.append("samples.png")
             save_picture(samples, folder / "samples.png", columns=self.num_classes)

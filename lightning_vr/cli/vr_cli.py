@@ -1,13 +1,14 @@
 """LightningCLI, where what is configured wins over what a checkpoint says."""
 
+import os
 import sys
 import warnings
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -25,12 +26,21 @@ from lightning_vr.cli.checkpoint_settings import (
     changed_optimization,
     model_settings,
 )
+from lightning_vr.cli.close_names import full_names
+from lightning_vr.cli.comments import comments_as_text
 from lightning_vr.cli.last_checkpoint import last_checkpoint
+from lightning_vr.cli.nested_values import values_as_written
+from lightning_vr.cli.optimization_classes import check_optimization_classes
+from lightning_vr.cli.run_names import check_run_names
 from lightning_vr.cli.save_run_config import SaveRunConfig
+from lightning_vr.cli.setting_values import check_values
 from lightning_vr.cli.trainer_checks import check_trainer_settings
 from lightning_vr.cli.vr_trainer import VRTrainer
+from lightning_vr.cli.yaml_files import check_yaml_files
+from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
 from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
-from lightning_vr.lifecycle.hyperparameters import SavedArguments
+from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
+from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.training.module import DiffusionModule
 
 _LOADERS = {
@@ -74,8 +84,10 @@ class VRCLI(LightningCLI):
                 "LIGHTNING_VR_TRACEBACK=1 shows where it was raised.",
                 "version": version("lightning-vr"),
                 "exit_on_error": False,
+                "allow_abbrev": False,
             },
         }
+        check_yaml_files()
         super().__init__(model_class, datamodule_class, **(defaults | kwargs))
 
     @staticmethod
@@ -98,6 +110,12 @@ class VRCLI(LightningCLI):
         parser.set_defaults({f"trainer.{name}": x for name, x in self.trainer_defaults.items()})
         parser.add_lightning_class_args(self._model_class, "model", True, required=False)
         parser.add_lightning_class_args(self._datamodule_class, "data", True, required=False)
+        parser.add_argument(
+            "--trust",
+            nargs="*",
+            default=[],
+            help="Packages of your own or of others whose classes may be built from --ckpt_path.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; where no module is configured, a checkpoint's hyperparameters are the defaults."""
@@ -121,20 +139,38 @@ class VRCLI(LightningCLI):
                 raise missing
             return
         self._checkpoint = read_checkpoint(path)
+        check_version(self._checkpoint, path)
+        if self.config.subcommand == "fit":
+            check_training_state(self._checkpoint, path)
         if missing is not None:
-            arguments = SavedArguments.of(self._checkpoint)
-            arguments.check_complete(path, given=("optimizer", "lr_scheduler"))
-            self._set_default("model", model_settings(self._checkpoint, path))
+            trust = Trust(path, self._settings.trust)
+            model = model_settings(self._checkpoint, self._model_class, trust)
+            self._set_default("model", model)
         seed = self._checkpoint_seed()
         if self.config.subcommand == "fit" and seed is not None:
             self._set_default("seed_everything", seed)
         self._parse(args)
         self._settings.ckpt_path = path
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, whose progress bar counts steps unless one is configured."""
+        trainer = super().instantiate_trainer(**kwargs)
+        configured = self._get(self.config_init, "trainer", default={}).get("callbacks")
+        callbacks = configured if isinstance(configured, list) else [configured]
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            use_step_progress_bar(trainer)
+        return trainer
+
     def before_instantiate_classes(self) -> None:
         """Check settings that Lightning would accept and not follow."""
         if hasattr(self, "_subcommand_parsers"):
-            check_trainer_settings(self._settings.trainer)
+            check_values(self._settings, {"trainer": self.trainer_class})
+            check_trainer_settings(self._settings.trainer, self.config.subcommand)
+            check_run_names(self._settings.trainer)
+            check_optimization_classes(self._settings.model)
+            if "weights_only" in self._settings and self._settings.weights_only is None:
+                # for a remote file Lightning would read any object
+                self._settings.weights_only = True
 
     def after_instantiate_classes(self) -> None:
         """Check what would fail later with a traceback."""
@@ -163,11 +199,15 @@ class VRCLI(LightningCLI):
         assert isinstance(settings, Namespace)
         return settings
 
+    @comments_as_text()
     def _parse(self, args: ArgsType) -> None:
         if isinstance(args, (dict, Namespace)):
             self.config = self.parser.parse_object(args)
-        else:
-            self.config = self.parser.parse_args(args)
+            return
+        # no argument holds a zero byte; none at all would be joined to an empty one
+        given = full_names("\0".join(self._arguments)).split("\0") if self._arguments else []
+        with values_as_written():
+            self.config = self.parser.parse_args(given)
 
     def _parse_without_network(self, args: ArgsType, error: ArgumentError) -> None:
         kind = self._model_class
@@ -189,7 +229,8 @@ class VRCLI(LightningCLI):
         if self._checkpoint is None:
             return
         model = self._settings.model.as_dict()
-        for name, configured, saved in changed_network(model, self._checkpoint):
+        trust = Trust(self._settings.ckpt_path, self._settings.trust)
+        for name, configured, saved in changed_network(model, self._checkpoint, trust):
             rank_zero_warn(
                 f"Setting `{name}` is {configured}, but {saved} in {self._settings.ckpt_path}, "
                 f"whose weights were trained with it: unless you mean this, use the config.yaml of "
@@ -197,7 +238,7 @@ class VRCLI(LightningCLI):
             )
         if self.config.subcommand != "fit":
             return
-        changes = changed_optimization(model, self._checkpoint)
+        changes = changed_optimization(model, self._checkpoint, trust)
         seed = self._checkpoint_seed()
         if seed is not None and self._settings.seed_everything != seed:
             changes.append(Change("seed_everything", self._settings.seed_everything, seed))
@@ -220,9 +261,11 @@ class VRCLI(LightningCLI):
             return str(last_checkpoint(self._settings.trainer))
         if path in (None, "best", "hpc") or str(path).startswith("registry"):
             return None
-        if "://" not in str(path) and not Path(path).is_file():
-            raise ValueError(
-                f"`ckpt_path` must be a checkpoint file or 'last', but there is no file {path}: "
-                f"correct the path."
-            )
+        if "://" not in str(path):
+            path = os.path.expanduser(path)
+            if not os.path.exists(path):
+                raise ValueError(
+                    f"`ckpt_path` must be a checkpoint file or 'last', but there is no file "
+                    f"{path}: correct the path."
+                )
         return str(path)

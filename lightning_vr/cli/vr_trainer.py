@@ -45,7 +45,7 @@ class VRTrainer(Trainer):
                 newest run.
         """
         if ckpt_path is not None:
-            load_training_weights(model, read_checkpoint(ckpt_path))
+            load_training_weights(model, read_checkpoint(ckpt_path), ckpt_path)
         given = None if candidates is None else read_candidates(candidates)
         found = run_audit(model, datamodule, given, budget=budget, trainer=self)
         folder = run_folder(self)

@@ -1,26 +1,65 @@
 """Collectives that are the identity on one process.
 
 Without an initialised process group of two ranks or more each function returns its input, so that
-the layers above are written once.
+the layers above are written once. The same holds on a rank that has failed alone and has left.
+
+Numbers that Python needs (counts, signals) are exchanged on the CPU, by a process group of its own
+where that of the tensors needs a GPU: reading them does not wait for the device.
 """
 
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_is_initialized = dist.is_initialized if dist.is_available() else bool
+
+
+class _State:
+    """What this process keeps for the process group ``world``."""
+
+    world: dist.ProcessGroup | None = None
+    numbers: dist.ProcessGroup | None = None
+    has_left = False
+
+
+def _state() -> type[_State]:
+    """Return the state, empty for a process group that is new."""
+    if _State.world is not dist.group.WORLD:
+        _State.world, _State.numbers, _State.has_left = dist.group.WORLD, None, False
+    return _State
+
+
+def process_count() -> int:
+    """Return the number of ranks that were started, 1 without DDP."""
+    return dist.get_world_size() if dist.is_available() and _is_initialized() else 1
+
 
 def world_size() -> int:
-    """Return the number of ranks, 1 without DDP."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return the number of ranks that act together, 1 without DDP or once this rank has left."""
+    count = process_count()
+    return 1 if count > 1 and _state().has_left else count
+
+
+def leave_ranks() -> None:
+    """Make each further collective the identity, on a rank that fails alone and is about to end.
+
+    The others do not take part in what this rank still does, such as saving a checkpoint. Metrics
+    that a checkpoint needs synchronize themselves wherever torch says that there are ranks: from
+    now on it says that there are none. To destroy the process group could wait for the others.
+    """
+    if process_count() > 1:
+        _state().has_left = True
+        dist.is_initialized = lambda: False
 
 
 def rank() -> int:
     """Return this process's rank, 0 without DDP."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_available() and _is_initialized() else 0
 
 
 def all_gather_rows(x: Tensor) -> Tensor:
@@ -32,9 +71,7 @@ def all_gather_rows(x: Tensor) -> Tensor:
     Returns:
         ``(sum of B, *)``, the same on every rank.
     """
-    if world_size() == 1:
-        return x
-    return gather_rows(x, [count for (count,) in all_gather_numbers([len(x)], x.device)])
+    return gather_rows(x, row_counts(len(x)))
 
 
 def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -48,14 +85,46 @@ def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.cat([rows[:n] for rows, n in zip(gathered, counts, strict=True)])
 
 
-def all_gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Return the numbers of each rank, in rank order; all give equally many."""
+def row_counts(count: int) -> list[int]:
+    """Return how many rows each rank has, in rank order; this one has ``count``."""
+    return [number for (number,) in all_gather_numbers([count])]
+
+
+def all_gather_numbers(numbers: Sequence[int]) -> list[list[int]]:
+    """Return the numbers of each rank, in rank order; all give equally many.
+
+    They are exchanged on the CPU: no device is waited for.
+    """
     if world_size() == 1:
         return [list(numbers)]
-    mine = torch.tensor(numbers, device=device)
+    mine = torch.tensor(numbers, dtype=torch.int64)
     gathered = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(gathered, mine)
-    return torch.stack(gathered).tolist()
+    dist.all_gather(gathered, mine, group=numbers_group())
+    return [each.tolist() for each in gathered]
+
+
+def any_of_ranks(flags: Sequence[bool]) -> list[bool]:
+    """Return for each flag whether any rank has set it, exchanged on the CPU."""
+    if world_size() == 1:
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=numbers_group())
+    return [bool(flag) for flag in found.tolist()]
+
+
+def numbers_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """Return the process group for numbers on the CPU; the first call, on all ranks, makes it.
+
+    Args:
+        timeout: How long its collectives may take; torch's default if not given.
+    """
+    state = _state()
+    if state.numbers is None:
+        is_for_cpu = dist.get_backend() == dist.Backend.GLOO
+        state.numbers = (
+            dist.group.WORLD if is_for_cpu else dist.new_group(backend="gloo", timeout=timeout)
+        )
+    return state.numbers
 
 
 def exchange_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -91,9 +160,9 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     return all_reduce_sum(x) / world_size()
 
 
-def least(number: int, device: torch.device) -> int:
+def least(number: int) -> int:
     """Return the smallest of the ranks' numbers."""
-    return min(own for (own,) in all_gather_numbers([number], device))
+    return min(own for (own,) in all_gather_numbers([number]))
 
 
 def broadcast(x: Tensor) -> Tensor:
@@ -103,11 +172,6 @@ def broadcast(x: Tensor) -> Tensor:
     shared = x.detach().clone()
     dist.broadcast(shared, src=0)
     return shared
-
-
-def row_offset(count: int, device: torch.device) -> int:
-    """Return where this rank's ``count`` rows begin in ``all_gather_rows``."""
-    return sum(number for (number,) in all_gather_numbers([count], device)[: rank()])
 
 
 def gather_objects(found: Any) -> list[Any]:
@@ -124,7 +188,7 @@ def destroy_process_group() -> None:
 
     At the end of a process gloo may wait for ranks that have left, or abort.
     """
-    if world_size() > 1:
+    if process_count() > 1:
         dist.barrier()
         dist.destroy_process_group()
 
@@ -136,8 +200,10 @@ class SynchronizedError(ValueError):
 def ranks_save_together() -> bool:
     """Return whether all ranks are saving, rather than one alone after an error of its own.
 
-    A rank that saves alone would wait for ever in a collective. A signal to stop, which Lightning
-    raises as a kind of ``SystemExit``, reaches all ranks.
+    A rank that saves alone would wait for ever in a collective. One of a ``ResumableModule`` has
+    left the others before it saves, so that its collectives are the identity.
     """
+    if process_count() > 1 and _state().has_left:
+        return False
     kind = sys.exc_info()[0]
     return world_size() == 1 or kind is None or issubclass(kind, (SystemExit, SynchronizedError))

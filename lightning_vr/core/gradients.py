@@ -146,6 +146,35 @@ def gradients_in_chunks(
     return found
 
 
+def mean_gradients(
+    module: nn.Module,
+    function: Callable[[Rows], Tensor],
+    rows: Rows,
+    chunk: int,
+    *,
+    scale: float = 1.0,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """Return losses, and gradients of their mean; parameters and buffers stay as they are.
+
+    Arguments are those of ``gradients_in_chunks``.
+
+    Returns:
+        Losses ``(n,)``, the gradient by each trainable parameter in order, zero where there is
+        none, and gradients by those of the rows that require one.
+    """
+    parameters, buffers = aliases(module)
+    for parameter in parameters.values():
+        parameter.requires_grad_()
+    losses, found = gradients_in_chunks(
+        module, function, rows, chunk, aliases=parameters, buffers=buffers, scale=scale
+    )
+    own = [
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for gradient, parameter in zip(found, parameters.values(), strict=False)
+    ]
+    return losses, own, found[len(own) :]
+
+
 class _WithGradient(torch.autograd.Function):
     """A number whose gradient is known."""
 

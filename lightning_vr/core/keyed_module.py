@@ -22,6 +22,12 @@ class KeyedModule(nn.Module):
         """The seed in force, which a run keeps in its checkpoints."""
         return torch.initial_seed() % 2**63 if self.seed is None else self.seed
 
-    def generator(self, *key: int | str) -> torch.Generator:
-        """Return the generator of this run, this rank and ``key``, on the module's device."""
-        return generator(self.run_seed, rank(), *key, device=device_of(self))
+    def generator(self, *key: int | str, seed: int | None = None) -> torch.Generator:
+        """Return the generator of this run, this rank and ``key``, on the module's device.
+
+        Args:
+            *key: What distinguishes this draw from others.
+            seed: Used in place of the run's seed.
+        """
+        seed = self.run_seed if seed is None else int(seed)
+        return generator(seed, rank(), *key, device=device_of(self))

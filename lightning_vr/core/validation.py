@@ -21,6 +21,25 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"`{name}` must be at least {least}, got {value}: use {least} or more.")
 
 
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raise if a value is no whole number, or below the smallest one allowed.
+
+    Args:
+        name: The argument.
+        value: What it is.
+        least: The smallest that it may be.
+
+    Raises:
+        ValueError: If it is no integer of at least ``least``.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(
+            f"`{name}` must be a whole number of at least {least}, got {value!r}: use {least} or "
+            f"more."
+        )
+    check_at_least(name, value, least)
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise if a number is not positive and finite.
 

@@ -8,6 +8,7 @@ from lightning_vr.data.dataset import InMemoryDataset, SampleDataset
 from lightning_vr.data.digits import Digits, digits
 from lightning_vr.data.folder import ImageFolder
 from lightning_vr.data.huggingface import HuggingFaceImages
+from lightning_vr.data.image_error import ImageError
 from lightning_vr.data.mixture import GaussianMixture
 from lightning_vr.data.synthetic import Checkerboard, EightGaussians, Moons
 from lightning_vr.data.two_gaussians import TwoGaussians, two_gaussians_target_variance
@@ -18,6 +19,7 @@ __all__ = [
     "EightGaussians",
     "GaussianMixture",
     "HuggingFaceImages",
+    "ImageError",
     "ImageFolder",
     "InMemoryDataset",
     "Moons",

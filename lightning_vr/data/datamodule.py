@@ -59,6 +59,18 @@ class SplitDataModule(LightningDataModule, ABC):
     def build_datasets(self) -> tuple[SampleDataset, SampleDataset]:
         """Build the training set and the validation set."""
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a checkpoint is data from a stranger, and holds no data set.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"`{cls.__name__}` must be built by its constructor, got a checkpoint, which holds no "
+            f"data set: give `ckpt_path` to the trainer, which restores the position in the data."
+        )
+
     def setup(self, stage: str = "fit") -> None:
         """Build both data sets, whatever the stage.
 

@@ -1,34 +1,41 @@
-"""The user's own images: decoded, cropped, resized and scaled one sample at a time.
+"""The user's own images as data sets: decoded on access, and kept as far as memory lasts.
 
-An image is rotated as its EXIF record says, cropped to its central square, resized with the bicubic
-filter (which averages when it shrinks) and scaled from 8 bits to ``[-1, 1]``.
+What happens to an image stands in ``pixels.py``. Pixels of 8 bits (16 of grey images that have
+them) are kept in memory; a sample is the same whether its pixels were kept or decoded anew.
 """
 
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import get_args
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_vr.core.validation import check_at_least, check_labels
+from lightning_vr.core.validation import check_at_least, check_choice, check_labels
 from lightning_vr.data.datamodule import SplitDataModule
 from lightning_vr.data.dataset import Sample, SampleDataset
+from lightning_vr.data.image_error import unreadable
+from lightning_vr.data.image_formats import pillow_pixel_limit, pixel_limit
+from lightning_vr.data.inspection import ImageSource, Inspection, evenly_spaced, inspect_images
+from lightning_vr.data.pixel_cache import PixelCache
+from lightning_vr.data.pixels import (
+    WHITE,
+    Channels,
+    Colour,
+    Pixels,
+    parse_colour,
+    scaled,
+    to_pixels,
+)
 
 MEASURED_FOR_SIGMA = 1024
+CACHE_BYTES = 2**30
 
-
-class ImageSource(Protocol):
-    """A sequence of images that decodes them on access."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Image.Image: ...
-
-    def name(self, index: int) -> str:
-        """Return the name of an image for error messages."""
+Labelled = tuple[ImageSource, Tensor | None]
+"""Images and their classes of shape ``(N,)``."""
 
 
 class DecodedImages(SampleDataset):
@@ -39,9 +46,12 @@ class DecodedImages(SampleDataset):
         label: Classes of shape ``(N,)``, or None.
         num_classes: Number of classes; required with ``label``.
         size: Side of the square images, in pixels.
-        channels: 1 for grey, 3 for colour.
+        channels: 1 for grey, 3 for colour, 4 for colour and alpha.
+        background: What transparent images are composited on.
         horizontal_flip: Whether to give every image a second time, mirrored: positions N to 2N - 1.
             Nothing is random: each position is one image, as references need it.
+        cache: Where to keep decoded images, or None.
+        max_pixels: Largest number of pixels of a frame, None for no limit.
 
     Raises:
         ValueError: If a label is missing or outside ``[0, num_classes)``; on access, if an image
@@ -55,8 +65,11 @@ class DecodedImages(SampleDataset):
         num_classes: int | None,
         *,
         size: int,
-        channels: Literal[1, 3],
+        channels: Channels,
+        background: Colour = WHITE,
         horizontal_flip: bool = False,
+        cache: PixelCache | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         if label is not None:
             check_labels("label", label, num_classes, len(source))
@@ -64,7 +77,10 @@ class DecodedImages(SampleDataset):
         self.label = label
         self.size = size
         self.channels = channels
+        self.background = background
         self.horizontal_flip = horizontal_flip
+        self.cache = cache
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.source) * (1 + self.horizontal_flip)
@@ -89,12 +105,14 @@ class DecodedImages(SampleDataset):
             float32 of shape ``(channels, size, size)`` in ``[-1, 1]``.
 
         Raises:
-            ValueError: If it cannot be read; the error names it.
+            ImageError: If it cannot be read; the error names it.
         """
-        try:
-            return to_tensor(self.source[index], self.size, self.channels)
-        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
-            raise unreadable(self.source.name(index), error) from error
+        pixels = None if self.cache is None else self.cache.get(index)
+        if pixels is None:
+            pixels = self._decoded(index)
+            if self.cache is not None:
+                self.cache.put(index, pixels)
+        return scaled(pixels)
 
     def standard_deviation(self) -> float:
         """Return the standard deviation of all pixels of at most 1024 evenly spaced images."""
@@ -107,19 +125,30 @@ class DecodedImages(SampleDataset):
         mean, square = (moments / len(chosen)).tolist()
         return math.sqrt(max(square - mean**2, 0.0))
 
+    def _decoded(self, index: int) -> Pixels:
+        try:
+            with self.source.open(index) as image, pixel_limit(self.max_pixels):
+                return to_pixels(image, self.size, self.channels, self.background)
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
+            raise unreadable(self.source.name(index), error) from error
+
 
 class ImageDataModule(SplitDataModule):
     """Base of the data modules of images: their size, mirroring and split.
 
     Args:
-        path: Folder of the images.
+        path: Folder of the images; ``~`` is the home folder.
         size: Side of the square images, in pixels.
         batch_size: Samples per batch and process.
-        channels: 1 for grey, 3 for colour.
+        channels: 1 for grey, 3 for colour, 4 for colour and alpha.
+        background: Colour that transparent images are composited on.
         horizontal_flip: Whether to give every training image a second time, mirrored.
         validation_fraction: Fraction of the images (of each class) to hold out.
         seed: Seed of the split.
         num_workers: Processes that load batches; 0 loads them in the training process.
+        cache_bytes: Most memory for decoded images in each training process, which its workers
+            share; 0 decodes them on every access.
+        max_pixels: Largest number of pixels of an image file; Pillow's limit if not given.
     """
 
     def __init__(
@@ -127,98 +156,115 @@ class ImageDataModule(SplitDataModule):
         path: str | Path,
         size: int,
         batch_size: int,
-        channels: Literal[1, 3],
+        channels: Channels,
+        background: str | Sequence[int],
         horizontal_flip: bool,
         validation_fraction: float,
         seed: int,
         num_workers: int,
+        cache_bytes: int,
+        max_pixels: int | None,
     ) -> None:
         super().__init__(batch_size, num_workers)
         check_at_least("size", size, 1)
-        if channels not in (1, 3):
-            raise ValueError(
-                f"`channels` must be 1 (grey) or 3 (colour), got {channels}: use 1 or 3, and "
-                f"images are converted."
-            )
-        self.path = Path(path)
+        check_choice("channels", channels, get_args(Channels))
+        check_at_least("cache_bytes", cache_bytes, 0)
+        if max_pixels is not None:
+            check_at_least("max_pixels", max_pixels, 1)
+        self.path = Path(os.path.expanduser(path))
         self.size = size
         self.channels = channels
+        self.background = parse_colour("background", background)
         self.horizontal_flip = horizontal_flip
         self.validation_fraction = validation_fraction
         self.seed = seed
+        self.cache_bytes = cache_bytes
+        self.max_pixels = pillow_pixel_limit() if max_pixels is None else max_pixels
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one image."""
         return (self.channels, self.size, self.size)
 
-    def decoded(self, source: ImageSource, label: Tensor | None, training: bool) -> DecodedImages:
-        """Return images as a data set, mirrored only if they are for training.
+    def inspect(self, source: ImageSource) -> Inspection:
+        """Look at images before training, and say in the log what becomes of transparency.
 
         Args:
             source: The images.
-            label: Classes of shape ``(N,)``, or None.
-            training: Whether this is the training set.
+
+        Raises:
+            ImageError: If one cannot be read or trained on; the error names it.
         """
-        return DecodedImages(
-            source,
-            label,
-            self.num_classes,
-            size=self.size,
-            channels=self.channels,
-            horizontal_flip=self.horizontal_flip and training,
+        is_shown = self.trainer is None or self.trainer.is_global_zero
+        found = inspect_images(source, is_shown=is_shown)
+        name = type(self).__name__
+        if found.transparent:
+            fate = (
+                "it is the fourth channel"
+                if self.channels == 4
+                else f"they are composited on `background`, which is {self.background}; "
+                f"`channels` of 4 keeps the transparency"
+            )
+            rank_zero_info(
+                f"{name}: {len(found.with_alpha)} of {found.opened} images have transparency, and "
+                f"of {found.decoded} of them that were decoded {found.transparent} use it: {fate}."
+            )
+        elif self.channels == 4:
+            rank_zero_info(
+                f"{name}: none of {found.opened} images is transparent: the fourth channel is 1 "
+                f"throughout, and `channels` of 3 would do."
+            )
+        return found
+
+    def decoded(
+        self, train: Labelled, validation: Labelled, *, is_deep: bool
+    ) -> tuple[DecodedImages, DecodedImages]:
+        """Return images as data sets, of which the first is mirrored too if so configured.
+
+        Args:
+            train: The training images.
+            validation: The validation images.
+            is_deep: Whether some images are grey with 16 bits.
+        """
+        counts = len(train[0]), len(validation[0])
+        caches = [
+            PixelCache(
+                count,
+                self.shape,
+                is_deep=is_deep,
+                max_bytes=self.cache_bytes * count // sum(counts),
+            )
+            for count in counts
+        ]
+        self._log_caches(caches, sum(counts))
+        first, second = (
+            DecodedImages(
+                source,
+                label,
+                self.num_classes,
+                size=self.size,
+                channels=self.channels,
+                background=self.background,
+                horizontal_flip=self.horizontal_flip and is_train,
+                cache=cache if cache.capacity else None,
+                max_pixels=self.max_pixels,
+            )
+            for (source, label), cache, is_train in zip(
+                (train, validation), caches, (True, False), strict=True
+            )
         )
+        return first, second
 
-
-def to_tensor(image: Image.Image, size: int, channels: Literal[1, 3]) -> Tensor:
-    """Rotate, crop, resize and scale an image.
-
-    Args:
-        image: An image of 8 bits per channel.
-        size: Side of the square result, in pixels.
-        channels: 1 for grey, 3 for colour.
-
-    Returns:
-        float32 of shape ``(channels, size, size)`` in ``[-1, 1]``.
-
-    Raises:
-        ValueError: If the image has more than 8 bits per channel, which a conversion would clip.
-    """
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"mode {image.mode} has more than 8 bits per channel: convert it first")
-    image = ImageOps.exif_transpose(image)
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    image = image.convert("L" if channels == 1 else "RGB")
-
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).reshape(size, size, channels)
-    return pixels.permute(2, 0, 1).contiguous() / 127.5 - 1
-
-
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """Return at most ``most`` positions out of ``count``, evenly spaced from the first.
-
-    Args:
-        count: Number of positions.
-        most: Largest number of positions to return.
-    """
-    chosen = min(count, most)
-    return [count * position // chosen for position in range(chosen)]
-
-
-def unreadable(name: str, error: Exception) -> ValueError:
-    """Return the error for an image that cannot be used.
-
-    Args:
-        name: Name of the image.
-        error: The error of its decoder.
-    """
-    return ValueError(
-        f"Image {name} cannot be read ({type(error).__name__}: {error}): repair or remove it."
-    )
+    def _log_caches(self, caches: list[PixelCache], count: int) -> None:
+        kept, name = sum(cache.capacity for cache in caches), type(self).__name__
+        if kept == 0:
+            rank_zero_info(
+                f"{name} decodes images on every access, as `cache_bytes` is {self.cache_bytes}."
+            )
+            return
+        part = f"all {count} images" if kept == count else f"{kept} of {count} images"
+        size = sum(cache.bytes for cache in caches)
+        rank_zero_info(
+            f"{name} keeps {part} in memory once they are decoded, in {size / 1e6:.3g} MB that "
+            f"workers share (`cache_bytes` is {self.cache_bytes})."
+        )

@@ -29,8 +29,12 @@ from lightning_vr.core.types import WHOLE_STEP, Clean, LossEstimate, Noised, Ste
 from lightning_vr.core.validation import check_at_least, check_choice
 from lightning_vr.estimators.draws import Draws, open_uniform
 from lightning_vr.estimators.proposals import Proposal
+from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.schedules import Schedule, expand
+
+_MOST_RESAMPLES = 2**24
+"""Strata between 0 and 1 that float32 can tell apart."""
 
 Scope = Literal["auto", "none", "sample", "global", "nested"]
 
@@ -158,6 +162,12 @@ class CARV(Draws):
         """Load what the pilots of a checkpoint have found; K stays within today's bounds."""
         least, chosen = self.least_resamples, min(state["chosen"], self.max_resamples)
         self.chosen, self.pilot = max(least, chosen // least * least), state["pilot"]
+        if self.resamples == "auto" and self.chosen != state["chosen"]:
+            warn_of_dropped_state(
+                f"CARV: the checkpoint's pilots chose K = {state['chosen']}, which is not between "
+                f"{least} and {self.max_resamples}, or not even with antithetic pairs: K = "
+                f"{self.chosen} until the next pilot."
+            )
 
 
 def stratify(u: Tensor, scope: Scope, part: StepPart, generator: torch.Generator) -> Tensor:
@@ -203,6 +213,12 @@ def _check_arguments(
             f"or 1 for one draw of each sample."
         )
     check_at_least("max_resamples", largest, 2 if antithetic else 1)
+    for name, count in (("resamples", resamples), ("max_resamples", largest)):
+        if isinstance(count, int) and count > _MOST_RESAMPLES:
+            raise ValueError(
+                f"`{name}` must be at most {_MOST_RESAMPLES}, as times in float32 have no more "
+                f"strata, got {count}: use a number such as 4."
+            )
     if antithetic and is_number and int(resamples) % 2:
         raise ValueError(
             f"`resamples` must be even with antithetic pairs, got {resamples}: use "

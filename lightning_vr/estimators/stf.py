@@ -21,14 +21,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_vr.core.distributed import all_gather_rows, rank, row_offset, world_size
+from lightning_vr.core.distributed import gather_rows, rank, row_counts, world_size
 from lightning_vr.core.rng import generator as keyed_generator
 from lightning_vr.core.types import Clean, Noised, TargetEstimate
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.targets import Target, own_sample
 from lightning_vr.posterior.posterior_mean import posterior_mean
 from lightning_vr.posterior.references import References
-from lightning_vr.posterior.sharded_references import Bank, ShardedReferences
+from lightning_vr.posterior.sharded_references import Bank, ShardedReferences, distances_to_copies
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ _CALIBRATION = 512
 """Number of samples that determine ``min_noise_level="auto"`` with references from the batch."""
 
 _ROUNDING = 0.02
-"""Distance of a sample from its copy in the bank, in units of the samples' norm: an encoder in
-bfloat16 stays below it, and augmentations exceed it."""
+"""Distance of a sample from its copy in the bank: an encoder in bfloat16 stays below it, and
+augmentations exceed it."""
 
 
 class STF(Target):
@@ -176,15 +176,16 @@ class STF(Target):
         """Return references and, for each row, the position that the own sample replaces."""
         if self.references == "batch":
             resamples = len(noised.x0) // len(clean.x0)
+            counts = row_counts(len(clean.x0))
             positions = torch.arange(len(clean.x0), device=noised.t.device)
-            positions = positions + row_offset(len(clean.x0), noised.t.device)
-            labels = None if clean.labels is None else all_gather_rows(clean.labels)
-            x0 = all_gather_rows(clean.x0.to(noised.x0.dtype))
+            positions = positions + sum(counts[: rank()])
+            labels = None if clean.labels is None else gather_rows(clean.labels, counts)
+            x0 = gather_rows(clean.x0.to(noised.x0.dtype), counts)
             references = References.prepare(x0, labels)
             return references, positions.repeat_interleave(resamples)
         bank = self._filled_bank(noised.t.device)
         if self._indexed and not self._has_compared:
-            self._compare(bank, noised)
+            self.compare(noised.x0, self._index(noised))
         if self.references == "all":
             return bank, self._index(noised)
         return self._draw_from_bank(bank, noised, generator)
@@ -222,19 +223,17 @@ class STF(Target):
             )
         return noised.index
 
-    def _compare(self, bank: Bank, noised: Noised) -> None:
-        """Warn if samples differ from their copies in this rank's part of the bank."""
-        row = bank.rows_at(self._index(noised))
-        here, local = row >= 0, bank.local
-        if not bool(here.any()):
-            return
-        self._has_compared = True
-        copies = local.rows[row[here]] + local.centre
-        distance = torch.linalg.vector_norm(noised.x0[here].flatten(1) - copies, dim=1)
-        norm = torch.sqrt(
-            local.squared_norms.mean() + torch.linalg.vecdot(local.centre, local.centre)
-        )
-        if bool((distance > _ROUNDING * norm).any()):
+    def compare(self, x0: Tensor, positions: Tensor) -> None:
+        """Warn if samples ``(B, *)`` differ from their copies in the bank, if it is on this rank.
+
+        Args:
+            x0: Encoded samples.
+            positions: Their positions in the training set ``(B,)``.
+        """
+        bank = self._filled_bank(x0.device)
+        distance = distances_to_copies(bank, x0, positions.to(x0.device))
+        self._has_compared = len(distance) > 0
+        if bool((distance > _ROUNDING).any()):
             log.warning(
                 "STF(references=%r): samples differ from the bank's copies of them, so `encode` "
                 "returns another version of a sample each time and the others in the bank are not "

@@ -6,9 +6,8 @@ they build.
 """
 
 import functools
-import importlib
 import inspect
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,15 +15,18 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.saving import _default_map_location
 from lightning.pytorch.utilities.parsing import collect_init_args, parse_class_init_keys
 from torch import nn
 
-from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
-from lightning_vr.lifecycle.configuration import UndescribableError, describe, imported
+from lightning_vr.lifecycle.checked_arguments import checked_arguments
+from lightning_vr.lifecycle.checkpoint_contents import damaged
+from lightning_vr.lifecycle.checkpoints import STATE, check_weights, load_weights, read_checkpoint
+from lightning_vr.lifecycle.configuration import UndescribableError, describe
+from lightning_vr.lifecycle.trust import Trust
 
 _HYPERPARAMETERS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 _CLASS, _INSTANTIATOR = "_class_path", "_instantiator"  # names that Lightning's own loader reads
@@ -60,6 +62,12 @@ class Description:
         }
         checkpoint.setdefault(STATE, {})["objects"] = [*self.objects, *foreign]
 
+    def replace(self, module: LightningModule, name: str, value: Any) -> None:
+        """Let an argument of ``module`` have another value from now on, if it has that argument."""
+        if name in self.hyperparameters:
+            self.hyperparameters[name] = value
+            module.save_hyperparameters(dict(self.hyperparameters))
+
 
 @dataclass(frozen=True)
 class SavedArguments:
@@ -77,11 +85,20 @@ class SavedArguments:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> "SavedArguments":
-        """Read the arguments from a checkpoint."""
+        """Read the arguments from a checkpoint; nothing of them is checked."""
         described = dict(checkpoint.get(_HYPERPARAMETERS, {}))
         class_path = described.pop(_CLASS, None)
         described.pop(_INSTANTIATOR, None)
-        return cls(class_path, described, checkpoint.get(STATE, {}).get("objects", []))
+        return cls(class_path, described, checkpoint.get(STATE, {}).get("objects") or [])
+
+    def checked(self, kind: type, trust: Trust, names: Container[str]) -> dict[str, Any]:
+        """Return those arguments of ``kind`` that are in ``names``, safe to give to a parser.
+
+        Raises:
+            ValueError: If one of them names what is not to be built.
+        """
+        wanted = {name: value for name, value in self.described.items() if name in names}
+        return checked_arguments(trust, kind, wanted)
 
     def check_complete(self, path: Any, given: Container[str]) -> None:
         """Raise if an argument that no configuration can rebuild is not ``given`` either.
@@ -132,7 +149,12 @@ def describe_arguments(module: LightningModule) -> Description:
 
 
 def load_module(
-    cls: type[_Module], path: Any, map_location: Any, strict: bool | None, given: dict[str, Any]
+    cls: type[_Module],
+    path: Any,
+    map_location: Any,
+    strict: bool | None,
+    given: dict[str, Any],
+    trust: Sequence[str] = (),
 ) -> _Module:
     """Rebuild the module of a checkpoint and load its weights.
 
@@ -142,26 +164,56 @@ def load_module(
         map_location: Where to load the weights; their own device if None.
         strict: Whether the names of all weights must match; the module's own choice if None.
         given: Constructor arguments in place of the checkpoint's.
+        trust: Packages whose classes may be imported and built, beside those of ``Trust``.
 
     Raises:
-        ValueError: If the class is not imported, if an argument is missing, or if the weights do
-            not fit.
+        ValueError: If the class is not imported, if an argument is missing or names what is not to
+            be built, or if the weights do not fit.
     """
+    trusted = Trust(path, trust)
     checkpoint = read_checkpoint(path, map_location or _default_map_location)
     saved = SavedArguments.of(checkpoint)
-    kind = _class_to_load(cls, saved.class_path, path)
+    kind = class_to_load(cls, saved.class_path, trusted)
     saved.check_complete(path, given)
-    described = {name: value for name, value in saved.described.items() if name not in given}
-    module = _build(kind, described, given, path)
+    described = saved.checked(kind, trusted, saved.described.keys() - given.keys())
+    module = _build(kind, described, given, trusted)
 
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     strict = module.strict_loading if strict is None else strict
     if strict:
         check_weights(module, checkpoint, path)
-    module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    load_weights(module, checkpoint["state_dict"], path, strict=strict)
     devices = [x.device for x in checkpoint["state_dict"].values() if isinstance(x, torch.Tensor)]
     return module.to(devices[0]) if devices else module
+
+
+def class_to_load(cls: type[_Module], class_path: Any, trust: Trust) -> type[_Module]:
+    """Return the class that a checkpoint names, or ``cls`` where it is that one or below it.
+
+    Raises:
+        ValueError: If it names none that may be built.
+    """
+    if class_path is None:
+        return cls
+    if not isinstance(class_path, str):
+        raise damaged(f"hyper_parameters.{_CLASS}", "the name of a class", class_path, trust.path)
+    saved = trust.find(class_path)
+    if isinstance(saved, type) and issubclass(saved, LightningModule) and trust.allows(saved):
+        if issubclass(saved, cls):
+            return saved
+        if issubclass(cls, saved):
+            return cls
+    # a class of a script is `__main__.Name` in one process and `script.Name` in the next
+    short = class_path.rpartition(".")[2]
+    namesakes = [kind for kind in _subclasses(cls) if kind.__name__ == short]
+    if len(namesakes) == 1:
+        return namesakes[0]
+    raise ValueError(
+        f"The checkpoint {trust.path} holds a {class_path}, which is not imported or is no "
+        f"subclass of {cls.__name__}: import the module that defines it, or trust its package, as "
+        f'in trust=["{class_path.partition(".")[0]}"] or --trust on the command line.'
+    )
 
 
 def _constructor_arguments(module: LightningModule, frame: FrameType) -> dict[str, Any]:
@@ -192,34 +244,15 @@ def _required(kind: type) -> list[str]:
     return [x.name for x in parameters if x.default is x.empty and x.kind not in kinds]
 
 
-def _class_to_load(cls: type[_Module], class_path: str | None, path: Any) -> type[_Module]:
-    if class_path is None:
-        return cls
-    saved = imported(class_path)
-    if isinstance(saved, type) and issubclass(saved, cls):
-        return saved
-    if isinstance(saved, type) and issubclass(cls, saved):
-        return cls
-    # a class of a script is `__main__.Name` in one process and `script.Name` in the next
-    name = class_path.rpartition(".")[2]
-    namesakes = [kind for kind in _subclasses(cls) if kind.__name__ == name]
-    if len(namesakes) == 1:
-        return namesakes[0]
-    raise ValueError(
-        f"The checkpoint {path} holds a {class_path}, which is not imported or is no subclass of "
-        f"{cls.__name__}: import the module that defines it, then load again."
-    )
-
-
 def _subclasses(cls: type[_Module]) -> list[type[_Module]]:
     return [cls, *(kind for child in cls.__subclasses__() for kind in _subclasses(child))]
 
 
 def _build(
-    kind: type[_Module], described: dict[str, Any], given: dict[str, Any], path: Any
+    kind: type[_Module], described: dict[str, Any], given: dict[str, Any], trust: Trust
 ) -> _Module:
     parser = ArgumentParser(exit_on_error=False)
-    partials = {name: _partial(value) for name, value in described.items()}
+    partials = {name: _partial(value, trust) for name, value in described.items()}
     given = {name: value for name, value in partials.items() if value is not None} | given
     parsed = {name: value for name, value in described.items() if name not in given}
     seen = set(given)
@@ -228,22 +261,22 @@ def _build(
         if parsed.keys() - seen:
             seen.update(parser.add_class_arguments(base, skip=seen.copy(), fail_untyped=False))
     try:
-        config = parser.parse_object(parsed)
-    except ArgumentError as error:
+        arguments = parser.instantiate(parser.parse_object(parsed)).as_dict()
+        with _reload(kind, described):
+            return kind(**{name: arguments[name] for name in parsed}, **given)
+    except Exception as error:  # whatever a constructor makes of the arguments in a file
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"The checkpoint {path} does not rebuild a {kind.__name__}: {error}"
+            f"The checkpoint {trust.path} does not rebuild a {kind.__name__}: {reason[:400]}: give "
+            f"the argument yourself, or use another checkpoint."
         ) from error
-    arguments = parser.instantiate(config).as_dict()
-    with _reload(kind, described):
-        return kind(**{name: arguments[name] for name in parsed}, **given)
 
 
-def _partial(described: Any) -> functools.partial[Any] | None:
+def _partial(described: Any, trust: Trust) -> functools.partial[Any] | None:
     """Return the partial of a function, which the parser would take for a call, or None."""
     if not isinstance(described, dict) or "class_path" not in described:
         return None
-    module, _, name = described["class_path"].rpartition(".")
-    function = getattr(importlib.import_module(module), name, None)
+    function = trust.find(described["class_path"])
     if not inspect.isroutine(function):
         return None
     return functools.partial(function, **described.get("init_args", {}))

@@ -14,7 +14,7 @@ The hooks are the module's and not a callback's: those of callbacks run before `
 and what a resumed run makes up for must come last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,19 +24,36 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Self
 
 from lightning_vr.core.distributed import broadcast
 from lightning_vr.core.keyed_module import KeyedModule
 from lightning_vr.core.rng import set_global_rng
-from lightning_vr.lifecycle.checkpoint_io import use_durable_checkpoints
-from lightning_vr.lifecycle.checkpoints import STATE
+from lightning_vr.lifecycle.checkpoint_contents import (
+    STATE,
+    check_contents,
+    check_loops,
+    check_optimizer_states,
+    check_training_state,
+)
+from lightning_vr.lifecycle.checkpoint_io import (
+    begin_checkpoints,
+    finish_checkpoints,
+    use_durable_checkpoints,
+)
 from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
-from lightning_vr.lifecycle.epoch_length import equalize_epoch_length
+from lightning_vr.lifecycle.epoch_length import (
+    check_training_batches,
+    check_validation_batches,
+    equalize_epoch_length,
+)
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
+from lightning_vr.lifecycle.hyperparameters import load_module
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
-from lightning_vr.lifecycle.stopping import CoordinatedStop, bypass_collectives
+from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating
 from lightning_vr.lifecycle.strategies import check_strategy
+from lightning_vr.lifecycle.weight_averaging import AveragedWeights, load_what_trains
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
 
@@ -58,6 +75,7 @@ class ResumableModule(KeyedModule, LightningModule):
         super().__init__()
         self._resuming = Resuming()
         self._stop = CoordinatedStop()
+        self._averages = AveragedWeights()
         self._guard = FiniteGuard("raise")
         self._hooks_called: set[str] = set()
         self._undo_seeding: Callable[[], None] | None = None
@@ -74,13 +92,21 @@ class ResumableModule(KeyedModule, LightningModule):
     def prepare_training(self) -> None:
         """Prepare what the first step needs; override it. All ranks call it, on their device."""
 
+    def setup(self, stage: str) -> None:
+        """Let checkpoints be read safely, before the trainer reads one."""
+        use_durable_checkpoints(self.trainer)
+
     def on_fit_start(self) -> None:
         """Install run safeguards: durable checkpoints, tolerant loggers, coordinated stopping."""
         self._hooks_called = {"on_fit_start"}
         check_strategy(self.trainer, self)
+        check_training_batches(self.trainer)
+        check_optimizer_states(self.trainer)
         self._resuming.begin(self.trainer)
-        self._stop.install_signal_handlers(self.trainer)
-        use_durable_checkpoints(self.trainer)
+        self._averages.watch(self.trainer)
+        self._guard.begin()
+        self._stop.begin_fit(self.trainer)
+        begin_checkpoints(self.trainer)
         keep_csv_logs_whole(self.trainer)
         warn_on_logger_errors(self.trainer)
 
@@ -90,16 +116,24 @@ class ResumableModule(KeyedModule, LightningModule):
         if self.seed is None:
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         equalize_epoch_length(self.trainer)
+        check_validation_batches(self.trainer)
         self._resuming.restore_gradients(self)
         self._resuming.begin_training(self.trainer)
         self.prepare_training()
         self._resuming.restart(self.trainer)
 
     def on_fit_end(self) -> None:
-        """Log the final step's pending metrics when resuming a finished run."""
+        """Log pending metrics of a finished run, and raise if what was trained is not kept.
+
+        Raises:
+            ValueError: If the last checkpoint could not be written, or a weight is not finite.
+        """
         self._hooks_called = set()
+        check_training_batches(self.trainer)
         if self._resuming.is_due:
             self._resuming.end(self.trainer)
+        finish_checkpoints(self.trainer)
+        self._guard.check_end(self)
 
     def on_train_epoch_start(self) -> None:
         """Look at the lengths of loaders that were made anew."""
@@ -150,6 +184,39 @@ class ResumableModule(KeyedModule, LightningModule):
         """Raise if training makes no progress."""
         self._resuming.end_epoch(self)
 
+    def on_validation_start(self) -> None:
+        """Install a handler of signals, if this is no part of a fit."""
+        self._begin_evaluation()
+
+    def on_test_start(self) -> None:
+        """Install a handler of signals."""
+        self._begin_evaluation()
+
+    def on_predict_start(self) -> None:
+        """Install a handler of signals."""
+        self._begin_evaluation()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to, and this is no part of a fit."""
+        self.stop_evaluation_if_asked()
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to."""
+        self.stop_evaluation_if_asked()
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to."""
+        self.stop_evaluation_if_asked()
+
+    def stop_evaluation_if_asked(self) -> None:
+        """End ``validate``, ``test`` or ``predict`` at once if any rank was asked to.
+
+        Raises:
+            SIGTERMException: If one was.
+        """
+        if self._trainer is not None:
+            self._stop.end_evaluation_if_asked(self._trainer)
+
     def stop_if_asked(self) -> None:
         """End what takes long at once if any rank was asked to; all ranks call it.
 
@@ -165,17 +232,58 @@ class ResumableModule(KeyedModule, LightningModule):
         state = checkpoint.setdefault(STATE, {})
         state["seed"] = self.run_seed if self._is_fitting else self.seed
         if self._is_fitting or self._has_fitted:
-            bypass_collectives(self.trainer)
+            self._averages.complete(self.trainer, self, checkpoint)
             state |= self._resuming.state(self, checkpoint)
             state["skipped"] = self._guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take what ``on_save_checkpoint`` kept, to resume a fit."""
+        """Take what ``on_save_checkpoint`` kept, to resume a fit.
+
+        Raises:
+            ValueError: If the checkpoint is damaged.
+        """
+        check_contents(checkpoint, self._ckpt_path)
         state = checkpoint.get(STATE, {})
         if self._is_fitting:
+            load_what_trains(self.trainer, checkpoint)
+            check_training_state(checkpoint, self._ckpt_path)
+            check_loops(self.trainer, checkpoint)
             self.seed = state.get("seed")
             self._resuming.load(self.trainer, state, checkpoint)
             self._guard.skipped = state.get("skipped", 0)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        strict: bool | None = None,
+        *,
+        trust: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild a trained module, of whichever subclass wrote the checkpoint.
+
+        A checkpoint is data from a stranger: only classes of this package, torch, diffusers and
+        Lightning are built from it, those of modules that are imported, and of ``trust``.
+
+        Args:
+            checkpoint_path: The checkpoint file.
+            map_location: Where to load the weights; their own device if not given.
+            strict: Whether the names of all weights must match.
+            trust: Further packages whose classes may be imported and built.
+            **kwargs: Constructor arguments in place of the checkpoint's.
+
+        Raises:
+            ValueError: If the subclass is not imported, if an argument was an object that no
+                configuration can rebuild and is not given again, if an argument names what may not
+                be built, or if the weights do not fit.
+        """
+        return load_module(cls, checkpoint_path, map_location, strict, kwargs, trust)
+
+    def _begin_evaluation(self) -> None:
+        if is_evaluating(self.trainer):
+            self._stop.begin_evaluation(self.trainer)
 
     def _check_hooks_called(self) -> None:
         """Raise if a subclass has overridden a hook that a run needs without ``super()``."""
@@ -196,6 +304,11 @@ class ResumableModule(KeyedModule, LightningModule):
         if self._undo_seeding is not None:
             self._undo_seeding()
         self._undo_seeding = None
+
+    @property
+    def _ckpt_path(self) -> Any:
+        """The checkpoint that is loaded, for messages."""
+        return "given" if self._trainer is None else self._trainer.ckpt_path
 
     @property
     def _is_fitting(self) -> bool:

@@ -26,7 +26,7 @@ from lightning_vr.lifecycle.epoch_position import BatchMarks, EpochPosition
 from lightning_vr.lifecycle.epoch_sums import EpochSums
 from lightning_vr.lifecycle.learned_state import LearnedState
 from lightning_vr.lifecycle.restarting import forget_restart, log_row, restart
-from lightning_vr.lifecycle.weight_averaging import AveragedWeights, update_weights
+from lightning_vr.lifecycle.weight_averaging import update_weights
 
 _SAVED = ("position", "window", "row", "metrics", "sums")
 
@@ -40,7 +40,6 @@ class Resuming:
 
     def __init__(self) -> None:
         self.marks = BatchMarks()
-        self._averages = AveragedWeights()
         self._learned = LearnedState()
         self._sums = EpochSums()
         self._loaded: dict[str, Any] = {}
@@ -70,7 +69,6 @@ class Resuming:
         self._sums.load(self._loaded.get("sums", {}))
         self._has_just_loaded = False
         forget_restart(trainer)
-        self._averages.watch(trainer)
         self._note_position_of_errors(trainer)
 
     def begin_batch(self, module: LightningModule) -> None:
@@ -116,7 +114,7 @@ class Resuming:
         Args:
             module: A module that is fitting or has fitted.
             checkpoint: The checkpoint. What each rank has observed is replaced by the mean over
-                ranks, and trained weights that a callback has swapped out are put back.
+                ranks.
         """
         trainer = module.trainer
         # rows that the checkpoint counts as logged must outlast the process
@@ -124,7 +122,6 @@ class Resuming:
             logger.save()
         if self._loaded:
             return self._loaded  # the run has not gone on since
-        self._averages.restore_training_weights(module, checkpoint)
         position, row = self._at_error or self._read(trainer)
         return {
             "position": position.state(),

@@ -4,7 +4,8 @@ Training draws the same with and without the pass: it has a loader of its own, a
 states are restored. Under DDP each rank reads every W-th sample.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from lightning_vr.core.types import Clean
 
 
 def training_batches(
-    trainer: Trainer, title: str, limit: int | None = None
-) -> Iterator[tuple[Tensor, Any]]:
+    trainer: Trainer, title: str, limit: int | None = None, *, key: str = "training set"
+) -> Generator[tuple[Tensor, Any], None, None]:
     """Yield ``(positions, batch)`` of this rank over the training set in order.
 
     Shows a progress bar if it takes longer than a second.
@@ -35,6 +36,7 @@ def training_batches(
         trainer: A trainer that is fitting.
         title: Text of the progress bar.
         limit: Stop after about this many samples over all ranks, evenly spaced, or None for all.
+        key: Key of the randomness of data set and `encode`, the same for the same key.
 
     Raises:
         ValueError: If the training data is not one map-style data set behind one DataLoader.
@@ -54,7 +56,7 @@ def training_batches(
     )
     is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     # a random upstream draws the same in a resumed run
-    source = generator("training set", rank(), device=trainer.strategy.root_device)
+    source = generator(key, rank(), device=trainer.strategy.root_device)
     with preserve_global_rng(), seed_global_rng(source):
         # tqdm starts the loader when it is made, and a loader that starts draws a seed
         bar = progress_bar(own, title, is_shown=is_shown)
@@ -118,6 +120,13 @@ def encoded_training_set(
         index=found["index"] if indexed else None,
         cond_group=found.get("cond_group"),
     )
+
+
+@contextmanager
+def first_batch_again(trainer: Trainer, title: str) -> Iterator[tuple[Tensor, Any]]:
+    """Read again what ``training_batches`` yields first, with other randomness."""
+    with closing(training_batches(trainer, title, key="training set again")) as batches:
+        yield next(batches)
 
 
 def check_equal_chances(trainer: Trainer) -> None:

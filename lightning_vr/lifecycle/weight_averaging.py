@@ -1,11 +1,17 @@
 """What is known of Lightning's ``WeightAveraging``: which weights are trained, which are averages.
 
+Which weights count now, ``average_that_counts`` says: those that train until an average of them
+exists, which may start late (``update_starting_at_step``), and that average from then on. What a
+fit validates, saves and leaves in the module follows it, and so do callbacks that sample.
+
 Lightning's checkpoint calls the module's weights those that train, and the callback's their
 average. The callback swaps the two for a validation run, and at the end of training it replaces the
-first by the second: a checkpoint of such a moment would resume from the average.
+first by the second: a checkpoint of such a moment would resume from the average. And it does all of
+that with a copy of the initial weights as well, as long as nothing is averaged.
 
 All uses of its private attributes are here (``_average_model``, ``_swap_models``,
-``_copy_average_to_current``; seen in Lightning 2.6).
+``_copy_average_to_current``, ``_latest_update_step``; also the connector's
+``_loaded_checkpoint``; seen in Lightning 2.6).
 """
 
 from collections.abc import Iterator
@@ -13,8 +19,10 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_vr.estimators.slot import SLOTS
@@ -23,65 +31,132 @@ _TRAINED = "current_model_state"
 """Where a checkpoint keeps the weights that train, if ``state_dict`` holds their average."""
 
 
+def average_that_counts(trainer: Trainer) -> WeightAveraging | None:
+    """Return the callback whose average counts now, or None while the module's own weights do.
+
+    Only a fit has an average: afterwards the module holds it.
+    """
+    return _started(trainer) if trainer.state.fn == TrainerFn.FITTING else None
+
+
+def _started(trainer: Trainer) -> WeightAveraging | None:
+    """Return the callback whose average has begun, or None."""
+    for callback in _averaging(trainer):
+        average = callback._average_model
+        if average is not None and bool(average.n_averaged > 0):
+            return callback
+    return None
+
+
 class AveragedWeights:
-    """Tracks whether weights that train or their average are in place, for checkpoints."""
+    """Lets a fit validate, save and keep the weights that count, and resume from those that train.
+
+    It keeps no reference to a callback or a trainer, as copies of a module copy it.
+    """
 
     def __init__(self) -> None:
         self._are_swapped = False
         self._replaced: dict[str, Tensor] = {}
 
     def watch(self, trainer: Trainer) -> None:
-        """Track what the callbacks of a trainer do; call it when a fit begins."""
-        self._are_swapped, self._replaced = False, {}
-        for callback in _averaging(trainer):
-            self._watch(callback)
+        """Track what the callback of a trainer does; call it when a fit begins.
 
-    def restore_training_weights(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the raw weights where Lightning restores from, whatever weights are in place."""
-        averaged, trained = checkpoint["state_dict"], checkpoint.get(_TRAINED)
+        Raises:
+            MisconfigurationException: If there are several.
+        """
+        self._are_swapped, self._replaced = False, {}
+        found = _averaging(trainer)
+        if len(found) > 1:
+            names = ", ".join(type(callback).__name__ for callback in found)
+            raise MisconfigurationException(
+                f"`callbacks` must hold at most one WeightAveraging, got {names}: leave all but "
+                f"one out, as each would swap the weights of the others into training."
+            )
+        # Lightning counts steps from a checkpoint only later
+        is_new = trainer.global_step == 0 and not trainer._checkpoint_connector._loaded_checkpoint
+        for callback in found:
+            if is_new:
+                # of an earlier fit, whose steps it would wait for
+                callback._latest_update_step, callback._latest_update_epoch = 0, -1
+            self._watch(callback, trainer)
+
+    def complete(self, trainer: Trainer, module: LightningModule, state: dict[str, Any]) -> None:
+        """Let a checkpoint hold the weights that count, and those that train.
+
+        The latter stand where Lightning restores from, whatever weights are in place.
+
+        Args:
+            trainer: A trainer that is fitting or has fitted.
+            module: Its module.
+            state: The checkpoint, after the callbacks.
+        """
+        callback, trained = _started(trainer), state.get(_TRAINED)
         if trained is None:
+            if callback is not None and not self._are_swapped and not self._replaced:
+                _take_average(state["state_dict"], callback)  # no callback was asked for it
             return
+        if callback is None:
+            state["state_dict"] = dict(trained)
+            return
+        averaged = state["state_dict"]
         for name in _weights(module).keys() & averaged.keys():
             if self._are_swapped:
                 averaged[name], trained[name] = trained[name], averaged[name]
             elif name in self._replaced:
                 trained[name] = self._replaced[name]
 
-    def _watch(self, callback: WeightAveraging) -> None:
+    def _watch(self, callback: WeightAveraging, trainer: Trainer) -> None:
         kind, patched = type(callback), cast(Any, callback)
 
         def swap(module: LightningModule) -> None:
-            kind._swap_models(callback, module)
-            self._are_swapped = not self._are_swapped
+            # nothing is averaged while weights are swapped, so that each swap is undone
+            if self._are_swapped or average_that_counts(trainer) is callback:
+                kind._swap_models(callback, module)
+                self._are_swapped = not self._are_swapped
 
         def replace(module: LightningModule) -> None:
+            if average_that_counts(trainer) is not callback:
+                return
             # a device may have no room for a copy
             self._replaced = {
                 name: x.detach().to("cpu", copy=True) for name, x in _weights(module).items()
             }
             kind._copy_average_to_current(callback, module)
 
+        def load(*args: Any) -> None:
+            # outside of a fit it would put the weights that train in place of their average
+            if trainer.state.fn == TrainerFn.FITTING:
+                kind.on_load_checkpoint(callback, *args)
+
         patched._swap_models, patched._copy_average_to_current = swap, replace
+        patched.on_load_checkpoint = load
 
 
 @contextmanager
 def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Put the weights of a ``WeightAveraging`` callback into ``module``, once it has averaged any.
+    """Put the weights that count into ``module``, if they are not those that train.
 
     Call it where the callback does not swap them in itself: outside of validation epochs.
     """
-    ready = [
-        callback
-        for callback in _averaging(trainer)
-        if callback._average_model is not None and bool(callback._average_model.n_averaged > 0)
-    ][:1]
-    for callback in ready:
+    callback = average_that_counts(trainer)
+    if callback is not None:
         callback._swap_models(module)
     try:
         yield
     finally:
-        for callback in ready:
+        if callback is not None:
             callback._swap_models(module)
+
+
+def load_what_trains(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a fit without ``WeightAveraging`` go on from the weights that train, not an average.
+
+    Args:
+        trainer: The trainer of the fit.
+        checkpoint: The checkpoint, before Lightning loads its weights.
+    """
+    if not _averaging(trainer):
+        checkpoint["state_dict"] = trained_weights(checkpoint)
 
 
 def trained_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -114,6 +189,14 @@ def keep_learned(checkpoint: dict[str, Any]) -> None:
 def _averaging(trainer: Trainer) -> list[WeightAveraging]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+
+
+def _take_average(weights: dict[str, Any], callback: WeightAveraging) -> None:
+    """Replace weights by their average, but not what the slots have learned."""
+    average: Any = callback._average_model
+    for name, value in _weights(average.module).items():
+        if name in weights and name.split(".")[0] not in SLOTS:
+            weights[name] = value.detach()
 
 
 def _weights(module: torch.nn.Module) -> dict[str, Tensor]:

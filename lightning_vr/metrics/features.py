@@ -195,7 +195,7 @@ class InceptionFeatures(Features):
     """
 
     def __init__(self, weights: str | Path) -> None:
-        network = _InceptionOnUnitRange(Path(weights))
+        network = _InceptionOnUnitRange(Path(weights).expanduser())
         super().__init__(network, dimension=2048, name="inception", shape=(3, None, None))
 
 

@@ -107,6 +107,25 @@ Bank: TypeAlias = References | ShardedReferences
 """References prepared for many calls, all on each rank or sharded over the ranks."""
 
 
+def distances_to_copies(bank: Bank, x: Tensor, positions: Tensor) -> Tensor:
+    """Return how far samples are from the references at their positions, by the references' norm.
+
+    Args:
+        bank: References.
+        x: Samples ``(B, *)``.
+        positions: Their positions among the references ``(B,)``.
+
+    Returns:
+        Distances ``(m,)`` of those samples whose references are on this rank.
+    """
+    row, local = bank.rows_at(positions), bank.local
+    here = row >= 0
+    copies = local.rows[row[here]] + local.centre
+    norm = torch.sqrt(local.squared_norms.mean() + torch.linalg.vecdot(local.centre, local.centre))
+    distance: Tensor = torch.linalg.vector_norm(flat_rows(x)[here] - copies, dim=1) / norm
+    return distance
+
+
 def sums_over_ranks(
     references: ShardedReferences, queries: Queries, chunk_size: int | None
 ) -> SoftmaxSums:
@@ -137,7 +156,7 @@ def _gathered(references: ShardedReferences, queries: Queries) -> tuple[list[int
     scalars = torch.stack([queries.curvature, queries.own_logit], dim=1)
     numbers = torch.cat([scalars, queries.scaled], dim=1)
 
-    kinds = all_gather_numbers([integers.shape[1] - 1, numbers.element_size(), count], device)
+    kinds = all_gather_numbers([integers.shape[1] - 1, numbers.element_size(), count])
     if len({(labels, size) for labels, size, _ in kinds}) > 1:
         raise ValueError(
             f"`xt` must have one dtype and one number of labels on all ranks, got [labels, bytes "

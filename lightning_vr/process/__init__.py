@@ -9,7 +9,14 @@ from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
-from lightning_vr.process.timesteps import Density, LogitNormal, LogNormal, LogUniform, Uniform
+from lightning_vr.process.timesteps import (
+    Density,
+    LogitNormal,
+    LogNormal,
+    LogUniform,
+    Shifted,
+    Uniform,
+)
 from lightning_vr.process.weightings import (
     EDMWeighting,
     LogNormalWeighting,
@@ -36,6 +43,7 @@ __all__ = [
     "ResidualMLP",
     "Sampler",
     "Schedule",
+    "Shifted",
     "Uniform",
     "UnitWeighting",
     "Weighting",

@@ -67,6 +67,11 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Map points ``x (B, d)`` at times ``t (B,)`` to ``(B, d)``."""
+        if x.ndim != 2:  # further axes would be broadcast against times
+            raise ValueError(
+                f"`network` must take points (B, {self.dimension}), got {tuple(x.shape)} for a "
+                f"ResidualMLP: build another network for the shape of the data."
+            )
         half = self.width // 2
         # with times up to a thousand, 16 bits are too few for the phase
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -92,7 +97,7 @@ def class_labels(group: Tensor | None, t: Tensor, num_classes: int) -> Tensor:
     """
     if group is None:
         return torch.full_like(t, num_classes, dtype=torch.int64)
-    return torch.where(group < 0, num_classes, group)
+    return torch.where(group < 0, num_classes, group.long())
 
 
 def call_network(network: nn.Module, x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -109,7 +114,7 @@ def call_network(network: nn.Module, x: Tensor, t: Tensor, arguments: dict[str, 
         raise ValueError(
             f"`network` must take samples of shape {tuple(x.shape[1:])}, but "
             f"{type(network).__name__} does not ({str(error).splitlines()[0]}): build it for the "
-            f"shape of the data, or choose other data."
+            f"shape of the data, or choose other data or another `shape` of samples."
         ) from error
     output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     assert isinstance(output, Tensor)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.devices import widest_float
+from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.predictions import Prediction, PredictionType, prediction
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density, Truncated
@@ -37,6 +38,9 @@ class Objective:
     prediction: PredictionType = "edm"
     sigma_data: float = 0.5
     parent: "Objective | None" = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", as_schedule(self.schedule))
 
     def coefficients(self, t: Tensor) -> Prediction:
         """Return the map from the network's output to x0_hat at times ``t (B,)``."""

@@ -25,6 +25,7 @@ from lightning_vr.core.validation import (
     check_at_least,
     check_choice,
     check_finite_number,
+    check_integer,
     check_positive,
 )
 from lightning_vr.process.schedules import Schedule
@@ -66,7 +67,7 @@ class Sampler:
     def __post_init__(self) -> None:
         check_choice("solver", self.solver, ("heun", "euler"))
         check_choice("grid", self.grid, ("polynomial", "exponential"))
-        check_at_least("steps", self.steps, 2)
+        check_integer("steps", self.steps, 2)
         check_positive("rho", self.rho)
         check_at_least("guidance", self.guidance, 0)
         check_finite_number("guidance", self.guidance)
@@ -156,7 +157,16 @@ class Sampler:
             cond: Further condition, one row per sample in each value.
             batch_size: Number of samples at a time.
             progress: Whether to show a progress bar if sampling takes longer than a second.
+
+        Raises:
+            ValueError: If guidance is to leave out a further condition, which it does not.
         """
+        check_integer("batch_size", batch_size, 1)
+        if self.guidance != 1 and cond is not None:
+            raise ValueError(
+                f"`guidance` must be 1 with `cond`, which the network cannot be called without, "
+                f"got {self.guidance:g}: use Sampler(guidance=1)."
+            )
         parts = []
         for start in range(0, len(noise), batch_size):
             rows = slice(start, start + batch_size)

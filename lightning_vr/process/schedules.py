@@ -12,6 +12,7 @@ Sources: VE and VP, Song et al. 2021, arXiv 2011.13456, equations 30 and 32; EDM
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,17 @@ from lightning_vr.process.timesteps import Density, LogNormal, Uniform
 class Schedule(nn.Module, ABC):
     """``alpha(t)`` and ``sigma(t)`` for ``t_min <= t <= t_max``, and what follows from them.
 
-    All methods work element by element on tensors of any shape and keep their dtype.
+    All methods work element by element on tensors of any shape and keep their dtype. Where a
+    schedule is an argument, a diffusers scheduler may be given too (``as_schedule`` wraps it).
     """
 
     t_min: float
     t_max: float
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> Any:
+        """Let configurations name a diffusers scheduler where a schedule is an argument."""
+        return (cls is Schedule and is_diffusers_scheduler(other)) or NotImplemented
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -63,6 +70,9 @@ class Schedule(nn.Module, ABC):
     def default_timesteps(self) -> Density:
         """Return the density of t that this schedule is usually trained with."""
         return Uniform(self.t_min, self.t_max)
+
+    def check_prediction(self, prediction: str) -> None:
+        """Raise if networks of this schedule cannot be trained for a prediction type."""
 
 
 class EDM(Schedule):
@@ -229,6 +239,14 @@ class RectifiedFlow(Schedule):
 
     def time(self, noise_level: Tensor) -> Tensor:
         return 1 / (1 + 1 / noise_level)
+
+
+def is_diffusers_scheduler(kind: type) -> bool:
+    """Return whether a class is one of diffusers' schedulers, without an import of diffusers."""
+    return any(
+        base.__name__ == "SchedulerMixin" and base.__module__.startswith("diffusers.")
+        for base in kind.__mro__
+    )
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -139,6 +139,52 @@ class LogitNormal(Density):
         return torch.where((t > 0) & (t < 1), density, -math.inf)
 
 
+class Shifted(Density):
+    """A density on (0, 1) whose times u become ``end shift u / (1 + (shift - 1) u)``.
+
+    Under rectified flow a shift multiplies each noise level, which images of more pixels need
+    (Esser et al. 2024, arXiv 2403.03206, equation 23).
+
+    Args:
+        density: A density on (0, 1).
+        shift: Factor on the noise level ``u / (1 - u)``; 1 changes nothing.
+        end: The time at which u is 1; 1000 for most schedulers of diffusers.
+    """
+
+    def __init__(self, density: Density, shift: float = 1.0, end: float = 1.0) -> None:
+        super().__init__()
+        check_positive("shift", shift)
+        check_positive("end", end)
+        ends = density(torch.tensor([1e-3, 1 - 1e-3], dtype=torch.float64))
+        if not 0 <= float(ends[0]) < float(ends[1]) <= 1:
+            raise ValueError(
+                f"`density` must draw times between 0 and 1, got {type(density).__name__}, which "
+                f"draws {float(ends[0]):.3g} and {float(ends[1]):.3g}: use Uniform() or "
+                f"LogitNormal()."
+            )
+        self.density, self.shift, self.end = density, shift, end
+
+    def icdf(self, u: Tensor) -> Tensor:
+        inner = self.density.icdf(u)
+        return self.end * (self.shift * inner / (1 + (self.shift - 1) * inner))
+
+    def cdf(self, t: Tensor) -> Tensor:
+        inner, _ = self._inner(t)
+        return self.density.cdf(inner)
+
+    def log_prob(self, t: Tensor) -> Tensor:
+        inner, scale = self._inner(t)
+        density = self.density.log_prob(inner) + math.log(self.shift / self.end)
+        inside = (t >= 0) & (t <= self.end)
+        return torch.where(inside, density - 2 * torch.log(scale), -math.inf)
+
+    def _inner(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u and what divides it, for t within the support or at its nearer end."""
+        x = (t / self.end).clamp(0, 1)
+        scale = self.shift * (1 - x) + x
+        return x / scale, scale
+
+
 class UniformSteps(Density):
     """t uniform on the integers ``0 .. steps - 1``, for a schedule that is a table.
 

@@ -1,6 +1,7 @@
 """What is checked when a model is built, that its parts go together, and of each kind of batch."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,12 @@ from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import Target
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
+from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.objective import Objective
+from lightning_vr.training.sample_arguments import check_guidance
+
+_LARGEST_PIXEL = 8.0
+"""Above what latents of unit variance and standardised pixels reach."""
 
 
 def check_conditioning(
@@ -30,11 +36,7 @@ def check_conditioning(
         raise ValueError(
             f"`label_dropout` must be 0 without classes, got {label_dropout}: set `num_classes`."
         )
-    if guidance != 1 and num_classes is None:
-        raise ValueError(
-            f"`guidance` must be 1 without classes, got {guidance:g}: set `num_classes` and "
-            f"`label_dropout`, or use guidance 1."
-        )
+    check_guidance(guidance, num_classes, label_dropout)
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     config = getattr(network, "config", None)
     settings = config if isinstance(config, Mapping) else vars(network)
@@ -84,14 +86,22 @@ def check_call(network: nn.Module, num_classes: int | None, *, may_condition: bo
         )
 
 
-def check_times(objective: Objective) -> None:
-    """Raise if the density of t draws times at which the schedule is not defined.
+def check_objective(objective: Objective) -> None:
+    """Raise if the schedule does not go with the prediction, or with the density of t.
 
     Raises:
-        ValueError: Naming the first of such times.
+        ValueError: If networks of the schedule predict something else, or naming the first time
+            that is drawn and at which the schedule is not defined.
     """
     schedule, timesteps = objective.schedule, objective.timesteps
+    schedule.check_prediction(objective.prediction)
     times = timesteps(torch.linspace(1e-3, 1 - 1e-3, 101, dtype=torch.float64))
+    if isinstance(schedule, DiffusersSchedule) and bool((times <= 1).all()) and schedule.t_max > 1:
+        raise ValueError(
+            f"`timesteps` must draw times of the scheduler, from {schedule.t_min:g} to "
+            f"{schedule.t_max:g}, got {type(timesteps).__name__}, which draws none above 1: leave "
+            f"it out, or use Shifted({type(timesteps).__name__}(...), end={schedule.steps})."
+        )
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     is_valid = (alpha > 0) & (sigma > 0) & torch.isfinite(sigma / alpha)
     if not bool(is_valid.all()):
@@ -164,6 +174,7 @@ def check_clean(
             f"Clean samples must be finite, but {name} is not: remove it from the data or fix "
             f"`encode`."
         )
+    _warn_of_range(clean.x0)
     if clean.group is not None:
         check_group(clean.group, num_classes)
     if clean.cond_group is not None:
@@ -175,6 +186,20 @@ def check_clean(
             f"Sample indices must be positions in the training set, but sample "
             f"{int(positions[0])} has index {int(clean.index[0])}: let item i of the data set "
             f"carry the index i."
+        )
+
+
+def _warn_of_range(x0: Tensor) -> None:
+    """Warn if images reach far outside [-1, 1], as pixels from 0 to 255 in floating point do."""
+    if x0.ndim < 4:
+        return
+    largest = float(x0.detach().abs().max())
+    if largest > _LARGEST_PIXEL:
+        warnings.warn(
+            f"Images should lie in [-1, 1], but these reach {largest:.4g}: scale them, as "
+            f"`image / 127.5 - 1` for pixels from 0 to 255, or divide latents by their standard "
+            f"deviation.",
+            stacklevel=2,
         )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_vr.core.devices import device_of, timed, widest_float
 from lightning_vr.core.distributed import all_reduce_mean, least, world_size
-from lightning_vr.core.gradients import aliases, gradients_in_chunks
+from lightning_vr.core.gradients import mean_gradients
 from lightning_vr.core.rows import Rows, concatenated, mapped, row_count
 from lightning_vr.core.types import Clean, Noised, TargetEstimate
 from lightning_vr.estimators.loss import diffusion_loss
@@ -121,7 +121,7 @@ class ControlMeasurement:
         wanted = math.ceil(_LEAST_DRAWS * self.control.bins / (2 * resamples))
         some = clean.rows(slice(0, max(wanted, len(clean.x0) // 2)))
         # all ranks draw equally often: the smallest batch says how often
-        size = least(len(some.x0), device_of(self.model))
+        size = least(len(some.x0))
         units = [
             self._pairs(some, partial(source, "pairs", unit))
             for unit in range(math.ceil(wanted / size))
@@ -243,23 +243,11 @@ class ControlMeasurement:
     def _gradient(self, function: Function, rows: Rows) -> tuple[Tensor, list[Tensor]]:
         """Return the values of rows ``(n,)``, and the gradient of their mean."""
         device = device_of(self.model)
-        parameters, buffers = aliases(self.model)
-        for parameter in parameters.values():
-            parameter.requires_grad_()
-        take = partial(
-            gradients_in_chunks,
-            self.model,
-            function,
-            rows,
-            self._loss.chunk(row_count(rows), device),
-            aliases=parameters,
-            buffers=buffers,
-            scale=self.run.loss_scale(),
-        )
-        (values, found), seconds = timed(take, device)
+        chunk, scale = self._loss.chunk(row_count(rows), device), self.run.loss_scale()
+        take = partial(mean_gradients, self.model, function, rows, chunk, scale=scale)
+        (values, gradient, _), seconds = timed(take, device)
         self.seconds.append(seconds)
-        pairs = zip(found, parameters.values(), strict=True)
-        return values, [torch.zeros_like(p) if g is None else g for g, p in pairs]
+        return values, gradient
 
 
 def _product(a: list[Tensor], b: list[Tensor]) -> Tensor:

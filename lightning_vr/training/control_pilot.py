@@ -21,6 +21,7 @@ from lightning_vr.estimators.taylor.coefficients import Cost
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.lifecycle.loggers import level_names
 from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.training.control_curves import ControlCurves
 from lightning_vr.training.control_measurement import ControlMeasurement
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.training_checks import check_derivatives, check_gradients
@@ -47,6 +48,7 @@ class ControlPilot:
     def __init__(self, model: Diffusion, control: TaylorCV, run: RunContext) -> None:
         self.model, self.control, self.run = model, control, run
         self.measurement = ControlMeasurement(model, control, run)
+        self._curves = ControlCurves(model, control, run)
         self._is_checked = False
 
     def before_step(self, batch: Any) -> None:
@@ -144,7 +146,7 @@ class ControlPilot:
         if pilot["count"] < 2 and pilot["seconds"]:
             pilot["steps"] = self._seconds(is_first=pilot["count"] == 0) / pilot["seconds"]
         self._schedule(step, pilot)
-        self.run.log(gate_numbers(self.model, control))
+        self._curves.log(step)
         changed = pilot["count"] == 1 or not torch.equal(before, fit.is_open)
         if control.gate == "auto" and changed:
             rank_zero_info(f"TaylorCV at step {step}: {describe_gate(self.model, control)}")
@@ -171,22 +173,6 @@ def control_pilot(model: Diffusion, run: RunContext) -> ControlPilot | None:
     """Return a pilot for a model with a Taylor control variate, else None."""
     control = model.control_variate
     return ControlPilot(model, control, run) if isinstance(control, TaylorCV) else None
-
-
-def gate_numbers(model: Diffusion, control: TaylorCV) -> dict[str, float]:
-    """Return the fitted coefficients and gate as numbers for loggers."""
-    fit, names = control.fit, level_names(model.objective.noise_levels(control.bins))
-    found: dict[str, float] = {}
-    if control.gate == "auto":
-        found["control_variate/saving"] = fit.predicted_speedup
-        found["control_variate/share"] = float(fit.fractions[fit.is_open].sum())
-    for b, name in enumerate(names):
-        if control.gate == "auto":
-            found[f"control_variate/open/s{name}"] = float(fit.is_open[b])
-        found[f"control_variate/reduction/s{name}"] = float(fit.reductions[b])
-        for part, beta in zip(("odd", "even"), fit.coefficients[b].tolist(), strict=False):
-            found[f"control_variate/{part}/s{name}"] = beta
-    return found
 
 
 def describe_gate(model: Diffusion, control: TaylorCV) -> str:

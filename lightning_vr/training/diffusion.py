@@ -32,6 +32,7 @@ from lightning_vr.estimators.draws import IID, Draws, drop_labels
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
 from lightning_vr.estimators.slot import drop_control_variate
 from lightning_vr.estimators.targets import DSM, Target
+from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.networks import call_network, class_labels
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.predictions import PredictionType
@@ -39,13 +40,13 @@ from lightning_vr.process.sampling import Sampler, evaluating
 from lightning_vr.process.schedules import EDM, Schedule
 from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import UnitWeighting, Weighting
+from lightning_vr.training import sample_arguments
 from lightning_vr.training.checks import (
     check_call,
     check_clean,
     check_conditioning,
     check_estimators,
-    check_group,
-    check_times,
+    check_objective,
     check_upstream,
 )
 
@@ -61,7 +62,7 @@ class Diffusion(KeyedModule):
         network: Called as ``network(x, t)``, with ``class_labels=`` if ``num_classes`` is given
             and a sample's condition as keywords; returns a tensor, a tuple that starts with one,
             or an object with ``sample``. Any ``nn.Module``, diffusers' models among them.
-        schedule: Scales of sample and noise; ``EDM()`` if not given.
+        schedule: Scales of sample and noise, or a scheduler of diffusers; ``EDM()`` if not given.
         prediction: What the network predicts. ``"edm"`` preconditions it, for every schedule.
         timesteps: Density of t; the schedule's usual one if not given.
         weighting: Loss weight in x0 space; unit weight on what the network predicts if not given.
@@ -76,6 +77,7 @@ class Diffusion(KeyedModule):
 
     Attributes:
         sample_shape: Shape of one encoded sample, known from the first batch on.
+        sample_calls: Calls of ``sample`` so far without ``source`` and ``seed``.
         seed: Seed of ``generator``; torch's initial seed if it is None.
     """
 
@@ -100,7 +102,7 @@ class Diffusion(KeyedModule):
         self.sampler = sampler or Sampler()
         check_conditioning(network, num_classes, label_dropout, self.sampler.guidance)
         self.network = network
-        self.schedule = schedule or EDM()
+        self.schedule = EDM() if schedule is None else as_schedule(schedule)
         self.prediction = prediction
         self.timesteps = timesteps or self.schedule.default_timesteps()
         self.weighting = weighting or UnitWeighting(prediction, sigma_data)
@@ -115,18 +117,18 @@ class Diffusion(KeyedModule):
         if type(self).predict is Diffusion.predict:
             may_condition = type(self).encode is not Diffusion.encode
             check_call(network, num_classes, may_condition=may_condition)
-        check_times(self.objective)
+        check_objective(self.objective)
         check_estimators(self.draws, control_variate, self.objective, network)
         self.register_load_state_dict_pre_hook(drop_control_variate)  # type: ignore[no-untyped-call]
 
         self.sample_shape: tuple[int, ...] | None = None
+        self.sample_calls = 0
         self._checked_modes: set[bool] = set()
 
     def encode(self, batch: Any) -> Clean:
         """Turn a batch into clean samples; override it for latents or conditions.
 
-        Args:
-            batch: What ``Clean.from_batch`` takes, unless overridden.
+        Unless overridden it takes what ``Clean.from_batch`` takes.
         """
         return Clean.from_batch(batch)
 
@@ -166,8 +168,7 @@ class Diffusion(KeyedModule):
             group: Class labels ``(B,)``, negative where unconditional; None if all are.
             cond: Further condition of the network.
         """
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        weight = torch.ones_like(t)
+        alpha, sigma, weight = self.schedule.alpha(t), self.schedule.sigma(t), torch.ones_like(t)
         noised = Noised(xt, xt, torch.zeros_like(xt), t, alpha, sigma, weight, group, cond)
         return denoise(self.predict, noised, self.objective)
 
@@ -264,11 +265,12 @@ class Diffusion(KeyedModule):
         self,
         count: int,
         *,
-        group: Tensor | None = None,
+        group: Tensor | list[int] | None = None,
         cond: dict[str, Any] | None = None,
         shape: tuple[int, ...] | None = None,
         sampler: Sampler | None = None,
         source: torch.Generator | None = None,
+        seed: int | None = None,
         batch_size: int = 256,
         progress: bool = False,
     ) -> Tensor:
@@ -280,27 +282,26 @@ class Diffusion(KeyedModule):
             cond: Further condition, one row per sample in each tensor.
             shape: Shape of one sample; that of the training data if not given.
             sampler: Used in place of the model's own.
-            source: Generator of the noise, on the model's device.
+            source: Generator of the noise, on the model's device; each call's own if not given.
+            seed: Seed of the noise in place of ``source``; ranks draw different noise.
             batch_size: Number of samples at a time.
             progress: Whether to show a progress bar if it takes longer than a second.
         """
-        shape = shape or self.sample_shape
-        if shape is None:
-            raise ValueError(
-                "`shape` must be given until the model has seen training data, got None: pass the "
-                "shape of one sample, for example (1, 8, 8)."
-            )
-        if group is not None:
-            check_group(group, self.num_classes)
-        source = source or self.generator("sample")
-        size, dtype = (count, *shape), torch.float32
-        noise = torch.randn(size, generator=source, device=device_of(self), dtype=dtype)
+        sampler, device, dropout = sampler or self.sampler, device_of(self), self.label_dropout
+        size = sample_arguments.size(count, shape, self.sample_shape)
+        guidance = getattr(sampler, "guidance", 1.0)
+        sample_arguments.check_guidance(guidance, self.num_classes, dropout)
+        group = sample_arguments.labels(group, count, self.num_classes, dropout, device)
+        cond = sample_arguments.condition(cond, count, device)
+        stream = sample_arguments.source(self, source, seed, self.sample_calls)
+        self.sample_calls += source is None and seed is None
+        noise = torch.randn(size, generator=stream, device=device, dtype=torch.float32)
         with torch.no_grad(), evaluating(self):
-            return (sampler or self.sampler).draw(
+            return sampler.draw(
                 self.denoise,
                 self.schedule,
                 noise,
-                group=None if group is None else group.to(device_of(self)),
+                group=group,
                 cond=cond,
                 batch_size=batch_size,
                 progress=progress,

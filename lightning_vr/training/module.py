@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from typing_extensions import Self
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator, seed_global_rng
@@ -22,9 +22,8 @@ from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.lifecycle.checkpoints import STATE
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
-from lightning_vr.lifecycle.hyperparameters import describe_arguments, load_module
+from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.precision import loss_scale
-from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.predictions import PredictionType
@@ -34,12 +33,14 @@ from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
 from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.monitors import MonitoredSchedules, plateau_settings
 from lightning_vr.training.reference_bank import fill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
+from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
 from lightning_vr.training.training_checks import check_optimization, check_ranks
 
 
-class DiffusionModule(Diffusion, ResumableModule):
+class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
     """Trains a diffusion model with pluggable estimators of its loss.
 
     Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
@@ -47,6 +48,8 @@ class DiffusionModule(Diffusion, ResumableModule):
     ``Diffusion``.
 
     Args:
+        sigma_data: Standard deviation of the data, for the preconditioning of ``"edm"``, or
+            ``"auto"``: that of the data module's training data, which checkpoints keep.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer; steps are optimizer
             steps.
@@ -68,7 +71,7 @@ class DiffusionModule(Diffusion, ResumableModule):
         draws: Draws | None = None,
         target: Target | None = None,
         control_variate: ControlVariate | None = None,
-        sigma_data: float = 0.5,
+        sigma_data: SigmaData = 0.5,
         num_classes: int | None = None,
         label_dropout: float = 0.0,
         sampler: Sampler | None = None,
@@ -85,12 +88,13 @@ class DiffusionModule(Diffusion, ResumableModule):
             draws,
             target,
             control_variate,
-            sigma_data,
+            self.first_sigma_data(sigma_data),
             num_classes,
             label_dropout,
             sampler,
         )
         self._description = describe_arguments(self)
+        self.note_sigma_data(sigma_data, has_weighting=weighting is not None)
         self.optimizer = _Uncopied(optimizer)
         self.lr_scheduler = None if lr_scheduler is None else _Uncopied(lr_scheduler)
         self.on_nonfinite = on_nonfinite
@@ -108,7 +112,7 @@ class DiffusionModule(Diffusion, ResumableModule):
 
     def prepare_training(self) -> None:
         """Make the pilots, and fill the target's bank with the encoded training set."""
-        check_ranks(self.draws, self.device)
+        check_ranks(self.draws)
         run = RunContext.of(self.trainer)
         found = resamples_pilot(self, run), control_pilot(self, run)
         self._pilots = [pilot for pilot in found if pilot is not None]
@@ -154,6 +158,11 @@ class DiffusionModule(Diffusion, ResumableModule):
         x0 = self.sample(len(batch["index"]), group=labels, source=source, progress=True)
         return self.decode(x0)
 
+    def denoise(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Do what ``Diffusion.denoise`` does; ``predict`` stops here if it was asked to."""
+        self.stop_evaluation_if_asked()
+        return super().denoise(*args, **kwargs)
+
     def configure_optimizers(self) -> Any:
         """Make the optimizer and, if there is one, a learning-rate schedule over steps."""
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
@@ -161,43 +170,26 @@ class DiffusionModule(Diffusion, ResumableModule):
         check_optimization(optimizer, schedule)
         if schedule is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        settings: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
+        if isinstance(schedule, ReduceLROnPlateau):
+            settings |= plateau_settings(schedule)
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what rebuilds the module, and what its slots have learned."""
         super().on_save_checkpoint(checkpoint)
         shape = None if self.sample_shape is None else list(self.sample_shape)
-        checkpoint[STATE]["sample_shape"] = shape
+        checkpoint[STATE] |= {"sample_shape": shape, "sample_calls": self.sample_calls}
         keep_learned(checkpoint)
         self._description.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the samples' shape and, to resume a fit, the rest."""
+        """Take the samples' shape and number and, to resume a fit, the rest."""
         super().on_load_checkpoint(checkpoint)
-        shape = checkpoint.get(STATE, {}).get("sample_shape")
+        state = checkpoint.get(STATE, {})
+        shape = state.get("sample_shape")
         self.sample_shape = tuple(shape) if shape else None
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls,
-        checkpoint_path: Any,
-        map_location: Any = None,
-        strict: bool | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Rebuild a trained module, of whichever subclass wrote the checkpoint.
-
-        Args:
-            checkpoint_path: The checkpoint file.
-            map_location: Where to load the weights; their own device if not given.
-            strict: Whether the names of all weights must match.
-            **kwargs: Constructor arguments in place of the checkpoint's.
-
-        Raises:
-            ValueError: If the subclass is not imported, if an argument was an object that no
-                configuration can rebuild and is not given again, or if the weights do not fit.
-        """
-        return load_module(cls, checkpoint_path, map_location, strict, kwargs)
+        self.sample_calls = state.get("sample_calls", 0)
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
         # a random `encode` draws from another key than the noise

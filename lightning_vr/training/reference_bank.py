@@ -7,7 +7,12 @@ from torch import Tensor
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import Target
-from lightning_vr.lifecycle.training_set import check_equal_chances, encoded_training_set
+from lightning_vr.lifecycle.stopping import raise_if_asked
+from lightning_vr.lifecycle.training_set import (
+    check_equal_chances,
+    encoded_training_set,
+    first_batch_again,
+)
 from lightning_vr.training.checks import check_clean
 from lightning_vr.training.diffusion import Diffusion
 
@@ -29,6 +34,20 @@ def fill_target(model: Diffusion, trainer: Trainer) -> None:
     clean = read_references(model, trainer, target.bank_size, is_shard=target.sharded)
     if clean is not None:
         set_references(target, clean)
+    is_unindexed = clean is not None and clean.index is None
+    if is_unindexed and isinstance(target, STF) and target.bank is not None:
+        _compare_by_reading_again(model, trainer, target)
+
+
+def _compare_by_reading_again(model: Diffusion, trainer: Trainer, target: STF) -> None:
+    """Compare a first batch with its copies in the bank.
+
+    Without indices the batches of training cannot be compared, as their copies are not known.
+    """
+    precision = trainer.precision_plugin.forward_context()
+    with first_batch_again(trainer, "Encoding references again") as (positions, batch), precision:
+        clean = model.clean(batch)
+    target.compare(clean.x0, positions)
 
 
 def read_references(
@@ -44,6 +63,7 @@ def read_references(
     """
 
     def encode(positions: Tensor, batch: object) -> Clean:
+        raise_if_asked(trainer)  # to encode a large set takes long, and nothing is trained yet
         clean = model.clean(batch)
         check_clean(clean, model.num_classes, positions)
         return clean

@@ -110,7 +110,7 @@ class ResamplesPilot:
             self._apply_resamples(step, self.draws.least_resamples, encode / denoise, reason)
             return None
         self._batches.append(batch)
-        samples = least(len(self._batches) * len(clean.x0), device_of(self.model))
+        samples = least(len(self._batches) * len(clean.x0))
         if samples < _PILOT_UNITS:
             return None
         fixed, marginal = self._mean_over_ranks(*self._pass_seconds(clean))

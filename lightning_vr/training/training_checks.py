@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_vr.core.distributed import all_gather_numbers
-from lightning_vr.core.gradients import aliases, gradients_in_chunks
+from lightning_vr.core.gradients import mean_gradients
 from lightning_vr.core.rows import row_count
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.draws import IID, Draws
@@ -61,11 +62,7 @@ def check_gradients(model: Diffusion, run: RunContext, clean: Clean) -> None:
     source, some = model.generator("gradients"), clean.rows(slice(0, 2))
     with torch.no_grad():
         rows = loss.draw(some, loss.times(some, source, 0.0, 1.0), source)
-    parameters, buffers = aliases(model)
-    for parameter in parameters.values():
-        parameter.requires_grad_()
-    count = row_count(rows)
-    gradients_in_chunks(model, loss, rows, count, aliases=parameters, buffers=buffers)
+    mean_gradients(model, loss, rows, row_count(rows))
 
 
 def check_optimization(optimizer: Optimizer, schedule: Any) -> None:
@@ -77,6 +74,14 @@ def check_optimization(optimizer: Optimizer, schedule: Any) -> None:
     for group in optimizer.param_groups:
         if not math.isfinite(group.get("lr", 0.0)):
             raise ValueError(f"`lr` must be finite, got {group['lr']}: use a rate such as 1e-3.")
+        for name, value in group.items():
+            _check_size(name, value)
+    for name in ("step_size", "T_max", "T_0"):
+        if getattr(schedule, name, 1) < 1:
+            raise ValueError(
+                f"`lr_scheduler` must have a `{name}` of 1 or more steps, got "
+                f"{getattr(schedule, name)}: use a number of steps."
+            )
     kept = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     trial = copy.copy(schedule)
     try:
@@ -97,9 +102,38 @@ def check_optimization(optimizer: Optimizer, schedule: Any) -> None:
             group.update(values)
 
 
-def check_ranks(draws: Draws, device: torch.device) -> None:
+def check_schedules(schedules: list[Any], run: RunContext) -> None:
+    """Raise if a schedule of a fixed length ends before the run does.
+
+    Raises:
+        ValueError: With the length that the run needs.
+    """
+    for schedule in schedules:
+        steps = run.planned_steps() if isinstance(schedule, OneCycleLR) else 0
+        if steps > getattr(schedule, "total_steps", math.inf):
+            fix = (
+                f"set it to {steps}" if steps < math.inf else "set `max_steps`, and it to the same"
+            )
+            raise ValueError(
+                f"`lr_scheduler.total_steps` of OneCycleLR must be at least {steps}, the optimizer "
+                f"steps of this run, got {schedule.total_steps}: {fix}."
+            )
+
+
+def _check_size(name: str, value: Any) -> None:
+    """Raise if a setting of the optimizer does not fit into float32, as weights and moments do."""
+    largest = torch.finfo(torch.float32).max
+    for each in value if isinstance(value, (list, tuple)) and name != "params" else [value]:
+        if isinstance(each, (int, float)) and largest < abs(each) < math.inf:
+            raise ValueError(
+                f"`{name}` of the optimizer must be at most {largest:.1e}, the largest number in "
+                f"float32, got {each}: use a smaller one."
+            )
+
+
+def check_ranks(draws: Draws) -> None:
     """Raise if ranks take different numbers of draws; all must call it."""
-    counts = [count for (count,) in all_gather_numbers([draws.draws_per_sample], device)]
+    counts = [count for (count,) in all_gather_numbers([draws.draws_per_sample])]
     if len(set(counts)) > 1:
         raise ValueError(
             f"`resamples` must be the same on all ranks, whose gradients are averaged, got "

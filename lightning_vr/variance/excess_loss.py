@@ -40,6 +40,7 @@ class LossParts(NamedTuple):
     Attributes:
         loss: Mean loss.
         irreducible: The part due to the variance of the target.
+        irreducible_dsm: What that part would be with the plain target.
         excess: The rest: the distance from the optimum.
         excess_error: Standard error of the excess; NaN where one step alone has draws.
         draws: Number of draws, older ones counting less.
@@ -47,6 +48,7 @@ class LossParts(NamedTuple):
 
     loss: Tensor
     irreducible: Tensor
+    irreducible_dsm: Tensor
     excess: Tensor
     excess_error: Tensor
     draws: Tensor
@@ -69,7 +71,7 @@ class ExcessLoss(NoiseLevelSums):
     ) -> None:
         levels = variance.noise_levels
         edges = (levels[:-1] * levels[1:]).sqrt()
-        super().__init__(levels, edges, 7, len(levels) + 1, state)
+        super().__init__(levels, edges, 8, len(levels) + 1, state)
         self._variance = variance
 
     def to(self, device: torch.device) -> "ExcessLoss":
@@ -86,11 +88,11 @@ class ExcessLoss(NoiseLevelSums):
             scale: Loss per squared error in x0 space, ``weight λ(t) / d``, ``(B,)``.
         """
         loss, scale = loss.to(self._recent), scale.to(self._recent)
-        variance, error = self._variance(noise_level)
-        values = torch.stack([torch.ones_like(loss), loss, scale * variance, scale * error])
+        variance, error, dsm = (scale * part for part in self._variance(noise_level))
+        values = torch.stack([torch.ones_like(loss), loss, variance, error, dsm])
         values = torch.where(values.isfinite().all(dim=0), values, 0)
 
-        by_level = self._recent.new_zeros(4, len(self.noise_levels))
+        by_level = self._recent.new_zeros(5, len(self.noise_levels))
         by_level.index_add_(1, self._bins(noise_level), values)
         block = torch.cat([by_level, by_level.sum(dim=1, keepdim=True)], dim=1)
 
@@ -103,8 +105,13 @@ class ExcessLoss(NoiseLevelSums):
 
         A draw of weight w adds w to sums and w² to sums of squares.
         """
-        memory = self._sums.new_tensor([_MEMORY] * 4 + [_MEMORY**2] * 3)
+        memory = self._sums.new_tensor([_MEMORY] * 5 + [_MEMORY**2] * 3)
         self._sums = memory[:, None] * self._sums + self._collect_recent()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no draws have been added before the last ``advance``."""
+        return not bool(self._sums.any())
 
     def by_level(self) -> LossParts:
         """Return the parts of the loss at each noise level ``(L,)``, as of the last ``advance``."""
@@ -116,7 +123,7 @@ class ExcessLoss(NoiseLevelSums):
 
 
 def _parts(sums: Tensor) -> LossParts:
-    draws, loss, irreducible, irreducible_error, squares, cross, excess_squares = sums
+    draws, loss, irreducible, irreducible_error, dsm, squares, cross, excess_squares = sums
     excess = (loss - irreducible) / draws
     # rounding may take the sum of squares of equal blocks below 0
     between = (excess_squares - 2 * excess * cross + excess**2 * squares).clamp(min=0)
@@ -124,4 +131,5 @@ def _parts(sums: Tensor) -> LossParts:
     beyond_one = torch.where(blocks - 1 > _ROUNDING, blocks - 1, torch.nan)
     variance = between / draws**2 * blocks / beyond_one
     error = torch.hypot(variance.sqrt(), irreducible_error / draws)
-    return LossParts(loss / draws, irreducible / draws, excess, error, draws)
+    parts = (loss / draws, irreducible / draws, dsm / draws)
+    return LossParts(*parts, excess, error, draws)

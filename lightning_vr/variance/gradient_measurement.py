@@ -26,8 +26,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_vr.core.devices import uncompiled
-from lightning_vr.core.gradients import aliases, gradients_in_chunks, is_trained
-from lightning_vr.core.rng import preserve_global_rng
+from lightning_vr.core.gradients import aliases, is_trained, mean_gradients
+from lightning_vr.core.rng import preserve_global_rng, set_global_rng
 from lightning_vr.core.rows import (
     Rows,
     concatenated,
@@ -140,7 +140,7 @@ class GradientMeasurement:
         with preserve_global_rng(), uncompiled(), _SameTensors(), sdpa_kernel(SDPBackend.MATH):
             rows = concatenated([interleaved(self._draws(*part)) for part in parts])
             parameters, fixed = aliases(self.loss)
-            torch.manual_seed(self.source(*key, "global").initial_seed())
+            set_global_rng(self.source(*key, "global"))
 
             def one(parameters: dict[str, Tensor], row: Rows) -> Tensor:
                 losses: Tensor = functional_call(self.loss, (parameters, fixed), (row,))
@@ -187,25 +187,11 @@ class GradientMeasurement:
 
         Rows that an upstream in training has made hand their gradient on to its parameters.
         """
-        parameters, fixed = aliases(self.loss)
-        for parameter in parameters.values():
-            parameter.requires_grad_()
-        torch.manual_seed(self.source(*key, "global").initial_seed())
-        _, found = gradients_in_chunks(
-            self.loss,
-            self.loss,
-            rows,
-            self.loss.chunk(row_count(rows), leaves(rows)[0].device),
-            aliases=parameters,
-            buffers=fixed,
-            scale=self.loss_scale,
-        )
-        count = len(parameters)
-        upstream = self._upstream(rows, found[count:])
-        totals = zip(found[:count], upstream, parameters.values(), strict=True)
-        return [
-            sum((g for g in (a, b) if g is not None), torch.zeros_like(p)) for a, b, p in totals
-        ]
+        set_global_rng(self.source(*key, "global"))
+        chunk = self.loss.chunk(row_count(rows), leaves(rows)[0].device)
+        _, own, by_rows = mean_gradients(self.loss, self.loss, rows, chunk, scale=self.loss_scale)
+        upstream = self._upstream(rows, by_rows)
+        return [a if b is None else a + b for a, b in zip(own, upstream, strict=True)]
 
     def why_unavailable(self, clean: Clean) -> str | None:
         """Return why per-sample gradients are impossible or incomplete, or None."""

@@ -37,7 +37,7 @@ class NestedMeasurement:
         self.measurement = measurement
         reason = self._why_by_differences(clean, device, samples)
         # a reason such as too little memory may exist on one rank alone
-        is_per_sample = least(reason is None, device) == 1
+        is_per_sample = least(reason is None) == 1
         self.why_by_differences = (
             None if is_per_sample else reason or "another rank cannot measure per sample"
         )
@@ -83,7 +83,7 @@ class NestedMeasurement:
         return self.measurement.by_differences(batches, *key, low=low, high=high)
 
     def _why_by_differences(self, clean: Clean, device: torch.device, samples: int) -> str | None:
-        if least(len(clean.x0), device) < samples:
+        if least(len(clean.x0)) < samples:
             return f"a batch holds fewer than {samples} samples"
         pair = clean.rows(slice(0, 2))
         if not self.measurement.loss.couples_rows:

@@ -34,10 +34,12 @@ from support.compilers import Compiled
 from torch import nn
 
 from lightning_vr import STF, VP, DiffusersSchedule, DiffusionModule, ResidualMLP
+from lightning_vr.callbacks import gradient_variance_report as report
 from lightning_vr.callbacks.gradient_probes import GradientProbe
 from lightning_vr.callbacks.gradient_variance import GradientVariance
 from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.data import EightGaussians
+from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -93,6 +95,18 @@ def logged(folder):
     for row in rows(folder / "metrics.csv"):
         found |= {k: float(v) for k, v in row.items() if k.startswith("gradient_") and v}
     return {name.removeprefix("gradient_variance/"): value for name, value in found.items()}
+
+
+def last_rows(folder):
+    """The rows of the last step in the file, as numbers that are known, by kind and name."""
+    table = rows(folder / "gradient_variance.csv")
+    return {
+        (row["of"], row["name"]): {
+            k: float(v) for k, v in row.items() if k not in ("of", "name") and v != "nan"
+        }
+        for row in table
+        if row["step"] == table[-1]["step"]
+    }
 
 
 OURS = ("gradient_variance", "target_variance", "excess_loss", "irreducible_loss")
@@ -221,20 +235,23 @@ def test_a_run_and_its_resumption_are_bitwise_those_without_the_callback(tmp_pat
 def test_on_any_module_without_arguments_the_totals_are_told(tmp_path):
     trainer(tmp_path, each(), max_epochs=1).fit(Classifier(), labelled())
     whole = {"total", "squared_mean", "signal_to_noise"}
-    numbers = logged(tmp_path)
-    assert whole | {"total/net", "total/head"} == set(numbers) - {"noise_scale"}
-    assert numbers["total/net"] + numbers["total/head"] == pytest.approx(numbers["total"])
+    numbers, file = logged(tmp_path), last_rows(tmp_path)
+    assert whole == set(numbers) - {"noise_scale"}
+    assert set(file) == {("whole", "all"), ("group", "net"), ("group", "head")}
+    parts = [file["group", name]["total"] for name in ("net", "head")]
+    assert sum(parts) == pytest.approx(numbers["total"])
+    assert file["whole", "all"]["total"] == numbers["total"]
 
 
 def test_on_a_foreign_module_with_its_loss_the_decomposition_is_told(tmp_path):
     trainer(tmp_path, ddpm_given(), max_epochs=2).fit(DDPM(), pictures())
     numbers = logged(tmp_path)
     assert sum(numbers[part] for part in PARTS) == pytest.approx(numbers["total"])
-    levels = {name.split("/s")[1] for name in numbers if name.startswith("noise/s")}
+    levels = [row for (kind, _), row in last_rows(tmp_path).items() if kind == "noise level"]
     assert len(levels) == 2
-    for level in levels:
-        assert {f"{part}/s{level}" for part in (*PARTS, "total", "share")} <= set(numbers)
-    assert sum(numbers[f"share/s{level}"] for level in levels) == pytest.approx(1)
+    for row in levels:
+        assert sum(row[part] for part in PARTS) == pytest.approx(row["total"])
+    assert sum(row["share"] for row in levels) == pytest.approx(1)
 
 
 def test_without_a_loss_manual_optimization_is_refused_and_the_way_out_is_named(tmp_path):
@@ -489,15 +506,18 @@ def test_a_run_leaves_a_file_a_picture_and_a_table(tmp_path, capsys):
     callback = each()
     trainer(tmp_path, callback, max_epochs=2).fit(diffusion(), gaussians())
     table = rows(tmp_path / "gradient_variance.csv")
-    kinds = [row["of"] for row in table]
+    steps = [row["step"] for row in table]
+    assert sorted(set(steps), key=int) == [str(step) for step in range(8)]  # two epochs of four
+    table = last_rows(tmp_path)
     groups = callback.statistics.groups
-    assert kinds == ["whole", *["group"] * len(groups), *["noise level"] * 2]
-    assert [row["name"] for row in table][1 : 1 + len(groups)] == groups
-    assert float(table[0]["total"]) == float(callback.statistics.whole.total[0])
-    for row in table:
-        values = [float(value) for value in list(row.values())[2:]]
-        assert all(math.isfinite(value) for value in values)
-        assert sum(float(row[part]) for part in PARTS) == pytest.approx(float(row["total"]))
+    kinds = ["whole", *["group"] * len(groups), *["noise level"] * 2]
+    assert [kind for kind, _ in table] == kinds
+    assert [name for _, name in table][1 : 1 + len(groups)] == groups
+    assert table["whole", "all"]["total"] == float(callback.statistics.whole.total[0])
+    for (kind, _), row in table.items():
+        # `step`, values and errors, and of bins of the noise level their share
+        assert len(row) == 11 + (kind == "noise level")
+        assert sum(row[part] for part in PARTS) == pytest.approx(row["total"])
     with Image.open(tmp_path / "gradient_variance.png") as picture:
         assert min(picture.size) > 400
 
@@ -524,7 +544,39 @@ def test_every_name_is_one_that_loggers_take_and_every_number_is_finite(
     numbers = {k: float(v) for k, v in fit.callback_metrics.items() if k.startswith("gradient_")}
     assert all(re.fullmatch(r"[A-Za-z0-9_./-]+", name) for name in numbers)
     assert all(math.isfinite(value) for value in numbers.values())
-    assert {f"gradient_variance/{name}" for name in logged(tmp_path)} == set(numbers)
+    # loggers get those of the whole gradient
+    whole = {name for name in numbers if name.count("/") == 1}
+    assert {f"gradient_variance/{name}" for name in logged(tmp_path)} == whole < set(numbers)
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "callback", "headers"),
+    [
+        (Classifier, labelled, each, ["parameters", "total", "noise scale"]),
+        (
+            DDPM,
+            pictures,
+            ddpm_given,
+            ["noise level", "total", *(f"{p} %" for p in PARTS), "share %"],
+        ),
+    ],
+    ids=["totals", "components"],
+)
+def test_the_printed_table_has_no_column_without_a_number(tmp_path, make, data, callback, headers):
+    measuring = callback()
+    trainer(tmp_path, measuring, max_epochs=2).fit(make(), data())
+    shown = report.table(measuring.statistics)
+    assert [column.header for column in shown.columns] == headers
+    assert all(any(column.cells) for column in shown.columns)
+    names = list(shown.columns[0].cells)
+    assert names == ["all", "net", "head"] if make is Classifier else names[0] == "all"
+
+
+def test_a_gradient_without_variance_has_a_table_too():
+    nothing = Components(*torch.tensor([[math.nan] * 2] * 3 + [[0.0] * 2] * 2).double())
+    statistics = GradientStatistics(["net"], torch.zeros(0))
+    statistics.add(nothing)
+    assert [next(iter(c.cells)) for c in report.table(statistics).columns][:2] == ["all", "0"]
 
 
 def test_before_anything_is_measured_nothing_is_written_and_a_warning_says_so(tmp_path, capsys):
@@ -555,6 +607,17 @@ def test_a_resumed_run_goes_on_with_the_means_of_the_first(tmp_path, way):
     assert weight(resumed) > 1.2 * weight(first)
     if way == "micro-batches":  # which draw nothing
         assert torch.equal(resumed["statistics"]["whole"], unbroken["statistics"]["whole"])
+
+
+def test_moments_of_other_groups_are_dropped_with_a_warning(tmp_path):
+    first = each()
+    trainer(tmp_path / "first", first, max_epochs=1).fit(Classifier(), labelled())
+    state = first.state_dict()
+    state["groups"] = ["other"]
+    again = each()
+    again.load_state_dict(state)
+    with pytest.warns(UserWarning, match="moments are of the groups other, the module has "):
+        trainer(tmp_path / "again", again, max_epochs=1).fit(Classifier(), labelled())
 
 
 def test_two_instances_keep_states_of_their_own_in_one_checkpoint(tmp_path):

@@ -37,6 +37,8 @@ from lightning_vr.process.weightings import MinSNRWeighting
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
+FRACTION = "target_variance/removed_fraction"
+MODULES_OWN = ("epoch", "step", "train/loss", "val/loss")
 SETTINGS = {"noise_levels": 6, "samples": 128, "references": [4]}
 
 
@@ -82,10 +84,17 @@ def logged(path, prefix):
     return found
 
 
+def last_rows(path):
+    """The rows of the last step in a file of curves, as numbers."""
+    table = [{k: float(v) for k, v in row.items()} for row in rows(path)]
+    return [row for row in table if row.pop("step") == max(int(r["step"]) for r in rows(path))]
+
+
 @pytest.mark.pictures
 def test_a_run_leaves_a_picture_a_file_numbers_and_a_table(tmp_path, capsys):
     callback = TargetVariance(**SETTINGS)
-    trainer(tmp_path, callback).fit(module(STF("batch")), data())
+    fit = trainer(tmp_path, callback)
+    fit.fit(module(STF("batch")), data())
 
     table = rows(tmp_path / "target_variance.csv")
     assert len(table) == 6
@@ -96,11 +105,17 @@ def test_a_run_leaves_a_picture_a_file_numbers_and_a_table(tmp_path, capsys):
     with Image.open(tmp_path / "target_variance.png") as picture:
         assert min(picture.size) > 400
 
-    numbers = logged(tmp_path / "metrics.csv", "target_variance/")
-    assert all(re.fullmatch(r"[\w./-]+", name) for name in numbers)
-    names = {name for name in numbers if "/removed/" not in name}
-    assert len(names) == 6 * (len(columns) - 1)
-    assert any("/removed/" in name for name in numbers)
+    # a table of metrics has four columns of it, callbacks can monitor each point
+    numbers = [name for name in rows(tmp_path / "metrics.csv")[0] if name not in MODULES_OWN]
+    totals = ["excess_loss/total", "irreducible_loss/total"]
+    assert numbers == [*totals, "target_variance/dsm_total", "target_variance/removed_fraction"]
+    monitored = {k: v for k, v in fit.callback_metrics.items() if k.startswith("target_variance/")}
+    assert all(re.fullmatch(r"[\w./-]+", name) for name in monitored)
+    assert sum("/s" in n and "/removed/" not in n for n in monitored) == 6 * (len(columns) - 1)
+    removed = rows(tmp_path / "removed_variance.csv")
+    assert {row["step"] for row in removed} == {"3", "6", "8"}
+    last = [f"target_variance/removed/s{float(r['noise_level']):.2g}" for r in removed]
+    assert {n for n in monitored if "/removed/" in n} == set(last)
 
     printed = capsys.readouterr().out
     for word in ("noise level", "V_DSM", "V_STF (n = 32)", "factor", "ESS"):
@@ -177,26 +192,41 @@ def test_what_training_removes_is_v_dsm_less_v_stf(tmp_path, settings):
     curve = callback.curve
     own = 12 if settings["target"].references == 12 else 32
     expected = float(curve.dsm.mean[-1] - curve.stf[own].mean[-1])
-    measured = logged(tmp_path / "metrics.csv", "target_variance/removed/")
-    assert list(measured) == ["target_variance/removed/s1"]
+    (row,) = last_rows(tmp_path / "removed_variance.csv")
+    assert row["noise_level"] == pytest.approx(1, rel=0.01)
+    measured = row["removed"]
 
     step = torch.stack(spreads.means)
-    assert measured["target_variance/removed/s1"] == pytest.approx(float(step.mean()), rel=1e-4)
+    assert measured == pytest.approx(float(step.mean()), rel=1e-4)
     error = math.hypot(
         float(step.std()) / len(step) ** 0.5,
         float(curve.dsm.error[-1]),
         float(curve.stf[own].error[-1]),
     )
     # the bin is 0.5 % wide, and the variance changes less than in proportion to its fourth power
-    assert abs(measured["target_variance/removed/s1"] - expected) < 4 * error + 0.01 * expected
+    assert abs(measured - expected) < 4 * error + 0.01 * expected
     assert error < 0.05 * expected
 
 
 def test_dsm_removes_nothing(tmp_path):
     trainer(tmp_path, TargetVariance(**SETTINGS)).fit(module(), data())
-    removed = logged(tmp_path / "metrics.csv", "target_variance/removed/")
+    removed = rows(tmp_path / "removed_variance.csv")
     assert removed
-    assert set(removed.values()) == {0.0}
+    assert {float(row["removed"]) for row in removed} == {0.0}
+    assert logged(tmp_path / "metrics.csv", FRACTION) == {FRACTION: 0.0}
+
+
+@pytest.mark.parametrize("target", [STF("all"), STF("batch", min_noise_level=0.5)])
+def test_the_fraction_removed_is_what_the_irreducible_loss_falls_by(tmp_path, target):
+    trainer(tmp_path, TargetVariance(**SETTINGS)).fit(module(target), data())
+    found = logged(tmp_path / "metrics.csv", "")
+    left = found["irreducible_loss/total"] / found["target_variance/dsm_total"]
+    assert found[FRACTION] == pytest.approx(1 - left)
+    assert found[FRACTION] == 1 if target.references == "all" else 0.1 < found[FRACTION] < 0.9
+    # the draws are the same whatever the target, and so is what the plain one leaves
+    trainer(tmp_path / "plain", TargetVariance(**SETTINGS)).fit(module(), data())
+    plain = logged(tmp_path / "plain" / "metrics.csv", "")
+    assert found["target_variance/dsm_total"] == pytest.approx(plain["irreducible_loss/total"])
 
 
 @pytest.mark.pictures
@@ -227,6 +257,21 @@ def test_a_resumed_run_does_not_measure_again_and_goes_on_summing(tmp_path, monk
     assert float(removed[1][0].sum()) > 1.5 * float(removed[0][0].sum())
 
 
+@pytest.mark.parametrize(("size", "is_told"), [(128, False), (160, True)])
+def test_a_resumed_run_on_another_training_set_says_so_and_measures_again(
+    size, is_told, tmp_path, caplog
+):
+    first = trainer(tmp_path / "first", TargetVariance(**SETTINGS), max_steps=-1, max_epochs=1)
+    first.fit(module(), data())
+    first.save_checkpoint(tmp_path / "end.ckpt", weights_only=False)
+    watch = TargetVariance(**SETTINGS)
+    again = trainer(tmp_path / "again", watch, max_steps=-1, max_epochs=2)
+    again.fit(module(), data(num_samples=size), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert watch.curve.size == size
+    message = f"the checkpoint's curve is of 128 training samples, there are {size} now"
+    assert (message in caplog.text) == is_told
+
+
 def test_a_resumed_run_with_another_target_measures_again(tmp_path):
     fit = trainer(tmp_path / "first", TargetVariance(**SETTINGS))
     fit.fit(module(STF(8)), data())
@@ -249,9 +294,9 @@ def test_two_ranks_measure_what_one_process_does(tmp_path):
         fit.fit(module(STF("batch")), data(batch_size=32 // devices))
     curves = [(tmp_path / d / "target_variance.csv").read_bytes() for d in ("1", "2")]
     assert curves[0] == curves[1]
-    assert logged(tmp_path / "2" / "metrics.csv", "target_variance/removed/")
+    assert rows(tmp_path / "2" / "removed_variance.csv")
     # the ranks' draws together: as many in each run, and on two ranks other ones
-    draws = [sum(float(r["draws"]) for r in rows(tmp_path / d / "excess_loss.csv")) for d in "12"]
+    draws = [sum(r["draws"] for r in last_rows(tmp_path / d / "excess_loss.csv")) for d in "12"]
     assert draws[0] == pytest.approx(draws[1])
 
 
@@ -309,9 +354,8 @@ def test_it_works_on_a_module_that_knows_nothing_of_it(tmp_path, capsys):
     assert (callback.curve.dsm.mean > 0).any()
     assert (tmp_path / "target_variance.png").exists()
     assert "V_STF (n = 4)" in capsys.readouterr().out
-    assert not logged(tmp_path / "metrics.csv", "target_variance/removed/")
-    assert not logged(tmp_path / "metrics.csv", "excess_loss/")
-    assert not (tmp_path / "excess_loss.png").exists()
+    for name in ("removed_variance.csv", "excess_loss.csv", "excess_loss.png", "metrics.csv"):
+        assert not (tmp_path / name).exists()
 
 
 def test_clean_may_give_labels_that_mask_references(tmp_path):
@@ -391,11 +435,14 @@ def test_with_a_continuous_condition_nothing_is_measured_and_the_log_says_why(tm
 @pytest.mark.pictures
 @pytest.mark.parametrize("target", [None, STF("batch"), STF(8)], ids=["dsm", "batch", "bank"])
 def test_a_run_leaves_the_excess_loss_as_numbers_a_file_and_a_picture(tmp_path, target):
-    trainer(tmp_path, TargetVariance(**SETTINGS)).fit(module(target), data())
-    table = rows(tmp_path / "excess_loss.csv")
-    columns = ["noise_level", "loss", "irreducible", "excess", "excess_error", "draws"]
-    assert list(table[0]) == columns
-    seen = [{k: float(v) for k, v in row.items()} for row in table if float(row["draws"]) > 0]
+    fit = trainer(tmp_path, TargetVariance(**SETTINGS))
+    fit.fit(module(target), data())
+    table = last_rows(tmp_path / "excess_loss.csv")
+    parts = ["loss", "irreducible", "irreducible_dsm", "excess", "excess_error", "draws"]
+    assert list(table[0]) == ["noise_level", *parts]
+    steps = [row["step"] for row in rows(tmp_path / "excess_loss.csv")]
+    assert steps == [step for step in ("3", "6", "8") for _ in range(6)]
+    seen = [row for row in table if row["draws"] > 0]
     assert len(table) == 6
     assert len(seen) > 3
     for row in seen:
@@ -403,16 +450,18 @@ def test_a_run_leaves_the_excess_loss_as_numbers_a_file_and_a_picture(tmp_path, 
     with Image.open(tmp_path / "excess_loss.png") as picture:
         assert min(picture.size) > 400
 
-    excess = logged(tmp_path / "metrics.csv", "excess_loss/")
-    irreducible = logged(tmp_path / "metrics.csv", "irreducible_loss/")
+    excess = {k: float(v) for k, v in fit.callback_metrics.items() if k.startswith("excess_loss/")}
     levels = {float(k.removeprefix("excess_loss/s")) for k in excess if "/total" not in k}
     assert {float(f"{row['noise_level']:.2g}") for row in seen} <= levels
-    assert len(excess) == len(irreducible) > len(seen)
+    assert len(excess) > len(seen)
     # the steps after the last log event at a multiple of 3 make one more
     draws = 32 * (3 * 0.8**2 + 3 * 0.8 + 2)
     assert sum(row["draws"] for row in seen) == pytest.approx(draws)
     mean = sum(row["excess"] * row["draws"] for row in seen) / draws
     assert excess["excess_loss/total"] == pytest.approx(mean)
+    assert logged(tmp_path / "metrics.csv", "excess_loss/")["excess_loss/total"] == (
+        pytest.approx(mean)
+    )
 
 
 class Weighted(IID):
@@ -448,7 +497,7 @@ def test_the_exact_denoiser_has_no_excess_loss_in_a_run(tmp_path):
     callback = TargetVariance(noise_levels=8, samples=4096, references=[4])
     fit = trainer(tmp_path, callback, max_steps=100, log_every_n_steps=0)
     fit.fit(exact, data(batch_size=128))
-    table = [{k: float(v) for k, v in row.items()} for row in rows(tmp_path / "excess_loss.csv")]
+    table = last_rows(tmp_path / "excess_loss.csv")
     assert all(abs(row["excess"]) < 4 * row["excess_error"] for row in table)
     # on both sides of the switch the irreducible part is known well
     precise = [r["noise_level"] for r in table if r["excess_error"] < 0.1 * r["irreducible"]]
@@ -493,8 +542,8 @@ def test_a_resumed_run_goes_on_with_the_excess_loss_of_the_first(tmp_path):
     again.fit(module(), data(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
 
     before, after = (c.state_dict()["excess"]["sums"] for c in (first, resumed))
-    # four more steps of 32 draws in one event at the end, and what was there fades once
-    assert float(after[0, -1]) == pytest.approx(0.8 * float(before[0, -1]) + 4 * 32)
+    # four more steps of 32 draws in one event with the two since the last, as if never stopped
+    assert float(after[0, -1]) == pytest.approx(0.8 * float(before[0, -1]) + (2 + 4) * 32)
     assert (after[0] >= 0.8 * before[0] - 1e-9).all()
 
 
@@ -512,9 +561,10 @@ def test_where_it_cannot_be_told_there_is_no_excess_loss_and_the_log_says_why(
     trainer(tmp_path, TargetVariance(**SETTINGS, **arguments)).fit(module(**settings), data())
     assert words in caplog.text
     assert ("no excess loss" in caplog.text) == bool(words)
-    assert logged(tmp_path / "metrics.csv", "target_variance/removed/")
+    assert rows(tmp_path / "removed_variance.csv")
     assert not logged(tmp_path / "metrics.csv", "excess_loss/")
     assert not logged(tmp_path / "metrics.csv", "irreducible_loss/")
+    assert not logged(tmp_path / "metrics.csv", "target_variance/")
     assert not (tmp_path / "excess_loss.csv").exists()
 
 

@@ -84,6 +84,10 @@ def audit(candidates, argument, fix):
 
 CARV = "--model.draws=CARV --model.draws."
 STF = "--model.target=STF --model.target."
+SCHEDULER = "--model.lr_scheduler="
+OF_SCHEDULER = "--model.lr_scheduler."
+ONE_CYCLE = f"{SCHEDULER}OneCycleLR {OF_SCHEDULER}max_lr=0.1 {OF_SCHEDULER}"
+PLATEAU = f"{SCHEDULER}ReduceLROnPlateau {OF_SCHEDULER}monitor="
 TAYLOR = "--model.control_variate=TaylorCV --model.control_variate."
 ADAM = "--model.optimizer=AdamW --model.optimizer."
 IMAGES = "--data=ImageFolder --data.size=8 --data.path="
@@ -110,6 +114,14 @@ MODEL = [
     fit("--model=DiffusionModul", "model", "use DiffusionModule"),
     fit("--model.schedule=DDPM", "model.schedule", "use EDM, VE, VP"),
     fit("--model.schedule=Schedule", "`model.schedule` must be a class", "use EDM, VE, VP"),
+    fit("--model.schedule=diffusers.DDPMScheduler", "`prediction`", "to 'epsilon'"),
+    fit("--model.schedule=diffusers.EDMEulerScheduler", "`scheduler`", "use EDM()"),
+    fit(
+        "--model.schedule=diffusers.FlowMatchEulerDiscreteScheduler --model.prediction=velocity "
+        "--model.timesteps=Uniform",
+        "`timesteps`",
+        "Shifted(",
+    ),
     fit("--model.schedule=EDM --model.schedule.sigma_min=90", "`sigma_min`", "< sigma_max"),
     file(
         "model: {init_args: {schedule: {class_path: VE, init_args: {sigma_max: .inf}}}}",
@@ -120,8 +132,8 @@ MODEL = [
     fit("--model.schedule=RectifiedFlow --model.timesteps=LogNormal", "`timesteps`", "Uniform("),
     file(
         "model: {init_args: {timesteps: {class_path: LogNormal, init_args: {mean: .nan}}}}",
-        "`mean`",
-        "finite",
+        "`model.timesteps.mean`",
+        "must be a number",
     ),
     fit("--model.num_classes=8", "`network`", "set num_class_embeds to 9"),
     fit(
@@ -137,9 +149,31 @@ MODEL = [
     fit("--model.label_dropout=0.1", "`label_dropout`", "set `num_classes`"),
     fit("--model.sampler.guidance=2", "`guidance`", "set `num_classes`"),
     fit(
+        "--model.num_classes=8 --model.network.num_class_embeds=9 --model.sampler.guidance=2",
+        "`guidance`",
+        "`label_dropout` of 0.1",
+    ),
+    fit(
         "--model.schedule=VP --model.sampler.noise_level_max=1e9",
         "`noise_level_max`",
         "widen the schedule",
+    ),
+    fit("--model.network.width=null", "`model.network.width`", "got null: give it one"),
+    fit("--model.network.depth=1.5", "`model.network.depth`", "whole number"),
+    fit("--model.network=transformers.Nope", "`model.network`", "install it"),
+    fit("--model.network=", "`model.network` must be a class", "got nothing"),
+    fit("--model.prediction=null", "`model.prediction`", "got null"),
+    fit("--model.sigma_data=.nan", "`model.sigma_data`", "must be a number"),
+    fit("--model.on_nonfinite=ignore", "`model.on_nonfinite`", "'raise' or 'skip'"),
+    fit("--model.sampler.steps=0", "`steps`", "use 2 or more"),
+    fit("--model.batch_size=3", "`model.batch_size`", "use network"),
+    fit("--model.=3", "`model`", "`class_path`"),
+    file("model: {class_path: null}", "`model` must name a class", "`class_path`"),
+    file("model: {init_args: [1]}", "`init_args` of `model`", "write `name: value`"),
+    file(
+        "model: {init_args: {network: {init_args: {width: null}}}}",
+        "`model.network.width`",
+        "got null: give it one",
     ),
     unet("in_channels: 3", "`network`", "shape of the data"),
     unet("out_channels: 2", "`network`", "as many output as input channels"),
@@ -150,6 +184,12 @@ MODEL = [
 
 ESTIMATORS = [
     fit(f"{CARV}resamples=3 --model.draws.antithetic=true", "`resamples`", "use 4"),
+    fit(f"{CARV}resamples=1000000000", "`resamples`", "use a number such as 4"),
+    fit(f"{CARV}max_resamples=1000000000", "`max_resamples`", "use a number such as 4"),
+    fit(f"{CARV}resamples=null", "`model.draws.resamples`", "got null: give it one"),
+    fit(f"{CARV}antithetic=[1]", "`model.draws.antithetic`", "tuple with 2 elements"),
+    fit(f"{CARV}scope=all", "`model.draws.scope`", "'nested'"),
+    fit(f"{STF}references=1.5", "`model.target.references`", "'batch' or 'all'"),
     fit(f"{CARV}resamples=many", "model.draws.resamples", "int or 'auto'"),
     fit(f"{CARV}resamples=2", "`resamples`", "use group normalisation", network=NORMALISED),
     fit(
@@ -179,6 +219,45 @@ OPTIMIZATION = [
     fit(f"{ADAM}betas=3", "`model.optimizer.betas`", "use a list"),
     fit(f"{ADAM}lr=[1]", "`model.optimizer.lr` must be float", "use a decimal number"),
     fit(f"{ADAM}lr=-1", "model.optimizer", "0 or more"),
+    fit(f"{ADAM}lr=null", "`model.optimizer.lr`", "got null: give it one"),
+    fit(f"{ADAM}lr=.nan", "`model.optimizer.lr` must be a number", "use one"),
+    fit(f"{ADAM}lr=1e300", "`lr` of the optimizer", "use a smaller one"),
+    fit(f"{ADAM}eps=1e300", "`eps` of the optimizer", "use a smaller one"),
+    fit(f"{ADAM}lr=", "`model.optimizer.lr`", "got nothing: use a decimal number"),
+    fit(f"{ADAM}betas=[null,1]", "`model.optimizer.betas`", "use a decimal number"),
+    fit(f"{ADAM}betas=[0.9]", "`model.optimizer.betas`", "use a list"),
+    fit(f"{ADAM}params=[]", "`model.optimizer.params`", "use lr, betas"),
+    fit(f"{ADAM}capturable=true", "`model.optimizer`", "change its settings"),
+    fit("--model.optimizer=SparseAdam", "`model.optimizer`", "consider Adam"),
+    fit("--model.optimizer=Muon", "`model.optimizer`", "use another, such as AdamW"),
+    fit("--model.optimizer=os.system", "`model.optimizer` must be a class", "full path"),
+    fit("--model.optimizer=torch.optim.AdamW(lr=1)", "`model.optimizer`", "give the full path"),
+    fit("--model.optimizer=torch.optim.Optimizer", "`model.optimizer`", "set model.optimizer"),
+    fit(f"{ONE_CYCLE}total_steps=1", "`lr_scheduler.total_steps`", "set it to 2"),
+    fit(f"{ONE_CYCLE}three_phase=true", "OneCycleLR", "total_steps"),
+    fit(
+        f"{ONE_CYCLE}total_steps=9 --trainer.max_steps=-1 --trainer.max_epochs=-1",
+        "`lr_scheduler.total_steps`",
+        "set `max_steps`",
+    ),
+    fit(f"{PLATEAU}loss", "`monitor` of ReduceLROnPlateau", "'loss': use 'val/loss'"),
+    fit(
+        f"{PLATEAU}val/loss --trainer.limit_val_batches=0",
+        "`monitor` of ReduceLROnPlateau",
+        "`limit_val_batches` above 0",
+    ),
+    fit(f"{SCHEDULER}ReduceLROnPlateau", "`model.lr_scheduler`", "set model.lr_scheduler.monitor"),
+    fit(
+        f"{SCHEDULER}torch.optim.lr_scheduler.ReduceLROnPlateau",
+        "`lr_scheduler` must say what it monitors",
+        "lightning.pytorch.cli.ReduceLROnPlateau",
+    ),
+    fit(f"{SCHEDULER}StepLR {OF_SCHEDULER}step_size=-1", "`lr_scheduler`", "of 1 or more steps"),
+    fit(
+        f"{SCHEDULER}StepLR {OF_SCHEDULER}step_size=1 {OF_SCHEDULER}gamma=1e300",
+        "`model.lr_scheduler`",
+        "lower `lr`",
+    ),
     fit(f"{ADAM}lr=fast", "model.optimizer.lr", "float"),
     fit(f"{ADAM}momentum=0.9", "`model.optimizer.momentum`", "betas"),
     file(
@@ -201,14 +280,47 @@ DATA = [
     own("--data=Digits --data.validation_fraction=0", "`validation_fraction`", "between 0 and 1"),
     fit("--data.batch_size=513", "`batch_size`", "smaller batch"),
     fit("--data.batch_size=0", "`batch_size`", "at least 1"),
+    fit("--data.batch_size=null", "`data.batch_size`", "got null: give it one"),
+    fit("--data.num_samples=0", "`num_samples`", "use 1 or more"),
+    fit("--data.std=.nan", "`data.std`", "must be a number"),
+    own("--data=CIFAR10", "`data` must be a class", "use Digits, ImageFolder"),
+    own("--data=ImageFolder", "`data`", "set data.path and data.size"),
+    own("--data=torch.utils.data.DataLoader", "`data` must be a class", "use Digits"),
     fit("--data.num_worker=2", "`data.num_worker`", "use num_workers"),
     own(f"{IMAGES}nowhere", "`path`", "existing folder"),
     own(f"{IMAGES}empty", "`path`", ".png"),
     own(f"{IMAGES}broken --data.batch_size=1", "broken/a.png", "repair or remove it"),
+    own(f"{IMAGES}broken --data.background=whit", "`background`", "use one such as 'white'"),
+    own(f"{IMAGES}broken --data.background=[1,2]", "`data.background`", "3 elements or text"),
+    own(f"{IMAGES}broken --data.channels=2", "data.channels", "4"),
+    own(f"{IMAGES}broken --data.cache_bytes=-1", "`cache_bytes`", "at least 0"),
+    fit("--model.sigma_data=wide", "model.sigma_data", "'auto'"),
 ]
 
 TRAINER = [
     fit("--trainer.max_steps=many", "trainer.max_steps", "int"),
+    fit("--trainer.max_step=2", "`--trainer.max_step`", "use trainer.max_steps"),
+    fit("--see=3", "`--see`", "--print_config"),
+    fit("--trainer.max_steps=0", "`trainer.max_steps`", "use 1 or more"),
+    fit("--trainer.max_epochs=0", "`trainer.max_epochs`", "use 1 or more"),
+    fit("--trainer.max_steps=-5", "`trainer.max_steps`", "at least -1"),
+    fit("--trainer.min_steps=5", "`trainer.min_steps`", "at most `trainer.max_steps`"),
+    fit("--trainer.max_time=soon", "`trainer.max_time`", "00:01:30:00"),
+    fit("--trainer.max_time=00:00:00:00", "`trainer.max_time`", "above 0"),
+    fit("--trainer.limit_train_batches=0", "`trainer.limit_train_batches`", "use 1 or more"),
+    fit("--trainer.limit_train_batches=0.0", "`trainer.limit_train_batches`", "use 1 or more"),
+    fit("--trainer.limit_train_batches=1.5", "`trainer.limit_train_batches`", "between 0 and 1"),
+    fit("--trainer.limit_val_batches=-1", "limit_val_batches", "has to be in [0.0, 1.0]"),
+    fit("--trainer.num_nodes=0", "`trainer.num_nodes`", "use 1"),
+    fit("--trainer.barebones=true", "`trainer.barebones`", "leave it out"),
+    fit("--trainer.gradient_clip_val=.nan", "`trainer.gradient_clip_val`", "must be a number"),
+    fit("--trainer.profiler=foo", "profiler", "'simple'"),
+    fit("--trainer.accelerator=cpuu", "accelerator='cpuu'", "Available names"),
+    fit("--trainer.logger=CometLogger", "CometLogger", "pip install"),
+    fit("--trainer.logger=TensorBoardLogger --trainer.logger.save_dir=x", "TensorBoard", "install"),
+    fit("--trainer.logger.save_dir=null", "`trainer.logger`", "set trainer.logger.save_dir"),
+    fit("--trainer.callbacks.monitor=x", "trainer.callbacks.monitor", "`class_path`"),
+    fit("--lr=1e-3", "`--lr`", "use model.optimizer.lr"),
     fit("--trainer.max_steps", "`--trainer.max_steps`", "write --trainer.max_steps=VALUE"),
     fit("--trainer=3", "`trainer` must be a section", "one by one"),
     fit("--trainer.callbacks=lightning_vr.CARV", "`trainer.callbacks`", "give the full path"),
@@ -262,11 +374,46 @@ CALLBACKS = [
         "'digits'",
         "use other features",
     ),
+    callback("{class_path: EMAWeightAveraging, init_args: {decay: .nan}}", "decay", "a number"),
+    callback(
+        "{class_path: EMAWeightAveraging, init_args: {update_every_n_steps: 0}}",
+        "`trainer.callbacks.update_every_n_steps`",
+        "at least 1",
+    ),
+    callback(
+        "{class_path: ModelCheckpoint, init_args: {dirpath: a}}, "
+        "{class_path: ModelCheckpoint, init_args: {dirpath: b}}",
+        "`trainer.callbacks`",
+        "`dirpath` and others do not count",
+    ),
+    callback(
+        "{class_path: EarlyStopping, init_args: {monitor: val/los}}",
+        "`monitor` of EarlyStopping",
+        "use 'val/loss'",
+    ),
+    callback(
+        "{class_path: EarlyStopping, init_args: {monitor: val/loss}}",
+        "`monitor` of EarlyStopping",
+        "`limit_val_batches` above 0",
+        "--trainer.limit_val_batches=0",
+    ),
+    callback(
+        "{class_path: ModelCheckpoint, init_args: {monitor: frechet_distance/identity_n9}}, "
+        "{class_path: FrechetDistance, init_args: {samples: 100}}",
+        "`monitor` of ModelCheckpoint",
+        "use 'frechet_distance/identity_n100'",
+    ),
+    callback(
+        "{class_path: FrechetDistance, init_args: {samples: 100}}",
+        "The training set",
+        "use more data",
+        "--data.num_samples=2 --data.batch_size=2",
+    ),
     callback("{class_path: EarlyStopping}", "monitor", "set trainer.callbacks.monitor"),
     callback(
         "{class_path: ModelCheckpoint, init_args: {monitor: val_loss}}", "'val_loss'", "'val/loss'"
     ),
-    callback("{class_path: EMAWeightAveraging, init_args: {decay: 2}}", "decay", "value in [0,1]"),
+    callback("{class_path: EMAWeightAveraging, init_args: {decay: 2}}", "decay", "between 0 and 1"),
 ]
 
 FILES = [
@@ -279,6 +426,20 @@ FILES = [
         "model.network",
         "under `init_args`",
     ),
+    file("trainer: {max_steps: null}", "`trainer.max_steps`", "got null: give it one"),
+    file("model: &a\n  init_args: *a", "`config`", "contains itself"),
+    file("trainer:\n  callbacks: &a\n  - *a", "`config`", "contains itself"),
+    file("trainer: {max_steps: 1}\ntrainer: {max_steps: 2}", "`config`", "'trainer' twice"),
+    file("trainer:\n\tmax_steps: 1", "`config`", "fix the YAML"),
+    file("fit:\n  trainer: {max_steps: 2}", "`fit` is the subcommand", "at the top"),
+    file("1: 2", "`config`", "keys, got 1"),
+    file("", "`config`", "begin a section"),
+    file('trainer: {logger: {init_args: {save_dir: "a\\0b"}}}', "`save_dir`", "NUL"),
+    fit("--config=binary", "`config` must be a file of UTF-8 text, got binary", "save it as"),
+    fit("--config=utf16", "`config` must be a file of UTF-8 text, got utf16", "save it as"),
+    fit("--config=nul", "`config`", "fix the YAML"),
+    fit("--config=empty", "`config`", "name a file"),
+    fit("--config", "`--config` must have a value", "--config=VALUE"),
     fit("--config=nowhere.yaml", "config", "does not exist"),
     fit("--ckpt_path=nowhere.ckpt", "`ckpt_path`", "checkpoint file or 'last'"),
     fit("--ckpt_path=last", "`ckpt_path`", "name the file"),
@@ -301,14 +462,22 @@ OTHERS = [
         "`references`",
         "use fewer",
     ),
+    Bad(
+        "--trainer.limit_val_batches=0",
+        "`trainer.limit_val_batches`",
+        "1 or more",
+        None,
+        "validate",
+    ),
+    Bad("--candidates=binary", "`candidates`", "fix it there", command="audit"),
     Bad("", "trian", "'fit'", command="trian"),
 ]
 
 CASES = [*MODEL, *ESTIMATORS, *OPTIMIZATION, *DATA, *TRAINER, *CALLBACKS, *FILES, *OTHERS]
 
 
-def test_there_are_at_least_sixty():
-    assert len(set(map(str, CASES))) == len(CASES) >= 60
+def test_there_are_at_least_130():
+    assert len(set(map(str, CASES))) == len(CASES) >= 130
 
 
 @pytest.fixture(autouse=True)
@@ -318,6 +487,9 @@ def folder(folder):
     (folder / "broken").mkdir()
     for name in ("broken/a.png", "broken/b.png", "taken"):
         (folder / name).write_text("no image")
+    (folder / "binary").write_bytes(bytes(range(256)))
+    (folder / "utf16").write_text("model:", encoding="utf-16")
+    (folder / "nul").write_bytes(b"model: {}\x00")
     (folder / "truncated.ckpt").write_bytes(b"PK\x03\x04 and no more")
     return folder
 

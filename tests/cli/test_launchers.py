@@ -223,6 +223,9 @@ def test_a_rank_that_raises_ends_the_job(name, jobs):
     folder, (status,), (said,) = jobs(name)
     assert status != 0
     assert "the disk is gone" in said
+    if name in ("lightning, raises", "raises and saves"):
+        assert "error: rank 1 ended; see its message" in said
+        assert status == 1
     saved = list(folder.glob("runs/**/last.ckpt"))
     if "saves" not in name:
         assert not saved

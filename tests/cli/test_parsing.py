@@ -55,9 +55,9 @@ def test_a_control_variate_is_fitted_and_logged(run):
     control = {"order": 1, "gate": [0.0, 0.3], "refit_every_n_steps": 1}
     flags = [f"--model.control_variate.{name}={value}" for name, value in control.items()]
     folder = run("fit", "--model.control_variate=TaylorCV", *flags)
-    header = (folder / "metrics.csv").read_text().splitlines()[0]
-    assert "control_variate/odd/s" in header
-    assert "control_variate/even/s" in header
+    assert "control_variate/reduction" in (folder / "metrics.csv").read_text().splitlines()[0]
+    header = (folder / "control_variate.csv").read_text().splitlines()[0]
+    assert header == "step,noise_level,open,reduction,odd,even"
 
 
 def test_a_run_folder_that_exists_can_be_used_again(run, folder):
@@ -116,6 +116,101 @@ def test_a_wrong_setting_is_one_line_that_names_it(flags, words, refused):
     error = refused("fit", *flags)
     assert all(word in error for word in words), error
     assert "NoneType" not in error
+
+
+def settings(*flags):
+    return VRCLI(args=[*NETWORK, *POINTS, *SHORT, *flags], run=False).config.as_dict()
+
+
+@pytest.mark.parametrize("write", ["--{}=null", "--{} null"])
+@pytest.mark.parametrize(
+    ("before", "name"),
+    [
+        (["--model.network.num_class_embeds=9"], "model.network.num_class_embeds"),
+        (["--model.num_classes=8", "--model.network.num_class_embeds=9"], "model.num_classes"),
+        (["--model.optimizer=AdamW", "--model.optimizer.fused=true"], "model.optimizer.fused"),
+        (["--model.draws=CARV", "--model.draws.chunk_size=2"], "model.draws.chunk_size"),
+        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=a"], "trainer.logger.version"),
+        (["--trainer.max_time=00:00:01:00"], "trainer.max_time"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_null_on_the_command_line_is_none_at_any_depth(write, before, name, folder):
+    value = settings(*before, *write.format(name).split(" "))
+    for key in name.split("."):
+        value = value.get("init_args", value)[key]
+    assert value is None
+
+
+def test_null_on_the_command_line_is_none_for_a_callback_of_a_list(folder):
+    flags = ["--trainer.callbacks=SampleGrid", "--trainer.callbacks+=ModelCheckpoint"]
+    found = settings(
+        *flags, "--trainer.callbacks.save_last=true", "--trainer.callbacks.save_last=null"
+    )
+    assert found["trainer"]["callbacks"][1]["init_args"]["save_last"] is None
+
+
+class Described(ResidualMLP):
+    """A network with arguments that hold null, text and numbers at some depth."""
+
+    def __init__(self, sizes: list[int | None], names: dict[str, str | float | None]):
+        super().__init__(width=16, depth=1)
+
+
+def test_lists_and_dictionaries_on_the_command_line_are_what_yaml_says(folder):
+    flags = ["--model.network", f"{__name__}.Described"]
+    flags += ["--model.network.sizes=[null, 3]"]
+    flags += ["--model.network.names={a: null, b: None, c: \"it's\", d: .inf, e: 'null'}"]
+    cli = VRCLI(args=[*flags, *POINTS, *SHORT], run=False)
+    found = cli.config.model.init_args.network.init_args
+    assert found.sizes == [None, 3]
+    assert found.names == {"a": None, "b": "None", "c": "it's", "d": float("inf"), "e": "null"}
+
+
+def test_the_word_none_is_no_null(refused):
+    line = refused("fit", "--model.network.num_class_embeds=None")
+    assert "`model.network.num_class_embeds` must be int" in line
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_the_short_name_of_the_schedule_on_plateaus_is_enough(as_file, folder):
+    schedule = {"class_path": "ReduceLROnPlateau", "init_args": {"monitor": "val/loss"}}
+    flags = ["--model.lr_scheduler", "ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss"]
+    if as_file:
+        file = write(folder / "plateau.yaml", model={"init_args": {"lr_scheduler": schedule}})
+        flags = ["--config", str(file)]
+    found = settings(*flags)["model"]["init_args"]["lr_scheduler"]
+    assert found["class_path"] == "lightning.pytorch.cli.ReduceLROnPlateau"
+    assert found["init_args"]["monitor"] == "val/loss"
+
+
+def test_settings_may_share_what_an_anchor_names(folder):
+    (folder / "anchor.yaml").write_text(
+        "trainer:\n  callbacks:\n"
+        "  - {class_path: SampleGrid, init_args: &n {samples: 9}}\n"
+        "  - {class_path: FrechetDistance, init_args: *n}\n"
+    )
+    callbacks = settings("--config=anchor.yaml")["trainer"]["callbacks"]
+    assert [each["init_args"]["samples"] for each in callbacks] == [9, 9]
+
+
+def test_a_few_lines_of_aliases_that_stand_for_billions_are_refused(refused, folder):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (folder / "aliases.yaml").write_text("\n".join(lines))
+    assert "more than 1000000 nodes" in refused("fit", "--config=aliases.yaml")
+
+
+def test_running_out_of_memory_in_training_is_one_line(refused, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        )
+
+    monkeypatch.setattr("lightning_vr.training.diffusion.Diffusion.compute_loss", fail)
+    line = refused("fit")
+    assert "8 bytes do not fit into the memory" in line
+    assert "`batch_size`" in line
 
 
 def test_a_broken_file_is_one_line(refused, folder):

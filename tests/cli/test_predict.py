@@ -50,6 +50,19 @@ def test_points_are_arrays_and_a_scatter_plot(run, points, capsys):
     assert f"21 samples in runs/{folder.name}: samples.npz, samples.png" in capsys.readouterr().out
 
 
+def test_samples_that_cannot_be_written_leave_no_half_of_a_file(run, points, monkeypatch, folder):
+    def half(file, **arrays):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", half)
+    with pytest.raises(OSError, match="No space left"):
+        run("predict", *points, *FEW, "--num_samples=2", network=[], data=[])
+    (made,) = (folder / "runs").iterdir()
+    names = [path.name for path in made.iterdir()]
+    assert not [name for name in names if "samples" in name or name.startswith(".")]
+
+
 def test_classes_are_cycled_over(run, trained):
     network = [*NETWORK, "--model.network.num_class_embeds=9", "--model.num_classes=8"]
     checkpoint = trained(network=network)

@@ -1,15 +1,20 @@
 import pytest
 import torch
+import torch.distributed as dist
 
 from lightning_vr.core.distributed import (
     all_gather_numbers,
     all_gather_rows,
     all_reduce_sum,
+    any_of_ranks,
     broadcast,
     exchange_rows,
     gather_rows,
+    leave_ranks,
+    process_count,
     rank,
-    row_offset,
+    ranks_save_together,
+    row_counts,
     world_size,
 )
 
@@ -31,9 +36,10 @@ def every_collective(number):
         "integers": all_gather_rows(mine[:, 0].long()),
         "one rank empty": all_gather_rows(mine[:0] if number == 0 else mine),
         "half": all_gather_rows(mine.bfloat16()),
-        "offset": row_offset(len(mine), mine.device),
+        "counts": row_counts(len(mine)),
         "counted": gather_rows(mine, [3, 5]),
-        "numbers": all_gather_numbers([number, 7], mine.device),
+        "numbers": all_gather_numbers([number, 7]),
+        "any": any_of_ranks([number == 0, False, True]),
         # of six rows the first rank gets two and the second four
         "exchanged": exchange_rows(rows(6, 100 * number), [2, 4]),
         "to one": exchange_rows(rows(1, 100 * number), [1, 0]),
@@ -63,6 +69,8 @@ def test_rows_of_known_counts_and_numbers_are_gathered_in_rank_order(results):
     for found in results:
         assert torch.equal(found["counted"], found["uneven"])
         assert found["numbers"] == [[0, 7], [1, 7]]
+        assert found["counts"] == [3, 5]
+        assert found["any"] == [True, False, True]
 
 
 def test_rows_are_exchanged_so_that_each_rank_has_what_all_have_sent_it(results):
@@ -73,12 +81,6 @@ def test_rows_are_exchanged_so_that_each_rank_has_what_all_have_sent_it(results)
     assert second["to one"].shape == (2, 0, 2)
 
 
-def test_the_row_offset_is_where_a_ranks_rows_begin_in_the_gathered_ones(results):
-    for found in results:
-        start, mine = found["offset"], found["input"]
-        assert torch.equal(found["uneven"][start : start + len(mine)], mine)
-
-
 def test_sums_and_broadcasts_are_the_same_on_every_rank_and_change_no_input(results):
     for number, found in enumerate(results):
         assert found["sum"].tolist() == [100, 102]
@@ -87,12 +89,39 @@ def test_sums_and_broadcasts_are_the_same_on_every_rank_and_change_no_input(resu
         assert found["place"] == [number, 2]
 
 
+def left(number):
+    """What a rank that has left the other gets, which takes part in nothing more."""
+    if number == 1:
+        return None
+    leave_ranks()
+    return {
+        "gathered": all_gather_rows(rows(3, 0)),
+        "numbers": all_gather_numbers([7]),
+        "any": any_of_ranks([False]),
+        "torch": dist.is_initialized(),
+        "place": [rank(), world_size(), process_count()],
+        "together": ranks_save_together(),
+    }
+
+
+def test_on_a_rank_that_has_left_collectives_are_the_identity(on_two_ranks):
+    found, _ = on_two_ranks(left)
+    assert torch.equal(found.pop("gathered"), rows(3, 0))
+    assert found == {
+        "numbers": [[7]],
+        "any": [False],
+        "torch": False,
+        "place": [0, 1, 2],
+        "together": False,
+    }
+
+
 def test_on_one_process_collectives_are_the_identity():
     x = rows(3, 0)
     for collective in (all_gather_rows, all_reduce_sum, broadcast):
         assert collective(x) is x
-    assert row_offset(3, x.device) == 0
+    assert row_counts(3) == [3]
     assert gather_rows(x, [3]) is x
     assert torch.equal(exchange_rows(x, [3]), x[None])
-    assert all_gather_numbers([4, 2], x.device) == [[4, 2]]
+    assert all_gather_numbers([4, 2]) == [[4, 2]]
     assert (rank(), world_size()) == (0, 1)

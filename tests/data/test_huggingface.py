@@ -1,5 +1,6 @@
 import pickle
 import sys
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -7,7 +8,10 @@ import torch
 from PIL import Image
 
 from lightning_vr.data import HuggingFaceImages
-from lightning_vr.data.images import to_tensor
+from lightning_vr.data.image_column import ImageColumn
+from lightning_vr.data.image_error import ImageError
+from lightning_vr.data.inspection import inspect_images
+from lightning_vr.data.pixels import to_tensor
 
 datasets = pytest.importorskip("datasets")
 
@@ -15,6 +19,12 @@ datasets = pytest.importorskip("datasets")
 def pictures(count: int, seed: int = 0) -> list[Image.Image]:
     pixels = np.random.default_rng(seed).integers(0, 256, (count, 10, 12, 3), dtype=np.uint8)
     return [Image.fromarray(image) for image in pixels]
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def rows(count: int, seed: int = 0, **columns) -> "datasets.Dataset":
@@ -82,7 +92,7 @@ def test_split_without_labels_follows_its_seed(path):
         datamodule = ready(
             HuggingFaceImages(path, size=8, batch_size=2, validation_fraction=0.3, seed=seed)
         )
-        return tuple(datamodule.validation_dataset.source.rows["name"][:])
+        return tuple(datamodule.validation_dataset.source.positions.tolist())
 
     assert held_out(0) == held_out(0)
     assert len(held_out(0)) == 4
@@ -147,9 +157,13 @@ def test_folder_without_a_data_set_is_refused(tmp_path):
     ("arguments", "message"),
     [
         ({"image_column": "photo"}, r"`image_column` must be in \['image'\]"),
-        ({"image_column": "name"}, r"`image_column` must be in \['image'\]"),
+        ({"image_column": "name"}, r"must be in \['image'\].* got 'name', a column of type Value"),
         ({"label_column": "breed"}, r"`label_column` must be in \['image', 'kind'"),
-        ({"label_column": "name"}, "`label_column` must be a column of integers, got 'name'"),
+        ({"label_column": "name"}, "integers, .* got 'name', which holds '0' in row 0: number the"),
+        (
+            {"label_column": "image"},
+            "integers, .* got 'image', which holds .* in row 0: convert it",
+        ),
     ],
 )
 def test_missing_and_unsuitable_columns_are_refused(path, arguments, message):
@@ -171,12 +185,14 @@ def test_a_single_split_has_no_other_to_validate_on(path):
 @pytest.mark.parametrize(
     ("column", "labels", "message"),
     [
-        ("kind", [-1] + [0] * 11, r"1 of .* are not, the first at index \d+, which is -1"),
-        ("number", [-1] + [0] * 11, "which is -1"),
-        ("number", [None] + [0] * 11, "or rows without a label"),
+        ("kind", [0] * 7 + [-1] + [0] * 4, "got 'kind', which holds -1 in row 7: remove rows"),
+        ("number", [0] * 9 + [-1, 0, 0], "got 'number', which holds -1 in row 9: remove rows"),
+        ("number", [0, None] + [0] * 10, "got 'number', which holds None in row 1: remove rows"),
     ],
 )
-def test_rows_without_a_class_are_refused(tmp_path, column, labels, message):
+def test_rows_without_a_class_are_refused_by_their_number_on_disk(
+    tmp_path, column, labels, message
+):
     rows(12, **{column: labels}).save_to_disk(tmp_path / "unlabelled")
     with pytest.raises(ValueError, match=message):
         HuggingFaceImages(
@@ -184,17 +200,126 @@ def test_rows_without_a_class_are_refused(tmp_path, column, labels, message):
         ).setup()
 
 
-def test_row_without_an_image_is_named_when_it_is_decoded(tmp_path):
-    images = pictures(12)
-    images[5] = None
-    rows(12, image=images).save_to_disk(tmp_path / "gaps")
+def test_floating_point_classes_are_refused(tmp_path):
+    content = {"image": pictures(4), "kind": [0.0, 1.0, 0.0, 1.0]}
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.Value("float32")})
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match=r"which holds 0\.0 in row 0: convert it"):
+        HuggingFaceImages(tmp_path / "rows", 8, 2, label_column="kind").setup()
+
+
+def test_class_that_only_the_validation_split_has_is_named(tmp_path):
+    several = {"train": rows(6), "test": rows(6, number=[0, 1, 0, 1, 5, 0])}
+    datasets.DatasetDict(several).save_to_disk(tmp_path / "splits")
     datamodule = HuggingFaceImages(
-        tmp_path / "gaps", size=8, batch_size=2, train_split="all", validation_split="all"
+        tmp_path / "splits", 8, 2, label_column="number", validation_split="test"
     )
-    data = ready(datamodule).train_dataset
-    assert data[4]["image"].shape == (3, 8, 8)
-    with pytest.raises(ValueError, match="Image in row 5, column 'image' cannot be read"):
-        data[5]
+    with pytest.raises(ValueError, match=r"in \[0, 2\), .* holds 5 in row 4 of split 'test'"):
+        datamodule.setup()
+
+
+@pytest.mark.parametrize("split", [None, "train"])
+def test_row_without_an_image_is_named_as_on_disk_wherever_it_is_met(tmp_path, split, caplog):
+    images = pictures(40)
+    images[35] = None
+    found = rows(40, image=images)
+    (found if split is None else datasets.DatasetDict({split: found})).save_to_disk(tmp_path / "x")
+    name = "row 35" if split is None else "row 35 of split 'train'"
+    wrong = f"Image in {name}, column 'image' is missing: remove rows"
+    with caplog.at_level("INFO"):
+        datamodule = ready(HuggingFaceImages(tmp_path / "x", size=8, batch_size=2))
+    assert any(
+        f"1 of 40 rows have no image, the first is the one in {name}" in x for x in caplog.messages
+    )
+    for make_loader in (datamodule.train_dataloader, datamodule.val_dataloader):
+        with pytest.raises(ImageError, match=wrong):
+            make_loader()
+    sets = datamodule.train_dataset, datamodule.validation_dataset
+    (data,) = [data for data in sets if 35 in data.source.positions]
+    with pytest.raises(ImageError, match=wrong):
+        data[data.source.positions.tolist().index(35)]
+
+
+def test_broken_image_is_named_at_setup(tmp_path):
+    images = [{"bytes": png_bytes(image), "path": None} for image in pictures(12)]
+    images[7] = {"bytes": b"no image", "path": None}
+    rows(12, image=images).save_to_disk(tmp_path / "broken")
+    with pytest.raises(ImageError, match="Image in row 7, column 'image' cannot be read"):
+        HuggingFaceImages(tmp_path / "broken", size=8, batch_size=2).setup()
+
+
+def test_image_that_is_a_file_elsewhere_is_opened_and_named(tmp_path):
+    (image,) = pictures(1)
+    image.save(tmp_path / "here.png")
+    paths = [str(tmp_path / name) for name in ("gone.png", "here.png")]
+    features = datasets.Features({"image": datasets.Image()})
+    elsewhere = datasets.Dataset.from_dict({"image": paths}, features=features)
+    column = ImageColumn(elsewhere, "image", torch.tensor([1, 0]), None, None)
+    assert np.array_equal(np.asarray(column.open(0)), np.asarray(image))
+    with pytest.raises(ImageError, match=r"row 0, column 'image' cannot be read .*gone\.png"):
+        inspect_images(column, is_shown=False)
+
+
+def test_columns_that_are_not_decoded_give_the_same_images(tmp_path, path):
+    raw = rows(12).cast_column("image", datasets.Image(decode=False))
+    raw.save_to_disk(tmp_path / "raw")
+    plain = ready(HuggingFaceImages(path, size=8, batch_size=2))
+    undecoded = ready(HuggingFaceImages(tmp_path / "raw", size=8, batch_size=2))
+    for one, other in zip(plain.train_dataset, undecoded.train_dataset, strict=True):
+        assert torch.equal(one["image"], other["image"])
+
+
+@pytest.mark.parametrize("mode", [None, "RGB", "L"])
+def test_transparent_images_are_composited(tmp_path, mode):
+    clear = Image.new("RGBA", (8, 8), (9, 99, 9, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 8, 4))
+    features = datasets.Features({"image": datasets.Image(mode=mode)})
+    content = {"image": [{"bytes": png_bytes(clear), "path": None}] * 4}
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "clear")
+    datamodule = ready(HuggingFaceImages(tmp_path / "clear", 8, 2, background=(255, 0, 0)))
+    top, bottom = datamodule.train_dataset[0]["image"][:, [0, 7], 0].T.tolist()
+    assert bottom == [1, -1, -1]
+    assert top == [-1, -1, 1] if mode != "L" else top[0] == top[2] == pytest.approx(29 / 127.5 - 1)
+
+
+def test_16_bits_are_kept_and_numbers_of_unknown_range_are_refused(tmp_path):
+    deep = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    for dtype in (np.uint16, np.float32):
+        content = {"image": [Image.fromarray(deep.astype(dtype))] * 4}
+        features = datasets.Features({"image": datasets.Image()})
+        found = datasets.Dataset.from_dict(content, features=features)
+        found.save_to_disk(tmp_path / dtype.__name__)
+    data = ready(HuggingFaceImages(tmp_path / "uint16", 8, 2, channels=1)).train_dataset
+    for _ in range(2):
+        torch.testing.assert_close(
+            data[0]["image"][0], torch.from_numpy(deep / 32767.5 - 1).float()
+        )
+    with pytest.raises(ImageError, match="row 0, column 'image' has mode F, floating-point"):
+        HuggingFaceImages(tmp_path / "float32", 8, 2).setup()
+
+
+def test_empty_set_is_called_empty(tmp_path):
+    rows(12).select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"at least one row, but .*none has none: use another"):
+        HuggingFaceImages(tmp_path / "none", 8, 2, label_column="number").setup()
+    several = datasets.DatasetDict({"train": rows(4), "test": rows(4).select([])})
+    several.save_to_disk(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"at least one row, but .*x/test has none"):
+        HuggingFaceImages(tmp_path / "x", 8, 2, validation_split="test").setup()
+    ready(HuggingFaceImages(tmp_path / "x", 8, 2))
+
+
+def test_columns_of_paths_or_bytes_are_told_how_to_become_images(tmp_path):
+    datasets.Dataset.from_dict({"file": ["a.png"] * 4}).save_to_disk(tmp_path / "paths")
+    with pytest.raises(ValueError, match=r"must be in \[\], .* columns are \['file'\]: convert a"):
+        HuggingFaceImages(tmp_path / "paths", 8, 2).setup()
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+def test_damaged_data_set_is_refused(path, name):
+    (path / name).write_bytes(b"{")
+    with pytest.raises(ValueError, match=r"`path` must be a folder that `save_to_disk` .* wrote"):
+        HuggingFaceImages(path, size=8, batch_size=2).setup()
 
 
 def test_missing_package_is_named_with_how_to_install_it(path, monkeypatch):

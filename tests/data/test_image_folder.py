@@ -1,5 +1,5 @@
 import pickle
-import warnings
+import re
 
 import numpy as np
 import pytest
@@ -7,12 +7,9 @@ import torch
 from PIL import Image
 
 from lightning_vr.data import ImageFolder
-from lightning_vr.data.images import evenly_spaced, to_tensor
-
-
-def picture(seed: int, width: int = 12, height: int = 10) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+from lightning_vr.data.image_error import ImageError
+from lightning_vr.data.pixels import to_tensor
+from tests.support.images import random_picture
 
 
 @pytest.fixture
@@ -21,77 +18,13 @@ def folder(tmp_path):
         (tmp_path / name / "deeper").mkdir(parents=True)
         for index in range(count):
             place = tmp_path / name / ("deeper" if index % 2 else "")
-            picture(100 * len(name) + index).save(place / f"{name}{index}.png")
+            random_picture(100 * len(name) + index).save(place / f"{name}{index}.png")
     return tmp_path
 
 
 def ready(datamodule):
     datamodule.setup()
     return datamodule
-
-
-class TestToTensor:
-    def test_pixels_of_an_image_of_the_right_size_are_scaled_exactly(self):
-        image = picture(0, 10, 10)
-        expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
-        actual = to_tensor(image, 10, 3)
-        assert torch.equal(actual, expected)
-        assert actual.dtype == torch.float32
-        assert actual.min() >= -1
-        assert actual.max() <= 1
-
-    @pytest.mark.parametrize(("width", "height"), [(10, 4), (4, 10), (5, 4)])
-    def test_center_square_is_what_remains(self, width, height):
-        pixels = np.array(picture(1, width, height))
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        expected = torch.from_numpy(pixels[top : top + side, left : left + side] / 127.5 - 1)
-        torch.testing.assert_close(
-            to_tensor(Image.fromarray(pixels), side, 3), expected.permute(2, 0, 1).float()
-        )
-
-    def test_shrinking_averages(self):
-        stripes = np.zeros((64, 64, 3), dtype=np.uint8)
-        stripes[:, ::2] = 255
-        shrunk = to_tensor(Image.fromarray(stripes), 8, 3)
-        assert shrunk.shape == (3, 8, 8)
-        assert shrunk.abs().max() < 0.1
-
-    def test_a_constant_image_stays_constant_when_it_grows(self):
-        grown = to_tensor(Image.new("RGB", (3, 3), (0, 51, 255)), 9, 3)
-        expected = torch.tensor([-1.0, -0.6, 1.0])[:, None, None].expand(3, 9, 9)
-        torch.testing.assert_close(grown, expected)
-
-    def test_grey_from_colour_and_colour_from_grey(self):
-        assert to_tensor(picture(2), 10, 1).shape == (1, 10, 10)
-        grey = to_tensor(picture(2, 10, 10).convert("L"), 10, 3)
-        assert torch.equal(grey[0], grey[1])
-        assert torch.equal(grey[0], grey[2])
-        assert torch.equal(grey[:1], to_tensor(picture(2, 10, 10), 10, 1))
-
-    def test_transparency_is_dropped_without_a_warning(self):
-        opaque = picture(3, 8, 8)
-        see_through = opaque.copy()
-        see_through.putalpha(40)
-        assert torch.equal(to_tensor(see_through, 8, 3), to_tensor(opaque, 8, 3))
-
-        palette = opaque.convert("P")
-        palette.info["transparency"] = bytes(range(256))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert to_tensor(palette, 8, 3).shape == (3, 8, 8)
-
-    def test_image_is_turned_as_its_exif_record_says(self):
-        image = picture(4, 8, 8)
-        exif = image.getexif()
-        exif[0x0112] = 3
-        turned = to_tensor(image, 8, 3)
-        assert torch.equal(turned, to_tensor(picture(4, 8, 8), 8, 3).flip(1, 2))
-
-    @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-    def test_more_than_eight_bits_are_refused(self, dtype):
-        with pytest.raises(ValueError, match="more than 8 bits per channel"):
-            to_tensor(Image.fromarray(np.zeros((4, 4), dtype=dtype)), 4, 1)
 
 
 class TestImageFolder:
@@ -153,8 +86,8 @@ class TestImageFolder:
         (folder / "notes.txt").write_text("no image")
         (folder / "cat" / "._cat0.png").write_bytes(b"no image")
         (folder / ".hidden").mkdir()
-        picture(0).save(folder / ".hidden" / "image.png")
-        picture(0).save(folder / "UPPER.JPG")
+        random_picture(0).save(folder / ".hidden" / "image.png")
+        random_picture(0).save(folder / "UPPER.JPG")
         datamodule = ready(ImageFolder(folder, size=8, batch_size=2))
         count = len(datamodule.train_dataset) + len(datamodule.validation_dataset)
         assert count == 11
@@ -198,7 +131,10 @@ class TestImageFolder:
 
     def test_folder_without_images_is_refused_with_what_is_looked_for(self, tmp_path):
         (tmp_path / "notes.txt").write_text("no image")
-        with pytest.raises(ValueError, match=r"none of the files in .* ends in \.bmp, .*\.webp"):
+        with pytest.raises(
+            ValueError,
+            match=r"none of the files in .* ends in \.apng, .*\.webp \(there are: 1 \.txt\)",
+        ):
             ImageFolder(tmp_path, size=8).setup()
 
     def test_unreadable_file_is_named_at_setup(self, folder):
@@ -213,15 +149,102 @@ class TestImageFolder:
         with pytest.raises(ValueError, match=f"Image .*{path.name} cannot be read"):
             data[2]
 
-    def test_image_of_more_than_eight_bits_is_named_when_it_is_decoded(self, folder):
-        data = ready(ImageFolder(folder, size=8, batch_size=2)).train_dataset
-        path = data.source.paths[0]
-        Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(path)
-        with pytest.raises(ValueError, match=f"{path.name} cannot .* more than 8 bits"):
-            data[0]
+    @pytest.mark.parametrize("kind", [np.int32, np.float32])
+    def test_image_of_unknown_range_is_named_at_setup(self, folder, kind):
+        Image.fromarray(np.zeros((4, 4), dtype=kind)).save(folder / "cat" / "odd.tif")
+        with pytest.raises(ImageError, match=r"odd\.tif has mode [IF], .* not known: scale"):
+            ImageFolder(folder, size=8, batch_size=2).setup()
+
+    def test_image_of_too_many_pixels_is_named_with_the_limit_and_how_to_raise_it(self, folder):
+        random_picture(0, 20, 30).save(folder / "cat" / "large.png")
+        options = {"size": 8, "batch_size": 2}
+        with pytest.raises(
+            ImageError,
+            match=r"Image .*large\.png has 20 x 30 = 600 pixels, above the limit of 599, .* set "
+            r"`max_pixels` to 600 or more",
+        ):
+            ImageFolder(folder, max_pixels=599, **options).setup()
+        data = ready(ImageFolder(folder, max_pixels=600, **options))
+        assert all(sample["image"].shape == (3, 8, 8) for sample in data.train_dataset)
+
+    def test_limit_of_pillow_is_the_default_and_is_checked_without_its_warning(
+        self, folder, monkeypatch
+    ):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+        ready(ImageFolder(folder, size=8, batch_size=2))  # 120 pixels each, between both limits
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 59)
+        with pytest.raises(ImageError, match="has 12 x 10 = 120 pixels, above the limit of 118"):
+            ImageFolder(folder, size=8, batch_size=2).setup()
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+        ready(ImageFolder(folder, size=8, batch_size=2))
+
+    def test_home_folder_is_found(self, folder, monkeypatch):
+        monkeypatch.setenv("HOME", str(folder))
+        assert ready(ImageFolder("~/cat", size=8, batch_size=2)).path == folder / "cat"
+
+    def test_16_bits_reach_the_samples_with_and_without_memory(self, folder):
+        deep = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+        for name in ("a", "b"):
+            Image.fromarray(deep).save(folder / f"{name}.png")
+        for cache_bytes in (0, 2**20):
+            options = {"channels": 1, "cache_bytes": cache_bytes, "validation_fraction": 0.01}
+            data = ready(ImageFolder(folder, 8, 2, **options)).train_dataset
+            index = [path.name in ("a.png", "b.png") for path in data.source.paths].index(True)
+            for _ in range(2):
+                found = data[index]["image"][0]
+                torch.testing.assert_close(found, torch.from_numpy(deep / 32767.5 - 1).float())
+
+    def test_log_says_what_is_left_out_what_is_transparent_and_what_memory_is_taken(
+        self, folder, caplog
+    ):
+        (folder / "notes.txt").write_text("no image")
+        (folder / "again").symlink_to(folder / "cat")
+        random_picture(0).convert("RGBA").save(folder / "opaque.png")
+        Image.new("RGBA", (9, 9), (0, 0, 0, 9)).save(folder / "clear.png")
+        with caplog.at_level("INFO"):
+            ready(ImageFolder(folder, size=8, batch_size=2, background="#0000ff"))
+        left_out, transparent, memory = caplog.messages
+        assert f"takes 12 images of {folder} and leaves out: 1 .txt, 1 links to what" in left_out
+        assert "2 of 12 images have transparency, and of 2 of them that were decoded 1" in (
+            transparent
+        )
+        assert "composited on `background`, which is (0, 0, 255); `channels` of 4" in transparent
+        assert "keeps all 12 images in memory once they are decoded, in 0.00232 MB" in memory
+
+    @pytest.mark.parametrize(
+        ("cache_bytes", "message"),
+        [
+            (0, "decodes images on every access, as `cache_bytes` is 0"),
+            (1000, "keeps 4 of 10 images in memory .* in 0.000772 MB that workers share"),
+        ],
+    )
+    def test_log_says_that_memory_is_off_or_not_enough(self, folder, caplog, cache_bytes, message):
+        with caplog.at_level("INFO"):
+            ready(ImageFolder(folder, size=8, batch_size=2, cache_bytes=cache_bytes))
+        (found,) = caplog.messages
+        assert re.search(message, found)
+
+    @pytest.mark.parametrize("cache_bytes", [0, 1000, 2**30])
+    def test_samples_are_the_same_whatever_is_kept_in_memory(self, folder, cache_bytes):
+        options = {"size": 8, "batch_size": 2, "horizontal_flip": True}
+        plain = ready(ImageFolder(folder, cache_bytes=0, **options))
+        kept = ready(ImageFolder(folder, cache_bytes=cache_bytes, **options))
+        for name in ("train_dataset", "validation_dataset"):
+            for _ in range(2):
+                for one, other in zip(getattr(plain, name), getattr(kept, name), strict=True):
+                    assert torch.equal(one["image"], other["image"])
+                    assert one["index"] == other["index"]
+        assert plain.sigma_data == kept.sigma_data
+
+    def test_links_between_classes_are_reported(self, folder, caplog):
+        (folder / "kitten").symlink_to(folder / "cat")
+        with caplog.at_level("INFO"):
+            data = ready(ImageFolder(folder, 8, 2, labels_from_folders=True))
+        assert data.classes == ["ant", "cat"]
+        assert any("kitten is what cat is, and has the class cat" in x for x in caplog.messages)
 
     def test_images_outside_of_class_folders_are_refused(self, folder):
-        picture(0).save(folder / "loose.png")
+        random_picture(0).save(folder / "loose.png")
         with pytest.raises(
             ValueError, match=r"every image is in a sub-folder .* got true and the image loose\.png"
         ):
@@ -231,7 +254,10 @@ class TestImageFolder:
         ("arguments", "message"),
         [
             ({"size": 0}, "`size` must be at least 1, got 0"),
-            ({"channels": 4}, r"`channels` must be 1 \(grey\) or 3 \(colour\), got 4"),
+            ({"channels": 2}, "`channels` must be 1, 3 or 4, got 2"),
+            ({"cache_bytes": -1}, "`cache_bytes` must be at least 0, got -1"),
+            ({"max_pixels": 0}, "`max_pixels` must be at least 1, got 0"),
+            ({"background": "whit"}, "`background` must be the name of a colour"),
         ],
     )
     def test_bad_arguments_are_refused_when_built(self, arguments, message):
@@ -241,13 +267,3 @@ class TestImageFolder:
     def test_batch_larger_than_the_training_set_is_refused(self, folder):
         with pytest.raises(ValueError, match="between 1 and 9, the size of the training set"):
             ImageFolder(folder, size=8, batch_size=10).setup()
-
-
-@pytest.mark.parametrize(("count", "most"), [(3, 10), (10, 10), (1000, 10), (11, 10)])
-def test_evenly_spaced_positions_are_distinct_and_no_more_than_wanted(count, most):
-    positions = evenly_spaced(count, most)
-    assert len(set(positions)) == len(positions) == min(count, most)
-    assert positions[0] == 0
-    assert positions[-1] < count
-    gaps = np.diff(positions)
-    assert gaps.max() - gaps.min() <= 1

@@ -520,3 +520,10 @@ def test_truncated_times_are_observed_in_the_bins_that_they_are_drawn_from():
     torch.testing.assert_close(
         h(torch.tensor([0.25, 0.75], dtype=WIDE)), torch.tensor([0.6, 1.4], dtype=WIDE)
     )
+
+
+@pytest.mark.parametrize("name", ["resamples", "max_resamples"])
+def test_more_resamples_than_float32_has_strata_are_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at most 16777216"):
+        CARV(**{name: 2**24 + 1})
+    CARV(**{name: 2**24})

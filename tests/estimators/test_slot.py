@@ -161,6 +161,20 @@ def test_a_table_of_another_moment_is_dropped_with_a_warning(caplog):
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "chosen"), [({"max_resamples": 4}, 4), ({"antithetic": True}, 6)]
+)
+def test_a_choice_of_pilots_that_is_out_of_bounds_is_told(options, chosen, caplog):
+    saved, built = CARV("auto"), CARV("auto", **options)
+    saved.chosen = 7
+    for draws in (CARV("auto"), built):
+        draws.load_state_dict(saved.state_dict())
+    assert built.chosen == chosen
+    (message,) = messages(caplog)
+    assert "the checkpoint's pilots chose K = 7" in message
+    assert f"K = {chosen} until the next pilot" in message
+
+
 def test_the_state_within_an_accumulation_window_is_the_mean_over_the_ranks():
     learned = LearnedProposal(bins=2)
     learned.observe(torch.tensor([0.2, 0.7]), torch.ones(2), torch.ones(2))

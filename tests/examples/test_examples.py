@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
@@ -65,8 +66,9 @@ def test_the_callbacks_attach_to_a_trainer_that_is_not_ours(tmp_path, monkeypatc
         assert (folder / name).stat().st_size > 0
     header = (folder / "metrics.csv").read_text().splitlines()[0]
     assert "frechet_distance/digits_n40" in header
-    assert "target_variance/dsm/s" in header
     assert "gradient_variance/timestep" in header
+    assert "dsm,dsm_error" in (folder / "target_variance.csv").read_text()
+    assert (folder / "gradient_variance.csv").read_text().count(",whole,all,") > 0
 
 
 def test_latents_are_resampled_where_encoding_is_expensive(tmp_path, monkeypatch, capsys):
@@ -99,6 +101,13 @@ def test_learned_proposals_are_compared_with_the_best(monkeypatch, capsys):
     assert all(0 < float(row.split()[-3]) <= 1.001 for row in rows)
 
 
+def test_the_slope_of_a_soak_is_that_of_its_second_half():
+    slope = runpy.run_path(str(EXAMPLES / "reliability/soak.py"))["slope"]
+    rising = [(6.0 * i, 100 + 0.05 * i + (50 if i < 5 else 0)) for i in range(21)]
+    assert slope(rising) == pytest.approx(0.5)
+    assert slope([(1.0, 100.0)]) == 0
+
+
 def test_a_soak_survives_its_faults(tmp_path, monkeypatch, capsys):
     config = yaml.safe_load((EXAMPLES.parent / "configs/eight_gaussians.yaml").read_text())
     config["data"]["init_args"] |= {"num_samples": 600, "batch_size": 64}
@@ -110,7 +119,7 @@ def test_a_soak_survives_its_faults(tmp_path, monkeypatch, capsys):
     example = runpy.run_path(str(EXAMPLES / "reliability/soak.py"))
     settings = example["main"].__globals__
     monkeypatch.setitem(settings, "CYCLE", 100)
-    monkeypatch.setitem(settings, "CONFIG", tmp_path / "small.yaml")
+    monkeypatch.setitem(settings["DATA"], "digits", tmp_path / "small.yaml")
     monkeypatch.setattr(sys, "argv", ["soak.py", "--steps", "52", "--folder", str(tmp_path)])
     save = torch.save
     example["main"]()
@@ -118,5 +127,11 @@ def test_a_soak_survives_its_faults(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for fault in ("NaN samples", "checkpoints", "pictures"):
         assert f"'{fault}': " in printed
-    for text in ("resident: ", "left out", "could not be written", "no route to the logger"):
+    for text in (
+        "resident: ",
+        " MB a minute",
+        "left out",
+        "could not be written",
+        "no route to the logger",
+    ):
         assert text in printed

@@ -237,6 +237,17 @@ def test_what_diffusers_makes_reloads(saved):
     assert again.lr_scheduler.function.keywords == cosine.keywords
 
 
+@pytest.mark.parametrize("kind", [DiffusionModule, Keywords])
+def test_a_scheduler_of_diffusers_given_as_the_schedule_reloads(saved, kind):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    module = kind(network=network(), schedule=scheduler, prediction="velocity")
+    again = kind.load_from_checkpoint(saved(module))
+    assert again.schedule.scheduler.config.shift == 3.0
+    assert again.timesteps.shift == 3.0
+
+
 def test_a_subclass_loads_the_checkpoint_of_its_base_class(saved):
     again = Keywords.load_from_checkpoint(saved(DiffusionModule(network())), scale=5.0)
     assert (type(again), again.scale) == (Keywords, 5.0)

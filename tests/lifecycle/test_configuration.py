@@ -32,6 +32,7 @@ from lightning_vr import (
     ResidualMLP,
     ResumableModule,
     Sampler,
+    Shifted,
     TableProposal,
     TaylorCV,
     Uniform,
@@ -100,6 +101,7 @@ def _objects():
     return [
         *(EDM(0.01, 40.0), VE(), VP(), Cosine(), RectifiedFlow()),
         *(Uniform(0.1, 0.9), LogUniform(0.1, 2.0), LogNormal(), LogitNormal()),
+        Shifted(LogitNormal(), shift=3.0, end=1000.0),
         *(IID(), DSM(), STF(5), STF("all", min_noise_level="auto")),
         *(CARV(4, antithetic=True), CARV("auto", WeightProposal(), antithetic=(0.1, 2.0))),
         *(WeightProposal(), TableProposal([1.0, 2.0]), LearnedProposal("loss", bins=8)),

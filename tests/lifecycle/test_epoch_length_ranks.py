@@ -63,6 +63,8 @@ class PerRank(LightningDataModule):
 
     def train_dataloader(self):
         own = self.batches[self.trainer.global_rank]
+        if self.kind == "sizes":
+            return DataLoader(points(), batch_size=len(own[0]))
         if self.kind == "stream":
             return DataLoader(Stream(own), batch_size=len(own[0]))
         return DataLoader(points(self.broken), batch_sampler=own)
@@ -176,7 +178,7 @@ def test_an_epoch_ends_with_the_shortest_rank_and_a_warning_says_so(shortest, tm
     assert_equal_weights(found)
     told = [text for text in found[0]["warnings"] if "epochs end with the shortest" in text]
     assert told
-    assert all(str([float(len(own)) for own in batches]) in text for text in told)
+    assert all(str([len(own) for own in batches]) in text for text in told)
 
 
 def test_loaders_made_anew_are_looked_at_anew(tmp_path):
@@ -191,6 +193,25 @@ def test_loaders_without_a_length_are_refused_on_all_ranks(options, tmp_path):
     data = PerRank([FEW, MANY], "stream")
     with pytest.raises(Exception, match="`train_dataloaders` must have a length on 2 ranks"):
         fit(tmp_path, build(), data, max_epochs=1, **options)
+
+
+def test_a_rank_with_another_batch_size_is_refused(tmp_path):
+    data = PerRank([[[0, 1, 2]], [[0, 1, 2, 3]]], "sizes")
+    with pytest.raises(Exception, match=r"`batch_size` must be the same on all ranks.*\[3, 4\]"):
+        fit(tmp_path, build(), data)
+
+
+class Accumulate(Callback):
+    """Gives the second rank a setting of its own."""
+
+    def setup(self, trainer, module, stage):
+        trainer.accumulate_grad_batches = 1 + trainer.global_rank
+
+
+def test_a_rank_with_another_accumulation_is_refused(tmp_path):
+    data = PerRank([FEW, FEW])
+    with pytest.raises(Exception, match=r"`accumulate_grad_batches` must be the same.*\[1, 2\]"):
+        fit(tmp_path, build(), data, Accumulate())
 
 
 def test_a_fraction_of_an_epoch_is_one_of_the_shortest(tmp_path):

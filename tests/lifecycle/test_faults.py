@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import signal
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support.forks import exit_code
 from support.networks import small_mlp
 from support.points import Points
@@ -28,6 +31,7 @@ from lightning_vr import (
     CARV,
     STF,
     DiffusionModule,
+    FrechetDistance,
     GradientVariance,
     LearnedProposal,
     ResidualMLP,
@@ -37,8 +41,8 @@ from lightning_vr import (
 )
 from lightning_vr.callbacks import sample_grid as samples
 from lightning_vr.data import EightGaussians
-from lightning_vr.lifecycle.checkpoint_io import DurableCheckpointIO
-from lightning_vr.lifecycle.finite_guard import FiniteGuard
+from lightning_vr.lifecycle.checkpoint_io import DurableCheckpointIO, UnwrittenCheckpointError
+from lightning_vr.lifecycle.finite_guard import MOST_SKIPPED, FiniteGuard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
@@ -170,10 +174,116 @@ class TestNonFinite:
     def test_a_loss_that_overflows_is_told_from_a_bad_sample(self):
         class Spoil(Callback):
             def on_train_batch_start(self, trainer, module, *args):
-                module.network.project_out.bias.data.fill_(torch.inf)
+                module.network.project_out.bias.data.fill_(1e30)
 
         with pytest.raises(ValueError, match="has a loss that is not: lower the learning rate"):
             trainer(Spoil()).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
+
+    @pytest.mark.parametrize("action", ["raise", "skip"])
+    def test_a_weight_that_is_not_finite_is_named_before_any_sample(self, action, tmp_path):
+        class Spoil(Callback):
+            def on_train_batch_end(self, trainer, module, *args):
+                if trainer.global_step == 3:
+                    module.network.project_out.bias.data[1] = torch.nan
+
+        saved = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)
+        fit = trainer(Spoil(), saved)
+        name = "the weight `network.project_out.bias`"
+        with (
+            pytest.warns(UserWarning, match=f"could not be written .{name} is not finite"),
+            pytest.raises(ValueError, match=f"step 3 met a number that is not finite: {name}"),
+        ):
+            fit.fit(module(on_nonfinite=action), DataLoader(Spoilt(1.0), batch_size=8))
+        assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+    def test_a_weight_that_the_last_step_breaks_is_an_error(self):
+        class Spoil(Callback):
+            def on_train_batch_end(self, trainer, module, *args):
+                if trainer.global_step == 8:
+                    module.network.project_out.bias.data[1] = torch.inf
+
+        with pytest.raises(ValueError, match=r"last optimizer step left .*project_out\.bias"):
+            trainer(Spoil()).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
+
+    def test_running_statistics_that_a_skipped_sample_breaks_are_named_with_it(self):
+        network = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+        network.forward = lambda x, t: nn.Sequential.forward(network, x)
+        model = DiffusionModule(network, on_nonfinite="skip")
+        with pytest.raises(ValueError, match=f"`network.1.running_mean`.*sample {SPOILT}, noise"):
+            trainer(Arm()).fit(model, DataLoader(Spoilt(torch.nan), batch_size=8))
+
+    @pytest.mark.parametrize("bad", range(MOST_SKIPPED - 1, MOST_SKIPPED + 2))
+    def test_skipping_ends_with_more_steps_in_a_row_than_are_an_accident(self, bad):
+        class Fail(Callback):
+            def on_after_backward(self, trainer, module):
+                # one good step between two rows of bad ones
+                if seen["steps"] % (bad + 1):
+                    module.network.project_out.bias.grad.fill_(torch.nan)
+                seen["steps"] += 1
+
+        seen, model = {"steps": 0}, module(on_nonfinite="skip")
+        fit = trainer(Fail(), max_epochs=-1, max_steps=2 * (bad + 1) + 1, limit_val_batches=0)
+        data = DataLoader(Spoilt(1.0), batch_size=8)
+        too_many = pytest.raises(ValueError, match=f"so in {bad} steps in a row")
+        with (
+            pytest.warns(match="the gradient of `network.project_out.bias`"),
+            nullcontext() if bad <= MOST_SKIPPED else too_many,
+        ):
+            fit.fit(model, data)
+        assert fit.callback_metrics["train/skipped_steps"] == (
+            2 * bad if bad <= MOST_SKIPPED else MOST_SKIPPED
+        )
+
+    @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+    def test_a_loss_that_is_not_finite_counts_where_its_gradient_is(self, precision):
+        class Saturated(DiffusionModule):
+            def training_step(self, batch, batch_idx):
+                loss = super().training_step(batch, batch_idx)
+                is_bad = self.global_step == 2
+                # infinite, and its gradient is that of a constant
+                return torch.where(torch.tensor(is_bad), torch.inf, loss)
+
+        plugins = []
+        if precision == "16-mixed":
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+            plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+        model, kept = Saturated(small_mlp(std=0.3), on_nonfinite="skip"), Weights()
+        fit = trainer(kept, plugins=plugins, max_epochs=1)
+        with pytest.warns(match="Optimizer step 2 met"):
+            fit.fit(model, DataLoader(Spoilt(1.0), batch_size=8))
+        moved = [not torch.equal(a, b) for a, b in zip(kept.seen, kept.seen[1:], strict=False)]
+        assert moved == [True, False, True]
+
+    def test_gradients_that_overflow_float16_at_every_scale_end_the_run(self):
+        class Overflow(Callback):
+            def on_after_backward(self, trainer, module):
+                module.network.project_out.bias.grad.fill_(torch.inf)
+
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+        fit = trainer(Overflow(), plugins=plugins, max_epochs=100, limit_val_batches=0)
+        with pytest.raises(ValueError, match=r"overflow float16.* ever smaller loss scales"):
+            fit.fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
+        assert fit.global_step == 41
+
+    @pytest.mark.parametrize("action", ["raise", "skip"])
+    @pytest.mark.parametrize("watch", ["target", "distance"])
+    def test_what_reads_the_training_set_names_a_bad_sample_or_leaves_it_out(
+        self, action, watch, caplog
+    ):
+        callback = TargetVariance(references=[4], noise_levels=3, samples=64)
+        callback = callback if watch == "target" else FrechetDistance(samples=8)
+        data = Spoilt(torch.nan)
+        data.is_armed = True
+        model, plain = module(on_nonfinite=action), DataLoader(Spoilt(1.0), batch_size=8)
+        fit = trainer(callback, max_epochs=1, limit_train_batches=2)
+        if action == "raise":
+            with pytest.raises(ValueError, match=f"sample {SPOILT} of the training set is not"):
+                fit.fit(model, DataLoader(data, batch_size=8), plain)
+        else:
+            fit.fit(model, DataLoader(data, batch_size=8), plain)
+            assert f"leaves out sample {SPOILT} of the training set" in caplog.text
+            assert watch != "target" or callback.curve.size == 31
 
     def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_named(self):
         class Spoil(Callback):
@@ -275,6 +385,22 @@ class TestCSVLog:
         assert all(float(row["number_1"]) == 1.5 for row in rows if row["number_1"])
 
 
+def disk_without_room(monkeypatch, folder):
+    """Let no file be written below a folder."""
+    opened = Path.open
+
+    def no_room(path, mode="r", *args, **kwargs):
+        if "w" in mode and folder in path.parents:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", no_room)
+
+
+def same_weights(state, model):
+    return all(bool((state[name] == p.cpu()).all()) for name, p in model.named_parameters())
+
+
 class TestFullDisk:
     @pytest.fixture
     def full(self, monkeypatch):
@@ -290,13 +416,17 @@ class TestFullDisk:
         monkeypatch.setattr(torch, "save", write)
         return steps
 
-    def test_training_goes_on_and_the_last_good_checkpoint_stays(self, full, tmp_path):
+    def test_training_goes_on_and_the_last_good_checkpoint_stays(self, full, tmp_path, monkeypatch):
+        # nor is there room for the last one elsewhere
         full |= {6, 8}
         saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2, save_top_k=1)
         data = DataLoader(Spoilt(1.0), batch_size=8)
         model = module()
         fit = trainer(saved, limit_val_batches=0)
-        with pytest.warns(match="could not be written.*No space left.*training goes on"):
+        with (
+            pytest.warns(match="could not be written.*No space left.*training goes on"),
+            pytest.raises(UnwrittenCheckpointError, match="checkpoint before it is lost"),
+        ):
             fit.fit(model, data)
         assert fit.global_step == 8
         assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -311,6 +441,75 @@ class TestFullDisk:
         again.fit(module(), data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
         for name, weights in again.lightning_module.state_dict().items():
             assert torch.equal(weights, model.state_dict()[name]), name
+
+    @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+    def test_a_disk_that_stays_full_is_an_error_at_the_end_that_names_another_place(
+        self, tmp_path, monkeypatch
+    ):
+        class Ended(Callback):
+            def on_fit_end(self, trainer, module):
+                ended.append(trainer.global_step)
+
+        ended, full, elsewhere, model = [], tmp_path / "full", tmp_path / "elsewhere", module()
+        disk_without_room(monkeypatch, full)
+        monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+        saved = ModelCheckpoint(full, every_n_train_steps=2, save_last=True)
+        fit = trainer(saved, Ended(), default_root_dir=full, limit_val_batches=0)
+        data = DataLoader(Spoilt(1.0), batch_size=8)
+        path = elsewhere / "unsaved-step=8.ckpt"
+        with (
+            pytest.warns(match="could not be written .*No space left.*training goes on"),
+            pytest.raises(
+                UnwrittenCheckpointError, match=f"last.ckpt, .*No space left.* is in {path}"
+            ),
+        ):
+            fit.fit(model, data)
+        assert ended == [8]
+        assert same_weights(torch.load(path, weights_only=True)["state_dict"], model)
+        again = module()
+        trainer(max_epochs=2).fit(again, data, ckpt_path=path, weights_only=True)
+        assert same_weights(again.state_dict(), model)
+
+    @pytest.mark.parametrize("error", [RuntimeError("stop"), SIGTERMException()])
+    def test_what_an_error_ends_on_a_full_disk_is_saved_elsewhere(
+        self, error, tmp_path, monkeypatch
+    ):
+        class Stop(Callback):
+            def on_train_batch_start(self, trainer, *args):
+                if trainer.global_step == 5:
+                    raise error
+
+        full, elsewhere = tmp_path / "full", tmp_path / "elsewhere"
+        disk_without_room(monkeypatch, full)
+        monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+        saved = ModelCheckpoint(full, every_n_train_steps=2, save_on_exception=True)
+        fit = trainer(saved, Stop(), default_root_dir=full, limit_val_batches=0)
+        with (
+            pytest.warns(match=f"what was trained is in {elsewhere}/unsaved-step=5.ckpt"),
+            pytest.warns(match="could not be written .*: training goes on"),
+            pytest.warns(match="could not be written .*: the run ends"),
+            pytest.raises(type(error)),
+        ):
+            fit.fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
+        assert torch.load(elsewhere / "unsaved-step=5.ckpt", weights_only=True)["global_step"] == 5
+
+    def test_nothing_is_said_where_a_later_write_succeeded(self, full, tmp_path):
+        full |= {6}
+        saved = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=1)
+        with pytest.warns(match="could not be written"):
+            trainer(saved, limit_val_batches=0).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
+        assert [path.name for path in tmp_path.iterdir()] == ["epoch=1-step=8.ckpt"]
+
+    def test_a_disk_with_room_does_not_make_up_for_one_without(self, tmp_path, monkeypatch):
+        full, roomy = tmp_path / "full", tmp_path / "roomy"
+        disk_without_room(monkeypatch, full)
+        savers = ModelCheckpoint(full, "best", every_n_train_steps=2), ModelCheckpoint(roomy)
+        fit = trainer(*savers, default_root_dir=roomy, limit_val_batches=0)
+        with (
+            pytest.warns(match="could not be written"),
+            pytest.raises(UnwrittenCheckpointError, match=f"{full}/best.*ckpt, could not"),
+        ):
+            fit.fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
 
     def test_what_was_kept_goes_once_there_is_room_again(self, full, tmp_path):
         full |= {4}
@@ -412,7 +611,7 @@ def test_a_logger_that_raises_ends_no_run_and_the_others_get_everything(tmp_path
     assert fit.global_step == 4
     text = (tmp_path / "good/version_0/metrics.csv").read_text()
     assert "train/loss" in text
-    assert "target_variance/dsm" in text
+    assert "target_variance/dsm_total" in text
 
 
 def test_a_failing_logger_is_told_of_once_for_each_of_its_methods(recwarn):

@@ -318,9 +318,9 @@ def numbers_sent(rank):
             for name in ("all_gather", "all_to_all_single"):
                 whole = getattr(dist, name)
 
-                def counted(out, x, *rest, whole=whole, given=given):
+                def counted(out, x, *rest, whole=whole, given=given, **options):
                     given.append(x.numel())
-                    return whole(out, x, *rest)
+                    return whole(out, x, *rest, **options)
 
                 patch.setattr(dist, name, counted)
             posterior_mean(x[:4], 1.0, 1.0, sharded)

@@ -8,6 +8,7 @@ from lightning_vr.process.timesteps import (
     LogitNormal,
     LogNormal,
     LogUniform,
+    Shifted,
     Truncated,
     Uniform,
     UniformSteps,
@@ -20,6 +21,8 @@ DENSITIES = [
     LogNormal(0.5, 0.1),
     LogitNormal(0.0, 1.0),
     LogitNormal(-0.6, 1.4),
+    Shifted(Uniform(0.001, 0.999), 3.0, 1000.0),
+    Shifted(LogitNormal(), 0.3),
 ]
 continuous = pytest.mark.parametrize("density", DENSITIES, ids=lambda d: type(d).__name__)
 
@@ -55,8 +58,9 @@ def test_times_at_the_ends_of_the_unit_interval_are_finite(density, u):
 @continuous
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_log_density_keeps_the_dtype_and_is_minus_infinity_outside_the_support(density, dtype):
-    bounded = isinstance(density, (Uniform, LogitNormal))
-    off = torch.tensor([-1.0, 0.0, 1.0] if bounded else [-1.0, 0.0], dtype=dtype)
+    end = 1000.0 if getattr(density, "end", 1.0) == 1000.0 else 1.0
+    bounded = isinstance(density, (Uniform, LogitNormal, Shifted))
+    off = torch.tensor([-end, 0.0, end, 2 * end] if bounded else [-1.0, 0.0], dtype=dtype)
     log_prob = density.log_prob(off)
     assert log_prob.dtype == dtype
     assert log_prob.tolist() == [-math.inf] * len(off)
@@ -66,6 +70,13 @@ def test_edm_times_have_the_published_tail():
     t = LogNormal(-1.2, 1.2)(torch.linspace(0.00005, 0.99995, 10_000, dtype=torch.float64))
     shares = [float((t > level).double().mean()) for level in (1, 2, 3, 5)]
     assert shares == pytest.approx([0.159, 0.057, 0.028, 0.010], abs=0.0006)
+
+
+def test_a_shift_multiplies_the_noise_level_of_rectified_flow():
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    plain, shifted = Shifted(Uniform())(t), Shifted(Uniform(), shift=3.0, end=1000.0)(t) / 1000
+    assert torch.equal(plain, t)
+    torch.testing.assert_close(shifted / (1 - shifted), 3 * t / (1 - t))
 
 
 def test_uniform_steps_are_equally_likely():
@@ -174,6 +185,9 @@ def test_bins_of_steps_hold_their_own_steps_and_all_of_them_once():
             lambda: LogitNormal(std=math.nan),
             "`std` must be positive and finite, got nan",
         ),
+        (lambda: Shifted(Uniform(), 0.0), "`shift` must be positive and finite, got 0.0"),
+        (lambda: Shifted(Uniform(), end=0.0), "`end` must be positive and finite, got 0.0"),
+        (lambda: Shifted(LogNormal()), "`density` .* between 0 and 1, got LogNormal, .*Uniform()"),
         (lambda: UniformSteps(0), "`steps` must be at least 1, got 0"),
         (lambda: Truncated(Uniform(), 0.5, 0.5), "0 <= low < high <= 1, got 0.5 and 0.5"),
         (lambda: Truncated(Uniform(), -0.1, 0.5), "0 <= low < high <= 1"),

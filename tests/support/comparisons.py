@@ -5,15 +5,26 @@ import math
 
 import torch
 
+ROW_NAMES = ("step", "of", "name", "noise_level")
+"""Columns of files of curves that say what a row is of."""
+
 
 def logs(folder):
-    """Rows of all versions: {(step, name): values}."""
+    """Rows of all versions, also of files of curves: {(step, file and row, name): values}."""
     found = {}
-    for path in sorted(folder.glob("version_*/metrics.csv")):
+    for path in sorted(folder.glob("version_*/*.csv")):
+        seen = set()
         for row in csv.DictReader(path.read_text().splitlines()):
+            if "step" not in row:
+                continue  # measured once, when training starts
+            step, *names = (row[name] for name in ROW_NAMES if name in row)
+            is_curve = path.name != "metrics.csv"
+            key = (step, path.name, *names) if is_curve else (step,)
+            assert not is_curve or key not in seen, f"{key} is twice in {path}"
+            seen.add(key)
             for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    found.setdefault((row["step"], name), set()).add(value)
+                if value and name not in (*ROW_NAMES, "epoch"):
+                    found.setdefault((*key, name), set()).add(value)
     return found
 
 

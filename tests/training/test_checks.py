@@ -1,9 +1,11 @@
 """Draws that would not estimate the loss are refused when the module is built."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.networks import small_mlp, small_unet
 from torch import nn
 
 from lightning_vr import (
@@ -19,7 +21,7 @@ from lightning_vr import (
 from lightning_vr.core.rng import generator
 from lightning_vr.estimators.draws import IID
 from lightning_vr.lifecycle.strategies import check_strategy
-from lightning_vr.training.training_checks import check_ranks
+from lightning_vr.training.training_checks import check_optimization, check_ranks
 
 
 class Normalised(nn.Module):
@@ -76,14 +78,14 @@ def test_references_that_a_trained_upstream_moves_are_refused():
 
 
 def test_ranks_that_draw_differently_often_are_refused(monkeypatch):
-    check_ranks(CARV(4), torch.device("cpu"))
+    check_ranks(CARV(4))
     monkeypatch.setattr(
         "lightning_vr.training.training_checks.all_gather_numbers", lambda *_: [[4], [2]]
     )
     with pytest.raises(
         ValueError, match=r"`resamples` must be the same on all ranks.*got \[4, 2\]"
     ):
-        check_ranks(CARV(4), torch.device("cpu"))
+        check_ranks(CARV(4))
 
 
 def test_a_device_without_float64_is_refused():
@@ -91,3 +93,31 @@ def test_a_device_without_float64_is_refused():
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("mps")))
     with pytest.raises(ValueError, match=r"`accelerator` must have float64.*'mps'"):
         check_strategy(trainer, module)
+
+
+@pytest.mark.parametrize(("largest", "is_far"), [(255.0, True), (16.0, True), (5.0, False)])
+def test_images_far_outside_of_their_range_are_warned_of_once(largest, is_far):
+    module = DiffusionModule(small_unet())
+    images = torch.rand(2, 1, 8, 8, generator=generator("range")) * largest
+    images[0, 0, 0, 0] = largest
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(2):
+            module.loss({"image": images}, generator("range", step))
+    found = [str(each.message) for each in caught if "Images should lie in" in str(each.message)]
+    assert len(found) == is_far
+    assert all(f"these reach {largest:.4g}" in message for message in found)
+
+
+def test_points_may_lie_anywhere():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DiffusionModule(small_mlp()).loss({"x0": torch.full((2, 2), 255.0)}, generator("range"))
+
+
+@pytest.mark.parametrize("group", [{"lr": 1e300}, {"lr": 1.0, "betas": (0.9, -1e39)}])
+def test_settings_of_an_optimizer_that_float32_cannot_hold_are_refused(group):
+    optimizer = SimpleNamespace(param_groups=[{"params": [], **group}])
+    with pytest.raises(ValueError, match=r"of the optimizer must be at most 3\.4e\+38"):
+        check_optimization(optimizer, None)
+    check_optimization(SimpleNamespace(param_groups=[{"params": [], "lr": 1e30}]), None)

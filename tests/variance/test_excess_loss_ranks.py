@@ -33,7 +33,7 @@ def resumed_draws(rank):
     levels = torch.logspace(-1, 1, 4, dtype=torch.float64)
     x0 = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
     variance = IrreducibleVariance(measure_target_variance(x0, levels, [8], blocks=4), 8)
-    state = {"sums": torch.zeros(7, 5).double(), "recent": torch.ones(7, 5).double()}
+    state = {"sums": torch.zeros(8, 5).double(), "recent": torch.ones(8, 5).double()}
     assert world_size() == 2
     excess = ExcessLoss(variance, state)
     excess.advance()

@@ -1,0 +1,115 @@
+"""Files are whole or not there, and what a killed process leaves goes."""
+
+import os
+import signal
+from contextlib import suppress
+
+import pytest
+import torch
+from support.forks import exit_code
+
+from lightning_vr.callbacks.pictures import save_picture
+from lightning_vr.lifecycle import atomic_files
+from lightning_vr.lifecycle.atomic_files import remove_abandoned, replacing
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch):
+    """Let this process have written to no folder yet."""
+    monkeypatch.setattr(atomic_files, "_cleaned", set())
+
+
+def die_while_writing(path):
+    def die():
+        with replacing(path) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert exit_code(die, seconds=60) == -signal.SIGKILL
+
+
+def hidden(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path):
+    path = tmp_path / "file"
+    for text in ("one", "two"):
+        with replacing(path, "w") as file:
+            file.write(text)
+            file.flush()
+            assert not path.exists() or path.read_text() == "one"
+        assert path.read_text() == text
+    with suppress(KeyError), replacing(path, "w") as file:
+        file.write("three")
+        raise KeyError
+    assert path.read_text() == "two"
+    assert not hidden(tmp_path)
+
+
+def test_a_name_of_the_greatest_length_is_written(tmp_path):
+    path = tmp_path / ("n" * os.pathconf(tmp_path, "PC_NAME_MAX"))
+    with replacing(path) as file:
+        file.write(b"x")
+    assert path.read_bytes() == b"x"
+
+
+def test_what_a_killed_process_leaves_goes_with_the_next_write_to_its_folder(tmp_path):
+    die_while_writing(tmp_path / "epoch=1.ckpt")
+    assert len(hidden(tmp_path)) == 1
+    with replacing(tmp_path / "epoch=2.ckpt") as file:
+        file.write(b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch=2.ckpt"]
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    with replacing(tmp_path / "file", "w") as file:
+        file.write("whole")
+        assert exit_code(lambda: remove_abandoned(tmp_path), seconds=60) == 0
+        assert len(hidden(tmp_path)) == 1
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    with replacing(tmp_path / "file", "w") as first:
+        first.write("first")
+        with replacing(tmp_path / "file", "w") as second:
+            second.write("second, longer")
+        assert (tmp_path / "file").read_text() == "second, longer"
+    assert (tmp_path / "file").read_text() == "first"
+
+
+def test_a_writer_whose_file_was_taken_for_abandoned_before_it_was_locked_takes_another(
+    tmp_path, monkeypatch
+):
+    lock, names = atomic_files.fcntl.flock, []
+
+    def flock(file, operation):
+        if not names:
+            names.append(file.name)
+            os.unlink(file.name)  # between opening and locking
+        lock(file, operation)
+
+    monkeypatch.setattr(atomic_files.fcntl, "flock", flock)
+    with replacing(tmp_path / "file", "w") as file:
+        file.write("whole")
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 1, 3, 3)], ids=["points", "images"])
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(shape, tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    save_picture(torch.zeros(shape), path)
+    before = path.read_bytes()
+
+    def no_room(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        save_picture(torch.ones(shape), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
