@@ -20,6 +20,7 @@ from lightning_vr.data import EightGaussians, Moons
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`",
     "ignore:The dirpath has changed from",
+    "ignore:Checkpoint directory",
     "ignore:You defined a `validation_step` but have no",
     "ignore:You passed in a `val_dataloader` but have no",
 )
@@ -239,6 +240,83 @@ def test_what_a_batch_that_failed_has_taught_does_not_count_twice(slots, tmp_pat
     with pytest.raises(StoppedError):
         run(Fail(7), ModelCheckpoint(tmp_path, save_last=True, save_on_exception=True))
     assert_equal(run(ckpt_path=tmp_path / "last.ckpt"), expected)
+
+
+class Monitored(Line):
+    """Its schedulers wait for numbers of validation runs and of epochs."""
+
+    def __init__(self, interval):
+        super().__init__()
+        self.interval = interval
+
+    def on_train_epoch_end(self):
+        super().on_train_epoch_end()
+        self.log("weight", self.layer.weight.mean())
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=0)
+        monitor = "weight" if self.interval == "epoch" else "val/loss"
+        scheduler = {"scheduler": plateau, "monitor": monitor, "interval": self.interval}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler | {"strict": False}}
+
+
+PLATEAUS = [
+    *(("step", "on_train_batch_end", count) for count in (4, 5, 8)),
+    *(("step", "on_validation_end", count) for count in (1, 2)),
+    *(("epoch", "on_train_epoch_end", count) for count in (1, 2)),
+    *(("epoch", "on_train_batch_end", count) for count in (4, 5, 8)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:ReduceLROnPlateau conditioned on metric")
+@pytest.mark.parametrize(("interval", "hook", "count"), PLATEAUS)
+def test_schedulers_that_monitor_a_number_step_as_often(interval, hook, count, tmp_path):
+    settings = {"check_val_every_n_epoch": None, "val_check_interval": 4}
+
+    def run(*callbacks, ckpt_path=None):
+        best = ModelCheckpoint(tmp_path, monitor="val/loss", every_n_train_steps=3, save_top_k=2)
+        module = Monitored(interval)
+        fit(*callbacks, best, module=module, ckpt_path=ckpt_path, **settings)
+        (scheduler,) = module.trainer.lr_scheduler_configs
+        return scheduler.scheduler.state_dict(), best.best_model_score, module.state_dict()
+
+    expected, path = run(), tmp_path / "stopped.ckpt"
+    with pytest.raises(StoppedError):
+        run(StopAt(hook, count, path))
+    assert_equal(run(ckpt_path=path), expected)
+
+
+class Broken(Points):
+    """Its sample 7 cannot be read, until it is mended."""
+
+    is_mended = False
+
+    def __getitem__(self, i):
+        if i == 7 and not self.is_mended:
+            raise StoppedError
+        return super().__getitem__(i)
+
+
+class BrokenGaussians(EightGaussians):
+    def build_datasets(self):
+        train, validation = super().build_datasets()
+        return Broken(train.x), validation
+
+
+def test_a_sample_that_cannot_be_read_stops_before_its_batch(tmp_path, monkeypatch):
+    def run(*callbacks, ckpt_path=None):
+        data = BrokenGaussians(4, num_samples=20, num_validation=4)
+        return fit(*callbacks, data=data, ckpt_path=ckpt_path)
+
+    saver = ModelCheckpoint(tmp_path, save_last=True, save_on_exception=True)
+    with pytest.raises(StoppedError):
+        run(saver)
+    monkeypatch.setattr(Broken, "is_mended", True)
+    (_, expected), (found, batches) = run(), run(ckpt_path=tmp_path / "last.ckpt")
+    assert 0 < len(batches) < 15
+    assert batches == expected[15 - len(batches) :]
+    assert_equal(found.state_dict(), run()[0].state_dict())
 
 
 class Averaging(Line):
