@@ -45,7 +45,7 @@ class Resuming:
         self._loaded: dict[str, Any] = {}
         self._has_just_loaded = False
         self._at_error: tuple[EpochPosition, dict[str, Any] | None] | None = None
-        self._data = EpochPosition()
+        self._data = EpochPosition()  # with the data of the fit
         self._handles: list[Any] = []
         self._empty_epochs = 0
 
@@ -181,6 +181,7 @@ class Resuming:
         """Log the final step's pending metrics, where Lightning finds that no step is left."""
         self._restore_metrics(trainer)
         position, row, self._loaded = self._position, self._loaded["row"], {}
+        self._data = position
         log_row(trainer, row)
         for logger in trainer.loggers:
             logger.save()
