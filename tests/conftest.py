@@ -1,6 +1,7 @@
 """What all tests share: schedules, prediction types and z-scores."""
 
 import gc
+import logging
 import os
 from typing import get_args
 from unittest import mock
@@ -70,8 +71,11 @@ def own_state():
 def own_state_of_module():
     """The same for the fixtures of a module, which come before those of a test."""
     torch.manual_seed(0)
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
     with mock.patch.dict(os.environ):
         yield
+    log.setLevel(level)  # scripts of examples make it quiet
 
 
 @pytest.fixture(params=[EDM, VE, VP, Cosine, RectifiedFlow], ids=lambda kind: kind.__name__)

@@ -223,8 +223,7 @@ def step_traffic(work: Workload, mode: Mode, ranks: int) -> Traffic:
     """Return the traffic: the batch to all; or queries, sums back and drawn positions."""
     own = work.batch / ranks
     if mode.references == "batch":
-        labels = work.label * INTEGER * (1 + own)
-        return Traffic(gathered=2 * INTEGER + labels + FLOAT * own * work.dim)
+        return Traffic(gathered=INTEGER * (1 + work.label * own) + FLOAT * own * work.dim)
     if not mode.sharded:
         return Traffic()
     asked = 3 * INTEGER + own * (INTEGER * (1 + work.label) + FLOAT * (work.dim + 2))

@@ -64,10 +64,11 @@ class AfterValidation(Callback, ABC):
         """Evaluate with the averaged weights, if a callback keeps some."""
         if trainer.sanity_checking:
             return
-        self._validations += trainer.state.fn == TrainerFn.FITTING
-        if self._validations % self.every_n_validations == 0:
+        number = self._validations + (trainer.state.fn == TrainerFn.FITTING)
+        if number % self.every_n_validations == 0:
             with averaged_weights(trainer, pl_module):
                 self.evaluate(trainer, pl_module)
+        self._validations = number  # not before: an error in it lets a resumed run evaluate again
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate with the weights that were tested."""

@@ -95,9 +95,7 @@ class GradientVariance(Callback):
             check_at_least("every_n_steps", every_n_steps, 1)
         check_at_least("samples", samples, 2)
         check_at_least("noise_levels", noise_levels, 1)
-        self.every_n_steps = every_n_steps
-        self.samples = samples
-        self.noise_levels = noise_levels
+        self.every_n_steps, self.samples, self.noise_levels = every_n_steps, samples, noise_levels
         self.loss = loss
         self.schedule = None if schedule is None else as_schedule(schedule)
         self.clean = clean
@@ -113,7 +111,7 @@ class GradientVariance(Callback):
         self._pending: list[Components] = []
         self._display = CurveDisplay()
         self._curves: CurveLog | None = None
-        self._logged_step = -1
+        self._logged_step = self._measured_step = -1
         self._has_unlogged = False
 
     @property
@@ -137,7 +135,7 @@ class GradientVariance(Callback):
         """
         if stage != "fit":
             return
-        self._logged_step, self._has_unlogged = -1, False
+        self._logged_step, self._measured_step, self._has_unlogged = -1, -1, False
         check_measurable(trainer, pl_module, self.loss, self.schedule)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,8 +186,9 @@ class GradientVariance(Callback):
         """Measure from micro-batches and ranks, and log at the loggers' cadence."""
         assert self._probe is not None
         found = self._probe.before_optimizer_step()
-        if found is None:
-            return
+        if found is None or trainer.global_step == self._measured_step:
+            return  # an error has ended the batch after this, and it is taken again
+        self._measured_step = trainer.global_step
         self._pending.append(found)
         cadence = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if len(self._pending) > _MOST_PENDING:
@@ -252,6 +251,7 @@ class GradientVariance(Callback):
             "groups": groups,
             "measurements": self._measurements,
             "period": self._period,
+            "measured_step": self._measured_step,
             "batch": self._pending_batch(),
             "logged_step": self._logged_step,
             "has_unlogged": self._has_unlogged,
@@ -262,6 +262,7 @@ class GradientVariance(Callback):
         self._state = state_dict["statistics"]
         self._groups = state_dict["groups"]
         self._measurements, self._period = state_dict["measurements"], state_dict["period"]
+        self._measured_step = state_dict["measured_step"]
         self._restored_batch = state_dict["batch"]
         self._logged_step = state_dict["logged_step"]
         self._has_unlogged = state_dict["has_unlogged"]
@@ -287,11 +288,10 @@ class GradientVariance(Callback):
         self._is_prepared, self._pending = False, []
         bins = {"samples": self.samples, "noise_levels": self.noise_levels}
         probe = choose_probe(trainer, module, self.loss, self.schedule, self.clean, **bins)
-        self._probe = probe
+        self._probe, state = probe, self._state if probe.names == self._groups else None
         if self._restored_batch is not None:
             probe.restore_pending_batch(self._restored_batch)
             self._restored_batch = None
-        state = self._state if probe.names == self._groups else None
         if self._state is not None and state is None:
             rank_zero_warn(
                 f"GradientVariance: the checkpoint's moments are of the groups "

@@ -119,7 +119,7 @@ def _no_argument(failure: _Failure) -> str:
     if kind is None:
         return _no_setting(failure._replace(reason=failure.argument(failure.reason)))
     names = [x for x in inspect.signature(kind).parameters if x not in ("args", "kwargs")]
-    if issubclass(kind, (Optimizer, LRScheduler)):
+    if isinstance(kind, type) and issubclass(kind, (Optimizer, LRScheduler)):
         names = names[1:]  # the module gives the first: its weights, or their optimizer
     listed = _either(close_names(failure.reason, names) or names)
     fix = f"use {listed}" if len(listed) < 250 else _LIST
@@ -157,8 +157,13 @@ def _wrong_type(failure: _Failure) -> str:
     near = close_names(failure.value, [choice.strip("'") for choice in choices])
     fix = f"use {near[0]}" if near else "use one of these"
     if not choices:
-        fix = f"use {_either([_EXAMPLES.get(each.split(' ')[0], each) for each in plain])}"
+        fix = f"use {_either([_example(each) for each in plain])}"
     return f"{failure.setting} must be {_either([*plain, *choices])}, got {failure.value}: {fix}."
+
+
+def _example(kind: str) -> str:
+    count = re.fullmatch(r"tuple with (\d+) elements", kind)
+    return f"a list of {count[1]} elements" if count else _EXAMPLES.get(kind, kind)
 
 
 def _either(names: list[str]) -> str:

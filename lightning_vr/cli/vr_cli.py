@@ -263,4 +263,9 @@ class VRCLI(LightningCLI):
             return None
         if "://" not in str(path):
             path = os.path.expanduser(path)
+            if not os.path.exists(path):
+                raise ValueError(
+                    f"`ckpt_path` must be a checkpoint file or 'last', but there is no file "
+                    f"{path}: correct the path."
+                )
         return str(path)

@@ -203,5 +203,7 @@ def ranks_save_together() -> bool:
     A rank that saves alone would wait for ever in a collective. One of a ``ResumableModule`` has
     left the others before it saves, so that its collectives are the identity.
     """
+    if process_count() > 1 and _state().has_left:
+        return False
     kind = sys.exc_info()[0]
     return world_size() == 1 or kind is None or issubclass(kind, (SystemExit, SynchronizedError))

@@ -127,10 +127,11 @@ class EpochPosition:
         is_uncounted = found.due == "batch_end" and trainer.global_step == marks.steps
         found.steps = trainer.global_step + int(is_uncounted and marks.has_stepped)
         found.logged_steps = loop._batches_that_stepped
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        found.data = None if data is None else type(data).__qualname__
-        found.sizes = training_sizes(trainer)
         return found
+
+    def set_data(self, trainer: Trainer) -> None:
+        """Note what the trainer trains on."""
+        self.data, self.sizes = _data_class(trainer), training_sizes(trainer)
 
     def put_into(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Set the counters in a checkpoint that is about to be restored.
@@ -169,8 +170,7 @@ class EpochPosition:
         return asdict(self)
 
     def _put_data(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        now = None if data is None else type(data).__qualname__
+        now = _data_class(trainer)
         if self.is_within_epoch and now != self.data:
             raise MisconfigurationException(
                 f"`datamodule` must be of the class {self.data}, as the checkpoint is from the "
@@ -181,6 +181,11 @@ class EpochPosition:
         if isinstance(order, dict) and "batches" in order:
             order["epoch"] = self.epoch + self.is_over
             order["batches"] = 0 if self.is_over else self.batches
+
+
+def _data_class(trainer: Trainer) -> str | None:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return None if data is None else type(data).__qualname__
 
 
 def training_sizes(trainer: Trainer) -> list[list[int | None]]:

@@ -75,6 +75,7 @@ class FiniteGuard:
         self.action = action
         self.skipped = 0
         self._in_a_row = 0
+        self._has_stepped = False
         # the loss scale of float16 in the step before, and how often in a row it has fallen
         self._scale: Tensor | None = None
         self._overflows = torch.zeros(())
@@ -84,6 +85,7 @@ class FiniteGuard:
     def begin(self) -> None:
         """Begin a fit: no step is left out yet."""
         self._in_a_row, self._scale, self._overflows = 0, None, torch.zeros(())
+        self._has_stepped = False
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -110,7 +112,7 @@ class FiniteGuard:
                 does not help.
         """
         if self._is_finite(trainer, module):
-            self._in_a_row = 0
+            self._in_a_row, self._has_stepped = 0, True
             return True
         if bool(self._overflows > _MOST_OVERFLOWS):
             raise SynchronizedError(
@@ -140,12 +142,12 @@ class FiniteGuard:
         return False
 
     def check_end(self, module: LightningModule) -> None:
-        """Raise if training has ended with a weight that is not finite.
+        """Raise if training has made steps and ended with a weight that is not finite.
 
         Raises:
             SynchronizedError: With its name.
         """
-        weight = _first_of_ranks(first_broken_weight(module))
+        weight = _first_of_ranks(first_broken_weight(module)) if self._has_stepped else None
         if weight is not None:
             raise SynchronizedError(
                 f"The last optimizer step left a number that is not finite: "

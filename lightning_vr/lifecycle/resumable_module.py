@@ -118,7 +118,7 @@ class ResumableModule(KeyedModule, LightningModule):
         equalize_epoch_length(self.trainer)
         check_validation_batches(self.trainer)
         self._resuming.restore_gradients(self)
-        self._resuming.watch_optimizers(self.trainer)
+        self._resuming.begin_training(self.trainer)
         self.prepare_training()
         self._resuming.restart(self.trainer)
 
@@ -168,7 +168,7 @@ class ResumableModule(KeyedModule, LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Restore the global generators, and stop here if any rank was asked to."""
-        self._resuming.marks.has_ended = True
+        self._resuming.end_batch(self.trainer)
         self._restore_global_rng()
         self._stop.synchronize(self.trainer)
 
@@ -182,7 +182,7 @@ class ResumableModule(KeyedModule, LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Raise if training makes no progress."""
-        self._resuming.end_epoch()
+        self._resuming.end_epoch(self)
 
     def on_validation_start(self) -> None:
         """Install a handler of signals, if this is no part of a fit."""

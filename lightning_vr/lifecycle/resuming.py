@@ -23,11 +23,12 @@ from torch import Tensor
 from lightning_vr.core.distributed import all_reduce_mean, ranks_save_together
 from lightning_vr.estimators.proposals import LearnedProposal
 from lightning_vr.lifecycle.epoch_position import BatchMarks, EpochPosition
+from lightning_vr.lifecycle.epoch_sums import EpochSums
 from lightning_vr.lifecycle.learned_state import LearnedState
 from lightning_vr.lifecycle.restarting import forget_restart, log_row, restart
 from lightning_vr.lifecycle.weight_averaging import update_weights
 
-_SAVED = ("position", "window", "row", "metrics")
+_SAVED = ("position", "window", "row", "metrics", "sums")
 
 
 class Resuming:
@@ -40,9 +41,11 @@ class Resuming:
     def __init__(self) -> None:
         self.marks = BatchMarks()
         self._learned = LearnedState()
+        self._sums = EpochSums()
         self._loaded: dict[str, Any] = {}
         self._has_just_loaded = False
         self._at_error: tuple[EpochPosition, dict[str, Any] | None] | None = None
+        self._data = EpochPosition()
         self._handles: list[Any] = []
         self._empty_epochs = 0
 
@@ -63,6 +66,7 @@ class Resuming:
         self.marks, self._at_error, self._empty_epochs = BatchMarks(), None, 0
         if not self._has_just_loaded:
             self._loaded = {}
+        self._sums.load(self._loaded.get("sums", {}))
         self._has_just_loaded = False
         forget_restart(trainer)
         self._note_position_of_errors(trainer)
@@ -72,13 +76,20 @@ class Resuming:
         self.marks = BatchMarks.of(module.trainer)
         self._empty_epochs = -1
         self._learned.keep(module)
+        self._sums.begin_batch(module.trainer)
 
-    def end_epoch(self) -> None:
-        """Raise if training makes no progress.
+    def end_batch(self, trainer: Trainer) -> None:
+        """Note that the callbacks have seen the end of the batch."""
+        self.marks.has_ended = True
+        self._sums.end_batch(trainer)
+
+    def end_epoch(self, module: LightningModule) -> None:
+        """End an epoch, and raise if training makes no progress.
 
         Raises:
             MisconfigurationException: If two epochs in a row had no batch.
         """
+        self._sums.end_epoch(module)
         self._empty_epochs += 1
         if self._empty_epochs == 2:
             raise MisconfigurationException(
@@ -86,8 +97,8 @@ class Resuming:
                 "row: make a loader that can be iterated over again, or end the run."
             )
 
-    def watch_optimizers(self, trainer: Trainer) -> None:
-        """Note when an optimizer has changed weights, which Lightning counts only later."""
+    def begin_training(self, trainer: Trainer) -> None:
+        """Note what is trained on and, before Lightning counts it, when weights have changed."""
 
         def note(*_: Any) -> None:
             self.marks.has_stepped, self.marks.is_stepping = True, False
@@ -95,6 +106,7 @@ class Resuming:
         for handle in self._handles:
             handle.remove()
         self._handles = [each.register_step_post_hook(note) for each in trainer.optimizers]
+        self._data.set_data(trainer)
 
     def state(self, module: LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint must hold besides Lightning's own; all ranks call it.
@@ -116,6 +128,7 @@ class Resuming:
             "window": self._window(module, checkpoint, position),
             "row": row,
             "metrics": _on_cpu(trainer._logger_connector._callback_metrics),
+            "sums": self._sums_within_epoch(trainer, position),
         }
 
     def restore_gradients(self, module: LightningModule) -> None:
@@ -177,6 +190,16 @@ class Resuming:
                 "validation run that was due after it is not made: run `validate` for it."
             )
 
+    def _sums_within_epoch(self, trainer: Trainer, position: EpochPosition) -> dict[str, Any]:
+        if not position.has_begun or position.due == "epoch_end":
+            return {}
+        again = self._is_taken_again(trainer, position)
+        return self._sums.state(trainer, is_taken_again=again, is_cut=position.is_cut)
+
+    def _is_taken_again(self, trainer: Trainer, position: EpochPosition) -> bool:
+        """Return whether the last batch must be trained on again."""
+        return self.marks.are_of(trainer) and position.total_batches < self.marks.number
+
     @property
     def _position(self) -> EpochPosition:
         return EpochPosition(**self._loaded["position"])
@@ -190,6 +213,8 @@ class Resuming:
 
     def _read(self, trainer: Trainer) -> tuple[EpochPosition, dict[str, Any] | None]:
         position = EpochPosition.of(trainer, self.marks)
+        # after a fit the trainer may have other data, or none
+        position.data, position.sizes = self._data.data, self._data.sizes
         return position, _row(trainer, position)
 
     def _note_position_of_errors(self, trainer: Trainer) -> None:
@@ -210,7 +235,7 @@ class Resuming:
         """Return the gradients of an incomplete optimizer step, None between two steps."""
         trainer = module.trainer
         batches = trainer.accumulate_grad_batches
-        is_taken_again = self.marks.are_of(trainer) and position.total_batches < self.marks.number
+        is_taken_again = self._is_taken_again(trainer, position)
         if is_taken_again:
             update_weights(checkpoint, self._learned.kept)
         waiting = position.batches % batches if position.is_within_epoch else 0

@@ -25,7 +25,7 @@ class RunContext:
         precision: Makes the context that the trainer runs forward passes in.
         loss_scale: Factor on losses; 1 but in float16.
         log: Sends numbers by name to all loggers, and points of curves to what callbacks monitor.
-        open_curve_log: Opens a file of curves; all ranks call it.
+        open_curve_log: Opens a file of curves, if the run has a logger; all ranks call it.
         log_rows: Adds rows of the present step to such a file.
         log_table: Shows a table in loggers that can, by name, columns and rows.
     """
@@ -50,7 +50,11 @@ class RunContext:
             precision=lambda: trainer.precision_plugin.forward_context(),
             loss_scale=lambda: loss_scale(trainer),
             log=lambda numbers, curves: log_numbers(trainer, numbers, curves),
-            open_curve_log=lambda *given: open_curve_log(trainer, *given),
+            open_curve_log=lambda name, columns, logged_step: (
+                open_curve_log(trainer, name, columns, logged_step)
+                if trainer.loggers and not trainer.fast_dev_run  # type: ignore[attr-defined]
+                else CurveLog(None, columns, logged_step)
+            ),
             log_rows=lambda log, rows: log_rows(trainer, log, rows),
             log_table=lambda *given: log_table(trainer, *given) if trainer.is_global_zero else None,
         )

@@ -174,6 +174,7 @@ def check_clean(
             f"Clean samples must be finite, but {name} is not: remove it from the data or fix "
             f"`encode`."
         )
+    _warn_of_range(clean.x0)
     if clean.group is not None:
         check_group(clean.group, num_classes)
     if clean.cond_group is not None:
@@ -188,11 +189,11 @@ def check_clean(
         )
 
 
-def warn_of_range(clean: Clean) -> None:
+def _warn_of_range(x0: Tensor) -> None:
     """Warn if images reach far outside [-1, 1], as pixels from 0 to 255 in floating point do."""
-    if clean.x0.ndim < 4:
+    if x0.ndim < 4:
         return
-    largest = float(clean.x0.detach().abs().max())
+    largest = float(x0.detach().abs().max())
     if largest > _LARGEST_PIXEL:
         warnings.warn(
             f"Images should lie in [-1, 1], but these reach {largest:.4g}: scale them, as "

@@ -3,9 +3,9 @@
 Loggers get ``control_variate/reduction``, the fraction of ``E‖g‖²`` of a step that it is predicted
 to remove in the bins where it runs, and with ``gate="auto"`` also ``control_variate/saving``, the
 predicted factor on training time, and ``control_variate/share``, the fraction of draws in open
-bins. ``control_variate.csv`` in the run's folder has a row for each pilot and bin; loggers that
-show tables get that of the 1st, 2nd, 4th, 8th ... pilot. Callbacks can monitor single points, such
-as ``control_variate/odd/s<noise level>``.
+bins. Where there is a logger, ``control_variate.csv`` in the run's folder has a row for each pilot
+and bin; loggers that show tables get that of the 1st, 2nd, 4th, 8th ... pilot. Callbacks can
+monitor single points, such as ``control_variate/odd/s<noise level>``.
 """
 
 import torch

@@ -48,7 +48,6 @@ from lightning_vr.training.checks import (
     check_estimators,
     check_objective,
     check_upstream,
-    warn_of_range,
 )
 
 
@@ -197,7 +196,6 @@ class Diffusion(KeyedModule):
         if self.training not in self._checked_modes:
             check_clean(clean, self.num_classes, allow_nonfinite=self.skips_nonfinite)
             check_upstream(clean, self.target)
-            warn_of_range(clean)
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
         draws = draws or self.draws

@@ -836,3 +836,11 @@ def test_gradients_that_a_fused_optimizer_takes_scaled_are_measured_as_others(tm
         fit.fit(seeded(kind), labelled())
         totals.append(logged(folder)["total"])
     assert totals[1] == pytest.approx(totals[0], rel=0.02)
+
+
+def test_a_step_that_is_made_again_after_an_error_counts_once():
+    callback, trainer = GradientVariance(), SimpleNamespace(global_step=3, log_every_n_steps=0)
+    callback._probe = SimpleNamespace(before_optimizer_step=lambda: "found")
+    for _ in range(2):
+        callback.on_before_optimizer_step(trainer, None, None)
+    assert callback._pending == ["found"]

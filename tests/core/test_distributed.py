@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.distributed as dist
 
 from lightning_vr.core.distributed import (
     all_gather_numbers,
@@ -9,7 +10,10 @@ from lightning_vr.core.distributed import (
     broadcast,
     exchange_rows,
     gather_rows,
+    leave_ranks,
+    process_count,
     rank,
+    ranks_save_together,
     row_counts,
     world_size,
 )
@@ -83,6 +87,33 @@ def test_sums_and_broadcasts_are_the_same_on_every_rank_and_change_no_input(resu
         assert found["broadcast"].tolist() == [0, 1]
         assert torch.equal(found["input"], rows(3, 0) if number == 0 else rows(5, 100))
         assert found["place"] == [number, 2]
+
+
+def left(number):
+    """What a rank that has left the other gets, which takes part in nothing more."""
+    if number == 1:
+        return None
+    leave_ranks()
+    return {
+        "gathered": all_gather_rows(rows(3, 0)),
+        "numbers": all_gather_numbers([7]),
+        "any": any_of_ranks([False]),
+        "torch": dist.is_initialized(),
+        "place": [rank(), world_size(), process_count()],
+        "together": ranks_save_together(),
+    }
+
+
+def test_on_a_rank_that_has_left_collectives_are_the_identity(on_two_ranks):
+    found, _ = on_two_ranks(left)
+    assert torch.equal(found.pop("gathered"), rows(3, 0))
+    assert found == {
+        "numbers": [[7]],
+        "any": [False],
+        "torch": False,
+        "place": [0, 1, 2],
+        "together": False,
+    }
 
 
 def test_on_one_process_collectives_are_the_identity():

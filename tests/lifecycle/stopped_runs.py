@@ -99,7 +99,8 @@ class Denoiser(ResumableModule):
     def training_step(self, batch, batch_idx):
         noise = torch.randn_like(batch["x0"])
         loss = (self.layer(batch["x0"] + noise) - batch["x0"]).square().mean()
-        self.log("train/loss", loss)
+        self.log("train/loss", loss, on_epoch=True, on_step=True)
+        self.log("train/most", loss, on_epoch=True, reduce_fx=max)
         return loss
 
     def validation_step(self, batch, batch_idx):

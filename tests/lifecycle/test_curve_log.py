@@ -194,6 +194,17 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch):
     assert not os.path.exists(tmp_path / "excess_loss.csv")
 
 
+@pytest.mark.parametrize("options", [{}, {"fast_dev_run": True}], ids=str)
+def test_without_a_logger_a_control_variate_writes_no_file(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    control = TaylorCV(gate="open", bins=2, refit_every_n_steps=1)
+    trainer = quiet_trainer(**({"max_steps": 2, "limit_val_batches": 0} | options))
+    data = EightGaussians(8, num_samples=40, num_validation=8)
+    trainer.fit(DiffusionModule(small_mlp(), control_variate=control), data)
+    assert "control_variate/reduction" in trainer.callback_metrics
+    assert not list(tmp_path.rglob("*.csv"))
+
+
 def test_all_versions_together_have_each_row_once(tmp_path, whole):
     with pytest.raises(StoppedError):
         fit(tmp_path, StopAt("on_train_batch_end", 6, tmp_path / "stop.ckpt"), version=0)

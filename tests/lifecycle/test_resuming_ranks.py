@@ -171,6 +171,27 @@ def test_resumed_on_one_rank_with_as_large_a_batch_it_takes_the_samples_of_both(
         assert sorted(mine.tolist()) == sorted(torch.cat(both).tolist())
 
 
+class EndAt(Callback):
+    """Ends the run after the n-th batch, as if it were over."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def on_train_batch_end(self, trainer, *args):
+        self.count -= 1
+        trainer.should_stop = self.count == 0
+
+
+def test_ranks_that_end_within_an_epoch_go_on_within_it(whole, tmp_path):
+    saver = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    fit(tmp_path, EndAt(2), saver)
+    end, *ranks = fit(tmp_path, ckpt_path=tmp_path / "kept/last.ckpt")
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_alike(end[part], whole[0][part], part, **BITWISE)
+    for rank, expected in zip(ranks, whole[1:], strict=True):
+        assert_alike(rank["positions"], expected["positions"][2:], "positions", **BITWISE)
+
+
 ENDS = [("on_train_batch_end", BATCHES), ("on_train_epoch_end", 1)]
 
 

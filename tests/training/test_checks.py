@@ -78,14 +78,14 @@ def test_references_that_a_trained_upstream_moves_are_refused():
 
 
 def test_ranks_that_draw_differently_often_are_refused(monkeypatch):
-    check_ranks(CARV(4), torch.device("cpu"))
+    check_ranks(CARV(4))
     monkeypatch.setattr(
         "lightning_vr.training.training_checks.all_gather_numbers", lambda *_: [[4], [2]]
     )
     with pytest.raises(
         ValueError, match=r"`resamples` must be the same on all ranks.*got \[4, 2\]"
     ):
-        check_ranks(CARV(4), torch.device("cpu"))
+        check_ranks(CARV(4))
 
 
 def test_a_device_without_float64_is_refused():

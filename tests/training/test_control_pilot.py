@@ -444,7 +444,7 @@ def test_what_was_fitted_is_logged_by_name(costing, gate, options):
 
 
 @pytest.fixture
-def run_of(monkeypatch, tmp_path):
+def run_of(monkeypatch):
     """Let a pilot live through a run of steps without any training, and return its states."""
 
     def run(control, steps, pilot_seconds=3.0, reduction=0.0, up_to=None):
@@ -458,9 +458,7 @@ def run_of(monkeypatch, tmp_path):
             estimated_stepping_batches=steps,
             global_step=0,
             sanity_checking=False,
-            is_global_zero=False,  # which writes no files
-            logger=None,
-            log_dir=str(tmp_path),
+            is_global_zero=True,
             loggers=[],
             callback_metrics={},
             accumulate_grad_batches=1,

@@ -100,6 +100,7 @@ class TestRandomness:
         assert len(whole.losses) == 16
         assert before.losses + after.losses == whole.losses
 
+    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_a_run_stopped_in_mid_epoch_goes_on_with_the_draws_of_the_uninterrupted_one(
         self, tmp_path, accumulate

@@ -167,13 +167,13 @@ def test_a_cycle_that_ends_before_the_run_is_refused_and_one_of_its_length_is_no
     assert fit(one_cycle(6)).global_step == 6
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
+@pytest.mark.filterwarnings("ignore:Total length of")
 def test_a_training_loader_without_a_batch_is_refused():
     with pytest.raises(MisconfigurationException, match="got an empty loader"):
         fit(train=DataLoader(Points(normal_points(4, "few")), 8, drop_last=True))
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
+@pytest.mark.filterwarnings("ignore:Total length of")
 def test_a_validation_loader_without_a_batch_is_refused():
     with pytest.raises(MisconfigurationException, match="`val_dataloaders` must have"):
         fit(val=DataLoader(Points(normal_points(4, "few")), 8, drop_last=True))
