@@ -127,8 +127,9 @@ def test_a_validation_loss_is_no_monitor_where_nothing_is_validated():
     ],
     ids=lambda callbacks: str(callbacks[0].monitor),
 )
-def test_a_monitor_that_is_logged_is_accepted(callbacks):
-    fit(callbacks=callbacks, enable_checkpointing=isinstance(callbacks[0], ModelCheckpoint))
+def test_a_monitor_that_is_logged_is_accepted(callbacks, tmp_path):
+    saves = isinstance(callbacks[0], ModelCheckpoint)
+    fit(callbacks=callbacks, enable_checkpointing=saves, default_root_dir=tmp_path)
 
 
 class Own(DiffusionModule):
