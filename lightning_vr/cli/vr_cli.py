@@ -154,10 +154,12 @@ class VRCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, whose progress bar counts steps unless one is configured."""
-        trainer = super().instantiate_trainer(**kwargs)
         configured = self._get(self.config_init, "trainer", default={}).get("callbacks")
         callbacks = configured if isinstance(configured, list) else [configured]
-        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        # asked before there is a trainer, which adds its own callbacks to the list
+        has_progress_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        trainer = super().instantiate_trainer(**kwargs)
+        if not has_progress_bar:
             use_step_progress_bar(trainer)
         return trainer
 

@@ -12,11 +12,12 @@ from lightning_vr.lifecycle.step_progress_bar import StepProgressBar
     [
         ({}, StepProgressBar),
         ({"callbacks": {"class_path": "ModelCheckpoint"}}, StepProgressBar),
+        ({"callbacks": [{"class_path": "ModelCheckpoint"}]}, StepProgressBar),
         ({"callbacks": [{"class_path": "RichProgressBar"}]}, RichProgressBar),
         ({"callbacks": {"class_path": "TQDMProgressBar"}}, TQDMProgressBar),
         ({"enable_progress_bar": False}, type(None)),
     ],
-    ids=["none", "other callback", "rich", "tqdm", "disabled"],
+    ids=["none", "other callback", "list of others", "rich", "tqdm", "disabled"],
 )
 def test_the_progress_bar_counts_steps_unless_one_is_configured(settings, bar):
     model = {
