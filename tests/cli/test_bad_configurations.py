@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,9 @@ from commands import NETWORK, POINTS, SHORT
 from torch import nn
 
 from lightning_vr import ResidualMLP
-from lightning_vr.cli import main
+from lightning_vr.cli import close_names, main
+
+TESTS = str(Path(__file__).parents[1])
 
 
 class Bad(NamedTuple):
@@ -197,8 +200,8 @@ ESTIMATORS = [
         "`proposal`",
         "mix in some",
     ),
-    fit("--model.draws.resamples=2", "`model.draws` must be a class", "full path of"),
-    fit("--model.draws=STF", "`model.draws`", "full path of"),
+    fit("--model.draws.resamples=2", "`model.draws` must be a class", "use IID or CARV"),
+    fit("--model.draws=STF", "`model.draws`", "use IID or CARV"),
     fit("--model.target=lightning_vr.CARV", "`model.target`", "use DSM or STF"),
     fit(f"{TAYLOR}gate=[0]", "`model.control_variate.gate`", "tuple with 2 elements, 'auto'"),
     fit(f"{STF}references=513", "`references`", "use fewer, or 'all'"),
@@ -283,9 +286,9 @@ DATA = [
     fit("--data.batch_size=null", "`data.batch_size`", "got null: give it one"),
     fit("--data.num_samples=0", "`num_samples`", "use 1 or more"),
     fit("--data.std=.nan", "`data.std`", "must be a number"),
-    own("--data=CIFAR10", "`data` must be a class", "full path of"),
+    own("--data=CIFAR10", "`data` must be a class", "use Digits, ImageFolder"),
     own("--data=ImageFolder", "`data`", "set data.path and data.size"),
-    own("--data=torch.utils.data.DataLoader", "`data` must be a class", "full path of"),
+    own("--data=torch.utils.data.DataLoader", "`data` must be a class", "use Digits"),
     fit("--data.num_worker=2", "`data.num_worker`", "use num_workers"),
     own(f"{IMAGES}nowhere", "`path`", "existing folder"),
     own(f"{IMAGES}empty", "`path`", ".png"),
@@ -478,6 +481,20 @@ CASES = [*MODEL, *ESTIMATORS, *OPTIMIZATION, *DATA, *TRAINER, *CALLBACKS, *FILES
 
 def test_there_are_at_least_130():
     assert len(set(map(str, CASES))) == len(CASES) >= 130
+
+
+@pytest.fixture(autouse=True)
+def no_classes_of_other_tests(monkeypatch):
+    """Name the classes that a process of its own would name."""
+    below = close_names._below
+
+    def of_packages(kind):
+        files = {
+            each: getattr(sys.modules.get(each.__module__), "__file__", "") for each in below(kind)
+        }
+        return [each for each, file in files.items() if not str(file).startswith(TESTS)]
+
+    monkeypatch.setattr(close_names, "_below", of_packages)
 
 
 @pytest.fixture(autouse=True)
