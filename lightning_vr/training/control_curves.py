@@ -41,8 +41,8 @@ class ControlCurves:
             logged = int(pilot.get("logged_step", -1))
             self._file = self.run.open_curve_log("control_variate", self._columns, logged)
         pilot["logged_step"] = step
-        self.run.log(self.numbers(), self.points())
         rows = self.rows()
+        self.run.log(self.numbers(), self.points(rows))
         self.run.log_rows(self._file, rows)
         count = int(pilot["count"])
         if count & (count - 1) == 0:
@@ -57,12 +57,12 @@ class ControlCurves:
             found["share"] = float(fit.fractions[is_open].sum())
         return {f"control_variate/{name}": value for name, value in found.items()}
 
-    def points(self) -> dict[str, float]:
-        """Return what is known of each bin, by name."""
+    def points(self, rows: list[list[float]]) -> dict[str, float]:
+        """Return what ``rows`` has, by name."""
         names = level_names(self._noise_levels)
         return {
             f"control_variate/{column}/s{name}": value
-            for name, (_, *values) in zip(names, self.rows(), strict=True)
+            for name, (_, *values) in zip(names, rows, strict=True)
             for column, value in zip(self._columns[1:], values, strict=True)
         }
 

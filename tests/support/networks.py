@@ -1,4 +1,4 @@
-"""Networks that are small enough for tests, always with the same weights."""
+"""Networks that are small enough for tests; what a function makes always has the same weights."""
 
 import diffusers
 import torch
@@ -32,3 +32,14 @@ def small_unet(**options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return diffusers.UNet2DModel(**(settings | options))
+
+
+class Normalised(nn.Module):
+    """A network of points in the plane with a layer of normalisation of a kind."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(2, 2), kind(2)
+
+    def forward(self, x, t):
+        return self.norm(self.linear(x))

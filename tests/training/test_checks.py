@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.networks import small_mlp, small_unet
+from support.networks import Normalised, small_mlp, small_unet
 from torch import nn
 
 from lightning_vr import (
@@ -22,15 +22,6 @@ from lightning_vr.core.rng import generator
 from lightning_vr.estimators.draws import IID
 from lightning_vr.lifecycle.strategies import check_strategy
 from lightning_vr.training.training_checks import check_optimization, check_ranks
-
-
-class Normalised(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(2, 2), kind(2)
-
-    def forward(self, x, t):
-        return self.norm(self.linear(x))
 
 
 @pytest.mark.parametrize("resamples", [2, "auto"])

@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 from lightning.pytorch import Callback
-from support.networks import small_mlp
+from support.networks import Normalised, small_mlp
 from support.points import Points, normal_points
 from support.trainers import quiet_trainer
 from torch import nn
@@ -590,15 +590,6 @@ def test_order_0_needs_no_forward_mode_derivatives():
     model = module(control, Custom())
     fit(model)
     assert control.pilot["count"] == 4
-
-
-class Normalised(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(2, 2), kind(2)
-
-    def forward(self, x, t):
-        return self.norm(self.linear(x))
 
 
 def test_batch_normalisation_is_refused_when_the_module_is_built():
