@@ -191,6 +191,7 @@ def destroy_process_group() -> None:
     if process_count() > 1:
         dist.barrier()
         dist.destroy_process_group()
+        _state()  # nothing may keep it: gloo's threads would outlive the interpreter
 
 
 class SynchronizedError(ValueError):

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +11,7 @@ from lightning_vr.core.distributed import (
     all_reduce_sum,
     any_of_ranks,
     broadcast,
+    destroy_process_group,
     exchange_rows,
     gather_rows,
     leave_ranks,
@@ -125,3 +129,17 @@ def test_on_one_process_collectives_are_the_identity():
     assert torch.equal(exchange_rows(x, [3]), x[None])
     assert all_gather_numbers([4, 2]) == [[4, 2]]
     assert (rank(), world_size()) == (0, 1)
+
+
+def group_outlives_its_end(number):
+    """Whether the process group of a rank is still there once it was destroyed."""
+    any_of_ranks([True])
+    group = weakref.ref(dist.group.WORLD)
+    destroy_process_group()
+    gc.collect()
+    return group() is not None
+
+
+def test_nothing_keeps_a_process_group_that_is_destroyed(on_two_ranks):
+    """Gloo's threads would outlive the interpreter, which aborts a job that was done."""
+    assert on_two_ranks(group_outlives_its_end) == [False, False]
