@@ -67,9 +67,15 @@ def imported(path: str) -> Any:
 
 def rebuild(kind: type, init_args: dict[str, Any]) -> Any:
     """Return the live object of a class and its described arguments."""
+    parser = _parser(kind)
+    return kind(**parser.instantiate(parser.parse_object(init_args)).as_dict())
+
+
+@functools.lru_cache(maxsize=64)  # to read signatures and docstrings takes most of the time
+def _parser(kind: type) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, fail_untyped=False)
-    return kind(**parser.instantiate(parser.parse_object(init_args)).as_dict())
+    return parser
 
 
 def _walk(value: Any, describe_leaf: Callable[[Any], Any]) -> Any:

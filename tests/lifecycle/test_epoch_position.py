@@ -5,7 +5,6 @@ validates, how many batches an optimizer step takes, averages of weights, and lo
 """
 
 import logging
-import os
 from collections import Counter
 from itertools import product
 
@@ -36,10 +35,9 @@ ALL = [dict(zip(FACTORS, values, strict=True)) for values in product(*FACTORS.va
 
 @pytest.fixture(scope="module", autouse=True)
 def fast():
-    """Files need not outlast a loss of power, and nobody reads what Lightning says."""
+    """Nobody reads what Lightning says."""
     logging.disable(logging.INFO)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
         yield
     logging.disable(logging.NOTSET)

@@ -16,9 +16,24 @@ def no_pictures(request, monkeypatch):
         monkeypatch.setattr(Figure, "savefig", _blank)
 
 
+class _NoFigure:
+    """A figure, and all that is made on it, on which nothing is drawn."""
+
+    def __init__(self, **_):
+        pass
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *_, **__):
+        return self
+
+    savefig = _blank
+
+
 @pytest.fixture(scope="module")
 def no_pictures_in_module():
-    """Write blank pictures, in fixtures of the module too."""
+    """Draw nothing and write blank pictures, in fixtures of the module too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", _blank)
+        patch.setattr("matplotlib.figure.Figure", _NoFigure)
         yield
