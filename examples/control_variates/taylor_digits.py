@@ -114,23 +114,23 @@ def candidates(quick: bool) -> list[Candidate]:
     return found + [Candidate(name, draws=each) for name, each in draws.items()]
 
 
-def network(width: int) -> UNet2DModel:
+def network(widths: list[int]) -> UNet2DModel:
     return UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
-        block_out_channels=[width, 2 * width],
+        block_out_channels=widths,
         layers_per_block=1,
         norm_num_groups=8,
-        down_block_types=["DownBlock2D"] * 2,
-        up_block_types=["UpBlock2D"] * 2,
+        down_block_types=["DownBlock2D"] * len(widths),
+        up_block_types=["UpBlock2D"] * len(widths),
         num_class_embeds=11,
     )
 
 
 def build(options: argparse.Namespace, **slots: Any) -> DiffusionModule:
     return DiffusionModule(
-        network(options.width),
+        network(options.widths),
         schedule=SCHEDULES[options.schedule](),
         num_classes=10,
         label_dropout=0.1,
@@ -553,11 +553,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/taylor_digits"))
     parser.add_argument("--quick", action="store_true", help="run for some seconds, as a test")
     options = parser.parse_args()
-    settings: dict[str, Any] = {"batch": 128, "width": 32, "sampler_steps": 18, "evaluations": 10}
+    settings: dict[str, Any] = {"batch": 128, "widths": [32, 64], "sampler_steps": 18, "evaluations": 10}
     settings |= {"level_batch": 8, "levels": LEVELS, "orders": (0, 1, 2)}
     if options.quick:
-        settings |= {"batch": 32, "width": 8, "sampler_steps": 2, "evaluations": 2, "samples": 40}
-        settings |= {"level_batch": 2, "levels": (0.002, 0.3), "orders": (0, 1), "repeats": 6}
+        settings |= {"batch": 32, "widths": [8], "sampler_steps": 2, "evaluations": 2, "samples": 40}
+        settings |= {"level_batch": 2, "levels": (0.002, 0.3), "orders": (1,), "repeats": 6}
         settings |= {"steps": 4, "early": 2, "seeds": 1, "budget": 0.5}
     vars(options).update(settings)
     return options
