@@ -87,9 +87,9 @@ class Arm:
     slots: dict[str, Any] = field(default_factory=dict)
 
 
-def arms() -> dict[str, Arm]:
-    closing = TaylorCV(refit_every_n_steps=100)
-    opened = TaylorCV(gate="open", refit_every_n_steps=50)
+def arms(options: argparse.Namespace) -> dict[str, Arm]:
+    closing = TaylorCV(refit_every_n_steps=100, bins=options.bins)
+    opened = TaylorCV(gate="open", refit_every_n_steps=50, bins=options.bins)
     return {
         "plain": Arm(),
         "Taylor 0, gate auto": Arm(slots={"control_variate": closing}),
@@ -99,38 +99,38 @@ def arms() -> dict[str, Arm]:
     }
 
 
-def candidates(quick: bool) -> list[Candidate]:
+def candidates(options: argparse.Namespace) -> list[Candidate]:
     variates = {
-        "Taylor 0, gate auto": TaylorCV(),
-        "Taylor 0": TaylorCV(gate="open"),
+        "Taylor 0, gate auto": TaylorCV(bins=options.bins),
+        "Taylor 0": TaylorCV(gate="open", bins=options.bins),
         "Taylor 0, β = 1 below 0.3": TaylorCV(gate=(0.0, 0.3), coefficient=1.0),
         "Taylor 0, β of the loss": TaylorCV(gate="open", control="objective"),
         "Taylor 1, Rademacher": TaylorCV(1, "rademacher", gate="open"),
     }
-    if quick:
+    if options.quick:
         variates = {name: variates[name] for name in ("Taylor 0, gate auto", "Taylor 0")}
     draws = {"pairs": CARV(2, antithetic=True), "strata": CARV(1)}
     found = [Candidate(name, control_variate=each) for name, each in variates.items()]
     return found + [Candidate(name, draws=each) for name, each in draws.items()]
 
 
-def network(width: int) -> UNet2DModel:
+def network(widths: list[int]) -> UNet2DModel:
     return UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
-        block_out_channels=[width, 2 * width],
+        block_out_channels=widths,
         layers_per_block=1,
         norm_num_groups=8,
-        down_block_types=["DownBlock2D"] * 2,
-        up_block_types=["UpBlock2D"] * 2,
+        down_block_types=["DownBlock2D"] * len(widths),
+        up_block_types=["UpBlock2D"] * len(widths),
         num_class_embeds=11,
     )
 
 
 def build(options: argparse.Namespace, **slots: Any) -> DiffusionModule:
     return DiffusionModule(
-        network(options.width),
+        network(options.widths),
         schedule=SCHEDULES[options.schedule](),
         num_classes=10,
         label_dropout=0.1,
@@ -213,7 +213,7 @@ class Watch(Callback):
 def train(options: argparse.Namespace, name: str, seed: int) -> tuple[Results, list[Any]]:
     """Train once; return losses, seconds and distance, and the early and the final weights."""
     seed_everything(seed, verbose=False)
-    arm = arms()[name]
+    arm = arms(options)[name]
     module = build(options, **arm.slots)
     data = Digits(batch_size=int(arm.batch * options.batch))
     watch = Watch(options.steps // options.evaluations, options.early)
@@ -255,7 +255,9 @@ def audit_of_orders(options: argparse.Namespace) -> Audit:
     data = Digits(batch_size=options.batch)
     fit(module, data, 4 * options.steps)
     rivals = [
-        Candidate(f"Taylor {order}", control_variate=TaylorCV(order, gate="open"))
+        Candidate(
+            f"Taylor {order}", control_variate=TaylorCV(order, gate="open", bins=options.bins)
+        )
         for order in options.orders
     ]
     rivals.append(Candidate("pairs", draws=CARV(2, antithetic=True)))
@@ -349,7 +351,7 @@ def measure(options: argparse.Namespace, results: Results) -> None:
     def store() -> None:
         (options.folder / "results.json").write_text(json.dumps(results, indent=1))
 
-    results |= {"training": {name: [] for name in arms()}, "audits": {}, "levels": {}}
+    results |= {"training": {name: [] for name in arms(options)}, "audits": {}, "levels": {}}
     weights = train_arms(options, results, seed=0)
     store()
     for name, state in list(weights.items())[-1 if options.quick else 0 :]:
@@ -377,7 +379,7 @@ def measure_at(options: argparse.Namespace, name: str, weights: Any, results: Re
     seed_everything(0, verbose=False)
     module, data = build(options), Digits(batch_size=options.batch)
     module.network.load_state_dict(weights)
-    found = audit(module, data, candidates(options.quick), budget=options.budget, progress=False)
+    found = audit(module, data, candidates(options), budget=options.budget, progress=False)
     results["audits"][name] = audited(found)
     print(audit_table(name, results["audits"][name]), flush=True)
 
@@ -553,12 +555,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/taylor_digits"))
     parser.add_argument("--quick", action="store_true", help="run for some seconds, as a test")
     options = parser.parse_args()
-    settings: dict[str, Any] = {"batch": 128, "width": 32, "sampler_steps": 18, "evaluations": 10}
-    settings |= {"level_batch": 8, "levels": LEVELS, "orders": (0, 1, 2)}
+    settings: dict[str, Any] = {"batch": 128, "widths": [32, 64], "sampler_steps": 18, "evaluations": 10}
+    settings |= {"level_batch": 8, "levels": LEVELS, "orders": (0, 1, 2), "bins": 8}
     if options.quick:
-        settings |= {"batch": 32, "width": 8, "sampler_steps": 2, "evaluations": 2, "samples": 40}
-        settings |= {"level_batch": 2, "levels": (0.002, 0.3), "orders": (0, 1), "repeats": 6}
-        settings |= {"steps": 4, "early": 2, "seeds": 1, "budget": 0.5}
+        settings |= {"batch": 32, "widths": [8], "sampler_steps": 2, "evaluations": 2, "samples": 40}
+        settings |= {"level_batch": 2, "levels": (0.002, 0.3), "orders": (1,), "repeats": 6}
+        settings |= {"steps": 4, "early": 2, "seeds": 1, "budget": 0.1, "bins": 2}
     vars(options).update(settings)
     return options
 

@@ -95,8 +95,8 @@ ARMS: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
 class Truth:
     """Noised points of a validation set and their exact posterior means under the training set."""
 
-    def __init__(self, name: str) -> None:
-        data = SETS[name](num_samples=POINTS)
+    def __init__(self, name: str, size: int) -> None:
+        data = SETS[name](num_samples=size)
         data.setup("fit")
         train, held_out = (loader.dataset for loader in loaders(data))
         references = References.prepare(points(train))
@@ -147,7 +147,9 @@ def points(dataset: Any) -> Tensor:
     return torch.stack([dataset[i]["x0"] for i in range(len(dataset))])
 
 
-def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: int) -> dict:
+def train(
+    workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: int, size: int
+) -> dict:
     """Train one arm and return its errors, seconds and open fraction."""
     seed_everything(seed, verbose=False)
     batch_size, slots = ARMS[arm]
@@ -161,7 +163,7 @@ def train(workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: i
         lr_scheduler=partial(CosineAnnealingLR, T_max=steps),
         **slots(),
     )
-    data = SETS[name](batch_size=batch_size, num_samples=POINTS)
+    data = SETS[name](batch_size=batch_size, num_samples=size)
     history = History(truth, steps // EVALUATIONS)
     trainer = Trainer(
         accelerator="cpu",
@@ -244,16 +246,17 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     options.folder.mkdir(parents=True, exist_ok=True)
     workloads = WORKLOADS[:1] if options.quick else WORKLOADS
-    seeds, steps = (1, 100) if options.quick else (options.seeds, options.steps)
+    seeds, steps = (1, 70) if options.quick else (options.seeds, options.steps)
+    size = POINTS // 16 if options.quick else POINTS
 
     begin = time.perf_counter()
     runs: list[dict] = []
     for workload in workloads:
-        truth = Truth(workload[0])
+        truth = Truth(workload[0], size)
         for arm in ARMS:
             if arm in SLOW and workload != WORKLOADS[0]:
                 continue
-            runs += [train(workload, arm, truth, seed, steps) for seed in range(seeds)]
+            runs += [train(workload, arm, truth, seed, steps, size) for seed in range(seeds)]
         (options.folder / "runs.json").write_text(json.dumps(runs))
         report(runs, workload)
     draw(runs, workloads, options.folder / "taylor_small_batches.png")

@@ -141,11 +141,11 @@ def build(options: argparse.Namespace, draws: CARV, weights: Path | None = None)
             sample_size=LATENT_SIDE,
             in_channels=channels,
             out_channels=channels,
-            block_out_channels=[16, 32],
+            block_out_channels=options.widths,
             layers_per_block=1,
             norm_num_groups=8,
-            down_block_types=["DownBlock2D"] * 2,
-            up_block_types=["UpBlock2D"] * 2,
+            down_block_types=["DownBlock2D"] * len(options.widths),
+            up_block_types=["UpBlock2D"] * len(options.widths),
             add_attention=False,
         ),
         draws=draws,
@@ -524,10 +524,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/latent_resampling"))
     parser.add_argument("--quick", action="store_true", help="run for a few seconds, as a test")
     options = parser.parse_args()
-    options.resamples = [1, 2, 4, 8, 16]
+    options.resamples, options.widths = [1, 2, 4, 8, 16], [16, 32]
     if options.quick:
         quick = {"image_size": 16, "vae_width": 4, "samples": 8, "vae_steps": 3, "steps": 3}
-        quick |= {"batches": 8, "rounds": 2, "seeds": 1, "resamples": [1, 2, 4]}
+        quick |= {"batches": 8, "rounds": 2, "seeds": 1, "resamples": [1, 2, 4], "widths": [8]}
         vars(options).update(quick)
     return options
 

@@ -34,13 +34,13 @@ WORKLOADS = {
 }
 
 
-def trained(settings: dict[str, Any], steps: int):
+def trained(settings: dict[str, Any], steps: int, width: int):
     seed_everything(0)
     network = UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
-        block_out_channels=[32, 64],
+        block_out_channels=[width, 2 * width],
         layers_per_block=1,
         norm_num_groups=8,
         down_block_types=["DownBlock2D"] * 2,
@@ -97,10 +97,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--width", type=int, default=32, help="of the network")
     options = parser.parse_args()
     rows = []
     for name, settings in WORKLOADS.items():
-        found = moments(*trained(settings, options.steps), options.batches)
+        found = moments(*trained(settings, options.steps, options.width), options.batches)
         rows.append((name, [remaining(found[0], learned) for learned in found]))
     print(f"{'':26}{'best q':>10}{'gradient':>10}{'loss':>10}")
     for name, values in rows:

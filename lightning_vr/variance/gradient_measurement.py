@@ -137,7 +137,7 @@ class GradientMeasurement:
     def _per_sample(self, parts: list["_Part"], key: tuple[int | str, ...]) -> list[Components]:
         for clean, *_ in parts:
             _check_units(len(clean.x0))
-        with preserve_global_rng(), uncompiled(), _SameTensors(), sdpa_kernel(SDPBackend.MATH):
+        with preserve_global_rng(), uncompiled(), sdpa_kernel(SDPBackend.MATH):
             rows = concatenated([interleaved(self._draws(*part)) for part in parts])
             parameters, fixed = aliases(self.loss)
             set_global_rng(self.source(*key, "global"))
@@ -152,7 +152,9 @@ class GradientMeasurement:
             chunk = _chunk(sum(p.numel() for p in parameters.values()))
             for start, stop in _slices(len(parts), size, chunk):
                 part = mapped(rows, lambda x: x[start:stop, None])  # noqa: B023
-                found = self._unscaled(gradients(parameters, part).values())
+                with _SameTensors():
+                    taken = gradients(parameters, part)
+                found = self._unscaled(taken.values())
                 for first in range(0, stop - start, size):
                     own = sums[(start + first) // size]
                     own.add([gradient[first : first + size] for gradient in found])
@@ -213,11 +215,11 @@ class GradientMeasurement:
 
     def _upstream(self, rows: Rows, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Return gradients of the parameters that have made the rows."""
-        parameters = [p for p in self.loss.parameters() if p.requires_grad]
         sources = [x for x in leaves(rows) if x.requires_grad]
         pairs = [(x, g) for x, g in zip(sources, cotangents, strict=True) if g is not None]
         if not pairs:
-            return [None] * len(parameters)
+            return [None] * len(self.groups)
+        parameters = [p for p in self.loss.parameters() if p.requires_grad]
         outputs, given = zip(*pairs, strict=True)
         return torch.autograd.grad(outputs, parameters, given, retain_graph=True, allow_unused=True)
 

@@ -18,7 +18,9 @@ class Clock:
         return self.now
 
 
-@pytest.fixture(autouse=True)
-def looks(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def looks():
     """Count budgets in looks: what is measured, and how often, is not left to the machine."""
-    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=Clock()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "time", SimpleNamespace(perf_counter=Clock()))
+        yield

@@ -114,7 +114,7 @@ def measured(monkeypatch):
 
 def test_resamples_are_recommended_where_encoding_is_dear_and_not_where_it_is_free(counted):
     rivals = [Candidate("4 resamples", draws=CARV(4))]
-    dear = audit(upstream(work=30), Points(), rivals, budget=300, progress=False)
+    dear = audit(upstream(work=30), Points(), rivals, budget=150, progress=False)
     assert dear.recommended.name == "4 resamples"
     assert dear.recommended.efficiency.low > 3
     assert dear.recommended.draws_per_sample == 4
@@ -122,7 +122,7 @@ def test_resamples_are_recommended_where_encoding_is_dear_and_not_where_it_is_fr
     assert best > 4
     assert gain > 2
 
-    free = audit(upstream(), Points(1.0), rivals, budget=300, progress=False)
+    free = audit(upstream(), Points(1.0), rivals, budget=150, progress=False)
     assert free.recommended is None
     assert free.estimators[1].multiplier.high < 1
     assert free.resamples[0] == 1
@@ -131,7 +131,7 @@ def test_resamples_are_recommended_where_encoding_is_dear_and_not_where_it_is_fr
 
 def test_k_independent_draws_of_a_sample_have_the_kth_part_of_the_variance_within_it():
     rivals = [Candidate("four", draws=CARV(4, scope="none"))]
-    found = audit(upstream(), Points(spread=0.0), rivals, budget=300, progress=False)
+    found = audit(upstream(), Points(spread=0.0), rivals, budget=150, progress=False)
     efficiency = found.estimators[1].efficiency
     assert efficiency.low < 4 < efficiency.high
     assert efficiency.high - efficiency.low < 2
@@ -140,9 +140,9 @@ def test_k_independent_draws_of_a_sample_have_the_kth_part_of_the_variance_withi
 
 
 def test_the_best_number_of_draws_is_found_from_any_number(counted):
-    by_one = audit(upstream(work=30), Points(0.5), [], budget=300, progress=False)
+    by_one = audit(upstream(work=30), Points(0.5), [], budget=150, progress=False)
     by_four = audit(
-        upstream(CARV(4, scope="none"), work=30), Points(0.5), [], budget=300, progress=False
+        upstream(CARV(4, scope="none"), work=30), Points(0.5), [], budget=150, progress=False
     )
     assert by_four.current.draws_per_sample == 4
     for found in (by_one, by_four):
@@ -193,7 +193,7 @@ def test_what_the_modules_proposal_has_learned_in_training_is_what_is_measured(m
 
 def test_draws_that_choose_k_are_measured_at_the_k_that_they_would_choose(measured, counted):
     model = upstream(CARV("auto", max_resamples=8), work=30)
-    found = audit(model, Points(), [Candidate("one", draws=IID())], budget=100, progress=False)
+    found = audit(model, Points(), [Candidate("one", draws=IID())], budget=60, progress=False)
     assert found.current.draws_per_sample == 8
     assert found.estimators[1].draws_per_sample == 1
     assert found.estimators[1].efficiency.high < 1
@@ -221,7 +221,7 @@ def test_a_candidate_that_surely_loses_is_not_measured_to_the_end(measured, coun
     # weights of 5 in nine tenths of p: at equal seconds several times the variance
     worse = CARV(1, TableProposal([1.0, *[0.02] * 9]), scope="none")
     found = audit(
-        upstream(), Points(), [Candidate("worse", draws=worse)], budget=300, progress=False
+        upstream(), Points(), [Candidate("worse", draws=worse)], budget=150, progress=False
     )
     counts = [sum(isinstance(draws, kind) for draws, _ in measured) for kind in (IID, CARV)]
     assert counts[1] == 3

@@ -46,7 +46,7 @@ def test_an_audit_is_compared_with_training(tmp_path, monkeypatch, capsys):
     settings = example["main"].__globals__
     monkeypatch.setitem(settings, "EVALUATIONS", 4)
     monkeypatch.setitem(settings, "WORKLOADS", {"eight_gaussians": 12})
-    arguments = ["--seeds", "2", "--budget", "1", "--folder", str(tmp_path)]
+    arguments = ["--seeds", "2", "--budget", "0.1", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["audit_against_training.py", *arguments])
     example["main"]()
     printed = capsys.readouterr().out
@@ -93,7 +93,8 @@ def test_strata_are_drawn(tmp_path, monkeypatch):
 
 
 def test_learned_proposals_are_compared_with_the_best(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["learned_proposals.py", "--steps", "2", "--batches", "1"])
+    arguments = ["--steps", "2", "--batches", "1", "--width", "8"]
+    monkeypatch.setattr(sys, "argv", ["learned_proposals.py", *arguments])
     runpy.run_path(str(EXAMPLES / "expensive_encode/learned_proposals.py"), run_name="__main__")
     printed = capsys.readouterr().out.splitlines()
     rows = [line for line in printed if line.startswith(("EDM", "VE", "VP", "rectified"))]
