@@ -15,8 +15,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_vr.callbacks.asked_conditions import Asked, asked, validated
 from lightning_vr.core.rng import generator, preserve_global_rng
 from lightning_vr.core.validation import check_at_least
+from lightning_vr.data.conditions import Conditions, ConditionsSource
 from lightning_vr.lifecycle.weight_averaging import averaged_weights
 from lightning_vr.process.sampling import evaluating
 from lightning_vr.training.module import DiffusionModule
@@ -31,11 +33,18 @@ class AfterValidation(Callback, ABC):
     Args:
         sample: Generates samples of a module that is no ``DiffusionModule``.
         every_n_validations: Evaluate after every n-th validation run of a fit.
+        conditions: What samples are conditioned on: a file of prompts or labels, or its columns.
     """
 
-    def __init__(self, sample: SampleFunction | None, every_n_validations: int) -> None:
+    def __init__(
+        self,
+        sample: SampleFunction | None,
+        every_n_validations: int,
+        conditions: ConditionsSource | None,
+    ) -> None:
         check_at_least("every_n_validations", every_n_validations, 1)
         self.sample = sample
+        self.conditions = None if conditions is None else Conditions.of(conditions)
         self.every_n_validations = every_n_validations
         self._validations = 0
 
@@ -53,12 +62,15 @@ class AfterValidation(Callback, ABC):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise if the trainer never validates."""
+        """Raise if the trainer never validates, or if the module does not take the conditions."""
         if not trainer.enable_validation:
             raise MisconfigurationException(
                 f"{type(self).__name__} samples after each validation run, but this trainer does "
                 f"not validate: give a validation DataLoader and a `limit_val_batches` above 0."
             )
+        if self.conditions is not None and isinstance(pl_module, DiffusionModule):
+            with preserve_global_rng():
+                asked(self.conditions, pl_module, torch.arange(len(self.conditions)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate with the averaged weights, if a callback keeps some."""
@@ -82,18 +94,28 @@ class AfterValidation(Callback, ABC):
         """Restore the number of validation runs."""
         self._validations = state_dict["validations"]
 
-    def generate(self, module: LightningModule, count: int, key: str, start: int = 0) -> Tensor:
+    def asked(self, module: DiffusionModule, numbers: Tensor, each: int = 1) -> Asked:
+        """Return what samples ``numbers (n,)`` are conditioned on."""
+        if self.conditions is not None:
+            return asked(self.conditions, module, numbers // each)
+        return validated(module.trainer, module, numbers // each)
+
+    def generate(
+        self, module: LightningModule, count: int, key: str, start: int = 0, *, each: int = 1
+    ) -> Tensor:
         """Return ``count`` decoded samples of the stream ``key``, from number ``start`` on.
 
-        They depend on the run's seed, the key and the start alone. Sample i has class i modulo the
-        number of classes, if there are classes.
+        They depend on the run's seed, the key and the start alone. Sample i has row ``i // each``
+        of ``conditions``, or else the condition of that validation sample, cycled over; without a
+        condition beside classes it has class i modulo their number.
         """
         with module.trainer.precision_plugin.forward_context():
             if self.sample is None and isinstance(module, DiffusionModule):
                 numbers = torch.arange(start, start + count)
-                group = numbers % module.num_classes if module.num_classes else None
+                group, cond = self.asked(module, numbers, each)
                 source = generator(module.run_seed, key, start, device=module.device)
-                return module.decode(module.sample(count, group=group, source=source))
+                samples = module.sample(count, group=group, cond=cond, source=source)
+                return module.decode(samples)
             assert self.sample is not None
             with preserve_global_rng(), torch.no_grad(), evaluating(module):
                 torch.manual_seed(generator(torch.initial_seed(), key, start).initial_seed())

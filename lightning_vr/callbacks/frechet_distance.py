@@ -17,6 +17,7 @@ from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunct
 from lightning_vr.callbacks.training_samples import finite_rows
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.progress import progress_bar
+from lightning_vr.data.conditions import ConditionsSource
 from lightning_vr.lifecycle.loggers import log_numbers
 from lightning_vr.lifecycle.training_set import training_batches, training_loader
 from lightning_vr.metrics import Features, FrechetMetric, IdentityFeatures, RandomConvFeatures
@@ -41,6 +42,8 @@ class FrechetDistance(AfterValidation):
         every_n_validations: Evaluate after every n-th validation run of a fit.
         sample: A function ``(module, count) -> samples`` for modules that are no DiffusionModule.
         clean: A function from a training batch to real samples, for such modules.
+        conditions: What samples are conditioned on: a file of prompts or labels, or its columns;
+            what validation data has if not given.
 
     Raises:
         ValueError: If there are no more samples than features, so that no covariance has full rank.
@@ -54,8 +57,9 @@ class FrechetDistance(AfterValidation):
         every_n_validations: int = 1,
         sample: SampleFunction | None = None,
         clean: Callable[[Any], Tensor] | None = None,
+        conditions: ConditionsSource | None = None,
     ) -> None:
-        super().__init__(sample, every_n_validations)
+        super().__init__(sample, every_n_validations, conditions)
         self.features = features
         self.samples = samples
         self.real_samples = real_samples

@@ -9,19 +9,23 @@ from torch import Tensor
 
 from lightning_vr.callbacks.pictures import is_picture, save_picture
 from lightning_vr.core.distributed import all_gather_numbers, all_gather_rows
+from lightning_vr.data.conditions import Conditions
 from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import run_folder
+
+_WIDEST = 100
+"""Columns of the widest grid, one for each condition."""
 
 
 class SampleWriter(Callback):
     """Gathers the samples of all ranks batch by batch and writes samples.npz and samples.png.
 
     Args:
-        num_classes: Number of classes that the samples cycle over, if the module has classes.
+        conditions: What the samples are conditioned on, cycled over, or None; written beside them.
     """
 
-    def __init__(self, num_classes: int | None) -> None:
-        self.num_classes = num_classes
+    def __init__(self, conditions: Conditions | None) -> None:
+        self.conditions = conditions
         self._samples: list[Tensor] = []
         self._positions: list[Tensor] = []
         self._empty: list[Tensor] = []
@@ -54,13 +58,17 @@ class SampleWriter(Callback):
         samples = self._in_order()
         names = ["samples.npz"]
         arrays: dict[str, Any] = {"samples": samples.numpy()}
-        if self.num_classes is not None:
-            arrays["labels"] = np.arange(len(samples)) % self.num_classes
+        if self.conditions is not None:
+            rows = self.conditions.rows(torch.arange(len(samples)))
+            arrays |= {name: np.asarray(x) for name, x in rows.columns.items()}
+            arrays |= {} if rows.labels is None else {"labels": rows.labels.numpy()}
         with replacing(folder / "samples.npz") as file:
             np.savez(file, **arrays)
         if is_picture(tuple(samples.shape[1:])):
             names.append("samples.png")
-            save_picture(samples, folder / "samples.png", columns=self.num_classes)
+            count = None if self.conditions is None else len(self.conditions)
+            columns = count if count is not None and count <= _WIDEST else None
+            save_picture(samples, folder / "samples.png", columns=columns)
         print(f"{len(samples)} samples in {folder}: {', '.join(names)}")
 
     def _gather(self, trainer: Trainer, samples: Tensor, positions: Tensor) -> None:

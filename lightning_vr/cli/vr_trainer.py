@@ -1,6 +1,7 @@
 """Lightning's trainer with a ``predict`` that draws samples and an ``audit``."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_vr.auditing.report import save, table
 from lightning_vr.auditing.run import audit as run_audit
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.core.validation import check_at_least
+from lightning_vr.data.conditions import Conditions, ConditionsSource
 from lightning_vr.lifecycle.checkpoints import load_training_weights, read_checkpoint
 from lightning_vr.lifecycle.loggers import run_folder
 from lightning_vr.training.module import DiffusionModule
@@ -64,6 +66,7 @@ class VRTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         num_samples: PositiveInt = 100,
         batch_size: PositiveInt = 256,
+        conditions: ConditionsSource | None = None,
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -72,8 +75,10 @@ class VRTrainer(Trainer):
         Args:
             model: A module; the weights come from ``ckpt_path``.
             datamodule: Ignored.
-            num_samples: How many; classes are cycled over.
+            num_samples: How many; conditions are cycled over, or classes without any.
             batch_size: How many at a time, on each process.
+            conditions: What samples are conditioned on: a CSV file that names its columns, 'label'
+                for classes and others for `encode_condition`, or a text file of one prompt a line.
             ckpt_path: The checkpoint to draw from: a file, or 'last' for that of the newest run.
             weights_only: As ``torch.load`` takes it.
 
@@ -87,15 +92,16 @@ class VRTrainer(Trainer):
             )
         # each process draws at least one sample
         check_at_least("num_samples", num_samples, self.world_size)
-        classes = model.num_classes or 1
-        requests: Any = [
-            {"index": torch.tensor(i), "label": torch.tensor(i % classes)}
-            for i in range(num_samples)
-        ]
-        loader: DataLoader[Any] = DataLoader(requests, batch_size)
+        asked = None if conditions is None else Conditions.of(conditions)
+        if asked is None and model.num_classes is not None:
+            asked = Conditions({}, torch.arange(model.num_classes))
+        numbers: Any = range(num_samples)
+        loader: DataLoader[Any] = DataLoader(
+            numbers, batch_size, collate_fn=partial(_requests, asked)
+        )
         # requests cost nothing to load
         warnings.filterwarnings("ignore", "The 'predict_dataloader' does not have many workers")
-        writer = SampleWriter(model.num_classes)
+        writer = SampleWriter(asked)
         self.callbacks.append(writer)  # type: ignore[attr-defined]
         try:
             super().predict(
@@ -107,3 +113,13 @@ class VRTrainer(Trainer):
             )
         finally:
             self.callbacks.remove(writer)  # type: ignore[attr-defined]
+
+
+def _requests(conditions: Conditions | None, numbers: list[int]) -> dict[str, Any]:
+    """Return what ``predict_step`` takes: the samples' numbers and what they are conditioned on."""
+    index = torch.tensor(numbers)
+    if conditions is None:
+        return {"index": index}
+    rows = conditions.rows(index)
+    label = {} if rows.labels is None else {"label": rows.labels}
+    return {"index": index, **label, **rows.columns}

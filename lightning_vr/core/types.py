@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_vr.core.conditions import Condition, condition_rows
+
 UNLABELLED = -1
 """The group of a row whose label is dropped or unknown: every reference is exchangeable with it."""
 
@@ -23,8 +25,9 @@ class Clean:
         group: Class labels ``(B,)``, int64, that the network is conditioned on, or None.
             Samples of one group are exchangeable.
         cond: Any further condition of the network (text, an image), as keyword arguments of the
-            network or None. Samples with a condition have no exchangeable references, unless
-            ``cond_group`` says which share it.
+            network or None: tensors of B rows, or of one row for all, or dictionaries of these.
+            Samples with a condition have no exchangeable references, unless ``cond_group`` says
+            which share it.
         index: Positions in the training set ``(B,)``, int64, or None.
         cond_group: A number for each condition ``(B,)``, int64, not negative, or None. Samples
             that share it and their class are exchangeable: augmentations that the network is
@@ -33,7 +36,7 @@ class Clean:
 
     x0: Tensor
     group: Tensor | None = None
-    cond: dict[str, Any] | None = None
+    cond: Condition | None = None
     index: Tensor | None = None
     cond_group: Tensor | None = None
 
@@ -45,10 +48,9 @@ class Clean:
     def rows(self, index: Any) -> "Clean":
         """Return the samples at ``index``, a slice or positions ``(n,)``."""
         group = None if self.group is None else self.group[index]
-        cond = None if self.cond is None else {k: v[index] for k, v in self.cond.items()}
         own = None if self.index is None else self.index[index]
         cond_group = None if self.cond_group is None else self.cond_group[index]
-        return Clean(self.x0[index], group, cond, own, cond_group)
+        return Clean(self.x0[index], group, condition_rows(self.cond, index), own, cond_group)
 
     def repeated(self, count: int) -> "Clean":
         """Return ``count`` copies of each sample next to each other."""
@@ -105,7 +107,8 @@ class Noised:
             the network's output ``(B,)``, or None where that is not known as one number.
         probes: Random directions ``(B, m, *)`` that a control variate measures traces along, or
             None.
-        cond_group: A number for each condition ``(B,)``, or None.
+        cond_group: A number for each condition ``(B,)``, ``UNLABELLED`` where it is dropped, or
+            None.
     """
 
     xt: Tensor
@@ -116,7 +119,7 @@ class Noised:
     sigma: Tensor
     weight: Tensor
     group: Tensor | None = None
-    cond: dict[str, Any] | None = None
+    cond: Condition | None = None
     index: Tensor | None = None
     loss_weight: Tensor | None = None
     probes: Tensor | None = None

@@ -3,6 +3,7 @@
 The room imports ``core`` alone.
 """
 
+from lightning_vr.data.conditions import Conditions
 from lightning_vr.data.datamodule import SplitDataModule
 from lightning_vr.data.dataset import InMemoryDataset, SampleDataset
 from lightning_vr.data.digits import Digits, digits
@@ -15,6 +16,7 @@ from lightning_vr.data.two_gaussians import TwoGaussians, two_gaussians_target_v
 
 __all__ = [
     "Checkerboard",
+    "Conditions",
     "Digits",
     "EightGaussians",
     "GaussianMixture",

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_vr.core.conditions import Condition, replaced
 from lightning_vr.core.types import (
     UNLABELLED,
     WHOLE_STEP,
@@ -110,10 +111,42 @@ def open_uniform(count: int, generator: torch.Generator) -> Tensor:
     return u.clamp(min=2.0**-54)
 
 
-def drop_labels(group: Tensor, fraction: float, source: torch.Generator) -> Tensor:
-    """Return labels ``(B,)`` of which a fraction, at random, is ``UNLABELLED``."""
-    u = torch.rand(len(group), generator=source, device=group.device, dtype=torch.float32)
-    return torch.where(u < fraction, UNLABELLED, group)
+def drop_conditions(
+    noised: Noised,
+    label_dropout: float,
+    cond_dropout: float,
+    null: Condition | None,
+    source: torch.Generator,
+) -> Noised:
+    """Drop labels and conditions at random, for classifier-free guidance (arXiv 2207.12598).
+
+    Both are dropped by one random number for each draw, so that of equal fractions both are dropped
+    together, as guidance leaves them out.
+
+    Args:
+        noised: B draws.
+        label_dropout: Fraction of labels that become ``UNLABELLED``.
+        cond_dropout: Fraction of conditions that become ``null``.
+        null: What stands for no condition, of one row.
+        source: Generator of the randomness.
+    """
+    drops_labels = label_dropout > 0 and noised.group is not None
+    drops_cond = cond_dropout > 0 and noised.cond is not None
+    if not (drops_labels or drops_cond):
+        return noised
+    device = noised.t.device
+    u = torch.rand(len(noised.t), generator=source, device=device, dtype=torch.float32)
+    if noised.group is not None:
+        noised = replace(noised, group=torch.where(u < label_dropout, UNLABELLED, noised.group))
+    if noised.cond is None or null is None:
+        return noised
+    dropped = u < cond_dropout
+    number = noised.cond_group
+    return replace(
+        noised,
+        cond=replaced(noised.cond, null, dropped),
+        cond_group=None if number is None else torch.where(dropped, UNLABELLED, number),
+    )
 
 
 def noise_samples(

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_vr.core.conditions import Condition, condition_rows, expanded
 from lightning_vr.core.progress import progress_bar
 from lightning_vr.core.validation import (
     check_at_least,
@@ -143,7 +144,8 @@ class Sampler:
         noise: Tensor,
         *,
         group: Tensor | None = None,
-        cond: dict[str, Any] | None = None,
+        cond: Condition | None = None,
+        null_cond: Condition | None = None,
         batch_size: int = 256,
         progress: bool = False,
     ) -> Tensor:
@@ -154,25 +156,19 @@ class Sampler:
             schedule: The schedule that it was trained with.
             noise: Standard normal numbers.
             group: Class labels ``(B,)``, or None.
-            cond: Further condition, one row per sample in each value.
+            cond: Further condition, one row per sample in each tensor, or None.
+            null_cond: What stands for no condition, of one row, or None.
             batch_size: Number of samples at a time.
             progress: Whether to show a progress bar if sampling takes longer than a second.
-
-        Raises:
-            ValueError: If guidance is to leave out a further condition, which it does not.
         """
         check_integer("batch_size", batch_size, 1)
-        if self.guidance != 1 and cond is not None:
-            raise ValueError(
-                f"`guidance` must be 1 with `cond`, which the network cannot be called without, "
-                f"got {self.guidance:g}: use Sampler(guidance=1)."
-            )
         parts = []
         for start in range(0, len(noise), batch_size):
             rows = slice(start, start + batch_size)
             labels = None if group is None else group[rows]
-            some = {name: value[rows] for name, value in (cond or {}).items()} or None
-            denoiser = self._guided(denoise, labels, some)
+            some = condition_rows(cond, rows)
+            null = None if null_cond is None else expanded(null_cond, len(noise[rows]))
+            denoiser = self._guided(denoise, labels, some, null)
             parts.append(self.solve(denoiser, schedule, noise[rows], progress=progress))
         return torch.cat(parts) if parts else noise
 
@@ -180,13 +176,16 @@ class Sampler:
         self,
         denoise: ConditionalDenoiser,
         group: Tensor | None,
-        cond: dict[str, Any] | None,
+        cond: Condition | None,
+        null: Condition | None,
     ) -> Denoiser:
         def denoiser(xt: Tensor, t: Tensor) -> Tensor:
             conditional = denoise(xt, t, group, cond)
-            if self.guidance == 1 or group is None:
+            if self.guidance == 1 or (group is None and null is None):
                 return conditional
-            return torch.lerp(denoise(xt, t, None, cond), conditional, self.guidance)
+            return torch.lerp(
+                denoise(xt, t, None, cond if null is None else null), conditional, self.guidance
+            )
 
         return denoiser
 

@@ -16,16 +16,13 @@ from lightning_vr.estimators.targets import Target
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.objective import Objective
-from lightning_vr.training.sample_arguments import check_guidance
 
 _LARGEST_PIXEL = 8.0
 """Above what latents of unit variance and standardised pixels reach."""
 
 
-def check_conditioning(
-    network: nn.Module, num_classes: int | None, label_dropout: float, guidance: float
-) -> None:
-    """Raise if classes, label dropout, guidance and embeddings do not fit together."""
+def check_conditioning(network: nn.Module, num_classes: int | None, label_dropout: float) -> None:
+    """Raise if classes, label dropout and embeddings do not fit together."""
     if num_classes is not None:
         check_at_least("num_classes", num_classes, 1)
     if not 0 <= label_dropout <= 1:
@@ -36,7 +33,6 @@ def check_conditioning(
         raise ValueError(
             f"`label_dropout` must be 0 without classes, got {label_dropout}: set `num_classes`."
         )
-    check_guidance(guidance, num_classes, label_dropout)
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     config = getattr(network, "config", None)
     settings = config if isinstance(config, Mapping) else vars(network)

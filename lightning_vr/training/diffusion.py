@@ -8,15 +8,14 @@ seed, the rank and whatever tells one draw from others, so that ranks draw diffe
 that resumes draws the same.
 """
 
-from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_vr.core.conditions import Condition, expanded
 from lightning_vr.core.devices import device_of, dtype_of
 from lightning_vr.core.gradients import mean_in_chunks
-from lightning_vr.core.keyed_module import KeyedModule
 from lightning_vr.core.rows import Rows, tensors
 from lightning_vr.core.types import (
     WHOLE_STEP,
@@ -28,7 +27,7 @@ from lightning_vr.core.types import (
     Times,
 )
 from lightning_vr.core.validation import check_choice, check_positive
-from lightning_vr.estimators.draws import IID, Draws, drop_labels
+from lightning_vr.estimators.draws import IID, Draws, drop_conditions
 from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
 from lightning_vr.estimators.slot import drop_control_variate
 from lightning_vr.estimators.targets import DSM, Target
@@ -49,9 +48,11 @@ from lightning_vr.training.checks import (
     check_objective,
     check_upstream,
 )
+from lightning_vr.training.guidance import check_cond_dropout, check_guidance
+from lightning_vr.training.upstream import NullCondition, Upstream
 
 
-class Diffusion(KeyedModule):
+class Diffusion(Upstream):
     """A diffusion model with pluggable estimators of its loss.
 
     Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
@@ -73,6 +74,9 @@ class Diffusion(KeyedModule):
         num_classes: Number of class labels that the network is conditioned on. Its embedding needs
             one more, the last, for dropped labels. Without it labels are ignored.
         label_dropout: Fraction of labels to drop, for classifier-free guidance.
+        cond_dropout: Fraction of further conditions to drop, together with labels where both are.
+        null_cond: What stands for a dropped condition: ``"zeros"``, or a row of numbers for each
+            name of the condition; what ``encode_null`` returns if not given.
         sampler: How samples are drawn; ``Sampler()`` if not given.
 
     Attributes:
@@ -94,13 +98,18 @@ class Diffusion(KeyedModule):
         sigma_data: float = 0.5,
         num_classes: int | None = None,
         label_dropout: float = 0.0,
+        cond_dropout: float = 0.0,
+        null_cond: NullCondition = None,
         sampler: Sampler | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, null_cond)
         check_choice("prediction", prediction, get_args(PredictionType))
         check_positive("sigma_data", sigma_data)
         self.sampler = sampler or Sampler()
-        check_conditioning(network, num_classes, label_dropout, self.sampler.guidance)
+        check_conditioning(network, num_classes, label_dropout)
+        check_cond_dropout(cond_dropout, has_null_cond=self.has_null_cond)
+        guidance = self.sampler.guidance
+        check_guidance(guidance, num_classes, label_dropout, has_null_cond=self.has_null_cond)
         self.network = network
         self.schedule = EDM() if schedule is None else as_schedule(schedule)
         self.prediction = prediction
@@ -110,8 +119,8 @@ class Diffusion(KeyedModule):
         self.target = target or DSM()
         self.control_variate = control_variate
         self.sigma_data = sigma_data
-        self.num_classes = num_classes
         self.label_dropout = label_dropout
+        self.cond_dropout = cond_dropout
         self.sampler.noise_levels(self.schedule)  # raises where its bounds do not fit the schedule
 
         if type(self).predict is Diffusion.predict:
@@ -124,26 +133,6 @@ class Diffusion(KeyedModule):
         self.sample_shape: tuple[int, ...] | None = None
         self.sample_calls = 0
         self._checked_modes: set[bool] = set()
-
-    def encode(self, batch: Any) -> Clean:
-        """Turn a batch into clean samples; override it for latents or conditions.
-
-        Unless overridden it takes what ``Clean.from_batch`` takes.
-        """
-        return Clean.from_batch(batch)
-
-    def clean(self, batch: Any) -> Clean:
-        """Encode a batch, without labels if the network is unconditional.
-
-        Samples are exchangeable given what the network is conditioned on, so labels that it does
-        not see must not mask references.
-        """
-        clean = self.encode(batch)
-        return clean if self.num_classes is not None else replace(clean, group=None)
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """Turn samples into pictures or other data; the identity unless overridden."""
-        return x0
 
     def predict(self, x: Tensor, noised: Noised) -> Tensor:
         """Call the network on scaled samples ``x (B, *)``; override it for other signatures."""
@@ -158,7 +147,7 @@ class Diffusion(KeyedModule):
         xt: Tensor,
         t: Tensor,
         group: Tensor | None = None,
-        cond: dict[str, Any] | None = None,
+        cond: Condition | None = None,
     ) -> Tensor:
         """Return x0_hat ``(B, *)`` for ``xt (B, *)`` at times ``t (B,)``.
 
@@ -222,8 +211,10 @@ class Diffusion(KeyedModule):
             target: Used in place of the model's own.
         """
         noised = (draws or self.draws).noise(clean, self.schedule, times, source)
-        if self.training and self.label_dropout > 0 and noised.group is not None:
-            noised = replace(noised, group=drop_labels(noised.group, self.label_dropout, source))
+        if self.training:
+            null = self.null_condition(noised.cond) if self.cond_dropout > 0 else None
+            fractions = self.label_dropout, self.cond_dropout
+            noised = drop_conditions(noised, *fractions, null, source)
         found = (target or self.target)(noised, clean, source)
         if self.control_variate is not None:
             noised = self.control_variate.draw(noised, source)
@@ -266,7 +257,7 @@ class Diffusion(KeyedModule):
         count: int,
         *,
         group: Tensor | list[int] | None = None,
-        cond: dict[str, Any] | None = None,
+        cond: Condition | None = None,
         shape: tuple[int, ...] | None = None,
         sampler: Sampler | None = None,
         source: torch.Generator | None = None,
@@ -279,7 +270,7 @@ class Diffusion(KeyedModule):
         Args:
             count: Number of samples.
             group: Class labels ``(count,)``, or None for samples without a class.
-            cond: Further condition, one row per sample in each tensor.
+            cond: Further condition, one row per sample in each tensor, or one for all.
             shape: Shape of one sample; that of the training data if not given.
             sampler: Used in place of the model's own.
             source: Generator of the noise, on the model's device; each call's own if not given.
@@ -287,12 +278,14 @@ class Diffusion(KeyedModule):
             batch_size: Number of samples at a time.
             progress: Whether to show a progress bar if it takes longer than a second.
         """
-        sampler, device, dropout = sampler or self.sampler, device_of(self), self.label_dropout
+        sampler, device = sampler or self.sampler, device_of(self)
         size = sample_arguments.size(count, shape, self.sample_shape)
-        guidance = getattr(sampler, "guidance", 1.0)
-        sample_arguments.check_guidance(guidance, self.num_classes, dropout)
+        dropout, guidance = self.label_dropout, sampler.guidance
         group = sample_arguments.labels(group, count, self.num_classes, dropout, device)
-        cond = sample_arguments.condition(cond, count, device)
+        cond = self.encode_null() if cond is None else cond
+        cond = None if cond is None else expanded(cond, count, device)
+        check_guidance(guidance, self.num_classes, dropout, has_null_cond=self.has_null_cond)
+        null = self.null_condition(cond) if guidance != 1 else None
         stream = sample_arguments.source(self, source, seed, self.sample_calls)
         self.sample_calls += source is None and seed is None
         noise = torch.randn(size, generator=stream, device=device, dtype=torch.float32)
@@ -303,6 +296,7 @@ class Diffusion(KeyedModule):
                 noise,
                 group=group,
                 cond=cond,
+                null_cond=null,
                 batch_size=batch_size,
                 progress=progress,
             )

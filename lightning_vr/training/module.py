@@ -38,6 +38,7 @@ from lightning_vr.training.reference_bank import fill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
 from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
 from lightning_vr.training.training_checks import check_optimization, check_ranks
+from lightning_vr.training.upstream import NullCondition
 
 
 class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
@@ -74,6 +75,8 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         sigma_data: SigmaData = 0.5,
         num_classes: int | None = None,
         label_dropout: float = 0.0,
+        cond_dropout: float = 0.0,
+        null_cond: NullCondition = None,
         sampler: Sampler | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -91,6 +94,8 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
             self.first_sigma_data(sigma_data),
             num_classes,
             label_dropout,
+            cond_dropout,
+            null_cond,
             sampler,
         )
         self._description = describe_arguments(self)
@@ -151,11 +156,18 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         """Log the plain denoising loss with fixed noise."""
         self._evaluation_step("test", batch, batch_idx)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Draw one sample for each request: a dictionary with ``"index"`` and maybe ``"label"``."""
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Draw one sample for each request.
+
+        Args:
+            batch: ``"index"``, and if there are any ``"label"`` and columns of conditions.
+            batch_idx: Number of the batch.
+        """
         source = self.generator("predict", batch_idx)
-        labels = batch.get("label") if self.num_classes is not None else None
-        x0 = self.sample(len(batch["index"]), group=labels, source=source, progress=True)
+        columns = {name: x for name, x in batch.items() if name not in ("index", "label")}
+        cond = self.encode_condition(columns) if columns else None
+        asked: dict[str, Any] = {"group": batch.get("label"), "cond": cond}
+        x0 = self.sample(len(batch["index"]), **asked, source=source, progress=True)
         return self.decode(x0)
 
     def denoise(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lightning_vr.core.devices import device_of, timed
 from lightning_vr.core.distributed import all_reduce_mean, broadcast, least
 from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
-from lightning_vr.core.rows import concatenated, tensors
+from lightning_vr.core.rows import concatenated, leaves, tensors
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.lifecycle.run_context import RunContext
@@ -209,8 +208,7 @@ class ResamplesPilot:
     def _upstream(self, batch: Any) -> None:
         """Run the upstream as training does: forward, and backward if it is trained."""
         clean = self.model.clean(batch)
-        made = [clean.x0, *(clean.cond or {}).values()]
-        outputs = [x for x in made if isinstance(x, Tensor) and x.requires_grad]
+        outputs = [x for x in (clean.x0, *leaves(clean.cond or {})) if x.requires_grad]
         if outputs:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
             cotangents = [torch.ones_like(x) for x in outputs]

@@ -11,30 +11,6 @@ from lightning_vr.core.keyed_module import KeyedModule
 from lightning_vr.core.validation import check_integer, check_labels
 
 
-def check_guidance(guidance: float, num_classes: int | None, label_dropout: float) -> None:
-    """Raise if the network was never trained without what guidance leaves out.
-
-    Args:
-        guidance: Scale of classifier-free guidance; 1 is none.
-        num_classes: Number of classes of the model, or None.
-        label_dropout: Fraction of labels that training drops.
-    """
-    if guidance == 1:
-        return
-    if num_classes is None:
-        raise ValueError(
-            f"`guidance` must be 1 without classes, got {guidance:g}: set `num_classes` and "
-            f"`label_dropout`, or use guidance 1."
-        )
-    if not 0 < label_dropout < 1:
-        labels = "dropped" if label_dropout == 0 else "seen"
-        raise ValueError(
-            f"`guidance` must be 1 if labels are never {labels} in training, as `label_dropout` is "
-            f"{label_dropout:g}, got {guidance:g}: train with a `label_dropout` of 0.1, or use "
-            f"guidance 1."
-        )
-
-
 def size(count: int, shape: Any, known: tuple[int, ...] | None) -> tuple[int, ...]:
     """Return the size of all samples ``(count, *shape)``.
 
@@ -102,32 +78,6 @@ def labels(
         )
     check_labels("group", found, num_classes, count)
     return found.to(device, torch.int64)
-
-
-def condition(
-    cond: dict[str, Any] | None, count: int, device: torch.device
-) -> dict[str, Any] | None:
-    """Return the further condition, with its tensors on the device.
-
-    Raises:
-        ValueError: If it is no dictionary, or a value has not one row for each sample.
-    """
-    if cond is None:
-        return None
-    if not isinstance(cond, dict):
-        raise ValueError(
-            f"`cond` must be a dictionary of the network's arguments, got {type(cond).__name__}: "
-            f"name them, as in {{'text': embeddings}}."
-        )
-    for name, value in cond.items():
-        rows = len(value) if hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0 else None
-        if rows != count or isinstance(value, str):
-            raise ValueError(
-                f"`cond` must have {count} rows in each value, one for each sample, got "
-                f"{'no rows' if rows is None else rows} in {name!r}: repeat the condition for each "
-                f"sample."
-            )
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in cond.items()}
 
 
 def source(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from commands import NETWORK, run_in, write
 from PIL import Image
+from support.conditions import captioned, embedded
 
-from lightning_vr import DiffusionModule
+from lightning_vr import DiffusionModule, Sampler
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.cli.vr_trainer import VRTrainer
 
@@ -68,6 +69,29 @@ def test_classes_are_cycled_over(run, trained):
     checkpoint = trained(network=network)
     folder = run("predict", *checkpoint, *FEW, "--num_samples=21", network=[], data=[])
     assert arrays(folder)["labels"].tolist() == [i % 8 for i in range(21)]
+
+
+def test_labels_of_a_file_are_what_samples_are_drawn_for(run, trained, folder):
+    network = [*NETWORK, "--model.network.num_class_embeds=9", "--model.num_classes=8"]
+    (folder / "labels.csv").write_text("label\n3\n5\n")
+    asked = [*trained(network=network), *FEW, "--num_samples=5", "--conditions=labels.csv"]
+    samples = arrays(run("predict", *asked, network=[], data=[]))
+    assert samples["labels"].tolist() == [3, 5, 3, 5, 3]
+
+
+def test_prompts_of_a_file_are_encoded_by_the_module_and_stand_beside_the_samples(folder):
+    (folder / "prompts.txt").write_text("left\nup\n")
+    model = captioned(sampler=Sampler(steps=2))
+    model.sample_shape = (2,)
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = VRTrainer(default_root_dir=folder, **settings)
+    trainer.predict(model, num_samples=4, conditions=folder / "prompts.txt")
+    (path,) = folder.glob("**/samples.npz")
+    with np.load(path) as found:
+        assert found["prompt"].tolist() == ["left", "up", "left", "up"]
+        asked = embedded(["left", "up", "left", "up"])
+        expected = model.sample(4, cond=asked, source=model.generator("predict", 0))
+        assert np.array_equal(found["samples"], expected.numpy())
 
 
 def test_images_are_a_grid_with_one_column_per_class(run, trained, folder):

@@ -197,7 +197,7 @@ class TestGuidance:
         module(label_dropout=label_dropout).sample(2, group=[0, 1], sampler=FAST)
 
     def test_guidance_without_classes_is_refused_where_it_is_given(self):
-        with pytest.raises(ValueError, match="`guidance` must be 1 without classes, got 2"):
+        with pytest.raises(ValueError, match="`guidance` must be 1 without classes and"):
             plain().sample(2, sampler=Sampler(guidance=2.0))
 
     @pytest.mark.parametrize("group", [None, [0, 1]])
@@ -205,7 +205,7 @@ class TestGuidance:
         model = Diffusion(Captioned(), num_classes=2, label_dropout=0.1, sampler=FAST)
         options = {"shape": (2,), "group": group, "cond": {"text": torch.ones(2, 2)}}
         assert model.sample(2, **options).shape == (2, 2)
-        with pytest.raises(ValueError, match=r"`guidance` must be 1 with `cond`, .* got 2: use"):
+        with pytest.raises(ValueError, match="`null_cond` must be given to leave out"):
             model.sample(2, sampler=Sampler(guidance=2.0), **options)
 
 
@@ -249,11 +249,9 @@ class TestShape:
     @pytest.mark.parametrize(
         ("cond", "message"),
         [
-            ({"text": torch.ones(1, 2)}, "`cond` must have 3 rows .* got 1 in 'text'"),
-            ({"text": torch.ones(4, 2)}, "`cond` must have 3 rows .* got 4 in 'text'"),
-            ({"text": torch.tensor(1.0)}, "`cond` must have 3 rows .* got no rows in 'text'"),
-            ({"text": 1.0}, "`cond` must have 3 rows .* got no rows in 'text'"),
-            ({"text": "abc"}, "`cond` must have 3 rows"),
+            ({"text": torch.ones(4, 2)}, "`cond` must have one row, or 3 .* got 4 in 'text'"),
+            ({"text": torch.tensor(1.0)}, "`cond` must have one row, or 3 .* got none in 'text'"),
+            ({"text": "abc"}, "`cond` must hold tensors, got str as 'text'"),
             (torch.ones(3, 2), "`cond` must be a dictionary .* got Tensor"),
         ],
     )
