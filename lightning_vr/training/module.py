@@ -31,6 +31,7 @@ from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
+from lightning_vr.training.adapters import Adapter, LoRA
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.monitors import MonitoredSchedules, plateau_settings
@@ -57,6 +58,7 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         on_nonfinite: What to do where a sample, a loss or a gradient is not finite. ``"raise"``:
             stop, and say which sample at which noise level. ``"skip"``: make no step, on all ranks;
             ``train/skipped_steps`` counts them.
+        adapter: Trains an adapter of low rank in place of the network's own weights.
 
     Attributes:
         estimate: The loss of the latest training batch and its parts, without gradient.
@@ -81,6 +83,7 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         on_nonfinite: OnNonFinite = "raise",
+        adapter: LoRA | None = None,
     ) -> None:
         super().__init__(
             network,
@@ -99,6 +102,8 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
             sampler,
         )
         self._description = describe_arguments(self)
+        # afterwards, as a checkpoint describes the network without it
+        self._adapter = None if adapter is None else Adapter(self.network, adapter)
         self.note_sigma_data(sigma_data, has_weighting=weighting is not None)
         self.optimizer = _Uncopied(optimizer)
         self.lr_scheduler = None if lr_scheduler is None else _Uncopied(lr_scheduler)
@@ -194,9 +199,13 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         checkpoint[STATE] |= {"sample_shape": shape, "sample_calls": self.sample_calls}
         keep_learned(checkpoint)
         self._description.save(self, checkpoint)
+        if self._adapter is not None:
+            self._adapter.keep_alone(self.network, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the samples' shape and number and, to resume a fit, the rest."""
+        if self._adapter is not None:
+            self._adapter.complete(self.network, checkpoint)
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get(STATE, {})
         shape = state.get("sample_shape")
