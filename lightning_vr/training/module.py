@@ -75,6 +75,8 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         num_classes: int | None = None,
         label_dropout: float = 0.0,
         sampler: Sampler | None = None,
+        gradient_checkpointing: bool = False,
+        compile_network: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         on_nonfinite: OnNonFinite = "raise",
@@ -92,6 +94,8 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
             num_classes,
             label_dropout,
             sampler,
+            gradient_checkpointing,
+            compile_network,
         )
         self._description = describe_arguments(self)
         self.note_sigma_data(sigma_data, has_weighting=weighting is not None)
