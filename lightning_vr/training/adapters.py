@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vr.core.devices import without_compiler
-from lightning_vr.core.validation import check_integer, check_positive
+from lightning_vr.core.validation import check_integer
 from lightning_vr.lifecycle.checkpoint_contents import STATE
 from lightning_vr.lifecycle.weight_averaging import drop_weights, update_weights
 
@@ -39,12 +39,12 @@ class LoRA:
 
     rank: int = 8
     targets: Sequence[str] = ATTENTION
-    alpha: float | None = None
+    alpha: int | None = None
 
     def __post_init__(self) -> None:
         check_integer("rank", self.rank, 1)
         if self.alpha is not None:
-            check_positive("alpha", self.alpha)
+            check_integer("alpha", self.alpha, 1)
         if isinstance(self.targets, str) or not self.targets:
             raise ValueError(
                 f"`targets` must be names of layers, got {self.targets!r}: give a list, for "
@@ -71,12 +71,15 @@ class Adapter:
             from peft import LoraConfig, inject_adapter_in_model
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "`adapter` needs peft, which is not installed: pip install 'lightning-vr[adapters]'."
+                "`adapter` needs peft, which is not installed: install 'lightning-vr[adapters]'."
             ) from error
         alpha = lora.rank if lora.alpha is None else lora.alpha
         settings = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
         network.requires_grad_(False)
         inject_adapter_in_model(settings, plain)
+        for parameter in plain.parameters():
+            if parameter.requires_grad:  # 16 bits would lose small steps
+                parameter.data = parameter.data.float()
         self.folder = _folder(plain)
         self._digest: str | None = None
 
@@ -101,15 +104,15 @@ class Adapter:
         base = checkpoint.get(STATE, {}).get(_BASE)
         if base is None:
             return
-        found = _base(network)
-        if _digest(found) != base["digest"]:
+        found: dict[str, Tensor] | None = _base(network)
+        if found is not None and _digest(found) != base["digest"]:
             found = _of_folder(network, base["folder"])
-            if found is None or _digest(found) != base["digest"]:
-                raise ValueError(
-                    f"`network` must have the weights that the adapter of the checkpoint was "
-                    f"trained on, those of {base['folder']}, which is not there or holds others: "
-                    f"give the network again, from a folder with these weights."
-                )
+        if found is None or _digest(found) != base["digest"]:
+            raise ValueError(
+                f"`network` must have the weights that the adapter of the checkpoint was trained "
+                f"on, those of {base['folder']}, which is not there or holds others: give the "
+                f"network again, from a folder with these weights."
+            )
         update_weights(checkpoint, {f"{_NETWORK}{name}": x for name, x in found.items()})
 
 
@@ -146,9 +149,13 @@ def _of_folder(network: nn.Module, folder: Any) -> dict[str, Tensor] | None:
     plain: Any = without_compiler(network)
     if not hasattr(plain, "from_pretrained") or not Path(str(folder)).is_dir():
         return None
-    found = type(plain).from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-    ).state_dict()
+    found = (
+        type(plain)
+        .from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+        .state_dict()
+    )
     own = _base(network)
     by_name = {name: found.get(name.replace(".base_layer.", ".")) for name in own}
     if any(x is None or x.shape != own[name].shape for name, x in by_name.items()):
@@ -161,5 +168,5 @@ def _digest(weights: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, x in sorted(weights.items()):
         found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -5,7 +5,6 @@ references of its target. Validation and tests use the plain denoising loss with
 same in every epoch.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.precision import loss_scale
 from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.sampling import Sampler
@@ -80,6 +80,8 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         cond_dropout: float = 0.0,
         null_cond: NullCondition = None,
         sampler: Sampler | None = None,
+        gradient_checkpointing: bool = False,
+        compile_network: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         on_nonfinite: OnNonFinite = "raise",
@@ -100,13 +102,15 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
             cond_dropout,
             null_cond,
             sampler,
+            gradient_checkpointing,
+            compile_network,
         )
         self._description = describe_arguments(self)
         # afterwards, as a checkpoint describes the network without it
         self._adapter = None if adapter is None else Adapter(self.network, adapter)
         self.note_sigma_data(sigma_data, has_weighting=weighting is not None)
-        self.optimizer = _Uncopied(optimizer)
-        self.lr_scheduler = None if lr_scheduler is None else _Uncopied(lr_scheduler)
+        self.optimizer = Uncopied(optimizer)
+        self.lr_scheduler = None if lr_scheduler is None else Uncopied(lr_scheduler)
         self.on_nonfinite = on_nonfinite
         self.estimate: LossEstimate | None = None
         self._pilots: list[ResamplesPilot | ControlPilot] = []
@@ -204,13 +208,17 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the samples' shape and number and, to resume a fit, the rest."""
-        if self._adapter is not None:
-            self._adapter.complete(self.network, checkpoint)
+        self.complete_checkpoint(checkpoint)
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get(STATE, {})
         shape = state.get("sample_shape")
         self.sample_shape = tuple(shape) if shape else None
         self.sample_calls = state.get("sample_calls", 0)
+
+    def complete_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the weights that an adapter was trained on back into its checkpoint."""
+        if self._adapter is not None:
+            self._adapter.complete(self.network, checkpoint)
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
         # a random `encode` draws from another key than the noise
@@ -226,19 +234,3 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         self.log(
             f"{stage}/loss", estimate.loss, prog_bar=has_bar, sync_dist=sync_dist, batch_size=count
         )
-
-
-class _Uncopied:
-    """A function that copies of a module have in common, as ``WeightAveraging`` makes one.
-
-    The command line's functions hold on to the whole trainer, which under DDP cannot be copied.
-    """
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
-
-    def __call__(self, argument: Any) -> Any:
-        return self.function(argument)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Uncopied":
-        return self
