@@ -184,6 +184,8 @@ class VRCLI(LightningCLI):
             )
         is_built = not is_overridden("configure_model", self.model)
         if self._checkpoint and self.model.strict_loading and is_built:
+            if isinstance(self.model, DiffusionModule):
+                self.model.complete_checkpoint(self._checkpoint)
             check_weights(self.model, self._checkpoint, self._settings.ckpt_path)
         # each run has its own folder; without training only a checkpoint's weights matter
         messages = [

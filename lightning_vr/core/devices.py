@@ -35,6 +35,12 @@ def uncompiled() -> AbstractContextManager[Any]:
     return stance
 
 
+def without_compiler(network: nn.Module) -> nn.Module:
+    """Return the network that ``torch.compile`` has wrapped, or ``network`` itself."""
+    inner: nn.Module = getattr(network, "_orig_mod", network)
+    return inner
+
+
 def widest_float(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on a device that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

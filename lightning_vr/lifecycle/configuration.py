@@ -22,6 +22,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from lightning_vr.core.rng import preserve_global_rng
+from lightning_vr.process.network_dtype import DTYPES, InDtype, dtype_name
 
 
 class UndescribableError(ValueError):
@@ -103,7 +104,19 @@ def _describe_leaf(value: Any) -> Any:
         return import_path(value)
     described = _read(value)
     _check_rebuilds(value, described)
-    return described
+    return _with_dtype(value, described) if isinstance(value, nn.Module) else described
+
+
+def _with_dtype(network: nn.Module, described: dict[str, Any]) -> dict[str, Any]:
+    """Add the dtype of a network's weights where it is not the one in which it is rebuilt."""
+    try:
+        name = dtype_name(network)
+    except ValueError as error:
+        raise UndescribableError(f"its {error}") from error
+    if name is None or DTYPES[name] == torch.get_default_dtype():
+        return described
+    arguments = {"network": described, "dtype": name}
+    return {"class_path": import_path(InDtype), "init_args": arguments}
 
 
 def _read(value: Any) -> dict[str, Any]:

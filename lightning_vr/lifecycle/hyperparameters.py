@@ -7,7 +7,7 @@ they build.
 
 import functools
 import inspect
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,10 +22,11 @@ from lightning.pytorch.core.saving import _default_map_location
 from lightning.pytorch.utilities.parsing import collect_init_args, parse_class_init_keys
 from torch import nn
 
+from lightning_vr.core.devices import without_compiler
 from lightning_vr.lifecycle.checked_arguments import checked_arguments
 from lightning_vr.lifecycle.checkpoint_contents import damaged
 from lightning_vr.lifecycle.checkpoints import STATE, check_weights, load_weights, read_checkpoint
-from lightning_vr.lifecycle.configuration import UndescribableError, describe
+from lightning_vr.lifecycle.configuration import UndescribableError, describe, imported
 from lightning_vr.lifecycle.trust import Trust
 
 _HYPERPARAMETERS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
@@ -121,14 +122,15 @@ def describe_arguments(module: LightningModule) -> Description:
     are to call ``super().__init__`` themselves, as for ``save_hyperparameters``; the arguments of a
     class that does not are not known, and whoever loads the checkpoint has to give them.
     """
-    given = _given_hyperparameters.get()
-    if given is not None:
-        module.save_hyperparameters()
-        return Description(dict(given), [], {})
     frame = inspect.currentframe()
     assert frame is not None
     assert frame.f_back is not None
     arguments = _constructor_arguments(module, frame.f_back)
+    given = _given_hyperparameters.get()
+    if given is not None:
+        described, objects = _as_built(dict(given), arguments)
+        module.save_hyperparameters(described)
+        return Description(described, objects, {})
     kind = type(module)
     reloaded, known = _reloading.get() or (None, {})
     known = known if reloaded is kind else {}
@@ -136,6 +138,7 @@ def describe_arguments(module: LightningModule) -> Description:
     objects = [name for name in _required(kind) if name not in arguments]
     networks = {}
     for name, value in arguments.items():
+        value = without_compiler(value) if isinstance(value, nn.Module) else value
         if isinstance(value, nn.Module) and value.state_dict() and name not in known:
             networks[name] = value
         try:
@@ -214,6 +217,30 @@ def class_to_load(cls: type[_Module], class_path: Any, trust: Trust) -> type[_Mo
         f"subclass of {cls.__name__}: import the module that defines it, or trust its package, as "
         f'in trust=["{class_path.partition(".")[0]}"] or --trust on the command line.'
     )
+
+
+def _as_built(given: dict[str, Any], arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Describe networks that a configuration has by a folder, which need not be there later.
+
+    Returns:
+        The configurations of arguments, and the names of those that no configuration can rebuild.
+    """
+    objects = []
+    for name, value in arguments.items():
+        settings = given.get(name)
+        path = settings.get("class_path") if isinstance(settings, Mapping) else None
+        if isinstance(value, nn.Module) and path and _is_other(value, imported(path)):
+            try:
+                given[name] = describe(value)
+            except UndescribableError:
+                del given[name]
+                objects.append(name)
+    return given, objects
+
+
+def _is_other(network: nn.Module, named: Any) -> bool:
+    """Return whether a network is of another class than the one that has made it."""
+    return isinstance(named, type) and not isinstance(network, named)
 
 
 def _constructor_arguments(module: LightningModule, frame: FrameType) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def check_strategy(trainer: Trainer, module: LightningModule) -> None:
         raise ValueError(
             f"`model` must not be compiled as a whole, as its steps log and draw by keys, got a "
             f"compiled {type(module).__name__}: compile the network, as in "
-            f"DiffusionModule(torch.compile(network))."
+            f"DiffusionModule(network, compile_network=True)."
         )
     if strategy.root_device.type == "mps":
         raise ValueError(

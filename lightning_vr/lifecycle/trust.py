@@ -8,6 +8,7 @@ and to build a class is to run it. So:
 * It must be of the kind that its argument takes: an ``Optimizer``, an ``nn.Module``, a schedule.
   Being imported is not enough, since ``os`` is imported in each process.
 * A function is taken only where one is wanted, and if it says that it returns that kind.
+* Nothing opens a folder that it names: of a ``Pretrained`` network our checkpoints keep the settings.
 """
 
 import inspect
@@ -23,6 +24,7 @@ from torchmetrics import Metric
 
 from lightning_vr.lifecycle.lookup import find_imported, find_importing
 from lightning_vr.lifecycle.wanted_types import Wanted, result_type
+from lightning_vr.process.diffusers_network import Pretrained
 from lightning_vr.process.sampling import Sampler
 
 LIBRARIES = ("lightning_vr", "torch.nn", "torch.optim", "diffusers", "lightning", "torchmetrics")
@@ -65,6 +67,8 @@ class Trust:
             is_plain = inspect.isfunction(found) and "." not in found.__qualname__
             result = result_type(found) if is_plain else None
             return result is not None and _is_subclass(result, wanted.made)
+        if issubclass(found, Pretrained):
+            return False
         bases = wanted.objects + wanted.made
         if issubclass(found, Metric):  # some of them download what they compare with
             return any(_is_subclass(base, (Metric,)) for base in bases)

@@ -14,7 +14,7 @@ All uses of its private attributes are here (``_average_model``, ``_swap_models`
 ``_loaded_checkpoint``; seen in Lightning 2.6).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -170,6 +170,13 @@ def update_weights(checkpoint: dict[str, Any], values: dict[str, Any]) -> None:
     for weights in ("state_dict", _TRAINED):
         if weights in checkpoint:
             checkpoint[weights].update(values)
+
+
+def drop_weights(checkpoint: dict[str, Any], names: Iterable[str]) -> None:
+    """Leave weights out of a checkpoint, and out of their average."""
+    for weights in ("state_dict", _TRAINED):
+        for name in names if weights in checkpoint else ():
+            checkpoint[weights].pop(name, None)
 
 
 def keep_learned(checkpoint: dict[str, Any]) -> None:

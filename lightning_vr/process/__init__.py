@@ -4,7 +4,9 @@ Schedules and densities of t, predictions and loss weights, the objective that t
 networks, and samplers.
 """
 
+from lightning_vr.process.diffusers_network import Pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
+from lightning_vr.process.network_dtype import InDtype
 from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.sampling import Sampler
@@ -33,12 +35,14 @@ __all__ = [
     "Density",
     "DiffusersSchedule",
     "EDMWeighting",
+    "InDtype",
     "LogNormal",
     "LogNormalWeighting",
     "LogUniform",
     "LogitNormal",
     "MinSNRWeighting",
     "Objective",
+    "Pretrained",
     "RectifiedFlow",
     "ResidualMLP",
     "Sampler",

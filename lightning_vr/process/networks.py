@@ -1,27 +1,15 @@
-"""The call of a network, and one network that ships with the package: a residual MLP for points.
+"""One network that ships with the package: a residual MLP for points.
 
 It is not named ``MLP``, as other libraries have one, and a short class name on the command line
-must be unique.
-
-Networks are called as ``network(x, t)`` with t in the range of a thousand, ``class_labels=`` if
-they are class-conditional, and a sample's further condition as keywords, as diffusers' models are;
-any ``nn.Module`` with that signature works.
+must be unique. How it and others are called is in ``network_calls.py``.
 """
 
 import math
-import re
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_vr.core.validation import check_at_least
-
-_SHAPE_ERROR = re.compile(
-    "shapes cannot be multiplied|to have .* channels, but got|[Ss]izes? of tensors? .*must match|"
-    "Expected .* input to conv|Given normalized_shape|Kernel size can't be greater"
-)
-"""Torch raises a plain ``RuntimeError`` for shapes, as for a bug whose traceback is wanted."""
 
 
 class ResidualMLP(nn.Module):
@@ -85,43 +73,3 @@ class ResidualMLP(nn.Module):
             hidden = hidden + block(hidden + context)
         output: Tensor = self.project_out(hidden)
         return output
-
-
-def class_labels(group: Tensor | None, t: Tensor, num_classes: int) -> Tensor:
-    """Return the labels that a network embeds ``(B,)``: the last one stands for dropped labels.
-
-    Args:
-        group: Class labels ``(B,)``, negative where dropped; None if all are.
-        t: Times ``(B,)``.
-        num_classes: Number of classes.
-    """
-    if group is None:
-        return torch.full_like(t, num_classes, dtype=torch.int64)
-    return torch.where(group < 0, num_classes, group.long())
-
-
-def call_network(network: nn.Module, x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Return the output tensor of a network, also from a tuple or an output object.
-
-    Raises:
-        ValueError: If it does not take the shape of ``x``, or returns another shape.
-    """
-    try:
-        output = network(x, t, **arguments)
-    except RuntimeError as error:
-        if not _SHAPE_ERROR.search(str(error)):
-            raise
-        raise ValueError(
-            f"`network` must take samples of shape {tuple(x.shape[1:])}, but "
-            f"{type(network).__name__} does not ({str(error).splitlines()[0]}): build it for the "
-            f"shape of the data, or choose other data or another `shape` of samples."
-        ) from error
-    output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-    assert isinstance(output, Tensor)
-    if output.shape != x.shape:
-        raise ValueError(
-            f"`network` must return the shape of its input, {tuple(x.shape)}, got "
-            f"{tuple(output.shape)} from {type(network).__name__}: give it as many output as "
-            f"input channels."
-        )
-    return output

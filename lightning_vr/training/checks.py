@@ -1,19 +1,21 @@
 """What is checked when a model is built, that its parts go together, and of each kind of batch."""
 
-import inspect
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_vr.core.devices import without_compiler
 from lightning_vr.core.types import Clean
 from lightning_vr.core.validation import check_at_least, check_labels, check_samples
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import Target
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
+from lightning_vr.process.calling_conventions import NetworkCall
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.objective import Objective
 
@@ -33,18 +35,10 @@ def check_conditioning(network: nn.Module, num_classes: int | None, label_dropou
         raise ValueError(
             f"`label_dropout` must be 0 without classes, got {label_dropout}: set `num_classes`."
         )
-    network = getattr(network, "_orig_mod", network)  # of a compiled one
-    config = getattr(network, "config", None)
-    settings = config if isinstance(config, Mapping) else vars(network)
-    embeddings = settings.get("num_class_embeds")
-    counts = "num_class_embeds" in settings and settings.get("class_embed_type") is None
-    if num_classes is not None and counts and (embeddings or 0) <= num_classes:
-        raise ValueError(
-            f"`network` must embed {num_classes} classes and the dropped label, got a "
-            f"{type(network).__name__} with num_class_embeds={embeddings}: set num_class_embeds "
-            f"to {num_classes + 1}."
-        )
-    if settings.get("time_embedding_type") == "fourier":
+    network = without_compiler(network)
+    if num_classes is not None:
+        _check_embeddings(network, num_classes)
+    if _settings(network).get("time_embedding_type") == "fourier":
         raise ValueError(
             f"`network` must take times as they are, got a {type(network).__name__} with "
             f"time_embedding_type='fourier', which takes their logarithm and divides its output "
@@ -55,6 +49,8 @@ def check_conditioning(network: nn.Module, num_classes: int | None, label_dropou
 def check_call(network: nn.Module, num_classes: int | None, *, may_condition: bool) -> None:
     """Raise if a network cannot be called as a model without its own ``predict`` calls it.
 
+    What else it needs may come with each batch, and is checked there.
+
     Args:
         network: The network.
         num_classes: Number of classes of the model, or None.
@@ -63,22 +59,19 @@ def check_call(network: nn.Module, num_classes: int | None, *, may_condition: bo
     Raises:
         ValueError: If it takes other arguments, or labels that it will not get.
     """
-    name = type(network).__name__
-    labels = {} if num_classes is None else {"class_labels": None}
-    try:
-        # further arguments may come as a condition
-        inspect.signature(network.forward).bind_partial(None, None, **labels)
-    except TypeError as error:
+    call = NetworkCall.of(network)
+    if num_classes is not None and not call.accepts("class_labels"):
         raise ValueError(
-            f"`network` must take the call {name}(x, t{', class_labels=...' * len(labels)}), got "
-            f"one that does not ({error}): use a network of that signature, or override `predict`."
-        ) from error
-    config = getattr(network, "config", None)
-    embeddings = config.get("num_class_embeds") if isinstance(config, Mapping) else None
-    if embeddings and not labels and not may_condition:
+            f"`network` must take the call {call.name}(x, t, class_labels=...), got one that takes "
+            f"({', '.join(call.takes or ())}): use a network of that signature, leave out "
+            f"`num_classes`, or override `predict`."
+        )
+    if num_classes is None and "class_labels" in call.needs and not may_condition:
+        name, embeddings = _embeddings(without_compiler(network))
+        classes = f"{embeddings - (name == 'num_class_embeds')}" if embeddings else "their number"
         raise ValueError(
-            f"`num_classes` must be given, as {name} has num_class_embeds={embeddings}, got None: "
-            f"set `num_classes` to {embeddings - 1}."
+            f"`num_classes` must be given, as {call.name} has {name}={embeddings}, got None: set "
+            f"`num_classes` to {classes}."
         )
 
 
@@ -216,6 +209,40 @@ def check_upstream(clean: Clean, target: Target) -> None:
             f"{type(target).__name__}: use DSM(), or detach x0 in `encode` and train what makes "
             f"`cond`."
         )
+
+
+def _check_embeddings(network: nn.Module, num_classes: int) -> None:
+    """Raise if a network has no embedding for the classes, or none for the dropped label."""
+    name, embeddings = _embeddings(network)
+    if name == "num_class_embeds" and (embeddings or 0) <= num_classes:
+        raise ValueError(
+            f"`network` must embed {num_classes} classes and the dropped label, got a "
+            f"{type(network).__name__} with num_class_embeds={embeddings}: set num_class_embeds "
+            f"to {num_classes + 1}."
+        )
+    if name == "num_embeds_ada_norm" and embeddings != num_classes:
+        raise ValueError(
+            f"`num_classes` must be {embeddings}, the num_embeds_ada_norm of the network, as a "
+            f"{type(network).__name__} has the dropped label after its classes, got {num_classes}: "
+            f"set one to the other."
+        )
+
+
+def _embeddings(network: nn.Module) -> tuple[str, int | None]:
+    """Return which setting says how many labels a network embeds, and how many; "" if none."""
+    settings = _settings(network)
+    if "num_embeds_ada_norm" in settings:
+        is_dit = NetworkCall.of(network).convention == "DiT"
+        return ("num_embeds_ada_norm", settings["num_embeds_ada_norm"]) if is_dit else ("", None)
+    if "num_class_embeds" in settings and settings.get("class_embed_type") is None:
+        return "num_class_embeds", settings["num_class_embeds"]
+    return "", None
+
+
+def _settings(network: nn.Module) -> Mapping[str, Any]:
+    """Return the settings of a model of diffusers, the attributes of another network."""
+    config = getattr(network, "config", None)
+    return config if isinstance(config, Mapping) else vars(network)
 
 
 def _check_cond_group(cond_group: Tensor, count: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vr.core.conditions import Condition, expanded
-from lightning_vr.core.devices import device_of, dtype_of
+from lightning_vr.core.devices import device_of
 from lightning_vr.core.gradients import mean_in_chunks
 from lightning_vr.core.rows import Rows, tensors
 from lightning_vr.core.types import (
@@ -32,7 +32,7 @@ from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
 from lightning_vr.estimators.slot import drop_control_variate
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.process.diffusers_schedule import as_schedule
-from lightning_vr.process.networks import call_network, class_labels
+from lightning_vr.process.network_calls import call_network, class_labels
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.sampling import Sampler, evaluating
@@ -49,6 +49,7 @@ from lightning_vr.training.checks import (
     check_upstream,
 )
 from lightning_vr.training.guidance import check_cond_dropout, check_guidance
+from lightning_vr.training.network_settings import prepare_network, use_plain_keys
 from lightning_vr.training.upstream import NullCondition, Upstream
 
 
@@ -60,9 +61,8 @@ class Diffusion(Upstream):
     same as a LightningModule.
 
     Args:
-        network: Called as ``network(x, t)``, with ``class_labels=`` if ``num_classes`` is given
-            and a sample's condition as keywords; returns a tensor, a tuple that starts with one,
-            or an object with ``sample``. Any ``nn.Module``, diffusers' models among them.
+        network: Any ``nn.Module`` that is called as ``network(x, t)``, or a U-Net or transformer of
+            diffusers, in the dtype that it has; ``NetworkCall`` says how each is called.
         schedule: Scales of sample and noise, or a scheduler of diffusers; ``EDM()`` if not given.
         prediction: What the network predicts. ``"edm"`` preconditions it, for every schedule.
         timesteps: Density of t; the schedule's usual one if not given.
@@ -78,11 +78,12 @@ class Diffusion(Upstream):
         null_cond: What stands for a dropped condition: ``"zeros"``, or a row of numbers for each
             name of the condition; what ``encode_null`` returns if not given.
         sampler: How samples are drawn; ``Sampler()`` if not given.
+        gradient_checkpointing: Whether to compute activations again for gradients: less memory.
+        compile_network: Whether to compile the network by ``torch.compile``.
 
     Attributes:
         sample_shape: Shape of one encoded sample, known from the first batch on.
         sample_calls: Calls of ``sample`` so far without ``source`` and ``seed``.
-        seed: Seed of ``generator``; torch's initial seed if it is None.
     """
 
     def __init__(
@@ -101,6 +102,8 @@ class Diffusion(Upstream):
         cond_dropout: float = 0.0,
         null_cond: NullCondition = None,
         sampler: Sampler | None = None,
+        gradient_checkpointing: bool = False,
+        compile_network: bool = False,
     ) -> None:
         super().__init__(num_classes, null_cond)
         check_choice("prediction", prediction, get_args(PredictionType))
@@ -110,7 +113,7 @@ class Diffusion(Upstream):
         check_cond_dropout(cond_dropout, has_null_cond=self.has_null_cond)
         guidance = self.sampler.guidance
         check_guidance(guidance, num_classes, label_dropout, has_null_cond=self.has_null_cond)
-        self.network = network
+        self.network = prepare_network(network, gradient_checkpointing, compile_network)
         self.schedule = EDM() if schedule is None else as_schedule(schedule)
         self.prediction = prediction
         self.timesteps = timesteps or self.schedule.default_timesteps()
@@ -129,6 +132,7 @@ class Diffusion(Upstream):
         check_objective(self.objective)
         check_estimators(self.draws, control_variate, self.objective, network)
         self.register_load_state_dict_pre_hook(drop_control_variate)  # type: ignore[no-untyped-call]
+        use_plain_keys(self)
 
         self.sample_shape: tuple[int, ...] | None = None
         self.sample_calls = 0
@@ -136,11 +140,9 @@ class Diffusion(Upstream):
 
     def predict(self, x: Tensor, noised: Noised) -> Tensor:
         """Call the network on scaled samples ``x (B, *)``; override it for other signatures."""
-        arguments: dict[str, Any] = dict(noised.cond or {})
-        if self.num_classes is not None:
-            arguments["class_labels"] = class_labels(noised.group, noised.t, self.num_classes)
         time = self.schedule.embedding_time(noised.t)
-        return call_network(self.network, x.to(dtype_of(self.network)), time, arguments)
+        labels = class_labels(noised.group, noised.t, self.num_classes)
+        return call_network(self.network, x, time, labels, noised.cond).mean
 
     def denoise(
         self,

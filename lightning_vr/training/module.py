@@ -5,7 +5,6 @@ references of its target. Validation and tests use the plain denoising loss with
 same in every epoch.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,12 +24,14 @@ from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.precision import loss_scale
 from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
+from lightning_vr.training.adapters import Adapter, LoRA
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.monitors import MonitoredSchedules, plateau_settings
@@ -57,6 +58,7 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         on_nonfinite: What to do where a sample, a loss or a gradient is not finite. ``"raise"``:
             stop, and say which sample at which noise level. ``"skip"``: make no step, on all ranks;
             ``train/skipped_steps`` counts them.
+        adapter: Trains an adapter of low rank in place of the network's own weights.
 
     Attributes:
         estimate: The loss of the latest training batch and its parts, without gradient.
@@ -78,9 +80,12 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         cond_dropout: float = 0.0,
         null_cond: NullCondition = None,
         sampler: Sampler | None = None,
+        gradient_checkpointing: bool = False,
+        compile_network: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         on_nonfinite: OnNonFinite = "raise",
+        adapter: LoRA | None = None,
     ) -> None:
         super().__init__(
             network,
@@ -97,11 +102,15 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
             cond_dropout,
             null_cond,
             sampler,
+            gradient_checkpointing,
+            compile_network,
         )
         self._description = describe_arguments(self)
+        # afterwards, as a checkpoint describes the network without it
+        self._adapter = None if adapter is None else Adapter(self.network, adapter)
         self.note_sigma_data(sigma_data, has_weighting=weighting is not None)
-        self.optimizer = _Uncopied(optimizer)
-        self.lr_scheduler = None if lr_scheduler is None else _Uncopied(lr_scheduler)
+        self.optimizer = Uncopied(optimizer)
+        self.lr_scheduler = None if lr_scheduler is None else Uncopied(lr_scheduler)
         self.on_nonfinite = on_nonfinite
         self.estimate: LossEstimate | None = None
         self._pilots: list[ResamplesPilot | ControlPilot] = []
@@ -194,14 +203,22 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         checkpoint[STATE] |= {"sample_shape": shape, "sample_calls": self.sample_calls}
         keep_learned(checkpoint)
         self._description.save(self, checkpoint)
+        if self._adapter is not None:
+            self._adapter.keep_alone(self.network, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the samples' shape and number and, to resume a fit, the rest."""
+        self.complete_checkpoint(checkpoint)
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get(STATE, {})
         shape = state.get("sample_shape")
         self.sample_shape = tuple(shape) if shape else None
         self.sample_calls = state.get("sample_calls", 0)
+
+    def complete_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the weights that an adapter was trained on back into its checkpoint."""
+        if self._adapter is not None:
+            self._adapter.complete(self.network, checkpoint)
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
         # a random `encode` draws from another key than the noise
@@ -217,19 +234,3 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         self.log(
             f"{stage}/loss", estimate.loss, prog_bar=has_bar, sync_dist=sync_dist, batch_size=count
         )
-
-
-class _Uncopied:
-    """A function that copies of a module have in common, as ``WeightAveraging`` makes one.
-
-    The command line's functions hold on to the whole trainer, which under DDP cannot be copied.
-    """
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
-
-    def __call__(self, argument: Any) -> Any:
-        return self.function(argument)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Uncopied":
-        return self

@@ -1,0 +1,172 @@
+"""LoRA: few weights, trained beside those of a pretrained network, which stay as they are.
+
+Each targeted map W becomes ``W + (alpha / rank) B A`` with A of ``rank`` rows and B of as many
+columns, which starts at 0 (Hu et al. 2021, arXiv 2106.09685). peft puts them into the network.
+
+Checkpoints of a network from a folder hold the adapter alone, and a digest of the weights that it
+was trained on: with others it would be another model.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_vr.core.devices import without_compiler
+from lightning_vr.core.validation import check_integer
+from lightning_vr.lifecycle.checkpoint_contents import STATE
+from lightning_vr.lifecycle.weight_averaging import drop_weights, update_weights
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The projections of attention in diffusers' networks."""
+
+_MARK, _NETWORK, _BASE = ".lora_", "network.", "base"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """An adapter of low rank.
+
+    Attributes:
+        rank: Rank of the change of each targeted map.
+        targets: Names of the maps, or their ends; by default the projections of attention.
+        alpha: Scale of the change times the rank; the rank if not given, a scale of 1.
+    """
+
+    rank: int = 8
+    targets: Sequence[str] = ATTENTION
+    alpha: int | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("rank", self.rank, 1)
+        if self.alpha is not None:
+            check_integer("alpha", self.alpha, 1)
+        if isinstance(self.targets, str) or not self.targets:
+            raise ValueError(
+                f"`targets` must be names of layers, got {self.targets!r}: give a list, for "
+                f"example {list(ATTENTION)}."
+            )
+
+
+class Adapter:
+    """A network's adapter, and what checkpoints hold in place of the network's own weights.
+
+    Args:
+        network: The pretrained network; it is changed, and only the adapter trains from now on.
+        lora: The adapter's settings.
+
+    Raises:
+        ValueError: If the network has no such layers, or has an adapter already.
+        ModuleNotFoundError: If peft is not installed.
+    """
+
+    def __init__(self, network: nn.Module, lora: LoRA) -> None:
+        plain = without_compiler(network)
+        _check(plain, lora)
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "`adapter` needs peft, which is not installed: install 'lightning-vr[adapters]'."
+            ) from error
+        alpha = lora.rank if lora.alpha is None else lora.alpha
+        settings = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
+        network.requires_grad_(False)
+        inject_adapter_in_model(settings, plain)
+        for parameter in plain.parameters():
+            if parameter.requires_grad:  # 16 bits would lose small steps
+                parameter.data = parameter.data.float()
+        self.folder = _folder(plain)
+        self._digest: str | None = None
+
+    def keep_alone(self, network: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Leave the weights of a network from a folder out of a checkpoint."""
+        if self.folder is None:
+            return
+        if self._digest is None:
+            self._digest = _digest(_base(network))
+        names = [f"{_NETWORK}{name}" for name in _base(network)]
+        drop_weights(checkpoint, names)
+        checkpoint[STATE][_BASE] = {"folder": self.folder, "digest": self._digest}
+
+    def complete(self, network: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Put the weights that a checkpoint leaves out back into it.
+
+        They are those of ``network`` if it has the same, else those of the folder.
+
+        Raises:
+            ValueError: If neither has the weights that the adapter was trained on.
+        """
+        base = checkpoint.get(STATE, {}).get(_BASE)
+        if base is None:
+            return
+        found: dict[str, Tensor] | None = _base(network)
+        if found is not None and _digest(found) != base["digest"]:
+            found = _of_folder(network, base["folder"])
+        if found is None or _digest(found) != base["digest"]:
+            raise ValueError(
+                f"`network` must have the weights that the adapter of the checkpoint was trained "
+                f"on, those of {base['folder']}, which is not there or holds others: give the "
+                f"network again, from a folder with these weights."
+            )
+        update_weights(checkpoint, {f"{_NETWORK}{name}": x for name, x in found.items()})
+
+
+def _check(network: nn.Module, lora: LoRA) -> None:
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    names = [name for name, part in network.named_modules() if isinstance(part, kinds)]
+    if any(_MARK in f".{name}" for name, _ in network.named_parameters()):
+        raise ValueError(
+            "`network` must have no adapter yet, got one that has: merge it into the weights first "
+            "(`unload`), or leave `adapter` out."
+        )
+    for target in lora.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted({name.split(".", name.count(".") - 1)[-1] for name in names})
+            raise ValueError(
+                f"`targets` must name layers of the {type(network).__name__}, got {target!r}: use "
+                f"ends of names such as {', '.join(known[:8])}."
+            )
+
+
+def _folder(network: nn.Module) -> str | None:
+    """Return the folder that a network of diffusers comes from, or None."""
+    path = dict(getattr(network, "config", {}) or {}).get("_name_or_path")
+    return str(Path(path).resolve()) if path and Path(path).is_dir() else None
+
+
+def _base(network: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that are not the adapter's, by their names in its state."""
+    return {name: x for name, x in network.state_dict().items() if _MARK not in name}
+
+
+def _of_folder(network: nn.Module, folder: Any) -> dict[str, Tensor] | None:
+    """Return the weights of a folder by the names of ``network``, or None if they do not fit."""
+    plain: Any = without_compiler(network)
+    if not hasattr(plain, "from_pretrained") or not Path(str(folder)).is_dir():
+        return None
+    found = (
+        type(plain)
+        .from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+        .state_dict()
+    )
+    own = _base(network)
+    by_name = {name: found.get(name.replace(".base_layer.", ".")) for name in own}
+    if any(x is None or x.shape != own[name].shape for name, x in by_name.items()):
+        return None
+    return {name: x.to(own[name]) for name, x in by_name.items() if x is not None}
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    """Return a digest of names and values, which does not depend on the device."""
+    found = hashlib.sha256()
+    for name, x in sorted(weights.items()):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,196 @@
+"""Adapters of low rank: what trains, what checkpoints hold, and what resumes."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from support.networks import small_mlp, small_unet
+from support.trainers import quiet_trainer
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_vr import Clean, DiffusionModule, GradientVariance, Pretrained, Sampler
+from lightning_vr.training.adapters import LoRA
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+
+ATTENTION = {
+    "down_block_types": ("AttnDownBlock2D",),
+    "up_block_types": ("AttnUpBlock2D",),
+    "attention_head_dim": 4,
+}
+
+
+class Images(Dataset):
+    x0 = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)) / 2
+
+    def __len__(self):
+        return len(self.x0)
+
+    def __getitem__(self, i):
+        return {"x0": self.x0[i], "index": i}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a pretrained network."""
+    path = tmp_path_factory.mktemp("pretrained") / "unet"
+    small_unet(**ATTENTION).save_pretrained(path)
+    return path
+
+
+def module(folder, rank=2, **options):
+    torch.manual_seed(0)
+    return DiffusionModule(
+        Pretrained(str(folder)), adapter=LoRA(rank), sampler=Sampler(steps=2), **options
+    )
+
+
+def fitted(model, *callbacks, steps=2, **options):
+    trainer = quiet_trainer(*callbacks, max_steps=steps, limit_val_batches=0)
+    trainer.fit(model, DataLoader(Images(), batch_size=6), **options)
+    return trainer
+
+
+def trained_names(model):
+    return {name for name, x in model.named_parameters() if x.requires_grad}
+
+
+def test_the_adapter_alone_trains_and_begins_as_the_network_itself(folder):
+    model, plain = module(folder), Pretrained(str(folder))
+    assert trained_names(model)
+    assert all(".lora_" in name for name in trained_names(model))
+    x, t = Images.x0[:2], torch.tensor([3.0, 500.0])
+    torch.testing.assert_close(model.network(x, t).sample, plain(x, t).sample)
+
+    before = {name: x.clone() for name, x in model.network.state_dict().items()}
+    fitted(model)
+    changed = {n for n, x in model.network.state_dict().items() if not torch.equal(x, before[n])}
+    assert changed
+    assert {f"network.{name}" for name in changed} <= trained_names(model)
+
+
+def test_the_change_is_the_product_of_two_maps_times_alpha_over_rank(folder):
+    model = DiffusionModule(Pretrained(str(folder)), adapter=LoRA(2, ["to_q"], alpha=6))
+    layer = next(m for n, m in model.network.named_modules() if n.endswith("to_q"))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(b)
+    x = torch.randn(3, layer.in_features)
+    expected = layer.base_layer(x) + 6 / 2 * x @ a.T @ b.T
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_checkpoints_hold_the_adapter_and_load_with_the_network_of_the_folder(
+    folder, averaged, tmp_path
+):
+    model = module(folder)
+    callbacks = [EMAWeightAveraging(decay=0.5)] if averaged else []
+    fitted(model, *callbacks).save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for weights in ("state_dict", "current_model_state") if averaged else ("state_dict",):
+        names = [name for name in saved[weights] if name.startswith("network.")]
+        assert names
+        assert all(".lora_" in name for name in names)
+
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+    assert torch.equal(again.sample(2, seed=0), model.sample(2, seed=0))
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(folder, averaged, tmp_path):
+    def callbacks():
+        return [EMAWeightAveraging(decay=0.5)] if averaged else []
+
+    whole, first, second = module(folder), module(folder), module(folder)
+    fitted(whole, *callbacks(), steps=4)
+    fitted(first, *callbacks()).save_checkpoint(tmp_path / "last.ckpt")
+    resumed = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
+    fitted(second, *callbacks(), steps=4, **resumed)
+    expected = whole.state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in second.state_dict().items())
+
+
+def test_other_weights_than_the_adapter_was_trained_on_are_refused(folder, tmp_path):
+    own = tmp_path / "own"
+    Pretrained(str(folder)).save_pretrained(own)
+    fitted(module(own)).save_checkpoint(tmp_path / "last.ckpt")
+    other = small_unet(**ATTENTION)
+    torch.nn.init.normal_(other.conv_in.weight)
+    other.save_pretrained(own)
+    for path in (own, tmp_path / "moved"):
+        with pytest.raises(ValueError, match="`network` must have the weights that the adapter"):
+            DiffusionModule.load_from_checkpoint(tmp_path / "last.ckpt")
+        if path == own:
+            own.rename(tmp_path / "moved")
+    # the right ones may come from anywhere
+    network = Pretrained(str(folder))
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "last.ckpt", network=network)
+    assert trained_names(again)
+
+
+def test_a_network_from_no_folder_is_saved_whole(tmp_path):
+    model = DiffusionModule(small_unet(**ATTENTION), adapter=LoRA(2), sampler=Sampler(steps=2))
+    fitted(model).save_checkpoint(tmp_path / "last.ckpt")
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+
+
+def test_gradient_variance_is_that_of_the_adapter(folder):
+    watch = GradientVariance(every_n_steps=1)
+    model = module(folder)
+    fitted(model, watch)
+    assert watch.statistics.groups == ["down_blocks", "up_blocks", "mid_block"]  # not conv_in
+    assert (watch.statistics.whole.total > 0).any()
+
+
+def test_adapters_in_other_precisions_train(folder):
+    model = DiffusionModule(Pretrained(str(folder), dtype="bfloat16"), adapter=LoRA(2))
+    fitted(model)
+    kinds = {x.dtype for name, x in model.named_parameters() if x.requires_grad}
+    assert kinds == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "`rank` must be at least 1, got 0"),
+        ({"alpha": 0}, "`alpha` must be at least 1, got 0"),
+        ({"targets": []}, "`targets` must be names of layers"),
+        ({"targets": "to_q"}, "`targets` must be names of layers, got 'to_q': give a list"),
+    ],
+)
+def test_settings_that_make_no_adapter_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoRA(**settings)
+
+
+def test_a_network_without_such_layers_is_refused():
+    with pytest.raises(
+        ValueError, match="`targets` must name layers of the ResidualMLP"
+    ):
+        DiffusionModule(small_mlp(), adapter=LoRA())
+    model = DiffusionModule(small_mlp(), adapter=LoRA(1, ["project_in"]))
+    with pytest.raises(ValueError, match="`network` must have no adapter yet"):
+        DiffusionModule(model.network, adapter=LoRA(1, ["project_in"]))
+
+
+class TextToImage(DiffusionModule):
+    def encode(self, batch):
+        return Clean(batch["x0"], cond={"encoder_hidden_states": torch.zeros(1, 3, 8)})
+
+
+def test_attention_to_text_is_adapted_too(tmp_path):
+    kinds = {
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "mid_block_type": None,
+        "cross_attention_dim": 8,
+        "attention_head_dim": 4,
+    }
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1}
+    network = UNet2DConditionModel(block_out_channels=(8,), norm_num_groups=4, **sizes, **kinds)
+    model = TextToImage(network, adapter=LoRA(2))
+    fitted(model)
+    assert any(".attn2.to_k.lora_A" in name for name in trained_names(model))
