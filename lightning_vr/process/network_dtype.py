@@ -30,7 +30,7 @@ class InDtype(nn.Module):
     """
 
     def __new__(cls, network: nn.Module, dtype: NetworkDtype) -> nn.Module:  # type: ignore[misc]
-        check_choice("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, tuple(DTYPES))
         return network.to(DTYPES[dtype])
 
 
