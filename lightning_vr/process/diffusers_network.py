@@ -142,6 +142,8 @@ def _load(kind: Any, folder: Path, dtype: str, variant: str | None) -> nn.Module
             f"`path` must be a folder with the weights of its {kind.__name__}, but {folder} "
             f"{wrong[0]}: save it by `save_pretrained`."
         )
+    if not network._keep_in_fp32_modules:
+        nn.Module.to(network, DTYPES[dtype])  # diffusers leaves buffers as they are
     # diffusers gives it back for inference, without dropout
     loaded: nn.Module = network.train()
     return loaded
