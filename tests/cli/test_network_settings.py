@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import write
+from commands import POINTS, write
 from support.networks import small_unet
 
 from lightning_vr import DiffusionModule
