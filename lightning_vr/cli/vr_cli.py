@@ -30,6 +30,7 @@ from lightning_vr.cli.close_names import full_names
 from lightning_vr.cli.comments import comments_as_text
 from lightning_vr.cli.last_checkpoint import last_checkpoint
 from lightning_vr.cli.nested_values import values_as_written
+from lightning_vr.cli.network_mapping import NetworkMappingParser
 from lightning_vr.cli.optimization_classes import check_optimization_classes
 from lightning_vr.cli.run_names import check_run_names
 from lightning_vr.cli.save_run_config import SaveRunConfig
@@ -77,6 +78,7 @@ class VRCLI(LightningCLI):
             "seed_everything_default": 0,
             "save_config_callback": SaveRunConfig,
             "trainer_class": VRTrainer,
+            "parser_class": NetworkMappingParser,
             "trainer_defaults": {"logger": _LOGGER},
             "parser_kwargs": {
                 "prog": "lightning-vr",

@@ -128,9 +128,8 @@ def describe_arguments(module: LightningModule) -> Description:
     arguments = _constructor_arguments(module, frame.f_back)
     given = _given_hyperparameters.get()
     if given is not None:
-        described, objects = _as_built(dict(given), arguments)
-        module.save_hyperparameters(described)
-        return Description(described, objects, {})
+        module.save_hyperparameters()
+        return Description(*_as_built(dict(given), arguments), {})
     kind = type(module)
     reloaded, known = _reloading.get() or (None, {})
     known = known if reloaded is kind else {}

@@ -8,7 +8,7 @@ and to build a class is to run it. So:
 * It must be of the kind that its argument takes: an ``Optimizer``, an ``nn.Module``, a schedule.
   Being imported is not enough, since ``os`` is imported in each process.
 * A function is taken only where one is wanted, and if it says that it returns that kind.
-* Nothing opens a folder that it names: of a ``Pretrained`` network our checkpoints keep the settings.
+* No folder is opened: of a ``Pretrained`` network checkpoints hold the settings, not the folder.
 """
 
 import inspect

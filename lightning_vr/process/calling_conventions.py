@@ -38,6 +38,9 @@ _SIGNATURES: dict[Convention, set[str]] = {
     "PixArt": {_TEXT, _ADDED},
     "DiT": {"class_labels"},
 }
+_LACKS: dict[Convention, str] = {"SD3": "img_ids", "DiT": _TEXT}
+"""What other transformers take that have the arguments of a convention."""
+
 _NEEDS: dict[Convention, tuple[str, ...]] = {
     "plain": (),
     "DiT": ("class_labels",),
@@ -206,7 +209,7 @@ def _convention(name: str, signature: _Signature) -> Convention:
         return "plain"
     if names.issuperset(_HIDDEN):
         for convention, own in _SIGNATURES.items():
-            if own <= names and not (convention == "DiT" and _TEXT in names):
+            if own <= names and _LACKS.get(convention) not in names:
                 return convention
     raise ValueError(
         f"`network` must take the call {name}(x, t), or that of a DiT, PixArt, SD3 or Flux "

@@ -44,7 +44,7 @@ class Pretrained(nn.Module):
         dtype: NetworkDtype = "float32",
         variant: str | None = None,
     ) -> nn.Module:
-        check_choice("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, tuple(DTYPES))
         folder = network_folder(path, subfolder)
         kind = network_class(saved_config(folder), folder)
         return _load(kind, folder, dtype, variant)
@@ -105,13 +105,17 @@ def network_class(config: dict[str, Any], folder: Path) -> type[nn.Module]:
 
     name = str(config.get("_class_name"))
     kind = getattr(diffusers, name, None) if name.isidentifier() else None
-    if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin):
-        if any(x.startswith("timestep") for x in inspect.signature(kind.forward).parameters):
-            return kind
+    base: Any = diffusers.ModelMixin
+    if isinstance(kind, type) and issubclass(kind, base) and _takes_time(kind):
+        return kind
     raise ValueError(
         f"`path` must be the folder of a network of diffusers that takes timesteps, but {folder} "
         f"holds a {name}: name another, or its `subfolder`."
     )
+
+
+def _takes_time(kind: type[nn.Module]) -> bool:
+    return any(name.startswith("timestep") for name in inspect.signature(kind.forward).parameters)
 
 
 def _load(kind: Any, folder: Path, dtype: str, variant: str | None) -> nn.Module:
@@ -138,6 +142,8 @@ def _load(kind: Any, folder: Path, dtype: str, variant: str | None) -> nn.Module
             f"`path` must be a folder with the weights of its {kind.__name__}, but {folder} "
             f"{wrong[0]}: save it by `save_pretrained`."
         )
+    if not network._keep_in_fp32_modules:
+        nn.Module.to(network, DTYPES[dtype])  # diffusers leaves buffers as they are
     # diffusers gives it back for inference, without dropout
     loaded: nn.Module = network.train()
     return loaded

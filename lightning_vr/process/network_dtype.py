@@ -30,8 +30,9 @@ class InDtype(nn.Module):
     """
 
     def __new__(cls, network: nn.Module, dtype: NetworkDtype) -> nn.Module:  # type: ignore[misc]
-        check_choice("dtype", dtype, DTYPES)
-        return network.to(DTYPES[dtype])
+        check_choice("dtype", dtype, tuple(DTYPES))
+        # not by a method of the network's own: diffusers' warns of parts that it has not
+        return nn.Module.to(network, DTYPES[dtype])
 
 
 def dtype_name(network: nn.Module) -> str | None:

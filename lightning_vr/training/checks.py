@@ -68,10 +68,11 @@ def check_call(network: nn.Module, num_classes: int | None, *, may_condition: bo
         )
     if num_classes is None and "class_labels" in call.needs and not may_condition:
         name, embeddings = _embeddings(without_compiler(network))
-        classes = f"{embeddings - (name == 'num_class_embeds')}" if embeddings else "their number"
+        reason = f"has {name}={embeddings}" if embeddings else "cannot be called without labels"
+        own = f" to {embeddings - (name == 'num_class_embeds')}" if embeddings else ""
         raise ValueError(
-            f"`num_classes` must be given, as {call.name} has {name}={embeddings}, got None: set "
-            f"`num_classes` to {classes}."
+            f"`num_classes` must be given, as {call.name} {reason}, got None: set `num_classes`"
+            f"{own}."
         )
 
 

@@ -29,10 +29,10 @@ def prepare_network(
     Args:
         network: The network; it is changed.
         gradient_checkpointing: Whether its activations are computed again in the backward pass.
-        compile_network: Whether it is compiled, when it is first called.
+        compile_network: Whether it is compiled, when it is first called, if it is not yet.
 
     Raises:
-        ValueError: If it has no checkpoints, or is compiled already.
+        ValueError: If it has no checkpoints.
     """
     plain = without_compiler(network)
     for part in plain.modules():
@@ -46,12 +46,7 @@ def prepare_network(
                 f"your own `forward`."
             )
         plain.enable_gradient_checkpointing()  # type: ignore[operator]
-    if compile_network:
-        if plain is not network:
-            raise ValueError(
-                "`compile_network` must be False for a network that is compiled, got True: pass "
-                "the network itself, or leave it out."
-            )
+    if compile_network and plain is network:
         network.compile()
     return network
 

@@ -179,7 +179,7 @@ MODEL = [
         "got null: give it one",
     ),
     unet("in_channels: 3", "`network`", "shape of the data"),
-    unet("out_channels: 2", "`network`", "as many output as input channels"),
+    unet("out_channels: 3", "`network`", "as many output as input channels"),
     unet("norm_num_groups: 3", "UNet2DModel", "divisible by num_groups"),
     unet("num_class_embeds: 11", "`num_classes`", "set `num_classes` to 10"),
     unet("sample_size: 8", "`network`", "set num_class_embeds to 11", module="num_classes: 10"),
