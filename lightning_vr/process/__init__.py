@@ -5,6 +5,7 @@ networks, and samplers.
 """
 
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
+from lightning_vr.process.likelihood import Likelihood
 from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.sampling import Sampler
@@ -33,6 +34,7 @@ __all__ = [
     "Density",
     "DiffusersSchedule",
     "EDMWeighting",
+    "Likelihood",
     "LogNormal",
     "LogNormalWeighting",
     "LogUniform",
