@@ -30,7 +30,7 @@ def distance_rows(points: Tensor, others: Tensor) -> Iterator[Tensor]:
     A point is at distance 0 of its copy: they are not taken from squares, which would cancel.
     """
     points, others = wide(points), wide(others)
-    for rows in points.split(max(1, _ENTRIES // len(others))):
+    for rows in torch.split(points, max(1, _ENTRIES // len(others))):
         yield torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 

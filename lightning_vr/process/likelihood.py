@@ -103,7 +103,8 @@ class Likelihood:
             flow = _Flow(
                 lambda xt, t: denoise(xt, t, group, cond), schedule, self._probes(x0, source)
             )
-            return offset - flow.log_density(x0, self.tolerance) / (dimension * math.log(2))
+            nats: Tensor = -flow.log_density(x0, self.tolerance)
+            return nats / (dimension * math.log(2)) + offset
 
     def _probes(self, x0: Tensor, source: torch.Generator) -> Tensor:
         """Return vectors ``(K, B, *)`` whose mean of v v' is the identity or has it as its mean."""

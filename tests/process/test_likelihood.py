@@ -61,7 +61,7 @@ def test_bits_of_a_mixture_are_within_one_percent_of_its_entropy(kind, source):
     probability = log_density.exp() * (8 / 40_000)
     entropy = -float((probability * log_density).sum()) / math.log(2)
 
-    # an equally likely quantile for each sample: the mean is the entropy but for a part in a thousand
+    # equally likely quantiles: their mean is the entropy but for a part in a thousand
     quantiles = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     x0 = grid[torch.searchsorted(probability.cumsum(0), quantiles)]
     found = bits(data, kind(), x0, source)
