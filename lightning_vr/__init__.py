@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_vr.auditing import Audit, Candidate, audit
     from lightning_vr.callbacks import (
+        Evaluation,
         FrechetDistance,
         GradientVariance,
         SampleGrid,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         Cosine,
         DiffusersSchedule,
         EDMWeighting,
+        Likelihood,
         LogitNormal,
         LogNormal,
         LogNormalWeighting,
@@ -69,9 +71,11 @@ __all__ = [
     "DiffusionModule",
     "DurableCheckpointIO",
     "EDMWeighting",
+    "Evaluation",
     "FrechetDistance",
     "GradientVariance",
     "LearnedProposal",
+    "Likelihood",
     "LogNormal",
     "LogNormalWeighting",
     "LogUniform",

@@ -103,14 +103,13 @@ class Likelihood:
             flow = _Flow(
                 lambda xt, t: denoise(xt, t, group, cond), schedule, self._probes(x0, source)
             )
-            nats: Tensor = -flow.log_density(x0, self.tolerance)
-            return nats / (dimension * math.log(2)) + offset
+            return offset - flow.log_density(x0, self.tolerance) / (dimension * math.log(2))
 
     def _probes(self, x0: Tensor, source: torch.Generator) -> Tensor:
         """Return vectors ``(K, B, *)`` whose mean of v v' is the identity or has it as its mean."""
         dimension = x0[0].numel()
         if self.probes == "exact" or (self.probes == "auto" and dimension <= _EXACT):
-            basis = torch.eye(dimension, dtype=x0.dtype, device=x0.device) * dimension**0.5
+            basis = torch.eye(dimension, dtype=x0.dtype, device=x0.device) * math.sqrt(dimension)
             return basis.reshape(-1, 1, *x0.shape[1:]).expand(-1, *x0.shape)
         size = (1 if self.probes == "auto" else int(self.probes), *x0.shape)
         signs = torch.randint(2, size, generator=source, device=x0.device)
