@@ -36,7 +36,7 @@ from lightning_vr.callbacks.evaluation_table import (
     standard_error,
 )
 from lightning_vr.callbacks.feature_sets import generated_features, loader_features
-from lightning_vr.callbacks.held_out_likelihood import held_out_bits
+from lightning_vr.callbacks.held_out_likelihood import check_precision, held_out_bits
 from lightning_vr.callbacks.real_samples import (
     CleanFunction,
     check_enough,
@@ -195,6 +195,8 @@ class Evaluation(AfterValidation):
             held_out = len(held_out_loader(trainer).dataset)  # type: ignore[arg-type]
             if "memorisation" in names:
                 check_held_out(held_out, QUANTILE)
+        if "bits_per_dimension" in names and isinstance(module, DiffusionModule):
+            check_precision(module)
         if names == {"bits_per_dimension"}:
             return
         with torch.no_grad():

@@ -5,10 +5,12 @@ the solver are those of a whole block, and the randomness is keyed by the block.
 """
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_vr.callbacks.feature_sets import in_order
+from lightning_vr.core.devices import dtype_of
 from lightning_vr.core.distributed import gather_objects, rank, world_size
 from lightning_vr.core.progress import progress_bar
 from lightning_vr.core.rng import generator
@@ -42,7 +44,8 @@ def held_out_bits(
     for i, block in progress_bar(blocks, "Likelihood", is_shown=is_shown):
         block = mapped(block, lambda x: x.to(device))
         source = generator(module.run_seed, "likelihood", i, device=device)
-        with evaluating(module), trainer.precision_plugin.forward_context():
+        # without autocast, whose rounding would keep the solver from ever ending
+        with evaluating(module):
             bits = likelihood.bits_per_dimension(
                 module.denoise,
                 module.schedule,
@@ -54,6 +57,21 @@ def held_out_bits(
         values.append(bits.double())
         positions.append(i * _BLOCK + torch.arange(len(bits)))
     return in_order(torch.cat(values), torch.cat(positions))
+
+
+def check_precision(module: DiffusionModule) -> None:
+    """Raise if the network's weights are too coarse for an adaptive solver.
+
+    Raises:
+        MisconfigurationException: With their dtype.
+    """
+    dtype = dtype_of(module.network)
+    if dtype in (torch.float16, torch.bfloat16):
+        raise MisconfigurationException(
+            f"`precision` must keep the network in float32 for 'bits_per_dimension', whose solver "
+            f"needs smooth outputs, got {dtype}: use 32-true or a mixed precision, or leave that "
+            f"measure out of `measures` of `Evaluation`."
+        )
 
 
 @torch.no_grad()

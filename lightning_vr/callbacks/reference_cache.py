@@ -33,7 +33,7 @@ PROBES = 16
 _TOLERANCE = 1e-3
 """Difference of probes, relative to their scale, that other devices and batches may make."""
 
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def cached_features(
@@ -96,8 +96,9 @@ def _load(path: Path, identity: str, probes: Tensor) -> Any:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            about, known, values = str(file["identity"]), file["probes"], file["features"]
+        # numpy leaves a file of its own open where it is damaged
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            about, known, values = str(arrays["identity"]), arrays["probes"], arrays["features"]
         problem = _difference(about, known, values, identity, probes)
     except _DAMAGE as error:
         problem = f"it is damaged ({type(error).__name__}: {error})"

@@ -53,13 +53,14 @@ class Likelihood:
         probes: Vectors of random signs for each sample, or ``"exact"`` for the exact trace, which
             takes as many backward passes as there are dimensions; ``"auto"`` is exact in up to 16
             dimensions, and one vector above.
-        tolerance: Relative and absolute error that the solver allows in each step.
+        tolerance: Relative and absolute error that the solver allows in each step. Rounding of a
+            network in float32 is above 1e-5, where the solver would take very many steps.
         levels: Number of values that a pixel has in [-1, 1], 256 for 8 bits. By default the data
             is continuous, and its bits per dimension depend on its units and may be negative.
     """
 
     probes: int | Literal["exact", "auto"] = "auto"
-    tolerance: float = 1e-5
+    tolerance: float = 1e-3
     levels: int | None = None
 
     def __post_init__(self) -> None:

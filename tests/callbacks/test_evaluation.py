@@ -15,7 +15,7 @@ from support.networks import small_mlp
 from support.points import Points, normal_points
 from support.trainers import quiet_trainer
 
-from lightning_vr import DiffusionModule, Evaluation, Sampler
+from lightning_vr import DiffusionModule, Evaluation, Likelihood, Sampler
 from lightning_vr.callbacks import held_out_likelihood
 from lightning_vr.core.rng import generator
 from lightning_vr.metrics import (
@@ -25,6 +25,8 @@ from lightning_vr.metrics import (
     memorisation,
     precision_recall,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory")
 
 TRAIN, TEST = normal_points(200, "train"), normal_points(60, "test")
 FEW = {"samples": 60, "repeats": 2, "subsets": 5, "subset_size": 20, "likelihood_samples": 10}
@@ -67,9 +69,9 @@ def diffusion():
     return DiffusionModule(small_mlp(std=0.3), sampler=Sampler(steps=3))
 
 
-def evaluated(callback, folder, model=None, data=None):
+def evaluated(callback, folder, model=None, data=None, **options):
     seed_everything(1, verbose=False)
-    trainer = quiet_trainer(callback, logger=CSVLogger(folder, name="", version=""))
+    trainer = quiet_trainer(callback, logger=CSVLogger(folder, name="", version=""), **options)
     trainer.test(model or diffusion(), datamodule=data or points(), verbose=False)
     return trainer
 
@@ -132,7 +134,7 @@ def test_each_measure_is_that_of_its_own_function_and_errors_are_those_of_the_se
 
 def test_the_standard_error_is_the_spread_of_repeated_evaluations(tmp_path):
     means, errors = [], []
-    for i in range(30):
+    for i in range(20):
         torch.manual_seed(i)
         sets = iter(torch.randn(4, 60, 2))
         callback = by_sampling(
@@ -142,7 +144,7 @@ def test_the_standard_error_is_the_spread_of_repeated_evaluations(tmp_path):
         means.append(callback.found[0].value)
         errors.append(callback.found[0].standard_error ** 2)
     ratio = statistics.mean(errors) / statistics.variance(means)
-    assert 0.4 < ratio < 2.5  # chi-squared with 29 degrees of freedom: 3 standard errors
+    assert 0.4 < ratio < 2.5  # chi-squared with 19 degrees of freedom: 3 standard errors
 
 
 def test_one_set_has_no_standard_error(tmp_path):
@@ -181,11 +183,23 @@ def test_bits_per_dimension_do_not_depend_on_blocks_but_for_the_tolerance(tmp_pa
     values = []
     for block in (64, 7):
         monkeypatch.setattr(held_out_likelihood, "_BLOCK", block)
-        callback = Evaluation(measures=["bits_per_dimension"], likelihood_samples=10)
+        likelihood = Likelihood(tolerance=1e-5)
+        callback = Evaluation(["bits_per_dimension"], likelihood=likelihood, likelihood_samples=10)
         evaluated(callback, tmp_path)
         values.append(callback.found[0].value)
         assert callback.found[0].samples == 10
     assert values[0] == pytest.approx(values[1], abs=1e-3)
+
+
+def test_mixed_precision_leaves_the_likelihood_alone_and_half_precision_is_refused(tmp_path):
+    values = []
+    for precision in ("32-true", "bf16-mixed"):
+        callback = Evaluation(["bits_per_dimension"], likelihood_samples=10)
+        evaluated(callback, tmp_path, precision=precision)
+        values.append(callback.found[0].value)
+    assert values[0] == values[1]
+    with pytest.raises(MisconfigurationException, match=r"in float32 .* got torch.bfloat16"):
+        evaluated(Evaluation(["bits_per_dimension"]), tmp_path, precision="bf16-true")
 
 
 def cached(tmp_path, **settings):

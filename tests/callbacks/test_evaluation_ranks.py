@@ -13,7 +13,11 @@ from support.trainers import quiet_trainer
 from lightning_vr import DiffusionModule, Evaluation, Sampler
 from lightning_vr.callbacks import held_out_likelihood, sample_blocks
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Using `DistributedSampler`"),
+    pytest.mark.filterwarnings("ignore:Experiment logs directory"),
+]
 
 
 def table(folder, **options):
@@ -29,7 +33,6 @@ def table(folder, **options):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
 @pytest.mark.parametrize("block", [20, 250])  # at 250 the second rank generates nothing
 def test_two_ranks_write_the_table_of_one_process(block, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_blocks, "_BLOCK", block)
