@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_vr.auditing import Audit, Candidate, audit
     from lightning_vr.callbacks import (
+        Evaluation,
         FrechetDistance,
         GradientVariance,
         SampleGrid,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         DiffusersSchedule,
         EDMWeighting,
         InDtype,
+        Likelihood,
         LogitNormal,
         LogNormal,
         LogNormalWeighting,
@@ -71,10 +73,12 @@ __all__ = [
     "DiffusionModule",
     "DurableCheckpointIO",
     "EDMWeighting",
+    "Evaluation",
     "FrechetDistance",
     "GradientVariance",
     "InDtype",
     "LearnedProposal",
+    "Likelihood",
     "LogNormal",
     "LogNormalWeighting",
     "LogUniform",

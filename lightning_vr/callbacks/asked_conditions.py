@@ -4,14 +4,13 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_vr.core.conditions import Condition, condition_rows
 from lightning_vr.core.rng import generator, preserve_global_rng, seed_global_rng
 from lightning_vr.data.conditions import Conditions
-from lightning_vr.lifecycle.training_set import transfer_batch
+from lightning_vr.lifecycle.training_set import held_out_loader, transfer_batch
 from lightning_vr.process.sampling import evaluating
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.upstream import Upstream
@@ -43,7 +42,7 @@ def validated(trainer: Trainer, module: DiffusionModule, numbers: Tensor) -> Ask
     classes = None if module.num_classes is None else numbers % module.num_classes
     if type(module).encode is Upstream.encode:
         return Asked(classes, None)
-    loader = evaluation_loader(trainer)
+    loader = held_out_loader(trainer)
     size = len(loader.dataset)  # type: ignore[arg-type]
     positions, rows = torch.unique(numbers % size, return_inverse=True)
     some: DataLoader[Any] = DataLoader(
@@ -61,20 +60,3 @@ def validated(trainer: Trainer, module: DiffusionModule, numbers: Tensor) -> Ask
     rows = rows.to(clean.x0.device)
     group = None if clean.group is None else clean.group[rows]
     return Asked(group, condition_rows(clean.cond, rows))
-
-
-def evaluation_loader(trainer: Trainer) -> DataLoader[Any]:
-    """Return the first loader of the data that is validated or tested on.
-
-    Raises:
-        ValueError: If it is not a DataLoader of a map-style data set.
-    """
-    is_test = trainer.state.fn == TrainerFn.TESTING
-    loaders = trainer.test_dataloaders if is_test else trainer.val_dataloaders
-    loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
-            f"`conditions` must be given where validation data is not one DataLoader of a "
-            f"map-style data set, got {type(loader).__name__}: give a file of prompts or labels."
-        )
-    return loader

@@ -6,25 +6,25 @@ features and number can be compared, so both are part of the metric's name. With
 ``InceptionFeatures`` alone it is an FID.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
+from lightning_vr.callbacks.real_samples import (
+    CleanFunction,
+    check_enough,
+    check_training_set,
+    default_features,
+    real_samples,
+)
+from lightning_vr.callbacks.sample_blocks import sample_blocks
 from lightning_vr.callbacks.training_samples import finite_rows
-from lightning_vr.core.distributed import rank, world_size
-from lightning_vr.core.progress import progress_bar
+from lightning_vr.core.distributed import world_size
 from lightning_vr.data.conditions import ConditionsSource
 from lightning_vr.lifecycle.loggers import log_numbers
 from lightning_vr.lifecycle.training_set import training_batches, training_loader
-from lightning_vr.metrics import Features, FrechetMetric, IdentityFeatures, RandomConvFeatures
-from lightning_vr.training.module import DiffusionModule
-
-_BLOCK = 250
-"""Samples generated at a time. Their noise does not depend on the number of ranks."""
+from lightning_vr.metrics import Features, FrechetMetric
 
 
 class FrechetDistance(AfterValidation):
@@ -56,7 +56,7 @@ class FrechetDistance(AfterValidation):
         real_samples: int | None = None,
         every_n_validations: int = 1,
         sample: SampleFunction | None = None,
-        clean: Callable[[Any], Tensor] | None = None,
+        clean: CleanFunction | None = None,
         conditions: ConditionsSource | None = None,
     ) -> None:
         super().__init__(sample, every_n_validations, conditions)
@@ -67,7 +67,7 @@ class FrechetDistance(AfterValidation):
         self.logged: tuple[str, ...] = ("frechet_distance/",)
         self._metric: FrechetMetric | None = None
         if features is not None:
-            self._check_counts(features)
+            check_enough(features, samples=samples, real_samples=real_samples)
 
     @property
     def state_key(self) -> str:
@@ -81,21 +81,19 @@ class FrechetDistance(AfterValidation):
         self._metric = None  # of an earlier fit's data
         with torch.no_grad():
             for _, batch in training_batches(trainer, "Checking the data", world_size()):
-                real = self._real_samples(pl_module, batch)
-                features = self.features or self._default_features(real)
+                real = real_samples(pl_module, self.clean, batch)
+                features = self._features_for(real)
                 features.check_images(real)
                 self.logged = (self._name(features),)
-            _check_training_set(trainer, features)
+        count = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        check_training_set(count, features, "FrechetDistance")
 
     def evaluate(self, trainer: Trainer, module: LightningModule) -> None:
         """Generate samples, compare them with the training set and log the distance."""
         metric = self._metric or self._read_training_set(trainer, module)
         self._metric = metric
         metric.reset()
-        starts = range(rank() * _BLOCK, self.samples, world_size() * _BLOCK)
-        is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        for start in progress_bar(starts, "Sampling", is_shown=is_shown):
-            samples = self.generate(module, min(_BLOCK, self.samples - start), "frechet", start)
+        for _, samples in sample_blocks(self, trainer, module, self.samples, "frechet"):
             metric.update(samples, real=False)
         log_numbers(trainer, {self._name(metric.features): float(metric.compute())})
 
@@ -108,50 +106,18 @@ class FrechetDistance(AfterValidation):
             for positions, batch in training_batches(
                 trainer, "Reading the training set", self.real_samples
             ):
-                real = self._real_samples(module, batch)
+                real = real_samples(module, self.clean, batch)
                 rows = finite_rows(real, positions, module, "FrechetDistance")
                 real = real if rows is None else real[rows]
                 if metric is None:
-                    features = self.features or self._default_features(real)
+                    features = self._features_for(real)
                     metric = FrechetMetric(features, reset_real_features=False)
                     metric.to(real.device)
                 metric.update(real, real=True)
         assert metric is not None, "a DataLoader over an empty training set yields no batch"
         return metric
 
-    def _real_samples(self, module: LightningModule, batch: Any) -> Tensor:
-        with module.trainer.precision_plugin.forward_context():
-            if self.clean is not None:
-                return self.clean(batch)
-            if isinstance(module, DiffusionModule):
-                return module.decode(module.clean(batch).x0)
-        raise ValueError(
-            f"`clean` must be given for a {type(module).__name__}, got None: pass a function from "
-            f"a training batch to real samples."
-        )
-
-    def _default_features(self, real: Tensor) -> Features:
-        features: Features = IdentityFeatures(real[0].numel())
-        if real.ndim == 4:
-            features = RandomConvFeatures(channels=real.shape[1])
-        self._check_counts(features)
+    def _features_for(self, real: Tensor) -> Features:
+        features = self.features or default_features(real)
+        check_enough(features, samples=self.samples, real_samples=self.real_samples)
         return features
-
-    def _check_counts(self, features: Features) -> None:
-        for name, count in (("samples", self.samples), ("real_samples", self.real_samples)):
-            if count is not None and count <= features.dimension:
-                raise ValueError(
-                    f"`{name}` must be more than {features.dimension}, the number of features of "
-                    f"{features.name!r}, got {count}: use more samples, or features of a smaller "
-                    f"dimension."
-                )
-
-
-def _check_training_set(trainer: Trainer, features: Features) -> None:
-    count = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
-    if count <= features.dimension:
-        raise ValueError(
-            f"The training set must have more than {features.dimension} samples, the number of "
-            f"features of {features.name!r}, for `FrechetDistance`, got {count}: use more data, or "
-            f"`features` of a smaller dimension."
-        )

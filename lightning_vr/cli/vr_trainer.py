@@ -1,19 +1,21 @@
-"""Lightning's trainer with a ``predict`` that draws samples and an ``audit``."""
+"""Lightning's trainer with a ``test`` that evaluates, a ``predict`` that draws, an ``audit``."""
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from lightning_vr.auditing.candidates import read_candidates
 from lightning_vr.auditing.report import save, table
 from lightning_vr.auditing.run import audit as run_audit
+from lightning_vr.callbacks.evaluation import Evaluation
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.data.conditions import Conditions, ConditionsSource
@@ -23,7 +25,7 @@ from lightning_vr.training.module import DiffusionModule
 
 
 class VRTrainer(Trainer):
-    """A ``Trainer`` whose ``predict`` draws samples and whose ``audit`` compares estimators."""
+    """A ``Trainer`` that also evaluates and draws samples, and compares estimators."""
 
     def audit(
         self,
@@ -59,6 +61,40 @@ class VRTrainer(Trainer):
         console.print(found.advice, style="bold")
         console.print(found.config, highlight=False)
         print(f"The audit is in {folder}: audit.json, audit.md, audit.png")
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Mapping[str, float]]:
+        """Test a module and measure its samples, in one table in the run's folder.
+
+        The table is evaluation.csv, evaluation.md and evaluation.json. The callback ``Evaluation``
+        says what is measured; one with its defaults is added if none is configured.
+
+        Args:
+            model: A module; the weights come from ``ckpt_path`` if it is given.
+            dataloaders: Held-out data, in place of ``datamodule``.
+            ckpt_path: The checkpoint to test: a file, or 'last' for that of the newest run.
+            verbose: Whether to print what the module logs.
+            datamodule: Training data and held-out data.
+            weights_only: As ``torch.load`` takes it.
+        """
+        arguments = (model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        configured = any(isinstance(each, Evaluation) for each in self.callbacks)  # type: ignore[attr-defined]
+        # without a data module there is no training set to compare with
+        if configured or datamodule is None or not isinstance(model, DiffusionModule):
+            return super().test(*arguments)
+        evaluation = Evaluation()
+        self.callbacks.append(evaluation)  # type: ignore[attr-defined]
+        try:
+            return super().test(*arguments)
+        finally:
+            self.callbacks.remove(evaluation)  # type: ignore[attr-defined]
 
     def predict(  # type: ignore[override]
         self,

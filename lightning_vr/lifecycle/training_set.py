@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -41,8 +42,14 @@ def training_batches(
     Raises:
         ValueError: If the training data is not one map-style data set behind one DataLoader.
     """
-    loader = training_loader(trainer)
-    positions = _rank_positions(trainer, limit)
+    return loader_batches(trainer, training_loader(trainer), title, limit, key=key)
+
+
+def loader_batches(
+    trainer: Trainer, loader: DataLoader[Any], title: str, limit: int | None = None, *, key: str
+) -> Generator[tuple[Tensor, Any], None, None]:
+    """Do what ``training_batches`` does, over the data set of any loader."""
+    positions = _rank_positions(loader, limit)
     batch_size = loader.batch_size or 64
     own = DataLoader(
         loader.dataset,
@@ -94,7 +101,7 @@ def encoded_training_set(
         carries indices; None if samples have a condition without a ``cond_group``.
     """
     device = trainer.strategy.root_device
-    count, done, indexed = len(_rank_positions(trainer, limit)), 0, True
+    count, done, indexed = len(_rank_positions(training_loader(trainer), limit)), 0, True
     found: dict[str, Tensor] = {}
     for at, batch in training_batches(trainer, title, limit):
         with trainer.precision_plugin.forward_context():
@@ -155,9 +162,9 @@ def check_equal_chances(trainer: Trainer) -> None:
         )
 
 
-def _rank_positions(trainer: Trainer, limit: int | None) -> list[int]:
+def _rank_positions(loader: DataLoader[Any], limit: int | None) -> list[int]:
     """Return the positions that this rank reads, of at most ``limit`` evenly spaced ones."""
-    size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+    size = len(loader.dataset)  # type: ignore[arg-type]
     count = size if limit is None else min(limit, size)
     return [i * size // count for i in range(count)][rank() :: world_size()]
 
@@ -177,5 +184,24 @@ def training_loader(trainer: Trainer) -> DataLoader[Any]:
             f"`train_dataloaders` must be one DataLoader of a map-style data set, whose samples "
             f"have positions, got {type(loader).__name__}: use STF(references='batch') and no "
             f"callback that reads the whole training set."
+        )
+    return loader
+
+
+def held_out_loader(trainer: Trainer) -> DataLoader[Any]:
+    """Return the loader of the data that a trainer tests or validates on.
+
+    Raises:
+        ValueError: If it is not one DataLoader of a map-style data set.
+    """
+    is_test = trainer.state.fn == TrainerFn.TESTING
+    loader: Any = trainer.test_dataloaders if is_test else trainer.val_dataloaders
+    if isinstance(loader, (list, tuple)) and len(loader) == 1:
+        loader = loader[0]
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"Held-out data must be one DataLoader of a map-style data set, got "
+            f"{type(loader).__name__}: use one, or give samples `conditions` and leave out the "
+            f"measures of `Evaluation` that compare with it."
         )
     return loader

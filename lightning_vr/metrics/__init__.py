@@ -11,6 +11,9 @@ from lightning_vr.metrics.features import (
     RandomConvFeatures,
 )
 from lightning_vr.metrics.frechet_metric import FrechetMetric, frechet_distance
+from lightning_vr.metrics.kernel_distance import kernel_distance
+from lightning_vr.metrics.memorisation import Memorisation, memorisation
+from lightning_vr.metrics.precision_recall import precision_recall
 
 __all__ = [
     "DigitFeatures",
@@ -18,6 +21,10 @@ __all__ = [
     "FrechetMetric",
     "IdentityFeatures",
     "InceptionFeatures",
+    "Memorisation",
     "RandomConvFeatures",
     "frechet_distance",
+    "kernel_distance",
+    "memorisation",
+    "precision_recall",
 ]

@@ -91,8 +91,8 @@ class FrechetMetric(FrechetInceptionDistance):
         """
         features = self.features(images)
         side = "real" if real else "generated"
-        _check_real_and_finite(f"{side} images", images)
-        _check_real_and_finite(f"features {self.features.name!r} of the {side} images", features)
+        check_real_and_finite(f"{side} images", images)
+        check_real_and_finite(f"features {self.features.name!r} of the {side} images", features)
         super().update(features.to(self.real_features_sum), real)
 
     def compute(self) -> Tensor:
@@ -209,7 +209,7 @@ def _float64(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
             f"`{name}` must have shape {shape}, got {tuple(value.shape)}: give both sides moments "
             f"of the same features."
         )
-    _check_real_and_finite(f"`{name}`", value)
+    check_real_and_finite(f"`{name}`", value)
     return value.to(_float64_device(value.device)).double()
 
 
@@ -217,7 +217,12 @@ def _float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _check_real_and_finite(name: str, values: Tensor) -> None:
+def check_real_and_finite(name: str, values: Tensor) -> None:
+    """Raise if values are complex or not finite.
+
+    Raises:
+        ValueError: With the number of values that are not finite.
+    """
     if values.is_complex():
         raise ValueError(f"{name} must be real, got {values.dtype}: use torch.view_as_real.")
     wrong = int((~values.isfinite()).sum())

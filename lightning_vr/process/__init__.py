@@ -6,6 +6,7 @@ networks, and samplers.
 
 from lightning_vr.process.diffusers_network import Pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
+from lightning_vr.process.likelihood import Likelihood
 from lightning_vr.process.network_dtype import InDtype
 from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.process.objective import Objective
@@ -36,6 +37,7 @@ __all__ = [
     "DiffusersSchedule",
     "EDMWeighting",
     "InDtype",
+    "Likelihood",
     "LogNormal",
     "LogNormalWeighting",
     "LogUniform",

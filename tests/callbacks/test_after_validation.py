@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 from lightning_vr import DiffusionModule, FrechetDistance, ResidualMLP, SampleGrid, Sampler
-from lightning_vr.callbacks import frechet_distance
+from lightning_vr.callbacks import sample_blocks
 from lightning_vr.callbacks.pictures import save_picture
 from lightning_vr.data import EightGaussians
 from lightning_vr.metrics import IdentityFeatures, RandomConvFeatures
@@ -204,7 +204,7 @@ def test_samples_take_all_classes_in_turn_whatever_is_drawn_at_a_time(tmp_path, 
             seen.append(group)
             return torch.randn(count, 2)
 
-    monkeypatch.setattr(frechet_distance, "_BLOCK", 9)
+    monkeypatch.setattr(sample_blocks, "_BLOCK", 9)
     watched = Classes(ResidualMLP(num_class_embeds=9), num_classes=8, sampler=Sampler(steps=2))
     trainer(tmp_path, FrechetDistance(samples=20)).fit(watched, data())
     assert torch.cat(seen[-3:]).tolist() == [i % 8 for i in range(20)]

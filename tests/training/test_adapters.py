@@ -167,9 +167,7 @@ def test_settings_that_make_no_adapter_are_refused(settings, message):
 
 
 def test_a_network_without_such_layers_is_refused():
-    with pytest.raises(
-        ValueError, match="`targets` must name layers of the ResidualMLP"
-    ):
+    with pytest.raises(ValueError, match="`targets` must name layers of the ResidualMLP"):
         DiffusionModule(small_mlp(), adapter=LoRA())
     model = DiffusionModule(small_mlp(), adapter=LoRA(1, ["project_in"]))
     with pytest.raises(ValueError, match="`network` must have no adapter yet"):
