@@ -1,5 +1,6 @@
 """What is checked when a model is built, that its parts go together, and of each kind of batch."""
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -232,9 +233,10 @@ def _check_embeddings(network: nn.Module, num_classes: int) -> None:
 def _embeddings(network: nn.Module) -> tuple[str, int | None]:
     """Return which setting says how many labels a network embeds, and how many; "" if none."""
     settings = _settings(network)
-    if "num_embeds_ada_norm" in settings:
-        is_dit = NetworkCall.of(network).convention == "DiT"
-        return ("num_embeds_ada_norm", settings["num_embeds_ada_norm"]) if is_dit else ("", None)
+    if "num_embeds_ada_norm" in settings:  # of PixArt too, which embeds no labels
+        takes_labels = "class_labels" in inspect.signature(network.forward).parameters
+        found = "num_embeds_ada_norm", settings["num_embeds_ada_norm"]
+        return found if takes_labels else ("", None)
     if "num_class_embeds" in settings and settings.get("class_embed_type") is None:
         return "num_class_embeds", settings["num_class_embeds"]
     return "", None
