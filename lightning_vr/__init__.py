@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         EDM,
         VE,
         VP,
+        Autoencoder,
+        AutoencoderFolder,
         Cosine,
         DiffusersSchedule,
         EDMWeighting,
@@ -53,7 +55,12 @@ if TYPE_CHECKING:
         Uniform,
         UnitWeighting,
     )
-    from lightning_vr.training import Diffusion, DiffusionModule
+    from lightning_vr.training import (
+        Diffusion,
+        DiffusionModule,
+        LatentDiffusionModule,
+        cache_latents,
+    )
 
 __all__ = [
     "CARV",
@@ -65,6 +72,8 @@ __all__ = [
     "VP",
     "VRCLI",
     "Audit",
+    "Autoencoder",
+    "AutoencoderFolder",
     "Candidate",
     "Clean",
     "Cosine",
@@ -77,6 +86,7 @@ __all__ = [
     "FrechetDistance",
     "GradientVariance",
     "InDtype",
+    "LatentDiffusionModule",
     "LearnedProposal",
     "Likelihood",
     "LogNormal",
@@ -103,6 +113,7 @@ __all__ = [
     "UnitWeighting",
     "WeightProposal",
     "audit",
+    "cache_latents",
     "distillation_loss",
     "posterior_mean",
 ]

@@ -24,7 +24,11 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TENSOR_ROOMS = ("core", "process", "posterior", "estimators", "variance", "training/diffusion.py")
 FRAMEWORKS = {"lightning", "pytorch_lightning", "diffusers", "torchmetrics", "sklearn"}
 LOGGERS = {"wandb", "tensorboard", "mlflow", "comet_ml", "neptune", "matplotlib"}
-MAY_IMPORT_DIFFUSERS = ("process/diffusers_schedule.py", "process/diffusers_network.py")
+MAY_IMPORT_DIFFUSERS = (
+    "process/diffusers_autoencoder.py",
+    "process/diffusers_network.py",
+    "process/diffusers_schedule.py",
+)
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -132,7 +132,7 @@ def _no_argument(failure: _Failure) -> str:
 def _no_setting(failure: _Failure) -> str:
     name = failure.reason.partition("=")[0]
     section, _, rest = name.removeprefix("--").partition(".")
-    if section in ("fit", "validate", "test", "predict", "audit"):
+    if section in ("fit", "validate", "test", "predict", "audit", "cache"):
         fix = f"give the file before the subcommand, or write {rest or 'its sections'} at the top"
         return f"`{section}` is the subcommand and no section of a file given after it: {fix}."
     near = close_settings(name.removeprefix("--"))

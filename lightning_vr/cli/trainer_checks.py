@@ -29,6 +29,7 @@ _LIMITS = {
     "validate": ("limit_val_batches",),
     "test": ("limit_test_batches",),
     "predict": ("limit_predict_batches",),
+    "cache": ("limit_predict_batches",),
 }
 """Settings of which 0 means that a subcommand does nothing at all."""
 

@@ -19,7 +19,8 @@ import lightning_vr.data
 import lightning_vr.estimators
 import lightning_vr.lifecycle
 import lightning_vr.metrics
-import lightning_vr.process  # noqa: F401
+import lightning_vr.process
+import lightning_vr.training.latents  # noqa: F401
 from lightning_vr.cli.checkpoint_settings import (
     Change,
     changed_network,
@@ -47,6 +48,7 @@ from lightning_vr.training.module import DiffusionModule
 _LOADERS = {
     "fit": "train_dataloader",
     "audit": "train_dataloader",
+    "cache": "train_dataloader",
     "validate": "val_dataloader",
     "test": "test_dataloader",
 }
@@ -95,7 +97,8 @@ class VRCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and which of their arguments the command line sets itself."""
-        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
+        own = {name: {"model", "datamodule"} for name in ("audit", "cache")}
+        return LightningCLI.subcommands() | own
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -262,7 +265,7 @@ class VRCLI(LightningCLI):
 
     def _checkpoint_path(self) -> str | None:
         """Return the file of ``ckpt_path``, or None if not given or left for Lightning to find."""
-        path = self._settings.ckpt_path
+        path = self._settings.get("ckpt_path")  # `cache` has none
         if path == "last":
             return str(last_checkpoint(self._settings.trainer))
         if path in (None, "best", "hpc") or str(path).startswith("registry"):

@@ -1,4 +1,4 @@
-"""Lightning's trainer with a ``test`` that evaluates, a ``predict`` that draws, an ``audit``."""
+"""Lightning's trainer that also evaluates, draws samples, audits, and caches latents."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -21,11 +22,38 @@ from lightning_vr.core.validation import check_at_least
 from lightning_vr.data.conditions import Conditions, ConditionsSource
 from lightning_vr.lifecycle.checkpoints import load_training_weights, read_checkpoint
 from lightning_vr.lifecycle.loggers import run_folder
+from lightning_vr.training.latent_cache import CacheDtype, cache_latents
+from lightning_vr.training.latents import LatentDiffusionModule
 from lightning_vr.training.module import DiffusionModule
 
 
 class VRTrainer(Trainer):
-    """A ``Trainer`` that also evaluates and draws samples, and compares estimators."""
+    """A ``Trainer`` that also evaluates, draws samples, compares estimators and caches latents."""
+
+    def cache(
+        self,
+        model: LatentDiffusionModule,
+        datamodule: LightningDataModule,
+        path: str | Path,
+        batch_size: PositiveInt = 16,
+        shard_size: PositiveInt = 1024,
+        dtype: CacheDtype = "float32",
+    ) -> None:
+        """Encode the data once and write latents, labels and conditions to disk.
+
+        A run that was stopped goes on where it was. Then train with `--data CachedLatents`.
+
+        Args:
+            model: A LatentDiffusionModule.
+            datamodule: Training and validation data.
+            path: The folder of the cache.
+            batch_size: Pictures to encode at a time, on each process.
+            shard_size: Samples in a file.
+            dtype: The dtype of means and standard deviations on disk.
+        """
+        sizes = {"batch_size": batch_size, "shard_size": shard_size}
+        cache_latents(model, datamodule, path, dtype=dtype, trainer=self, **sizes)
+        rank_zero_info(f"The cache of latents is in {path}.")
 
     def audit(
         self,

@@ -65,7 +65,7 @@ class Clean:
 
         Args:
             batch: A tensor, ``(x,)``, ``(x, label)``, or a dictionary with ``"image"`` or ``"x0"``
-                and, if there are any, ``"label"`` and ``"index"``.
+                and, if there are any, ``"label"``, ``"index"`` and ``"cond"``, a condition.
 
         Raises:
             ValueError: If the batch is none of these.
@@ -78,7 +78,7 @@ class Clean:
             return cls(batch[0], group=batch[1] if len(batch) > 1 else None)
         if isinstance(batch, dict) and ("x0" in batch or "image" in batch):
             x0 = batch["x0"] if "x0" in batch else batch["image"]
-            return cls(x0, group=batch.get("label"), index=batch.get("index"))
+            return cls(x0, batch.get("label"), batch.get("cond"), batch.get("index"))
         raise ValueError(
             f"The batch must be a tensor, (x, label) or a dictionary with 'image' or 'x0', "
             f"got {type(batch).__name__}: override `encode` of a "

@@ -1,8 +1,9 @@
-"""Data modules: handwritten digits, points from known densities, the user's own images.
+"""Data modules: handwritten digits, points from known densities, the user's own images, latents.
 
 The room imports ``core`` alone.
 """
 
+from lightning_vr.data.cached_latents import CachedLatents
 from lightning_vr.data.conditions import Conditions
 from lightning_vr.data.datamodule import SplitDataModule
 from lightning_vr.data.dataset import InMemoryDataset, SampleDataset
@@ -15,6 +16,7 @@ from lightning_vr.data.synthetic import Checkerboard, EightGaussians, Moons
 from lightning_vr.data.two_gaussians import TwoGaussians, two_gaussians_target_variance
 
 __all__ = [
+    "CachedLatents",
     "Checkerboard",
     "Conditions",
     "Digits",

@@ -18,7 +18,21 @@ Sample = dict[str, Tensor]
 
 
 class SampleDataset(Dataset[Sample], ABC):
-    """A map-style data set of :data:`Sample` dicts."""
+    """A map-style data set of :data:`Sample` dicts.
+
+    Attributes:
+        version: Which version of its samples it gives, where each epoch has another; else None.
+    """
+
+    version: tuple[int, int] | None = None
+
+    def start_epoch(self, seed: int, epoch: int) -> None:
+        """Give the samples of an epoch; override it where they are drawn anew in each.
+
+        Args:
+            seed: Seed of the order of samples, the same on all ranks.
+            epoch: Number of the epoch.
+        """
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_vr.core.rng import generator
+from lightning_vr.data.dataset import SampleDataset
 
 
 class EpochOrder(DistributedSampler[Any]):
@@ -38,11 +39,18 @@ class EpochOrder(DistributedSampler[Any]):
         start: int = 0,
     ) -> None:
         super().__init__(dataset, world_size, rank, seed=seed, drop_last=True)
-        self.epoch = epoch
         self._first_epoch, self._start = epoch, start
+        self.set_epoch(epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that comes next, of the order and of samples that are drawn anew."""
+        super().set_epoch(epoch)
+        if isinstance(self.dataset, SampleDataset):
+            self.dataset.start_epoch(self.seed, epoch)
 
     def __iter__(self) -> Iterator[int]:
         assert isinstance(self.dataset, Sized)
+        self.set_epoch(self.epoch)
         source = generator(self.seed, "order", self.epoch)
         order = torch.randperm(len(self.dataset), generator=source)
         own = order[: self.total_size][self.rank :: self.num_replicas]

@@ -5,6 +5,7 @@ of the target is the posterior variance ``tr Cov[x0 | x_t]``, V_DSM in x0 space.
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ class Target(Slot, ABC):
 
     sharded: bool = False
     """Whether each rank keeps only its shard of these."""
+
+    data_version: Any = None
+    """Which version of the training set they are, where each epoch has another."""
 
     @property
     def couples_rows(self) -> bool:

@@ -4,6 +4,7 @@ Schedules and densities of t, predictions and loss weights, the objective that t
 networks, and samplers.
 """
 
+from lightning_vr.process.diffusers_autoencoder import Autoencoder, AutoencoderFolder
 from lightning_vr.process.diffusers_network import Pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.likelihood import Likelihood
@@ -32,6 +33,8 @@ __all__ = [
     "EDM",
     "VE",
     "VP",
+    "Autoencoder",
+    "AutoencoderFolder",
     "Cosine",
     "Density",
     "DiffusersSchedule",

@@ -47,7 +47,7 @@ class Pretrained(nn.Module):
         check_choice("dtype", dtype, tuple(DTYPES))
         folder = network_folder(path, subfolder)
         kind = network_class(saved_config(folder), folder)
-        return _load(kind, folder, dtype, variant)
+        return load_pretrained(kind, folder, dtype, variant)
 
 
 def network_folder(path: str, subfolder: str | None) -> Path:
@@ -118,7 +118,12 @@ def _takes_time(kind: type[nn.Module]) -> bool:
     return any(name.startswith("timestep") for name in inspect.signature(kind.forward).parameters)
 
 
-def _load(kind: Any, folder: Path, dtype: str, variant: str | None) -> nn.Module:
+def load_pretrained(kind: Any, folder: Path, dtype: str, variant: str | None) -> nn.Module:
+    """Return a model of diffusers with the weights in its folder.
+
+    Raises:
+        ValueError: If they are not all there, or others are.
+    """
     try:
         with _quiet():
             network, found = kind.from_pretrained(

@@ -7,16 +7,15 @@ Checkpoints of a network from a folder hold the adapter alone, and a digest of t
 was trained on: with others it would be another model.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_vr.core.devices import without_compiler
+from lightning_vr.core.digests import digest
 from lightning_vr.core.validation import check_integer
 from lightning_vr.lifecycle.checkpoint_contents import STATE
 from lightning_vr.lifecycle.weight_averaging import drop_weights, update_weights
@@ -88,7 +87,7 @@ class Adapter:
         if self.folder is None:
             return
         if self._digest is None:
-            self._digest = _digest(_base(network))
+            self._digest = digest(_base(network))
         names = [f"{_NETWORK}{name}" for name in _base(network)]
         drop_weights(checkpoint, names)
         checkpoint[STATE][_BASE] = {"folder": self.folder, "digest": self._digest}
@@ -105,9 +104,9 @@ class Adapter:
         if base is None:
             return
         found: dict[str, Tensor] | None = _base(network)
-        if found is not None and _digest(found) != base["digest"]:
+        if found is not None and digest(found) != base["digest"]:
             found = _of_folder(network, base["folder"])
-        if found is None or _digest(found) != base["digest"]:
+        if found is None or digest(found) != base["digest"]:
             raise ValueError(
                 f"`network` must have the weights that the adapter of the checkpoint was trained "
                 f"on, those of {base['folder']}, which is not there or holds others: give the "
@@ -161,12 +160,3 @@ def _of_folder(network: nn.Module, folder: Any) -> dict[str, Tensor] | None:
     if any(x is None or x.shape != own[name].shape for name, x in by_name.items()):
         return None
     return {name: x.to(own[name]) for name, x in by_name.items() if x is not None}
-
-
-def _digest(weights: dict[str, Tensor]) -> str:
-    """Return a digest of names and values, which does not depend on the device."""
-    found = hashlib.sha256()
-    for name, x in sorted(weights.items()):
-        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

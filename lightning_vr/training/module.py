@@ -35,7 +35,7 @@ from lightning_vr.training.adapters import Adapter, LoRA
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.monitors import MonitoredSchedules, plateau_settings
-from lightning_vr.training.reference_bank import fill_target
+from lightning_vr.training.reference_bank import fill_target, refill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
 from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
 from lightning_vr.training.training_checks import check_optimization, check_ranks
@@ -45,9 +45,8 @@ from lightning_vr.training.upstream import NullCondition
 class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
     """Trains a diffusion model with pluggable estimators of its loss.
 
-    Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
-    and ``predict`` (how the network is called). Arguments that are not listed are those of
-    ``Diffusion``.
+    Use it as is, or override ``encode`` (the upstream: a text encoder, a renderer), ``decode`` and
+    ``predict`` (how the network is called). Arguments not listed are those of ``Diffusion``.
 
     Args:
         sigma_data: Standard deviation of the data, for the preconditioning of ``"edm"``, or
@@ -132,6 +131,11 @@ class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
         self._pilots = [pilot for pilot in found if pilot is not None]
         if self.target.bank_size != 0:
             fill_target(self, self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        """Fill the target's bank again if the training set is drawn anew."""
+        super().on_train_epoch_start()
+        refill_target(self, self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-step and keep its estimate for callbacks."""

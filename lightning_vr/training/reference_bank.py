@@ -1,4 +1,6 @@
-"""The target's bank: the training set, encoded once before training."""
+"""The target's bank: the training set, encoded once before training, or once in each epoch."""
+
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,6 +14,7 @@ from lightning_vr.lifecycle.training_set import (
     check_equal_chances,
     encoded_training_set,
     first_batch_again,
+    training_loader,
 )
 from lightning_vr.training.checks import check_clean
 from lightning_vr.training.diffusion import Diffusion
@@ -34,9 +37,24 @@ def fill_target(model: Diffusion, trainer: Trainer) -> None:
     clean = read_references(model, trainer, target.bank_size, is_shard=target.sharded)
     if clean is not None:
         set_references(target, clean)
+    target.data_version = _data_version(trainer)
     is_unindexed = clean is not None and clean.index is None
     if is_unindexed and isinstance(target, STF) and target.bank is not None:
         _compare_by_reading_again(model, trainer, target)
+
+
+def refill_target(model: Diffusion, trainer: Trainer) -> None:
+    """Fill a bank again where the training set has other samples than the bank is of.
+
+    Latents that are drawn anew in each epoch are exchangeable with those of the same epoch alone.
+    """
+    is_filled = isinstance(model.target, STF) and model.target.bank is not None
+    if is_filled and model.target.data_version != _data_version(trainer):
+        fill_target(model, trainer)
+
+
+def _data_version(trainer: Trainer) -> Any:
+    return getattr(training_loader(trainer).dataset, "version", None)
 
 
 def _compare_by_reading_again(model: Diffusion, trainer: Trainer, target: STF) -> None:

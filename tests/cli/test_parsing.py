@@ -275,7 +275,7 @@ assert heavy & set(sys.modules) == theirs, set(sys.modules) & heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "{fit,validate,test,predict,audit}" in done.stdout
+    assert "{fit,validate,test,predict,audit,cache}" in done.stdout
 
 
 def test_the_command_line_knows_its_version(capsys):
