@@ -26,6 +26,7 @@ from lightning_vr.core.validation import check_choice
 from lightning_vr.data.datamodule import SplitDataModule
 from lightning_vr.data.dataset import Sample, SampleDataset
 from lightning_vr.data.latent_files import (
+    Header,
     Index,
     Posterior,
     Shard,
@@ -135,11 +136,7 @@ class LatentDataset(SampleDataset):
             sample["label"] = columns["label"][row]
         for name, x in columns.items():
             if name.startswith(_COND):
-                *path, last = name.split(".")
-                where = sample
-                for each in path:
-                    where = where.setdefault(each, {})
-                where[last] = x[row]
+                _put(sample, name.split("."), x[row])
         return sample
 
     @property
@@ -165,9 +162,8 @@ class LatentDataset(SampleDataset):
             ValueError: With the file.
         """
         for shard in self._shards:
-            path = self.folder / shard.file
-            if not is_as_written(*open_shard(path)):
-                raise not_whole(path, "holds other numbers than were written")
+            if not is_as_written(*self._checked(shard)):
+                raise not_whole(self.folder / shard.file, "holds other numbers than were written")
 
     def _latent(self, mean: Tensor, std: Tensor, index: int) -> Tensor:
         if self.posterior == "mean":
@@ -177,16 +173,23 @@ class LatentDataset(SampleDataset):
 
     def _open(self, number: int) -> dict[str, Tensor]:
         if number not in self._columns:
-            self._columns[number] = self._checked(self._shards[number])
+            self._columns[number], _ = self._checked(self._shards[number])
         return self._columns[number]
 
-    def _checked(self, shard: Shard) -> dict[str, Tensor]:
+    def _checked(self, shard: Shard) -> tuple[dict[str, Tensor], Header]:
         path = self.folder / shard.file
         columns, header = open_shard(path)
         expected = expected_header(self.index.identity, shard.first, shard.samples)
         check_shard(path, columns, header, expected)
-        return columns
+        return columns, header
 
     def __getstate__(self) -> dict[str, Any]:
         # what is mapped would be copied to the workers of a loader
         return {**self.__dict__, "_columns": {}}
+
+
+def _put(sample: dict[str, Any], path: list[str], x: Tensor) -> None:
+    """Put a tensor into nested dictionaries."""
+    for name in path[:-1]:
+        sample = sample.setdefault(name, {})
+    sample[path[-1]] = x

@@ -16,9 +16,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from lightning_vr.core.digests import digest
@@ -27,6 +28,9 @@ INDEX = "index.json"
 SPLITS = ("train", "validation")
 
 Posterior = Literal["sample", "mean"]
+Header = dict[str, Any]
+
+_HEADER = "latents"
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def _check_files(folder: Path, index: Index) -> None:
         raise TypeError(f"num_classes is {index.num_classes!r}")
 
 
-def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def open_shard(path: Path) -> tuple[dict[str, Tensor], Header]:
     """Return the columns of a shard, mapped into memory, and its header.
 
     Raises:
@@ -174,13 +178,14 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return columns, dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
+            # safetensors writes several entries in any order, and one shard would be two files
+            return columns, dict(json.loads((file.metadata() or {})[_HEADER]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise not_whole(path, f"is damaged ({error!s:.100})") from error
 
 
 def check_shard(
-    path: Path, columns: Mapping[str, Tensor], header: Mapping[str, str], expected: dict[str, str]
+    path: Path, columns: Mapping[str, Tensor], header: Header, expected: Header
 ) -> None:
     """Raise if a shard is of another cache, or stands where another should.
 
@@ -188,7 +193,7 @@ def check_shard(
         path: The file.
         columns: Its columns.
         header: Its header.
-        expected: What the header must hold; ``where`` names its first row and their number.
+        expected: What the header must hold, as ``expected_header`` says.
 
     Raises:
         ValueError: If so.
@@ -201,18 +206,25 @@ def check_shard(
                 f"remove this one."
             )
     rows = {len(x) if x.ndim else 0 for x in columns.values()}
-    if not {"mean", "std"} <= columns.keys() or rows != {int(expected["where"].split("+")[1])}:
+    if not {"mean", "std"} <= columns.keys() or rows != {expected["samples"]}:
         raise not_whole(path, "has other columns than a cache has")
 
 
-def is_as_written(columns: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:
+def is_as_written(columns: Mapping[str, Tensor], header: Header) -> bool:
     """Return whether the rows of a shard are those that were written."""
     return digest(columns) == header.get("digest")
 
 
-def expected_header(identity: Identity, first: int, samples: int) -> dict[str, str]:
-    """Return what the header of a shard must hold."""
-    return {"identity": json.dumps(asdict(identity)), "where": f"{first}+{samples}"}
+def expected_header(identity: Identity, first: int, samples: int) -> Header:
+    """Return what the header of a shard must hold: what it is of, and where its rows stand."""
+    return {"identity": asdict(identity), "first": first, "samples": samples}
+
+
+def shard_bytes(columns: dict[str, Tensor], expected: Header) -> bytes:
+    """Return a shard as a file, whose header also holds a digest and the sums."""
+    sums = asdict(Sums.of(columns["mean"], columns["std"]))
+    header = {**expected, "digest": digest(columns), "sums": sums}
+    return save(columns, {_HEADER: json.dumps(header)})
 
 
 def not_whole(path: Path, reason: str) -> ValueError:

@@ -8,17 +8,14 @@ A cache holds one version of each sample: random augmentation would be frozen, a
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -29,6 +26,7 @@ from lightning_vr.core.validation import check_at_least, check_choice
 from lightning_vr.data.latent_files import (
     INDEX,
     SPLITS,
+    Header,
     Identity,
     Index,
     Shard,
@@ -38,6 +36,7 @@ from lightning_vr.data.latent_files import (
     is_as_written,
     open_shard,
     read_index,
+    shard_bytes,
     shard_name,
 )
 from lightning_vr.lifecycle.atomic_files import replacing
@@ -147,22 +146,11 @@ class _CacheWriter(LightningModule):
         numbers: Any = range(-1, len(self.places))
         return DataLoader(numbers, sampler=_OwnShards(numbers), collate_fn=_only)
 
-    def predict_step(self, batch: int, batch_idx: int) -> None:
-        """Write a shard, unless it is there."""
-        if batch < 0:
-            return
-        split, first, samples = self.places[batch]
-        path = self._path(split, first)
-        expected = expected_header(self.identity, first, samples)
-        if path.exists() and _is_whole(path, expected):
-            return
-        source = generator("cache", split, first, device=self.device)
-        with preserve_global_rng(), seed_global_rng(source):
-            columns = self._encode(split, range(first, first + samples))
-        sums = asdict(Sums.of(columns["mean"], columns["std"]))
-        header = {**expected, "digest": digest(columns), "sums": json.dumps(sums)}
-        with replacing(path) as file:
-            file.write(save(columns, header))
+    def predict_step(self, batch: int, batch_idx: int) -> int:
+        """Write a shard, unless it is there, and return its number."""
+        if batch >= 0:
+            self._write(batch)
+        return batch
 
     def on_predict_end(self) -> None:
         """Write the index once all ranks are done."""
@@ -173,6 +161,18 @@ class _CacheWriter(LightningModule):
                 file.write(index.to_json())
             read_index(self.folder)
         self.trainer.strategy.barrier()
+
+    def _write(self, number: int) -> None:
+        split, first, samples = self.places[number]
+        path = self._path(split, first)
+        expected = expected_header(self.identity, first, samples)
+        if path.exists() and _is_whole(path, expected):
+            return
+        source = generator("cache", split, first, device=self.device)
+        with preserve_global_rng(), seed_global_rng(source):
+            columns = self._encode(split, range(first, first + samples))
+        with replacing(path) as file:
+            file.write(shard_bytes(columns, expected))
 
     def _encode(self, split: str, positions: range) -> dict[str, Tensor]:
         loader = self.loaders[split]
@@ -206,7 +206,7 @@ class _CacheWriter(LightningModule):
         for split, first, samples in self.places:
             path = self._path(split, first)
             header = open_shard(path)[1]
-            own = Sums(**json.loads(header["sums"]))
+            own = Sums(**header["sums"])
             sums[split] = own if split not in sums else sums[split] + own
             name = path.relative_to(self.folder).as_posix()
             shards[split].append(Shard(name, first, samples, path.stat().st_size))
@@ -279,7 +279,7 @@ def _named(cond: dict[str, Any], path: str) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{name}", x
 
 
-def _is_whole(path: Path, expected: dict[str, str]) -> bool:
+def _is_whole(path: Path, expected: Header) -> bool:
     """Return whether a shard needs not be written again.
 
     Raises:
