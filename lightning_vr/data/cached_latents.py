@@ -174,7 +174,8 @@ class LatentDataset(SampleDataset):
     def _open(self, number: int) -> dict[str, Tensor]:
         if number not in self._columns:
             self._columns[number], _ = self._checked(self._shards[number])
-        return self._columns[number]
+        columns: dict[str, Tensor] = self._columns[number]
+        return columns
 
     def _checked(self, shard: Shard) -> tuple[dict[str, Tensor], Header]:
         path = self.folder / shard.file

@@ -10,11 +10,12 @@ A cache holds one version of each sample: random augmentation would be frozen, a
 import hashlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -40,6 +41,8 @@ from lightning_vr.data.latent_files import (
     shard_name,
 )
 from lightning_vr.lifecycle.atomic_files import replacing
+from lightning_vr.lifecycle.resumable_module import ResumableModule
+from lightning_vr.lifecycle.stopping import raise_if_asked
 from lightning_vr.lifecycle.training_set import transfer_batch
 from lightning_vr.training.checks import check_clean
 from lightning_vr.training.latents import LatentDiffusionModule
@@ -96,7 +99,7 @@ def cache_latents(
         dtype,
     )
     writer = _CacheWriter(module, loaders, Path(path).expanduser(), identity, batch_size)
-    writer.num_classes = getattr(datamodule, "num_classes", module.num_classes)
+    writer.num_classes = getattr(datamodule, "num_classes", None) or module.num_classes
     trainer = trainer or Trainer(logger=False, enable_checkpointing=False)
     # that of a subclass may draw samples
     Trainer.predict(trainer, writer, return_predictions=False)
@@ -119,7 +122,7 @@ class _OwnShards(DistributedSampler[int]):
         return iter(self.own)
 
 
-class _CacheWriter(LightningModule):
+class _CacheWriter(ResumableModule):
     """Writes one shard in each step of ``predict``."""
 
     def __init__(
@@ -186,13 +189,16 @@ class _CacheWriter(LightningModule):
         )
         parts = []
         for i, batch in enumerate(own):
+            raise_if_asked(self.trainer)
             at = torch.tensor(positions[i * self.batch_size : (i + 1) * self.batch_size])
             parts.append(self._columns(at, transfer_batch(self.trainer, batch)))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _columns(self, positions: Tensor, batch: Any) -> dict[str, Tensor]:
         clean, std = self.model.encode_moments(batch)
-        check_clean(clean, self.num_classes if clean.group is not None else None, positions)
+        if self.num_classes is None:
+            clean = replace(clean, group=None)
+        check_clean(clean, self.num_classes, positions)
         dtype = _DTYPES[self.identity.dtype]
         found = {"mean": clean.x0.to(dtype), "std": std.to(dtype)}
         if clean.group is not None:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 from multiprocessing import get_context
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support.latents import Pictures, save_autoencoder
 from support.networks import small_unet
 from support.trainers import quiet_trainer
@@ -200,6 +202,7 @@ def test_the_command_line_caches_trains_and_draws_pictures(
     assert contents(tmp_path / "latents") == whole
 
     steps = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1"]
+    steps += ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
     latents = ["--data=CachedLatents", "--data.path=latents", "--data.batch_size=4"]
     main(["fit", *quiet, *latents, *steps])
     main(["predict", "--ckpt_path=last", "--num_samples=2"])
@@ -207,3 +210,23 @@ def test_the_command_line_caches_trains_and_draws_pictures(
     index = json.loads(whole["index.json"])
     assert index["identity"]["shard_size"] == 4
     assert samples.stat().st_size > 0
+
+
+class Stopped(LatentDiffusionModule):
+    """Asks its own process to stop in the third batch, the first of a shard."""
+
+    batches = 0
+
+    def encode_moments(self, batch):
+        self.batches += 1
+        if self.batches == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().encode_moments(batch)
+
+
+def test_a_cache_stops_when_it_is_asked_to(vae, tmp_path):
+    module = encoder(vae, Stopped)
+    with pytest.raises(SIGTERMException):
+        write(module, tmp_path)
+    assert module.batches == 3
+    assert contents(tmp_path).keys() == {"train/latents-00001.safetensors"}
