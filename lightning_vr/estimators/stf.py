@@ -49,8 +49,9 @@ class STF(Target):
     A bank holds one version of each sample. If ``encode`` returns another version each time, by
     random augmentation or a random latent, the others in the bank are not exchangeable with the own
     sample: let the data set hold each augmented sample under an index of its own, or use
-    ``"batch"``. In a bank all samples count equally, so samplers that weight or select samples
-    raise an error.
+    ``"batch"``. ``CachedLatents`` draws latents once in each epoch, and fills the bank again.
+
+    In a bank all samples count equally, so samplers that weight or select samples raise an error.
 
     Args:
         references: Source of the references. ``"batch"``: the batches of all ranks. A number n: the

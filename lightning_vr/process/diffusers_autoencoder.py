@@ -6,8 +6,9 @@ the autoencoder's folder: ``scale`` is ``scaling_factor`` and ``shift`` is ``shi
 channel ``scaling_factor / latents_std`` and ``latents_mean``. ``decode`` undoes both.
 
 Its weights are in no checkpoint and in no optimizer, and keep their dtype whatever the precision of
-a run: it is held beside the parts of a module, and follows their device alone. What identifies it
-is a digest of its weights and of both scales.
+a run: it is held beside the parts of a module, and follows their device alone. Copies of a module,
+as an average of its weights is one, share it. What identifies it is a digest of its weights and of
+both scales.
 """
 
 from dataclasses import dataclass
@@ -76,22 +77,13 @@ class Autoencoder(nn.Module):
         if folder.tiling:
             model.enable_tiling()
         # no part of this module, so that it is neither trained, averaged nor saved
-        self._beside = {"model": model}
+        self._shared = _Shared(model)
         self.register_buffer("_device", torch.zeros(()), persistent=False)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "Autoencoder":
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self._model.to(self._device.device)
-        return self
-
-    @property
-    def _model(self) -> Any:
-        return self._beside["model"]
 
     @cached_property
     def digest(self) -> str:
         """What tells it from other autoencoders, and from itself in another dtype."""
-        weights = self._model.state_dict()
+        weights = self._shared.model.state_dict()
         return digest({**weights, "shift": self._shift, "scale": self._scale})
 
     @torch.no_grad()
@@ -110,8 +102,9 @@ class Autoencoder(nn.Module):
                 f"{tuple(images.shape)}: give the data module `channels={self.in_channels}`, or "
                 f"use another autoencoder."
             )
+        model = self._on_device()
         with torch.autocast(images.device.type, enabled=False):
-            posterior = self._model.encode(images.to(self._model.dtype)).latent_dist
+            posterior = model.encode(images.to(model.dtype)).latent_dist
         shift, scale = self._shift.to(images.device), self._scale.to(images.device)
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
@@ -119,10 +112,25 @@ class Autoencoder(nn.Module):
     def decode(self, x0: Tensor) -> Tensor:
         """Return pictures in [-1, 1], to which they are clamped ``(B, C, H, W)``, in float32."""
         latents = x0.float() / self._scale.to(x0.device) + self._shift.to(x0.device)
+        model = self._on_device()
         with torch.autocast(x0.device.type, enabled=False):
-            parts = latents.to(self._model.dtype).split(_AT_ONCE)  # type: ignore[no-untyped-call]
-            pictures = torch.cat([self._model.decode(part).sample.float() for part in parts])
+            parts = latents.to(model.dtype).split(_AT_ONCE)  # type: ignore[no-untyped-call]
+            pictures = torch.cat([model.decode(part).sample.float() for part in parts])
         return pictures.clamp(-1, 1)
+
+    def _on_device(self) -> Any:
+        model = self._shared.model
+        return model if model.device == self._device.device else model.to(self._device.device)
+
+
+class _Shared:
+    """A model that copies have in common, as it never changes."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
 
 
 def _load(given: AutoencoderFolder) -> Any:

@@ -57,6 +57,7 @@ def test_it_is_frozen_and_in_no_state_and_keeps_mode_and_dtype(folder):
     module = torch.nn.ModuleDict({"vae": Autoencoder(folder)})
     before = module["vae"].moments(IMAGES)[0]
     again = copy.deepcopy(module).train().to(torch.bfloat16)
+    assert again["vae"]._shared is module["vae"]._shared
     assert not list(again.parameters())
     assert not again.state_dict()
     with torch.autocast("cpu", torch.bfloat16):
