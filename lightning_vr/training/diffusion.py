@@ -76,6 +76,7 @@ class Diffusion(KeyedModule):
         sampler: How samples are drawn; ``Sampler()`` if not given.
 
     Attributes:
+        sample_evaluations: Calls of the network that each sample of the last ``sample`` took.
         sample_shape: Shape of one encoded sample, known from the first batch on.
         sample_calls: Calls of ``sample`` so far without ``source`` and ``seed``.
         seed: Seed of ``generator``; torch's initial seed if it is None.
@@ -122,7 +123,7 @@ class Diffusion(KeyedModule):
         self.register_load_state_dict_pre_hook(drop_control_variate)  # type: ignore[no-untyped-call]
 
         self.sample_shape: tuple[int, ...] | None = None
-        self.sample_calls = 0
+        self.sample_calls = self.sample_evaluations = 0
         self._checked_modes: set[bool] = set()
 
     def encode(self, batch: Any) -> Clean:
@@ -289,23 +290,24 @@ class Diffusion(KeyedModule):
         """
         sampler, device, dropout = sampler or self.sampler, device_of(self), self.label_dropout
         size = sample_arguments.size(count, shape, self.sample_shape)
-        guidance = getattr(sampler, "guidance", 1.0)
-        sample_arguments.check_guidance(guidance, self.num_classes, dropout)
+        sample_arguments.check_guidance(sampler.guidance, self.num_classes, dropout)
         group = sample_arguments.labels(group, count, self.num_classes, dropout, device)
         cond = sample_arguments.condition(cond, count, device)
         stream = sample_arguments.source(self, source, seed, self.sample_calls)
         self.sample_calls += source is None and seed is None
         noise = torch.randn(size, generator=stream, device=device, dtype=torch.float32)
         with torch.no_grad(), evaluating(self):
-            return sampler.draw(
+            x0, self.sample_evaluations = sampler.draw(
                 self.denoise,
                 self.schedule,
                 noise,
                 group=group,
                 cond=cond,
+                generator=stream,
                 batch_size=batch_size,
                 progress=progress,
             )
+        return x0
 
     def _estimate(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
         return diffusion_loss(self.predict, noised, target, self.objective, self.control_variate)

@@ -111,7 +111,7 @@ def test_settings_of_the_sampler_take_effect(run, points):
         arrays(
             run("predict", *flags, f"--model.sampler.solver={solver}", *FEW, network=[], data=[])
         )
-        for solver in ("euler", "heun")
+        for solver in ("Euler", "Heun")
     )
     assert not np.allclose(euler["samples"], heun["samples"])
 
