@@ -7,7 +7,8 @@ a tolerance means the same everywhere, and the variable is ``-log s``:
 
 All rows of a batch take the same steps. A step counts as good enough if the error of each row, its
 root mean square over coordinates, is within ``atol + rtol |u|``: the steps are those of the row
-that needs the shortest, and a sample changes with its neighbours by no more than the tolerance.
+that needs the shortest, and a sample changes with its neighbours by no more than the error that
+the tolerances leave: some ten times as much, as the errors of about ten steps add up.
 Used for sampling by Song et al. 2021 (arXiv 2011.13456, section 4.3), with tolerances of 1e-5.
 """
 
