@@ -34,6 +34,9 @@ from lightning_vr.process.schedules import Schedule, expand
 ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any] | None], Tensor]
 """``(x_t, t, class labels or None, condition or None) -> x0_hat``."""
 
+_ROUNDING = 1e-4
+"""Relative error of a noise level that was a time in float32: one at a bound counts as the bound."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -79,7 +82,7 @@ class Guidance:
             return False
         if self.interval is None:
             return True
-        low, high = self.interval
+        low, high = ((1 + _ROUNDING) * bound for bound in self.interval)
         return low < float(self.schedule.noise_level(t[0].double())) <= high
 
 
