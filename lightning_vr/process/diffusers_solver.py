@@ -193,7 +193,7 @@ class _Network:
         schedule = self._problem.schedule
         is_edm = self._kind == "edm"
         t = schedule.time(torch.exp(4 * timestep)) if is_edm else self._time_scale * timestep
-        x0 = self._problem.denoiser(xt, t.to(xt.device, xt.dtype).expand(len(xt)))
+        x0 = self._problem.denoiser(xt, t.to(xt.dtype).to(xt.device).expand(len(xt)))
         if float(schedule.alpha(t)) == 0 and not bool(x0.isfinite().all()):
             raise ValueError(
                 "`prediction` must say what x0 is where x_t is noise alone, at the first timestep "

@@ -35,7 +35,7 @@ ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any] | 
 """``(x_t, t, class labels or None, condition or None) -> x0_hat``."""
 
 _ROUNDING = 1e-4
-"""Relative error of a noise level that was a time in float32: one at a bound counts as the bound."""
+"""Relative error of a level that was a time in float32: one at a bound counts as the bound."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 import diffusers
 import pytest
 import torch
+from support.denoisers import gaussian_denoiser
+from support.schedulers import CLASSES, REQUIRED
 from torch import nn
 
 from lightning_vr.core.rng import generator
@@ -12,8 +14,6 @@ from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import EDM, VE, VP, RectifiedFlow
 from lightning_vr.process.solvers.row_noise import NoiseKey, RowNoise
 from lightning_vr.training.diffusion import Diffusion
-from tests.process.test_diffusers_scheduler_classes import CLASSES, REQUIRED
-from tests.support.denoisers import gaussian_denoiser
 
 pytestmark = [
     # diffusers turns tensors into arrays as numpy 2 no longer likes, and refers to what it renamed

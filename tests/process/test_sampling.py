@@ -3,11 +3,11 @@ import math
 
 import pytest
 import torch
+from support.denoisers import gaussian_denoiser
 
 from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine
 from lightning_vr.process.solvers import RK45, Euler, Heun
-from tests.support.denoisers import gaussian_denoiser
 
 STD = 0.6
 

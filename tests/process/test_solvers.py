@@ -6,6 +6,7 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
+from support.denoisers import MIXTURE, gaussian_denoiser, mixture_denoiser
 
 from lightning_vr.core.rng import generator
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
@@ -23,7 +24,6 @@ from lightning_vr.process.solvers import (
     Problem,
 )
 from lightning_vr.process.solvers.row_noise import BLOCK
-from tests.support.denoisers import MIXTURE, gaussian_denoiser, mixture_denoiser
 
 LOW, HIGH = 0.02, 30.0
 SUM_OF_ERRORS = 25

@@ -22,8 +22,8 @@ from lightning_vr.estimators.targets import DSM
 from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.sampling import Sampler, evaluating
-from lightning_vr.process.solvers import DDIM, RK45
 from lightning_vr.process.schedules import EDM, VP
+from lightning_vr.process.solvers import DDIM, RK45
 from lightning_vr.process.timesteps import Uniform
 from lightning_vr.process.weightings import EDMWeighting, UnitWeighting
 from lightning_vr.training.module import DiffusionModule

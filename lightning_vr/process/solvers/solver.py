@@ -51,7 +51,7 @@ class Problem:
         """Return the denoised ``z (B, *)`` at one noise level."""
         t = self.schedule.time(torch.tensor(level, dtype=torch.float64))
         xt = float(self.schedule.alpha(t)) * z
-        times = t.to(z.device, self.dtype).expand(len(z))
+        times = t.to(self.dtype).to(z.device).expand(len(z))
         return self.denoiser(xt.to(self.dtype), times).to(z.dtype)
 
     def add_noise(self, z: Tensor, std: float) -> Tensor:
