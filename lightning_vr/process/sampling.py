@@ -16,6 +16,7 @@ from lightning_vr.core.progress import progress_steps
 from lightning_vr.core.validation import (
     check_at_least,
     check_finite_number,
+    check_fraction,
     check_integer,
     check_positive,
 )
@@ -24,7 +25,7 @@ from lightning_vr.process.guidance import ConditionalDenoiser, Guidance, check_n
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.solvers import Heun, Problem, Solver
 from lightning_vr.process.solvers.row_noise import NoiseKey, RowNoise
-from lightning_vr.process.solvers.solver import Denoiser, check_fraction
+from lightning_vr.process.solvers.solver import Denoiser
 
 USUAL_STEPS = 18
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_vr.core.validation import check_fraction
 from lightning_vr.process.solvers.ddim import ancestral_std
-from lightning_vr.process.solvers.solver import Problem, StepSolver, check_fraction
+from lightning_vr.process.solvers.solver import Problem, StepSolver
 
 
 @dataclass(frozen=True)

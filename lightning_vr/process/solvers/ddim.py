@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_vr.process.solvers.solver import Problem, StepSolver, check_fraction
+from lightning_vr.core.validation import check_fraction
+from lightning_vr.process.solvers.solver import Problem, StepSolver
 
 
 def ancestral_std(eta: float, level: float, next_level: float) -> float:

@@ -39,7 +39,7 @@ class RK45(Solver):
 
     rtol: float = 1e-5
     atol: float = 1e-5
-    unused: ClassVar[tuple[str, ...]] = ("steps", "grid")
+    unused: ClassVar[tuple[str, ...]] = ("steps", "grid", "rho")
 
     def __post_init__(self) -> None:
         check_positive("rtol", self.rtol)

@@ -93,13 +93,3 @@ class StepSolver(Solver):
         for level, next_level in pairwise((*problem.levels, 0.0)):
             z = self.step(problem, z, level, next_level)
         return z
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raise if a number is not between 0 and 1.
-
-    Raises:
-        ValueError: If it is outside, or NaN.
-    """
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must be between 0 and 1, got {value}: use 0 for no noise.")
