@@ -25,6 +25,7 @@ TENSOR_ROOMS = ("core", "process", "posterior", "estimators", "variance", "train
 FRAMEWORKS = {"lightning", "pytorch_lightning", "diffusers", "torchmetrics", "sklearn"}
 LOGGERS = {"wandb", "tensorboard", "mlflow", "comet_ml", "neptune", "matplotlib"}
 MAY_IMPORT_DIFFUSERS = ("process/diffusers_schedule.py", "process/diffusers_network.py")
+MAY_IMPORT_DIFFUSERS = ("process/diffusers_schedule.py", "process/diffusers_solver.py")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

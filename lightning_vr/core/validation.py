@@ -62,6 +62,18 @@ def check_finite_number(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be finite, got {value}: use a finite number.")
 
 
+def check_fraction(name: str, value: float) -> None:
+    """Raise if a number is not between 0 and 1.
+
+    Raises:
+        ValueError: If it is outside, or NaN.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"`{name}` must be between 0 and 1, got {value}: use a number of this range."
+        )
+
+
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise if a value is none of the choices.
 

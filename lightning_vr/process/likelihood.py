@@ -38,8 +38,10 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.validation import check_integer, check_positive, check_samples
-from lightning_vr.process.sampling import ConditionalDenoiser, Denoiser, Sampler
+from lightning_vr.process.guidance import ConditionalDenoiser
+from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import Schedule
+from lightning_vr.process.solvers.solver import Denoiser
 
 _EXACT = 16
 """Largest dimension in which the trace is exact by default: each costs a backward pass."""

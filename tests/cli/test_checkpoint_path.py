@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
         "--model.target=STF",
         "--model.target.references=16",
         "--model.sampler.steps=4",
-        "--model.sampler.solver=euler",
+        "--model.sampler.solver=Euler",
         "--model.optimizer=AdamW",
         "--model.optimizer.lr=0.01",
         "--model.lr_scheduler=StepLR",
@@ -63,7 +63,8 @@ def test_without_a_configured_model_the_checkpoint_builds_it(run, trained):
 def test_settings_without_a_network_override_those_of_the_checkpoint(command, run, trained):
     flags = ["--model.sampler.steps=7", "--model.on_nonfinite=skip", "--trainer.max_steps=3"]
     model = settings(run(command, *flags, "--ckpt_path", trained, network=[]))["model"]["init_args"]
-    assert (model["sampler"]["steps"], model["sampler"]["solver"]) == (7, "euler")
+    solver = model["sampler"]["solver"]["class_path"]
+    assert (model["sampler"]["steps"], solver.rpartition(".")[2]) == (7, "Euler")
     assert model["on_nonfinite"] == "skip"
     assert model["target"]["init_args"]["references"] == 16
 

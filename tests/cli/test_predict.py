@@ -131,13 +131,21 @@ def test_samples_that_are_no_picture_are_arrays_alone(run, trained):
 
 def test_settings_of_the_sampler_take_effect(run, points):
     flags = [*points, "--num_samples=4"]
-    euler, heun = (
-        arrays(
-            run("predict", *flags, f"--model.sampler.solver={solver}", *FEW, network=[], data=[])
-        )
-        for solver in ("euler", "heun")
+    solvers = (
+        ["--model.sampler.solver=Heun"],
+        ["--model.sampler.solver=DDIM", "--model.sampler.solver.eta=0.5"],
+        [
+            "--model.sampler.solver=DiffusersSolver",
+            "--model.sampler.solver.scheduler=diffusers.EDMEulerScheduler",
+            "--model.sampler.solver.scheduler.sigma_min=0.01",
+        ],
     )
-    assert not np.allclose(euler["samples"], heun["samples"])
+    heun, ddim, scheduler = (
+        arrays(run("predict", *flags, *solver, *FEW, network=[], data=[]))["samples"]
+        for solver in solvers
+    )
+    assert not np.allclose(heun, ddim)
+    assert not np.allclose(scheduler, ddim)
 
 
 def test_a_data_module_is_ignored(run, points):
