@@ -1,6 +1,5 @@
 """Two ranks that are stopped anywhere and resumed, on two ranks and on one."""
 
-import functools
 import os
 import socket
 from datetime import timedelta
@@ -13,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support.networks import small_mlp
-from support.stops import StopAt, Terminate
+from support.stops import Terminate
 from support.trainers import quiet_trainer
 from torch import multiprocessing, nn
 
@@ -73,7 +72,7 @@ def build():
         label_dropout=0.2,
         target=STF(16),
         draws=CARV(2, LearnedProposal(bins=3)),
-        control_variate=TaylorCV(gate="open", refit_every_n_steps=2),
+        control_variate=TaylorCV(gate="open", bins=2, refit_every_n_steps=2),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.9),
     )
@@ -104,24 +103,36 @@ def read(folder, ranks):
     return [torch.load(file, weights_only=True) for file in files]
 
 
+class SaveAt(Callback):
+    """Saves a checkpoint in each call of a hook."""
+
+    def __init__(self, hook, folder):
+        self.hook, self.folder, self.count = hook, folder, 0
+        setattr(self, hook, self.save)
+
+    def save(self, trainer, *args):
+        self.count += 1
+        trainer.save_checkpoint(self.folder / f"{self.hook}-{self.count}.ckpt")
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def warm(no_pictures_in_module, tmp_path_factory):
+    """Imports, and other first times, that each fork would have for itself."""
+    fit(tmp_path_factory.mktemp("warm"), ranks=1)
+
+
+@pytest.fixture(scope="module")
+def whole(warm, tmp_path_factory):
     """Two ranks that are not stopped."""
     return fit(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """Checkpoints of two ranks that were stopped at the n-th call of a hook."""
-
-    @functools.cache
-    def at(count, hook="on_train_batch_end"):
-        path = tmp_path_factory.mktemp("stopped") / "stopped.ckpt"
-        with pytest.raises(Exception, match="Stopped"):
-            fit(path.parent, StopAt(hook, count, path))
-        return path
-
-    return at
+def stopped(warm, tmp_path_factory):
+    """Checkpoints of two ranks at the n-th call of a hook, as if they had been stopped there."""
+    folder = tmp_path_factory.mktemp("stopped")
+    fit(folder, *(SaveAt(hook, folder) for hook in ("on_train_batch_end", "on_train_epoch_end")))
+    return lambda count, hook="on_train_batch_end": folder / f"{hook}-{count}.ckpt"
 
 
 def assert_alike(found, expected, where, **tolerance):
