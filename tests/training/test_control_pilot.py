@@ -314,7 +314,7 @@ def test_timing_and_pilots_meet_no_gradients_of_parameters():
         def on_before_backward(self, trainer, module, loss):
             assert all(p.grad is None for p in module.parameters())
 
-    control = TaylorCV(refit_every_n_steps=1)
+    control = TaylorCV(bins=2, refit_every_n_steps=1)
     fit(module(control), callbacks=[Seen()])
     assert control.pilot["seconds"] > 0
 
@@ -586,7 +586,7 @@ def test_a_network_without_forward_mode_derivatives_is_refused_before_the_first_
 
 
 def test_order_0_needs_no_forward_mode_derivatives():
-    control = TaylorCV(gate="open", refit_every_n_steps=1)
+    control = TaylorCV(bins=2, gate="open", refit_every_n_steps=1)
     model = module(control, Custom())
     fit(model)
     assert control.pilot["count"] == 4

@@ -191,7 +191,7 @@ class Save(Callback):
         torch.save(found, self.folder / f"{trainer.global_rank}.pt")
 
 
-def fit(name, ranks, folder):
+def fit(name, ranks, folder, **options):
     torch.manual_seed(SEED)
     trainer = quiet_trainer(
         TargetVariance([4], noise_levels=3, samples=64),
@@ -204,6 +204,7 @@ def fit(name, ranks, folder):
         max_epochs=1,
         num_sanity_val_steps=0,
         default_root_dir=folder,
+        **options,
     )
     trainer.fit(
         build(name),
@@ -328,10 +329,22 @@ def run(no_pictures_in_module, tmp_path_factory):
     @functools.cache
     def both(name, ranks):
         found = fit(name, ranks, tmp_path_factory.mktemp(name))
-        return found, Alone(name, found) if ranks > 1 else None
+        return found, Alone(name, found)
 
-    both("plain", 1)  # imports what every fork would import again
+    fit("plain", 1, tmp_path_factory.mktemp("warm"))  # imports what every fork would import again
     return both
+
+
+@pytest.fixture(scope="module")
+def curve_of_one_process(no_pictures_in_module, tmp_path_factory):
+    """The target variance that a trainer measures on one process, as it starts."""
+
+    @functools.cache
+    def curve(name):
+        options = {"limit_train_batches": WINDOW, "limit_val_batches": 1}
+        return fit(name, 1, tmp_path_factory.mktemp(name), **options)[0]["curve"]
+
+    return curve
 
 
 every = pytest.mark.parametrize(("name", "ranks"), CASES)
@@ -424,10 +437,10 @@ def test_all_ranks_log_the_same_numbers(name, ranks, run):
 
 
 @every
-def test_the_target_variance_is_measured_as_on_one_process(name, ranks, run):
+def test_the_target_variance_is_measured_as_on_one_process(name, ranks, run, curve_of_one_process):
     found, alone = run(name, ranks)
     curve = TargetVarianceCurve.from_state(found[0]["curve"])
-    single = TargetVarianceCurve.from_state(run(name, 1)[0][0]["curve"])
+    single = TargetVarianceCurve.from_state(curve_of_one_process(name))
     torch.testing.assert_close(curve.noise_levels, single.noise_levels)
     # with the batch as references there are as many as a step of all ranks has
     assert curve.stf.keys() == single.stf.keys()
