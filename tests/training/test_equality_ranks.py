@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from support.points import Points, normal_points, two_classes
+from support.ranks import launch
 from support.trainers import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -192,13 +193,14 @@ class Save(Callback):
 
 
 def fit(name, ranks, folder, **options):
+    """Train; several ranks are processes that a launcher has started."""
     torch.manual_seed(SEED)
     trainer = quiet_trainer(
         TargetVariance([4], noise_levels=3, samples=64),
         GradientVariance(every_n_steps=1, samples=2, noise_levels=2),
         FrechetDistance(samples=GENERATED),
         Save(folder),
-        strategy=DDPStrategy(start_method="fork", timeout=LIMIT) if ranks > 1 else "auto",
+        strategy=DDPStrategy(start_method="popen", timeout=LIMIT) if ranks > 1 else "auto",
         devices=ranks,
         accumulate_grad_batches=WINDOW,
         max_epochs=1,
@@ -211,6 +213,9 @@ def fit(name, ranks, folder, **options):
         DataLoader(DATA, SAMPLES[ranks], drop_last=True),
         DataLoader(DATA, SAMPLES[ranks]),
     )
+
+
+def read(folder, ranks):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
@@ -326,12 +331,19 @@ class Alone:
 def run(no_pictures_in_module, tmp_path_factory):
     """What ranks have computed, and one process alone."""
 
+    fit("plain", 1, tmp_path_factory.mktemp("warm"))  # imports what every fork would import again
+
+    @functools.cache
+    def trained(ranks):
+        folders = {name: tmp_path_factory.mktemp(name) for name in ESTIMATORS}
+        launch(lambda _: [fit(name, ranks, folders[name]) for name in ESTIMATORS], ranks)
+        return folders
+
     @functools.cache
     def both(name, ranks):
-        found = fit(name, ranks, tmp_path_factory.mktemp(name))
+        found = read(trained(ranks)[name], ranks)
         return found, Alone(name, found)
 
-    fit("plain", 1, tmp_path_factory.mktemp("warm"))  # imports what every fork would import again
     return both
 
 
@@ -342,7 +354,9 @@ def curve_of_one_process(no_pictures_in_module, tmp_path_factory):
     @functools.cache
     def curve(name):
         options = {"limit_train_batches": WINDOW, "limit_val_batches": 1}
-        return fit(name, 1, tmp_path_factory.mktemp(name), **options)[0]["curve"]
+        folder = tmp_path_factory.mktemp(name)
+        fit(name, 1, folder, **options)
+        return read(folder, 1)[0]["curve"]
 
     return curve
 
