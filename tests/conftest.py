@@ -1,8 +1,10 @@
 """What all tests share: schedules, prediction types and z-scores."""
 
+import ctypes
 import gc
 import logging
 import os
+import sys
 from typing import get_args
 from unittest import mock
 
@@ -14,6 +16,9 @@ from support.ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Numbers of options in glibc's malloc.h."""
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
     torch.set_num_threads(1)
@@ -24,6 +29,16 @@ def pytest_configure(config):
     if not asks_for(config, "gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.fsync = lambda descriptor: None  # what tests write need not outlast a loss of power
+    if sys.platform == "linux":
+        keep_memory()
+
+
+def keep_memory():
+    """Let freed memory stay with the process: to get it again costs a page fault for each page."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for option in (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD):
+            library.mallopt(option, 64 * 2**20)
 
 
 def asks_for(config, marker):
@@ -47,6 +62,15 @@ def pytest_pycollect_makeitem(collector, name, obj):
     marked = {mark.name for mark in (*marks_of(collector.obj), *marks_of(obj))}
     optional = marked & {"gpu", "slow"}
     return None if all(asks_for(collector.config, each) for each in optional) else []
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out cases of a test that are marked by themselves."""
+    marks = [mark for mark in ("gpu", "slow") if not asks_for(config, mark)]
+    left_out = [item for item in items if any(map(item.get_closest_marker, marks))]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def marks_of(obj):

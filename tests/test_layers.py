@@ -1,6 +1,7 @@
 """The rooms of the package and what they may import (a floor imports from lower floors alone)."""
 
 import ast
+import json
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -108,15 +109,18 @@ def test_rooms_of_tensors_import_no_room_that_imports_lightning():
     assert not wrong
 
 
-def test_importing_the_package_pulls_in_no_heavy_library_that_lightning_does_not():
+def test_importing_the_package_pulls_in_nothing_heavy_or_optional():
     heavy = {"diffusers", "wandb", "matplotlib", "sklearn", "datasets", "torch_fidelity"}
     code = (
-        "import sys, lightning.pytorch; before = set(sys.modules);"
-        "from lightning_vr import *;"
-        f"print({heavy} & (set(sys.modules) - before))"
+        "import json, sys, lightning.pytorch; before = list(sys.modules);"
+        "from lightning_vr import *; import lightning_vr.data;"
+        "print(json.dumps([before, list(sys.modules)]))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    assert found.stdout.strip() == "set()"
+    before, after = map(set, json.loads(found.stdout))
+    assert not heavy & (after - before)
+    assert not {"sklearn", "datasets", "torch_fidelity"} & after  # so it needs none of them
+    assert {"lightning_vr.data", "lightning_vr.training"} <= after - before
 
 
 def test_files_are_short():

@@ -77,7 +77,7 @@ ESTIMATORS = {
     "all": lambda: {"target": STF("all")},
     "carv": lambda: {"draws": CARV(2, LearnedProposal(bins=2))},
     "auto": lambda: {"draws": CARV("auto", pilot_every_n_steps=1)},
-    "taylor": lambda: {"control_variate": TaylorCV(gate="open", refit_every_n_steps=1)},
+    "taylor": lambda: {"control_variate": TaylorCV(bins=2, gate="open", refit_every_n_steps=1)},
 }
 
 
