@@ -555,10 +555,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/taylor_digits"))
     parser.add_argument("--quick", action="store_true", help="run for some seconds, as a test")
     options = parser.parse_args()
-    settings: dict[str, Any] = {"batch": 128, "widths": [32, 64], "sampler_steps": 18, "evaluations": 10}
+    settings: dict[str, Any] = {
+        "batch": 128,
+        "widths": [32, 64],
+        "sampler_steps": 18,
+        "evaluations": 10,
+    }
     settings |= {"level_batch": 8, "levels": LEVELS, "orders": (0, 1, 2), "bins": 8}
     if options.quick:
-        settings |= {"batch": 32, "widths": [8], "sampler_steps": 2, "evaluations": 2, "samples": 40}
+        settings |= {
+            "batch": 32,
+            "widths": [8],
+            "sampler_steps": 2,
+            "evaluations": 2,
+            "samples": 40,
+        }
         settings |= {"level_batch": 2, "levels": (0.002, 0.3), "orders": (1,), "repeats": 6}
         settings |= {"steps": 4, "early": 2, "seeds": 1, "budget": 0.1, "bins": 2}
     vars(options).update(settings)
