@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.covering_arrays import covering_array
 
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import UNLABELLED, Clean
@@ -152,10 +153,29 @@ def exact_mean(noised, x0, label, query):
     return logits.masked_fill(foreign, -math.inf).softmax(1) @ x0
 
 
-@pytest.mark.parametrize("labels", ["none", "classes", "some dropped"])
-@pytest.mark.parametrize("indexed", [True, False], ids=["indexed", "not indexed"])
-@pytest.mark.parametrize("count", [1, 2, 8, 64])
-def test_references_from_a_bank_are_unbiased(count, indexed, labels, z_score):
+BANKS = {
+    "count": [1, 2, 8, 64],
+    "indexed": [True, False],
+    "labels": ["none", "classes", "some dropped"],
+}
+
+
+def named(bank):
+    return f"{bank['count']}-{'indexed' if bank['indexed'] else 'not indexed'}-{bank['labels']}"
+
+
+@pytest.mark.parametrize("bank", covering_array(BANKS, 2, lambda _: True), ids=named)
+def test_references_from_a_bank_are_unbiased(bank, z_score):
+    check_bank(z_score, **bank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bank", covering_array(BANKS, 3, lambda _: True), ids=named)
+def test_references_from_every_bank_are_unbiased(bank, z_score):
+    check_bank(z_score, **bank)
+
+
+def check_bank(z_score, count, indexed, labels):
     x0, label = bank_problem()
     source = generator("bank draws", count)
     target = STF(references=count)
