@@ -126,6 +126,8 @@ class VRCLI(LightningCLI):
         try:
             self._parse(args)
         except ArgumentError as error:
+            if not self._may_name_checkpoint():
+                raise  # nothing else would build a module
             missing = error
             self._parse_without_network(args, error)
         if missing is None and self._settings.model is None:
@@ -210,6 +212,13 @@ class VRCLI(LightningCLI):
         given = full_names("\0".join(self._arguments)).split("\0") if self._arguments else []
         with values_as_written():
             self.config = self.parser.parse_args(given)
+
+    def _may_name_checkpoint(self) -> bool:
+        """Return whether settings may hold ``ckpt_path``: as an argument, or in a file."""
+        given = self._arguments
+        if not isinstance(given, list) or self.parser.default_env:
+            return True
+        return any(each.startswith(("-c", "--config", "--ckpt_path")) for each in given)
 
     def _parse_without_network(self, args: ArgsType, error: ArgumentError) -> None:
         kind = self._model_class
