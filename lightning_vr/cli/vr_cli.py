@@ -144,14 +144,17 @@ class VRCLI(LightningCLI):
         check_version(self._checkpoint, path)
         if self.config.subcommand == "fit":
             check_training_state(self._checkpoint, path)
+        defaults: dict[str, Any] = {}
         if missing is not None:
             trust = Trust(path, self._settings.trust)
-            model = model_settings(self._checkpoint, self._model_class, trust)
-            self._set_default("model", model)
+            defaults["model"] = model_settings(self._checkpoint, self._model_class, trust)
         seed = self._checkpoint_seed()
         if self.config.subcommand == "fit" and seed is not None:
-            self._set_default("seed_everything", seed)
-        self._parse(args)
+            defaults["seed_everything"] = seed
+        for name, value in defaults.items():
+            self._set_default(name, value)
+        if defaults:
+            self._parse(args)
         self._settings.ckpt_path = path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
