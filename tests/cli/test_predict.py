@@ -12,6 +12,8 @@ from lightning_vr import DiffusionModule
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.cli.vr_trainer import VRTrainer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 FEW = ["--model.sampler.steps=3"]
 LAST = "checkpoints/last.ckpt"
 
@@ -39,6 +41,7 @@ def arrays(folder):
         return dict(file)
 
 
+@pytest.mark.pictures
 def test_points_are_arrays_and_a_scatter_plot(run, points, capsys):
     folder = run("predict", *points, *FEW, "--num_samples=21", network=[], data=[])
     samples = arrays(folder)
@@ -70,6 +73,7 @@ def test_classes_are_cycled_over(run, trained):
     assert arrays(folder)["labels"].tolist() == [i % 8 for i in range(21)]
 
 
+@pytest.mark.pictures
 def test_images_are_a_grid_with_one_column_per_class(run, trained, folder):
     unet = {
         "class_path": "diffusers.UNet2DModel",
