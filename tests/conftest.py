@@ -10,8 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
+from _pytest.runner import pytest_runtest_protocol as run_protocol
 from support.pictures import no_pictures, no_pictures_in_module  # noqa: F401  # fixtures
 from support.ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
+from support.stacks import in_one_piece
 
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow
@@ -82,6 +84,12 @@ def pytest_collection_finish():
     """Spare the garbage collector what lives as long as the tests: modules and collected tests."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Spare tests what Python does where calls pass the end of a piece of its stack."""
+    return in_one_piece(run_protocol, item, nextitem)
 
 
 @pytest.fixture(autouse=True)

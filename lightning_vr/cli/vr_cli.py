@@ -128,6 +128,8 @@ class VRCLI(LightningCLI):
         try:
             self._parse(args)
         except ArgumentError as error:
+            if not self._may_name_checkpoint():
+                raise  # nothing else would build a module
             missing = error
             self._parse_without_network(args, error)
         if missing is None and self._settings.model is None:
@@ -144,14 +146,17 @@ class VRCLI(LightningCLI):
         check_version(self._checkpoint, path)
         if self.config.subcommand == "fit":
             check_training_state(self._checkpoint, path)
+        defaults: dict[str, Any] = {}
         if missing is not None:
             trust = Trust(path, self._settings.trust)
-            model = model_settings(self._checkpoint, self._model_class, trust)
-            self._set_default("model", model)
+            defaults["model"] = model_settings(self._checkpoint, self._model_class, trust)
         seed = self._checkpoint_seed()
         if self.config.subcommand == "fit" and seed is not None:
-            self._set_default("seed_everything", seed)
-        self._parse(args)
+            defaults["seed_everything"] = seed
+        for name, value in defaults.items():
+            self._set_default(name, value)
+        if defaults:
+            self._parse(args)
         self._settings.ckpt_path = path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -214,6 +219,13 @@ class VRCLI(LightningCLI):
         given = full_names("\0".join(self._arguments)).split("\0") if self._arguments else []
         with values_as_written():
             self.config = self.parser.parse_args(given)
+
+    def _may_name_checkpoint(self) -> bool:
+        """Return whether settings may hold ``ckpt_path``: as an argument, or in a file."""
+        given = self._arguments
+        if not isinstance(given, list) or self.parser.default_env:
+            return True
+        return any(each.startswith(("-c", "--config", "--ckpt_path")) for each in given)
 
     def _parse_without_network(self, args: ArgsType, error: ArgumentError) -> None:
         kind = self._model_class

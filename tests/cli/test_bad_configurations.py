@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -561,15 +560,3 @@ def test_the_fix_that_a_line_names_makes_the_configuration_run(flags, fix, folde
         main(command)
     assert "error: " in capsys.readouterr().err
     main([*command, *fix])
-
-
-def test_a_process_ends_with_the_line_and_a_status(folder):
-    bad = fit("--model.network.dimension=3", "`network`", "shape of the data")
-    process = [sys.executable, "-m", "lightning_vr", bad.command, *arguments(bad, folder)]
-    done = subprocess.run(process, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: ")
-    assert bad.argument in line
-    assert bad.fix in line

@@ -13,6 +13,8 @@ from lightning_vr import DiffusionModule, Sampler
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.cli.vr_trainer import VRTrainer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 FEW = ["--model.sampler.steps=3"]
 LAST = "checkpoints/last.ckpt"
 
@@ -40,6 +42,7 @@ def arrays(folder):
         return dict(file)
 
 
+@pytest.mark.pictures
 def test_points_are_arrays_and_a_scatter_plot(run, points, capsys):
     folder = run("predict", *points, *FEW, "--num_samples=21", network=[], data=[])
     samples = arrays(folder)
@@ -94,6 +97,7 @@ def test_prompts_of_a_file_are_encoded_by_the_module_and_stand_beside_the_sample
         assert np.array_equal(found["samples"], expected.numpy())
 
 
+@pytest.mark.pictures
 def test_images_are_a_grid_with_one_column_per_class(run, trained, folder):
     unet = {
         "class_path": "diffusers.UNet2DModel",
