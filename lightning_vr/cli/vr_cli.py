@@ -39,6 +39,8 @@ from lightning_vr.cli.vr_trainer import VRTrainer
 from lightning_vr.cli.yaml_files import check_yaml_files
 from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
 from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
+from lightning_vr.lifecycle.configuration import imported
+from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.training.module import DiffusionModule
@@ -174,6 +176,11 @@ class VRCLI(LightningCLI):
             if "weights_only" in self._settings and self._settings.weights_only is None:
                 # for a remote file Lightning would read any object
                 self._settings.weights_only = True
+            if self._checkpoint:
+                model = self._settings.model
+                trust = Trust(self._settings.ckpt_path, self._settings.trust)
+                arguments = model.init_args.as_dict()
+                check_size(imported(model.class_path), arguments, self._checkpoint, trust)
 
     def after_instantiate_classes(self) -> None:
         """Check what would fail later with a traceback."""

@@ -48,8 +48,8 @@ from lightning_vr.lifecycle.epoch_length import (
     equalize_epoch_length,
 )
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
-from lightning_vr.lifecycle.hyperparameters import load_module
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
+from lightning_vr.lifecycle.rebuilding import load_module
 from lightning_vr.lifecycle.resuming import Resuming
 from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating
 from lightning_vr.lifecycle.strategies import check_strategy

@@ -142,6 +142,7 @@ def hyper(**entries):
 NAN = float("nan")
 OTHER = {"_class_path": "lightning.pytorch.demos.boring_classes.BoringModel"}
 WIDER = {"class_path": "lightning_vr.ResidualMLP", "init_args": {"width": 4, "depth": 1}}
+HUGE = {"class_path": "lightning_vr.ResidualMLP", "init_args": {"width": 10**7, "depth": 1}}
 NEGATIVE = {"class_path": "lightning_vr.ResidualMLP", "init_args": {"width": -4}}
 DAMAGED = {
     # files
@@ -219,6 +220,7 @@ DAMAGED = {
     "a class of no name": (hyper(_class_path={1: 2}), ALL, "_class_path` .* the name of a class"),
     "another class": (hyper(**OTHER), ALL, "holds a lightning.*no subclass of DiffusionModule"),
     "another network": (hyper(network=WIDER), ALL, "does not fit the module"),
+    "a network of terabytes": (hyper(network=HUGE), ALL, r"does not fit .* \(10000000, 2\) as"),
     # the package's own state
     "own state a list": (having(lightning_vr=[]), ALL, "`lightning_vr` .* got a list"),
     "seed of text": (having(lightning_vr__seed="one"), ALL, "lightning_vr.seed` .* got 'one'"),
