@@ -38,8 +38,9 @@ from lightning_vr.cli.trainer_checks import check_processes, check_trainer_setti
 from lightning_vr.cli.vr_trainer import VRTrainer
 from lightning_vr.cli.yaml_files import check_yaml_files
 from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
-from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
+from lightning_vr.lifecycle.checkpoints import check_weights, read_checkpoint
 from lightning_vr.lifecycle.configuration import imported
+from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust

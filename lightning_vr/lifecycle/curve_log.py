@@ -24,7 +24,7 @@ class CurveLog:
     """A CSV file of rows that begin with a step.
 
     Args:
-        path: The file, or None on a rank that writes none.
+        path: The file, or None to write none.
         columns: Names of the columns after ``step``.
         logged_step: Step of the last rows that belong to this run; later ones, and with -1 all, are
             dropped before anything is written.
@@ -100,12 +100,16 @@ def open_curve_log(
 ) -> CurveLog:
     """Return the log of a curve in the run's folder; all ranks call it.
 
+    Who wants no logger wants no file of numbers either: without one nothing is written.
+
     Args:
         trainer: A trainer that is fitting.
         name: Name of the file without its ending.
         columns: Names of the columns after ``step``.
         logged_step: Step of the last rows that a checkpoint counts, -1 without one.
     """
+    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return CurveLog(None, columns, logged_step)
     path = run_folder(trainer) / f"{name}.csv"
     if logged_step < 0 and trainer.global_step > 0:
         logged_step = trainer.global_step  # a second fit of the same run

@@ -18,8 +18,8 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.parsing import collect_init_args, parse_class_init_keys
 from torch import nn
 
-from lightning_vr.lifecycle.checkpoint_contents import STATE
 from lightning_vr.lifecycle.configuration import UndescribableError, describe
+from lightning_vr.lifecycle.own_state import STATE
 
 HYPERPARAMETERS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 CLASS, INSTANTIATOR = "_class_path", "_instantiator"  # names that Lightning's own loader reads

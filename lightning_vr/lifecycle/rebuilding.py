@@ -17,9 +17,10 @@ from lightning.pytorch.core.saving import _default_map_location
 from torch import nn
 
 from lightning_vr.lifecycle.checked_arguments import checked_arguments
-from lightning_vr.lifecycle.checkpoint_contents import damaged
-from lightning_vr.lifecycle.checkpoints import STATE, check_weights, load_weights, read_checkpoint
+from lightning_vr.lifecycle.checkpoint_errors import damaged
+from lightning_vr.lifecycle.checkpoints import check_weights, load_weights, read_checkpoint
 from lightning_vr.lifecycle.hyperparameters import CLASS, HYPERPARAMETERS, INSTANTIATOR, reload
+from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.trust import Trust
 
 _Module = TypeVar("_Module", bound=LightningModule)
