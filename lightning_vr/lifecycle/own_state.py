@@ -4,10 +4,10 @@ A field of another kind need not fail where it is read: a number of batches that
 loop run for ever, and a seed that is none lets a run train on other draws than it says.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from lightning_vr.lifecycle.checkpoint_errors import damaged
@@ -108,7 +108,7 @@ def _check_sum(value: Any, name: str, path: Any) -> None:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and 0 < value <= torch.finfo(torch.float32).max
 
 
 _COUNT = _of("a number of 0 or more", is_count)
