@@ -133,6 +133,7 @@ class ResumableModule(KeyedModule, LightningModule):
         check_training_batches(self.trainer)
         if self._resuming.is_due:
             self._resuming.end(self.trainer)
+            self._averages.keep(self.trainer, self)
         finish_checkpoints(self.trainer)
         self._guard.check_end(self)
 
