@@ -15,7 +15,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from lightning_vr.lifecycle.atomic_files import replacing
-from lightning_vr.lifecycle.loggers import run_folder, training_goes_on
+from lightning_vr.lifecycle.loggers import keeps_numbers, run_folder, training_goes_on
 
 Row = Sequence[float | int | str]
 
@@ -100,7 +100,7 @@ def open_curve_log(
 ) -> CurveLog:
     """Return the log of a curve in the run's folder; all ranks call it.
 
-    Who wants no logger wants no file of numbers either: without one nothing is written.
+    Nothing is written without a logger.
 
     Args:
         trainer: A trainer that is fitting.
@@ -108,7 +108,7 @@ def open_curve_log(
         columns: Names of the columns after ``step``.
         logged_step: Step of the last rows that a checkpoint counts, -1 without one.
     """
-    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if not keeps_numbers(trainer):
         return CurveLog(None, columns, logged_step)
     path = run_folder(trainer) / f"{name}.csv"
     if logged_step < 0 and trainer.global_step > 0:

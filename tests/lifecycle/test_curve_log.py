@@ -199,6 +199,7 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch):
     assert not os.path.exists(tmp_path / "excess_loss.csv")
 
 
+@pytest.mark.filterwarnings("ignore:GradientVariance has measured nothing")
 @pytest.mark.parametrize("options", [{"logger": False}, {"fast_dev_run": True}], ids=str)
 def test_without_a_logger_no_file_of_numbers_is_written(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
