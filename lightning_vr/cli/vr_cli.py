@@ -26,7 +26,7 @@ from lightning_vr.cli.checkpoint_settings import (
     changed_optimization,
     model_settings,
 )
-from lightning_vr.cli.close_names import full_names
+from lightning_vr.cli.class_names import monitored_plateau
 from lightning_vr.cli.comments import comments_as_text
 from lightning_vr.cli.last_checkpoint import last_checkpoint
 from lightning_vr.cli.nested_values import values_as_written
@@ -35,11 +35,14 @@ from lightning_vr.cli.optimization_classes import check_optimization_classes
 from lightning_vr.cli.run_names import check_run_names
 from lightning_vr.cli.save_run_config import SaveRunConfig
 from lightning_vr.cli.setting_values import check_values
-from lightning_vr.cli.trainer_checks import check_trainer_settings
+from lightning_vr.cli.trainer_checks import check_processes, check_trainer_settings
 from lightning_vr.cli.vr_trainer import VRTrainer
 from lightning_vr.cli.yaml_files import check_yaml_files
 from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
-from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
+from lightning_vr.lifecycle.checkpoints import check_weights, read_checkpoint
+from lightning_vr.lifecycle.configuration import imported
+from lightning_vr.lifecycle.own_state import STATE
+from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.training.module import DiffusionModule
@@ -166,6 +169,7 @@ class VRCLI(LightningCLI):
         # asked before there is a trainer, which adds its own callbacks to the list
         has_progress_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         trainer = super().instantiate_trainer(**kwargs)
+        check_processes(trainer)
         if not has_progress_bar:
             use_step_progress_bar(trainer)
         return trainer
@@ -180,6 +184,11 @@ class VRCLI(LightningCLI):
             if "weights_only" in self._settings and self._settings.weights_only is None:
                 # for a remote file Lightning would read any object
                 self._settings.weights_only = True
+            if self._checkpoint:
+                model = self._settings.model
+                trust = Trust(self._settings.ckpt_path, self._settings.trust)
+                arguments = model.init_args.as_dict()
+                check_size(imported(model.class_path), arguments, self._checkpoint, trust)
 
     def after_instantiate_classes(self) -> None:
         """Check what would fail later with a traceback."""
@@ -211,14 +220,13 @@ class VRCLI(LightningCLI):
         return settings
 
     @comments_as_text()
+    @monitored_plateau()
     def _parse(self, args: ArgsType) -> None:
         if isinstance(args, (dict, Namespace)):
             self.config = self.parser.parse_object(args)
             return
-        # no argument holds a zero byte; none at all would be joined to an empty one
-        given = full_names("\0".join(self._arguments)).split("\0") if self._arguments else []
         with values_as_written():
-            self.config = self.parser.parse_args(given)
+            self.config = self.parser.parse_args(self._arguments)
 
     def _may_name_checkpoint(self) -> bool:
         """Return whether settings may hold ``ckpt_path``: as an argument, or in a file."""

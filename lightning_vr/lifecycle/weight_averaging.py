@@ -105,6 +105,15 @@ class AveragedWeights:
             elif name in self._replaced:
                 trained[name] = self._replaced[name]
 
+    def keep(self, trainer: Trainer, module: LightningModule) -> None:
+        """Leave the weights that count in a module whose run was over before it began.
+
+        Lightning then calls no hook of the end of training, in which the callback would do so.
+        """
+        callback = average_that_counts(trainer)
+        if callback is not None:
+            callback._copy_average_to_current(module)
+
     def _watch(self, callback: WeightAveraging, trainer: Trainer) -> None:
         kind, patched = type(callback), cast(Any, callback)
 

@@ -19,9 +19,9 @@ from lightning_vr.core.types import LossEstimate, StepPart
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import DSM, Target
-from lightning_vr.lifecycle.checkpoints import STATE
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
+from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.precision import loss_scale
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.uncopied import Uncopied

@@ -314,6 +314,7 @@ TRAINER = [
     fit("--trainer.limit_train_batches=1.5", "`trainer.limit_train_batches`", "between 0 and 1"),
     fit("--trainer.limit_val_batches=-1", "limit_val_batches", "has to be in [0.0, 1.0]"),
     fit("--trainer.num_nodes=0", "`trainer.num_nodes`", "use 1"),
+    fit("--trainer.num_nodes=2", "`trainer.num_nodes`", "by torchrun or srun, or set MASTER_ADDR"),
     fit("--trainer.barebones=true", "`trainer.barebones`", "leave it out"),
     fit("--trainer.gradient_clip_val=.nan", "`trainer.gradient_clip_val`", "must be a number"),
     fit("--trainer.profiler=foo", "profiler", "'simple'"),

@@ -184,6 +184,32 @@ def test_the_short_name_of_the_schedule_on_plateaus_is_enough(as_file, folder):
     assert found["init_args"]["monitor"] == "val/loss"
 
 
+def test_the_short_name_is_enough_in_settings_that_python_gives():
+    schedule = {"class_path": "ReduceLROnPlateau", "init_args": {"monitor": "val/loss"}}
+    model = {"network": {"class_path": "ResidualMLP"}, "lr_scheduler": schedule}
+    given = {"model": {"class_path": "DiffusionModule", "init_args": model}}
+    cli = VRCLI(args={**given, "data": {"class_path": "EightGaussians"}}, run=False)
+    found = cli.config.model.init_args.lr_scheduler
+    assert found.class_path == "lightning.pytorch.cli.ReduceLROnPlateau"
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_text_that_looks_like_the_setting_of_a_schedule_stays_as_it_is(as_file, folder):
+    text = "lr_scheduler=ReduceLROnPlateau"
+    flags = [f"--trainer.logger.name={text}"]
+    if as_file:
+        file = write(folder / "name.yaml", trainer={"logger": {"init_args": {"name": text}}})
+        flags = ["--config", str(file)]
+    found = settings("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=a", *flags)
+    assert found["trainer"]["logger"]["init_args"]["name"] == text
+
+
+def test_torchs_own_schedule_on_plateaus_keeps_its_path():
+    path = "torch.optim.lr_scheduler.ReduceLROnPlateau"
+    found = settings(f"--model.lr_scheduler={path}")["model"]["init_args"]["lr_scheduler"]
+    assert found["class_path"] == path
+
+
 def test_settings_may_share_what_an_anchor_names(folder):
     (folder / "anchor.yaml").write_text(
         "trainer:\n  callbacks:\n"

@@ -1,5 +1,6 @@
 """``predict``: samples of a trained module as arrays and as a picture."""
 
+import errno
 import weakref
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from support.conditions import captioned, embedded
 
 from lightning_vr import DiffusionModule, Sampler
+from lightning_vr.cli import sample_writer
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.cli.vr_trainer import VRTrainer
 
@@ -246,3 +248,17 @@ def test_what_predict_cannot_do_is_one_line(refused, points):
     flags = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--num_samples=1"]
     assert "`num_samples`" in refused("predict", *points, *flags)
     assert "num_samples" in refused("predict", *points, "--num_samples=0")
+
+
+@pytest.mark.parametrize("name", ["savez", "save_picture"])
+def test_a_disk_that_is_full_is_one_line_and_a_status(name, points, run, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    owner = sample_writer.np if name == "savez" else sample_writer
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(SystemExit) as exit_:
+        run("predict", *points, *FEW, "--num_samples=2", network=[], data=[])
+    assert exit_.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: The disk must have room for what the command writes, but is ful")

@@ -541,12 +541,25 @@ def test_samples_that_equal_their_copies_up_to_rounding_do_not_warn(dtype, caplo
     assert not warnings_of(caplog, target, clean, source)
 
 
-def test_without_indices_or_a_bank_no_copies_are_looked_for(caplog, source):
-    bank = torch.randn(20, 3, generator=source)
+def test_samples_without_indices_that_no_reference_is_a_copy_of_warn_once(caplog, source):
+    bank = 5 + torch.randn(20, 12, generator=source)
     target = STF(4)
     target.fill(bank, None, indexed=False)
-    for each in (target, STF()):
-        assert not warnings_of(caplog, each, Clean(-bank[:3]), source)
+    mirrored = bank[:3].clone()
+    mirrored[1] = mirrored[1].flip(0)
+    (message,) = warnings_of(caplog, target, Clean(mirrored), source)
+    assert "differ from the bank's copies" in message
+
+
+def test_samples_without_indices_that_equal_a_reference_do_not_warn(caplog, source):
+    bank = 5 + torch.randn(20, 12, generator=source)
+    target = STF(4)
+    target.fill(bank, None, indexed=False)
+    assert not warnings_of(caplog, target, Clean(bank[torch.tensor([4, 11, 0])]), source)
+
+
+def test_without_a_bank_no_copies_are_looked_for(caplog, source):
+    assert not warnings_of(caplog, STF(), Clean(torch.randn(3, 3, generator=source)), source)
 
 
 def test_the_target_is_computed_in_float32_under_autocast(source):

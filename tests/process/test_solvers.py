@@ -320,7 +320,5 @@ def test_adaptive_steps_that_find_no_end_say_so():
     def rough(xt, t):
         return 1e12 * xt
 
-    with pytest.raises(
-        ValueError, match="^Tolerances must be within .* got rtol=0.1"
-    ):
+    with pytest.raises(ValueError, match=r"^Tolerances must be within .* got rtol=0.1"):
         Sampler(RK45(0.1, 0.1)).solve(rough, EDM(), torch.ones(2, 2))
