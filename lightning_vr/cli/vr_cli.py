@@ -41,6 +41,7 @@ from lightning_vr.lifecycle.checkpoint_contents import check_training_state, che
 from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
+from lightning_vr.pipelines.incoming_folder import IncomingFolder
 from lightning_vr.training.module import DiffusionModule
 
 _LOADERS = {
@@ -68,6 +69,7 @@ class VRCLI(LightningCLI):
         **kwargs: Any,
     ) -> None:
         self._checkpoint: dict[str, Any] | None = None
+        self._pretrained: IncomingFolder | None = None
         args = kwargs.get("args")
         self._arguments = sys.argv[1:] if args is None else args
         defaults: dict[str, Any] = {
@@ -93,7 +95,8 @@ class VRCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and which of their arguments the command line sets itself."""
-        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
+        own = {name: {"model", "datamodule"} for name in ("audit", "export")}
+        return {**LightningCLI.subcommands(), **own}
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -116,6 +119,12 @@ class VRCLI(LightningCLI):
             default=[],
             help="Packages of your own or of others whose classes may be built from --ckpt_path.",
         )
+        parser.add_argument(
+            "--pretrained",
+            type=str | None,
+            help="A folder of diffusers with the network to begin with, whose scheduler decides "
+            "schedule and prediction; what is configured counts before it.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; where no module is configured, a checkpoint's hyperparameters are the defaults."""
@@ -128,12 +137,15 @@ class VRCLI(LightningCLI):
         except ArgumentError as error:
             missing = error
             self._parse_without_network(args, error)
+        path = self._checkpoint_path()
+        if path is None and self._settings.pretrained:
+            self._begin_with_pretrained(args)
+            return
         if missing is None and self._settings.model is None:
             missing = ValueError(
                 "`model` must be configured: give a network, as in --model.network ResidualMLP, or "
-                "a configuration file, or the --ckpt_path of a run."
+                "a configuration file, the --ckpt_path of a run, or a --pretrained folder."
             )
-        path = self._checkpoint_path()
         if path is None:
             if missing is not None:
                 raise missing
@@ -185,6 +197,8 @@ class VRCLI(LightningCLI):
         is_built = not is_overridden("configure_model", self.model)
         if self._checkpoint and self.model.strict_loading and is_built:
             check_weights(self.model, self._checkpoint, self._settings.ckpt_path)
+        if self._pretrained is not None:
+            self._pretrained.load_weights(self.model.network)
         # each run has its own folder; without training only a checkpoint's weights matter
         messages = [
             "The dirpath has changed from",
@@ -220,6 +234,14 @@ class VRCLI(LightningCLI):
             self._parse(args)
         except ArgumentError:
             raise error from None
+
+    def _begin_with_pretrained(self, args: ArgsType) -> None:
+        """Parse with the network of a folder as the default."""
+        self._pretrained = IncomingFolder.read(self._settings.pretrained)
+        class_path = f"{self._model_class.__module__}.{self._model_class.__qualname__}"
+        settings = {"class_path": class_path, "init_args": self._pretrained.settings}
+        self._set_default("model", settings)
+        self._parse(args)
 
     def _set_default(self, name: str, value: Any) -> None:
         for parser in self._subcommand_parsers.values():

@@ -31,6 +31,7 @@ _OWN: dict[str, Any] = {
     "row": dict,
     "position": dict,
     "metrics": dict,
+    "is_averaged": bool,
 }
 _SAVED_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 _SHAPED_AS_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
