@@ -23,8 +23,8 @@ from lightning_vr.lifecycle.checkpoints import (
     read_checkpoint,
 )
 from lightning_vr.lifecycle.loggers import run_folder
-from lightning_vr.pipelines.export import ExportFormat
-from lightning_vr.pipelines.export import export as export_model
+from lightning_vr.pipelines.export_folder import ExportFormat
+from lightning_vr.pipelines.export_folder import export as export_model
 from lightning_vr.pipelines.provenance import Provenance
 from lightning_vr.training.module import DiffusionModule
 

@@ -1,28 +1,30 @@
 """A folder of diffusers as the settings of a module: its scheduler decides what is trained on.
 
 The folder may be a stock pipeline's or one of ``export``. Its network keeps its settings and
-weights. Of its scheduler come schedule and prediction: ``EDMEulerScheduler`` is EDM's schedule and
-preconditioning, with the time embedding that the folder's pipeline uses, every other one is a
-``DiffusersSchedule``. Nothing is downloaded, no code of the folder is run and no pickle is read:
-classes are those of diffusers, weights are safetensors.
+weights. A stock scheduler decides schedule and prediction: ``EDMEulerScheduler`` is EDM's schedule
+and preconditioning with diffusers' time embedding, every other one is a ``DiffusersSchedule``. What
+``export`` wrote says itself what it was trained for, so that a continuous schedule comes back as
+such. Nothing is downloaded, no code of the folder is run and no pickle is read: classes are those
+of diffusers and the schedules of this package, weights are safetensors.
 """
 
 import inspect
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lightning_vr.lifecycle.configuration import rebuild
+from lightning_vr.pipelines.trained_for import TRAINED_FOR
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
-from lightning_vr.process.schedules import EDM, VE, Schedule
+from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
 
 _NETWORKS = ("unet", "transformer")
-_SIGNIFICANT = 12
-"""Digits of what is computed from numbers that were written in full."""
+_ARGUMENTS = ("prediction", "sigma_data", "num_classes", "label_dropout")
+_SCHEDULES: dict[str, type[Schedule]] = {
+    kind.__name__: kind for kind in (EDM, VE, VP, Cosine, RectifiedFlow, DiffusersSchedule)
+}
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,19 @@ class IncomingFolder:
 
         path = Path(folder).expanduser()
         found = [path / name for name in _NETWORKS if (path / name / "config.json").is_file()]
-        config, index = path / "scheduler" / "scheduler_config.json", path / "model_index.json"
+        config, own = path / "scheduler" / "scheduler_config.json", path / TRAINED_FOR
         if len(found) != 1 or not config.is_file():
             raise ValueError(
                 f"`pretrained` must be a folder that diffusers wrote, with a `scheduler` and "
                 f"either a `unet` or a `transformer`, got {path}: name the folder of a pipeline, "
                 f"or configure network and schedule."
             )
-        pipeline = _json(index) if index.is_file() else {}
         network = _described(_json(found[0] / "config.json"), diffusers.ModelMixin, found[0])
         scheduler = _described(_json(config), diffusers.SchedulerMixin, config.parent)
-        schedule, others = _objective(scheduler, pipeline)
-        classes = pipeline.get("num_classes")
-        if classes is not None:
-            others |= {"num_classes": classes, "label_dropout": pipeline["label_dropout"]}
+        if own.is_file():
+            schedule, others = _own_objective(_json(own), scheduler, own)
+        else:
+            schedule, others = _objective(scheduler)
         return cls(found[0], network, schedule, others)
 
     @property
@@ -139,35 +140,42 @@ def _described(config: dict[str, Any], base: type, path: Path) -> dict[str, Any]
     return {"class_path": f"diffusers.{name}", "init_args": arguments}
 
 
-def _objective(
-    scheduler: dict[str, Any], pipeline: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the schedule's settings, and the arguments that go with it."""
+def _objective(scheduler: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the schedule that a scheduler decides, and the arguments that go with it."""
     given = scheduler["init_args"]
     if scheduler["class_path"] != "diffusers.EDMEulerScheduler":
-        schedule = {"class_path": _path(DiffusersSchedule), "init_args": {"scheduler": scheduler}}
-        live: DiffusersSchedule = _rebuilt(schedule)
-        return schedule, {"prediction": live.prediction}
+        live = DiffusersSchedule(_rebuilt(scheduler))
+        return _table(scheduler), {"prediction": live.prediction}
     if given.get("prediction_type", "epsilon") != "epsilon":
         raise ValueError(
             f"`prediction_type` of an EDMEulerScheduler must be 'epsilon' to train on, as others "
             f"turn the sign of the network's output, got {given['prediction_type']!r}: configure "
             f"network and schedule."
         )
-    others = {"prediction": "edm", "sigma_data": given.get("sigma_data", 0.5)}
-    scale, shift = pipeline.get("time_scale", 1.0), pipeline.get("time_shift", 0.0)
-    if shift != 0:  # 1000 log(sigma / sigma_min) / log(sigma_max / sigma_min)
-        ratio = 4000 / scale
-        low = math.exp(-shift * ratio / 1000)
-        ends = {"sigma_min": _rounded(low), "sigma_max": _rounded(low * math.exp(ratio))}
-        return {"class_path": _path(VE), "init_args": ends}, others
-    names = ("sigma_min", "sigma_max")
-    ends = {name: given[name] for name in names if name in given} | {"embedding_scale": scale}
-    return {"class_path": _path(EDM), "init_args": ends}, others
+    ends = {name: given[name] for name in ("sigma_min", "sigma_max") if name in given}
+    schedule = {"class_path": _path(EDM), "init_args": ends | {"embedding_scale": 1.0}}
+    return schedule, {"prediction": "edm", "sigma_data": given.get("sigma_data", 0.5)}
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_SIGNIFICANT}g}")
+def _own_objective(
+    saved: dict[str, Any], scheduler: dict[str, Any], path: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what ``export`` has written of the schedule, and the arguments that go with it."""
+    others = {name: saved.get(name) for name in _ARGUMENTS if saved.get(name) is not None}
+    described = saved.get("schedule") or {}
+    kind = _SCHEDULES.get(str(described.get("class_path")).rpartition(".")[2])
+    if kind is DiffusersSchedule:
+        return _table(scheduler), others
+    if kind is None:
+        raise ValueError(
+            f"`pretrained` must be a folder that was exported with a schedule of this package, but "
+            f"{path} names {described.get('class_path')}: configure network and schedule."
+        )
+    return {"class_path": _path(kind), "init_args": described["init_args"]}, others
+
+
+def _table(scheduler: dict[str, Any]) -> dict[str, Any]:
+    return {"class_path": _path(DiffusersSchedule), "init_args": {"scheduler": scheduler}}
 
 
 def _path(kind: type[Schedule]) -> str:
@@ -175,9 +183,11 @@ def _path(kind: type[Schedule]) -> str:
 
 
 def _rebuilt(described: dict[str, Any]) -> Any:
+    """Return an object of settings from JSON; a parser takes seconds for a table of betas."""
     import diffusers
 
     module, _, name = described["class_path"].rpartition(".")
-    kinds: Any = {_path(x): x for x in (EDM, VE, DiffusersSchedule)}
-    kind = getattr(diffusers, name) if module == "diffusers" else kinds[described["class_path"]]
-    return rebuild(kind, described["init_args"])
+    kind = getattr(diffusers, name) if module == "diffusers" else _SCHEDULES[name]
+    arguments = described["init_args"]
+    nested = {key: _rebuilt(x) for key, x in arguments.items() if key == "scheduler"}
+    return kind(**(arguments | nested))

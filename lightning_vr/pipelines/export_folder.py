@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_vr.core.validation import check_choice
-from lightning_vr.lifecycle.configuration import UndescribableError, describe
 from lightning_vr.pipelines.model_card import loading_a_pipeline, model_card
 from lightning_vr.pipelines.onnx_graph import check_onnx, save_onnx
+from lightning_vr.pipelines.outgoing_pipeline import network_to_export, to_pipeline
 from lightning_vr.pipelines.provenance import Provenance
-from lightning_vr.pipelines.to_pipeline import network_to_export, to_pipeline
+from lightning_vr.pipelines.trained_for import TRAINED_FOR, described, trained_for
+from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.training.diffusion import Diffusion
 
 ExportFormat = Literal["diffusers", "safetensors", "onnx"]
@@ -62,8 +63,12 @@ def _save_pipeline(model: Diffusion, folder: Path) -> str:
         # diffusers finds the class in the folder by the name of its file
         index = folder / "model_index.json"
         settings = json.loads(index.read_text()) | {"_class_name": [_CODE, "DenoisingPipeline"]}
-        index.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        _write(index, settings)
         shutil.copyfile(Path(__file__).with_name(f"{_CODE}.py"), folder / f"{_CODE}.py")
+    settings = trained_for(model)
+    if isinstance(model.schedule, DiffusersSchedule):  # which the scheduler's own file describes
+        settings["schedule"] = {"class_path": "DiffusersSchedule"}
+    _write(folder / TRAINED_FOR, settings)
     return loading_a_pipeline(pipeline, model)
 
 
@@ -79,15 +84,7 @@ def _save_network(model: Diffusion, folder: Path, format: ExportFormat) -> str:
         save_onnx(model, network, folder / name)
     else:
         save_model(network, str(folder / name))
-    settings = {
-        "network": _described(network),
-        "schedule": _described(model.schedule),
-        "prediction": model.prediction,
-        "sigma_data": model.sigma_data,
-        "num_classes": model.num_classes,
-        "sample_shape": model.sample_shape,
-    }
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    _write(folder / "config.json", {"network": described(network), **trained_for(model)})
     return (
         f"{name} is the network, called with x_t (for the prediction edm scaled by 1 / sqrt(sigma² "
         f"+ alpha² sigma_data²)) and the time that the schedule in config.json embeds; what its "
@@ -95,9 +92,5 @@ def _save_network(model: Diffusion, folder: Path, format: ExportFormat) -> str:
     )
 
 
-def _described(value: Any) -> Any:
-    """Return the settings of an object, or its class alone where they do not rebuild it."""
-    try:
-        return describe(value)
-    except UndescribableError:
-        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}"}
+def _write(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
