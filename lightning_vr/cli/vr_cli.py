@@ -242,6 +242,14 @@ class VRCLI(LightningCLI):
         settings = {"class_path": class_path, "init_args": self._pretrained.settings}
         self._set_default("model", settings)
         self._parse(args)
+        configured = self._settings.model.as_dict()["init_args"]
+        for name, saved in self._pretrained.others.items():
+            if configured.get(name) not in (saved, "auto"):
+                rank_zero_warn(
+                    f"Setting `model.{name}` is {configured.get(name)}, but {saved} in "
+                    f"{self._settings.pretrained}, whose weights were trained with it: leave it "
+                    f"out, unless you mean this."
+                )
 
     def _set_default(self, name: str, value: Any) -> None:
         for parser in self._subcommand_parsers.values():

@@ -78,8 +78,8 @@ def _save_network(model: Diffusion, folder: Path, format: ExportFormat) -> str:
     network = network_to_export(model)
     if format == "onnx":
         check_onnx()
-    folder.mkdir(parents=True, exist_ok=True)
     name = "model.onnx" if format == "onnx" else "model.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
     if format == "onnx":
         save_onnx(model, network, folder / name)
     else:

@@ -69,11 +69,20 @@ def save_onnx(model: Diffusion, network: nn.Module, path: Path) -> None:
     }
     if model.num_classes is not None:
         inputs["class_labels"] = torch.zeros(2, dtype=torch.int64, device=device)
+    call = _Call(network).eval()
+    try:
+        with torch.no_grad():
+            call(**inputs)
+    except TypeError as error:
+        raise ValueError(
+            f"`format` onnx is for networks that take samples, times and classes alone, got a "
+            f"{type(network).__name__} ({error}): use the format safetensors."
+        ) from error
     with torch.no_grad(), warnings.catch_warnings():
         # of torch's own exporter
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _Call(network).eval(),
+            call,
             (),
             str(path),
             kwargs=inputs,
@@ -81,6 +90,5 @@ def save_onnx(model: Diffusion, network: nn.Module, path: Path) -> None:
             output_names=["output"],
             dynamic_shapes={name: {0: batch} for name in inputs},
             dynamo=True,
-            external_data=False,
             verbose=False,
         )

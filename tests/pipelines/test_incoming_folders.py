@@ -165,3 +165,13 @@ def test_weights_of_a_network_of_another_size_are_refused(tmp_path):
     folder = IncomingFolder.read(tmp_path / "stock")
     with pytest.raises(ValueError, match="leave the settings of `network` out"):
         folder.load_weights(small_unet(block_out_channels=(16,)))
+
+
+def test_a_setting_that_the_weights_were_not_trained_with_is_warned_of(tmp_path):
+    export(DiffusionModule(small_unet(), sigma_data=0.6), tmp_path / "out")
+    arguments = ["--pretrained", str(tmp_path / "out"), "--model.sigma_data", "0.7"]
+    with (
+        pytest.warns(UserWarning, match="`model.sigma_data` is 0.7, but 0.6 in"),
+        pytest.raises(SystemExit),  # as there are no data
+    ):
+        main(["fit", *arguments])
