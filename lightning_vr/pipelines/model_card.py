@@ -1,5 +1,6 @@
 """The README.md of an exported folder: what it is, how to load it, and the run that made it."""
 
+import inspect
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -48,6 +49,11 @@ def loading_a_pipeline(pipeline: Any, model: Diffusion) -> str:
     if is_own and model.num_classes is not None:
         labels = list(range(min(4, model.num_classes)))
         call = f"batch_size={len(labels)}, class_labels={labels}, {call}"
+    network = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+    found = getattr(pipeline, network)
+    needed = "encoder_hidden_states"
+    if needed in inspect.signature(found.forward).parameters:
+        call = f'cond={{"{needed}": embeddings}}, {call}'
     options = ", trust_remote_code=True" if is_own else ""
     text = (
         f"```python\nfrom diffusers import DiffusionPipeline\n"
@@ -59,8 +65,7 @@ def loading_a_pipeline(pipeline: Any, model: Diffusion) -> str:
             "\nThe pipeline's code is in denoising_pipeline.py, which needs torch and diffusers "
             "alone.\n"
         )
-    network = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
-    kind = type(getattr(pipeline, network)).__name__
+    kind = type(found).__name__
     text += f'\nThe network alone: `{kind}.from_pretrained(folder, subfolder="{network}")`.'
     return text + _parts_of_others(pipeline, kind)
 
