@@ -67,10 +67,10 @@ def loading_a_pipeline(pipeline: Any, model: Diffusion) -> str:
         )
     kind = type(found).__name__
     text += f'\nThe network alone: `{kind}.from_pretrained(folder, subfolder="{network}")`.'
-    return text + _parts_of_others(pipeline, kind)
+    return text + _parts_of_others(pipeline, found)
 
 
-def _parts_of_others(pipeline: Any, kind: str) -> str:
+def _parts_of_others(pipeline: Any, network: Any) -> str:
     """Return which pipelines of diffusers take network and scheduler, beside what they need."""
     settings: Any = pipeline.config
     if settings.get("time_scale", 1.0) != 1 or settings.get("time_shift", 0.0) != 0:
@@ -78,12 +78,14 @@ def _parts_of_others(pipeline: Any, kind: str) -> str:
             " Other pipelines call it with the scheduler's timestep t, where it was trained with "
             f"{settings['time_scale']:g} t + {settings['time_shift']:g}."
         )
+    kind = type(network).__name__
     if kind == "UNet2DConditionModel":
         return (
             " With your own text encoder, tokenizer and autoencoder network and scheduler are "
             "parts of a StableDiffusionPipeline."
         )
-    if kind == "DiTTransformer2DModel" and settings.get("num_classes") == 1000:
+    has_channels = network.config.get("out_channels") is not None  # DiTPipeline reads them
+    if kind == "DiTTransformer2DModel" and settings.get("num_classes") == 1000 and has_channels:
         return " With your own autoencoder network and scheduler are parts of a DiTPipeline."
     return ""
 
