@@ -45,6 +45,7 @@ from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
+from lightning_vr.pipelines.incoming_folder import IncomingFolder
 from lightning_vr.training.module import DiffusionModule
 
 _LOADERS = {
@@ -72,6 +73,7 @@ class VRCLI(LightningCLI):
         **kwargs: Any,
     ) -> None:
         self._checkpoint: dict[str, Any] | None = None
+        self._pretrained: IncomingFolder | None = None
         args = kwargs.get("args")
         self._arguments = sys.argv[1:] if args is None else args
         defaults: dict[str, Any] = {
@@ -98,7 +100,8 @@ class VRCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and which of their arguments the command line sets itself."""
-        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
+        own = {name: {"model", "datamodule"} for name in ("audit", "export")}
+        return {**LightningCLI.subcommands(), **own}
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -121,6 +124,12 @@ class VRCLI(LightningCLI):
             default=[],
             help="Packages of your own or of others whose classes may be built from --ckpt_path.",
         )
+        parser.add_argument(
+            "--pretrained",
+            type=str | None,
+            help="A folder of diffusers with the network to begin with, whose scheduler decides "
+            "schedule and prediction; what is configured counts before it.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; where no module is configured, a checkpoint's hyperparameters are the defaults."""
@@ -135,12 +144,15 @@ class VRCLI(LightningCLI):
                 raise  # nothing else would build a module
             missing = error
             self._parse_without_network(args, error)
+        path = self._checkpoint_path()
+        if path is None and self._settings.pretrained:
+            self._begin_with_pretrained(args)
+            return
         if missing is None and self._settings.model is None:
             missing = ValueError(
                 "`model` must be configured: give a network, as in --model.network ResidualMLP, or "
-                "a configuration file, or the --ckpt_path of a run."
+                "a configuration file, the --ckpt_path of a run, or a --pretrained folder."
             )
-        path = self._checkpoint_path()
         if path is None:
             if missing is not None:
                 raise missing
@@ -203,6 +215,8 @@ class VRCLI(LightningCLI):
             if isinstance(self.model, DiffusionModule):
                 self.model.complete_checkpoint(self._checkpoint)
             check_weights(self.model, self._checkpoint, self._settings.ckpt_path)
+        if self._pretrained is not None:
+            self._pretrained.load_weights(self.model.network)
         # each run has its own folder; without training only a checkpoint's weights matter
         messages = [
             "The dirpath has changed from",
@@ -244,6 +258,22 @@ class VRCLI(LightningCLI):
             self._parse(args)
         except ArgumentError:
             raise error from None
+
+    def _begin_with_pretrained(self, args: ArgsType) -> None:
+        """Parse with the network of a folder as the default."""
+        self._pretrained = IncomingFolder.read(self._settings.pretrained)
+        class_path = f"{self._model_class.__module__}.{self._model_class.__qualname__}"
+        settings = {"class_path": class_path, "init_args": self._pretrained.settings}
+        self._set_default("model", settings)
+        self._parse(args)
+        configured = self._settings.model.as_dict()["init_args"]
+        for name, saved in self._pretrained.others.items():
+            if configured.get(name) not in (saved, "auto"):
+                rank_zero_warn(
+                    f"Setting `model.{name}` is {configured.get(name)}, but {saved} in "
+                    f"{self._settings.pretrained}, whose weights were trained with it: leave it "
+                    f"out, unless you mean this."
+                )
 
     def _set_default(self, name: str, value: Any) -> None:
         for parser in self._subcommand_parsers.values():

@@ -143,6 +143,7 @@ _ROW = {"step": _COUNT, "numbers": _by_name(_NUMBER), "metrics": _by_name(_TENSO
 _FIELDS = {
     BASE: _optional(_record({"folder": _TEXT, "digest": _TEXT}, is_whole=True)),
     "seed": _optional(_COUNT),
+    "is_averaged": _FLAG,
     "skipped": _COUNT,
     "sample_calls": _COUNT,
     "sigma_data": _optional(_of("positive and finite", _is_positive)),

@@ -54,7 +54,7 @@ from lightning_vr.lifecycle.resuming import Resuming
 from lightning_vr.lifecycle.similar_state import check_callbacks
 from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating
 from lightning_vr.lifecycle.strategies import check_strategy
-from lightning_vr.lifecycle.weight_averaging import AveragedWeights, load_what_trains
+from lightning_vr.lifecycle.weight_averaging import AveragedWeights, is_averaged, load_what_trains
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
 
@@ -235,6 +235,7 @@ class ResumableModule(KeyedModule, LightningModule):
         state["seed"] = self.run_seed if self._is_fitting else self.seed
         if self._is_fitting or self._has_fitted:
             self._averages.complete(self.trainer, self, checkpoint)
+            state["is_averaged"] = is_averaged(self.trainer)
             state |= self._resuming.state(self, checkpoint)
             state["skipped"] = self._guard.skipped
 

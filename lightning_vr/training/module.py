@@ -33,7 +33,7 @@ from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
 from lightning_vr.training.adapters import Adapter, LoRA
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
-from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.hand_over import HandOver
 from lightning_vr.training.monitors import MonitoredSchedules, plateau_settings
 from lightning_vr.training.reference_bank import fill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
@@ -42,7 +42,7 @@ from lightning_vr.training.training_checks import check_optimization, check_rank
 from lightning_vr.training.upstream import NullCondition
 
 
-class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
+class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
     """Trains a diffusion model with pluggable estimators of its loss.
 
     Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
