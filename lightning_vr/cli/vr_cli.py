@@ -1,6 +1,5 @@
 """LightningCLI, where what is configured wins over what a checkpoint says."""
 
-import os
 import sys
 import warnings
 from importlib.metadata import version
@@ -20,6 +19,7 @@ import lightning_vr.estimators
 import lightning_vr.lifecycle
 import lightning_vr.metrics
 import lightning_vr.process  # noqa: F401
+from lightning_vr.cli.checkpoint_path import checkpoint_path
 from lightning_vr.cli.checkpoint_settings import (
     Change,
     changed_network,
@@ -28,7 +28,6 @@ from lightning_vr.cli.checkpoint_settings import (
 )
 from lightning_vr.cli.class_names import monitored_plateau
 from lightning_vr.cli.comments import comments_as_text
-from lightning_vr.cli.last_checkpoint import last_checkpoint
 from lightning_vr.cli.nested_values import values_as_written
 from lightning_vr.cli.network_mapping import NetworkMappingParser
 from lightning_vr.cli.optimization_classes import check_optimization_classes
@@ -144,7 +143,7 @@ class VRCLI(LightningCLI):
                 raise  # nothing else would build a module
             missing = error
             self._parse_without_network(args, error)
-        path = self._checkpoint_path()
+        path = checkpoint_path(self._settings)
         if path is None and self._settings.pretrained:
             self._begin_with_pretrained(args)
             return
@@ -309,19 +308,3 @@ class VRCLI(LightningCLI):
     def _checkpoint_seed(self) -> int | None:
         seed = (self._checkpoint or {}).get(STATE, {}).get("seed")
         return seed if seed is not None and seed < 2**32 else None
-
-    def _checkpoint_path(self) -> str | None:
-        """Return the file of ``ckpt_path``, or None if not given or left for Lightning to find."""
-        path = self._settings.ckpt_path
-        if path == "last":
-            return str(last_checkpoint(self._settings.trainer))
-        if path in (None, "best", "hpc") or str(path).startswith("registry"):
-            return None
-        if "://" not in str(path):
-            path = os.path.expanduser(path)
-            if not os.path.exists(path):
-                raise ValueError(
-                    f"`ckpt_path` must be a checkpoint file or 'last', but there is no file "
-                    f"{path}: correct the path."
-                )
-        return str(path)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lightning_vr.lifecycle.checkpoint_contents import STATE
+from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.weight_averaging import is_averaged
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.module import DiffusionModule

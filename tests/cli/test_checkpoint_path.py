@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_vr import STF, DiffusionModule, ResidualMLP
-from lightning_vr.cli.last_checkpoint import last_checkpoint
+from lightning_vr.cli.checkpoint_path import last_checkpoint
 from lightning_vr.data import EightGaussians
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
