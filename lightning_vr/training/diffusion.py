@@ -82,6 +82,7 @@ class Diffusion(Upstream):
         compile_network: Whether to compile the network by ``torch.compile``.
 
     Attributes:
+        sample_evaluations: Calls of the network that each sample of the last ``sample`` took.
         sample_shape: Shape of one encoded sample, known from the first batch on.
         sample_calls: Calls of ``sample`` so far without ``source`` and ``seed``.
     """
@@ -135,7 +136,7 @@ class Diffusion(Upstream):
         use_plain_keys(self)
 
         self.sample_shape: tuple[int, ...] | None = None
-        self.sample_calls = 0
+        self.sample_calls = self.sample_evaluations = 0
         self._checked_modes: set[bool] = set()
 
     def predict(self, x: Tensor, noised: Noised) -> Tensor:
@@ -292,16 +293,18 @@ class Diffusion(Upstream):
         self.sample_calls += source is None and seed is None
         noise = torch.randn(size, generator=stream, device=device, dtype=torch.float32)
         with torch.no_grad(), evaluating(self):
-            return sampler.draw(
+            x0, self.sample_evaluations = sampler.draw(
                 self.denoise,
                 self.schedule,
                 noise,
                 group=group,
                 cond=cond,
                 null_cond=null,
+                generator=stream,
                 batch_size=batch_size,
                 progress=progress,
             )
+        return x0
 
     def _estimate(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
         return diffusion_loss(self.predict, noised, target, self.objective, self.control_variate)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from lightning_vr.core.digests import digest
 from lightning_vr.core.types import Clean
 from lightning_vr.data.cached_latents import CachedLatents
-from lightning_vr.lifecycle.checkpoint_contents import STATE
+from lightning_vr.lifecycle.hyperparameters import HYPERPARAMETERS
+from lightning_vr.lifecycle.own_state import AUTOENCODER, STATE
 from lightning_vr.process.diffusers_autoencoder import Autoencoder, AutoencoderFolder
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.sigma_data import SigmaData
 from lightning_vr.training.upstream import Upstream
 
-_DIGEST = "autoencoder"
 _NO_CONDITION = ("image", "label", "index")
 
 
@@ -33,7 +33,8 @@ class LatentDiffusionModule(DiffusionModule):
     turns samples into pictures. With text or other columns in the batches override
     ``encode_condition``, which then encodes them on the fly, for the cache and for samples.
 
-    A checkpoint holds the autoencoder's folder and digest in place of its weights.
+    A checkpoint holds the autoencoder's digest in place of its weights. Whoever loads one gives the
+    folder again, as nothing opens a folder that a checkpoint names.
 
     Args:
         network: The network, on latents.
@@ -102,18 +103,21 @@ class LatentDiffusionModule(DiffusionModule):
         super().setup(stage)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what identifies the autoencoder."""
+        """Keep what identifies the autoencoder, which whoever loads the checkpoint gives again."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[STATE][_DIGEST] = self.autoencoder.digest
+        folder, state = self.autoencoder.folder.path, checkpoint[STATE]
+        state[AUTOENCODER] = {"folder": folder, "digest": self.autoencoder.digest}
+        if checkpoint[HYPERPARAMETERS].pop("autoencoder", None) is not None:
+            state["objects"] = [*state["objects"], "autoencoder"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise if the checkpoint's latents are those of another autoencoder."""
-        saved = checkpoint.get(STATE, {}).get(_DIGEST)
-        if saved not in (None, self.autoencoder.digest):
+        saved = checkpoint.get(STATE, {}).get(AUTOENCODER)
+        if saved is not None and saved["digest"] != self.autoencoder.digest:
             raise ValueError(
-                f"`autoencoder` must be the one that the checkpoint was trained with, got that of "
-                f"{self.autoencoder.folder.path}, which has other weights, scales or dtype: give "
-                f"its folder."
+                f"`autoencoder` must be the one that the checkpoint was trained with, that of "
+                f"{saved['folder']}, got that of {self.autoencoder.folder.path}, which has other "
+                f"weights, scales or dtype: give the folder that holds it."
             )
         super().on_load_checkpoint(checkpoint)
 

@@ -117,7 +117,10 @@ def test_a_checkpoint_holds_the_folder_in_place_of_the_autoencoder(files, tmp_pa
         fit(module, data, StopAt("on_train_batch_end", 2, path))
     saved = torch.load(path, weights_only=True)
     assert saved["state_dict"].keys() == {f"network.{name}" for name in module.network.state_dict()}
-    again = DiffusionModule.load_from_checkpoint(path)
+    with pytest.raises(ValueError, match=r"`autoencoder` of the module in .* must be given again"):
+        DiffusionModule.load_from_checkpoint(path)
+    own = AutoencoderFolder(str(files / "vae"))
+    again = DiffusionModule.load_from_checkpoint(path, autoencoder=own)
     assert isinstance(again, LatentDiffusionModule)
     assert again.sigma_data == data.sigma_data
     x0 = again.sample(2, seed=0)
