@@ -128,7 +128,7 @@ class LatentDataset(SampleDataset):
         number = index // self.index.identity.shard_size
         columns = self._open(number)
         row = index - self._shards[number].first
-        sample: Any = {
+        sample: dict[str, Any] = {
             "x0": self._latent(columns["mean"][row], columns["std"][row], index),
             "index": torch.tensor(index),
         }
@@ -174,8 +174,7 @@ class LatentDataset(SampleDataset):
     def _open(self, number: int) -> dict[str, Tensor]:
         if number not in self._columns:
             self._columns[number], _ = self._checked(self._shards[number])
-        columns: dict[str, Tensor] = self._columns[number]
-        return columns
+        return self._columns[number]
 
     def _checked(self, shard: Shard) -> tuple[dict[str, Tensor], Header]:
         path = self.folder / shard.file
