@@ -67,8 +67,8 @@ class SavedArguments:
             if name not in given:
                 raise ValueError(
                     f"`{name}` of the module in {path} must be given again, as no configuration "
-                    f"can rebuild it: use load_from_checkpoint(path, {name}=...), or the --config of "
-                    f"its run."
+                    f"can rebuild it: use load_from_checkpoint(path, {name}=...), or its run's "
+                    f"config.yaml."
                 )
 
 
