@@ -7,20 +7,20 @@ processes, and the cache is the one that an uninterrupted run writes. The index 
 A cache holds one version of each sample: random augmentation would be frozen, and is refused.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
-from lightning_utilities.core.apply_func import apply_to_collection
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_vr.core.digests import digest
+from lightning_vr.core.conditions import expanded
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator, preserve_global_rng, seed_global_rng
 from lightning_vr.core.validation import check_at_least, check_choice
@@ -44,6 +44,7 @@ from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.lifecycle.stopping import raise_if_asked
 from lightning_vr.lifecycle.training_set import transfer_batch
+from lightning_vr.training.cached_data import data_digest, data_size, split_loaders
 from lightning_vr.training.checks import check_clean
 from lightning_vr.training.latents import LatentDiffusionModule
 
@@ -52,7 +53,6 @@ log = logging.getLogger(__name__)
 CacheDtype = Literal["float32", "float16"]
 
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
-_PROBES = 16
 
 
 def cache_latents(
@@ -90,19 +90,32 @@ def cache_latents(
             f"`model` must be a LatentDiffusionModule, whose autoencoder makes the latents, got a "
             f"{type(module).__name__}: use one with `autoencoder: {{path: ...}}`."
         )
-    loaders = _loaders(datamodule)
+    loaders = split_loaders(datamodule)
     identity = Identity(
         module.autoencoder.digest,
         module.condition_digest,
-        _data_digest(datamodule, loaders),
+        data_digest(datamodule, loaders),
         shard_size,
         dtype,
     )
     writer = _CacheWriter(module, loaders, Path(path).expanduser(), identity, batch_size)
     writer.num_classes = getattr(datamodule, "num_classes", None) or module.num_classes
     trainer = trainer or Trainer(logger=False, enable_checkpointing=False)
-    # that of a subclass may draw samples
-    Trainer.predict(trainer, writer, return_predictions=False)
+    with _progress_bar_alone(trainer):
+        # that of a subclass may draw samples
+        Trainer.predict(trainer, writer, return_predictions=False)
+
+
+@contextmanager
+def _progress_bar_alone(trainer: Trainer) -> Iterator[None]:
+    """Leave out callbacks for a while, as nothing is trained that they could watch."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    trainer.callbacks = bars  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
 class _OwnShards(DistributedSampler[int]):
@@ -139,9 +152,9 @@ class _CacheWriter(ResumableModule):
         self.num_classes: int | None = None
         size = identity.shard_size
         self.places = [
-            (split, first, min(size, _size(loader) - first))
+            (split, first, min(size, data_size(loader) - first))
             for split, loader in loaders.items()
-            for first in range(0, _size(loader), size)
+            for first in range(0, data_size(loader), size)
         ]
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -203,7 +216,8 @@ class _CacheWriter(ResumableModule):
         found = {"mean": clean.x0.to(dtype), "std": std.to(dtype)}
         if clean.group is not None:
             found["label"] = clean.group
-        found |= dict(_named(clean.cond or {}, "cond"))
+        cond = expanded(clean.cond or {}, len(positions))  # one row may be for all
+        found |= dict(_named(cond, "cond"))
         return {name: x.detach().cpu().contiguous() for name, x in found.items()}
 
     def _index(self) -> Index:
@@ -222,58 +236,8 @@ class _CacheWriter(ResumableModule):
         return self.folder / shard_name(split, first // self.identity.shard_size)
 
 
-def _loaders(datamodule: LightningDataModule) -> dict[str, DataLoader[Any]]:
-    """Return the loaders of training and validation, whose data sets are read in order."""
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    found: Any = {"train": datamodule.train_dataloader(), "validation": datamodule.val_dataloader()}
-    for split, loader in found.items():
-        if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
-            raise ValueError(
-                f"`data` must have one DataLoader of a map-style data set for {split}, got "
-                f"{type(loader).__name__}: give it one."
-            )
-    return dict(found)
-
-
-def _size(loader: DataLoader[Any]) -> int:
-    return len(loader.dataset)  # type: ignore[arg-type]
-
-
 def _only(numbers: list[int]) -> int:
     return numbers[0]
-
-
-def _data_digest(datamodule: Any, loaders: dict[str, DataLoader[Any]]) -> str:
-    """Return a digest of the sizes of data and of some samples.
-
-    Raises:
-        ValueError: If samples are other ones when they are read again.
-    """
-    with preserve_global_rng():
-        found, again = _probes(loaders), _probes(loaders)
-    if found != again:
-        raise ValueError(
-            f"`data` must give the same sample each time to be cached, but the "
-            f"{type(datamodule).__name__} gives another: leave out random augmentation."
-        )
-    return found
-
-
-def _probes(loaders: dict[str, DataLoader[Any]]) -> str:
-    found = hashlib.sha256()
-
-    def add(x: Any) -> None:
-        found.update((digest({"": x}) if isinstance(x, Tensor) else repr(x)).encode())
-
-    for split, loader in loaders.items():
-        size = _size(loader)
-        found.update(f"{split} {size}".encode())
-        count = min(_PROBES, size)
-        for position in (i * size // count for i in range(count)):
-            batch = loader.collate_fn([loader.dataset[position]])
-            apply_to_collection(batch, (Tensor, str, int, float), add)
-    return found.hexdigest()
 
 
 def _named(cond: dict[str, Any], path: str) -> Iterator[tuple[str, Tensor]]:

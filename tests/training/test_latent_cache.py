@@ -194,7 +194,11 @@ def test_the_command_line_caches_trains_and_draws_pictures(
             "sigma_data": "auto",
         },
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    callbacks = ["TargetVariance", "EMAWeightAveraging", "SampleGrid", "ModelCheckpoint"]
+    trainer = {"callbacks": [{"class_path": name} for name in callbacks]}
+    trainer["callbacks"][-1]["init_args"] = {"save_last": True}
+    trainer["callbacks"][-2]["init_args"] = {"samples": 4}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model, "trainer": trainer}))
     config = ["--config", "config.yaml", "--trainer.accelerator=cpu"]
     quiet = [*config, "--trainer.enable_progress_bar=false"]
     data = ["--data", "support.latents.Pictures"]
@@ -202,7 +206,6 @@ def test_the_command_line_caches_trains_and_draws_pictures(
     assert contents(tmp_path / "latents") == whole
 
     steps = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1"]
-    steps += ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
     latents = ["--data=CachedLatents", "--data.path=latents", "--data.batch_size=4"]
     main(["fit", *quiet, *latents, *steps])
     (last,) = tmp_path.rglob("last.ckpt")

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from support.latents import Pictures, save_autoencoder, write_cache
 from support.networks import small_mlp, small_unet
 from support.stops import StopAt, StoppedError
@@ -95,7 +96,7 @@ def test_training_from_a_cache_resumes_bitwise_in_the_middle_of_an_epoch(
     files, tmp_path, posterior, caplog
 ):
     def module():
-        return latent_module(files, sigma_data="auto", target=STF("all"), num_classes=None)
+        return latent_module(files, sigma_data="auto", target=STF("all"))
 
     def data():
         return CachedLatents(str(files / "cache"), batch_size=2, posterior=posterior)
@@ -109,7 +110,7 @@ def test_training_from_a_cache_resumes_bitwise_in_the_middle_of_an_epoch(
     assert "differ from the bank's copies" not in caplog.text
 
 
-def test_a_checkpoint_holds_the_folder_in_place_of_the_autoencoder(files, tmp_path):
+def test_a_checkpoint_holds_the_digest_in_place_of_the_autoencoder(files, tmp_path):
     module = latent_module(files, sigma_data="auto")
     data = CachedLatents(str(files / "cache"), batch_size=4)
     path = tmp_path / "last.ckpt"
@@ -170,7 +171,8 @@ class Captioned(LatentDiffusionModule):
             self.text.weight.copy_(torch.arange(12.0).reshape(4, 3))
 
     def encode_condition(self, rows):
-        return {"words": {"text": self.text(rows["word"])}}
+        text = self.text(rows["word"])
+        return {"words": {"text": text}, "style": text[:1] * 0 + 5}
 
     def predict(self, x, noised):
         return super().predict(x, replace(noised, cond=None)) + noised.cond["words"]["text"].mean()
@@ -202,6 +204,7 @@ def test_conditions_are_cached_as_they_are_encoded_on_the_fly(files, tmp_path):
     for batch in data.train_dataloader():
         text = module.encode(batch).cond["words"]["text"]
         assert torch.equal(text, module.text(batch["index"] % 4))
+        assert torch.equal(batch["cond"]["style"], torch.full_like(text, 5))
     for batch in iter_batches(WithWords()):
         text = module.encode(batch).cond["words"]["text"]
         assert torch.equal(text, module.text(batch["word"]))
@@ -238,7 +241,6 @@ def z_scores(folder, bank_of_first_epoch):
         x0 = torch.stack([dataset[i]["x0"] for i in range(4)])
         if epoch == 0 or not bank_of_first_epoch:
             target.fill(x0, None, indexed=True)
-            target._has_compared = True
         own = Clean(x0, index=torch.arange(4)).repeated(copies)
         xt = own.x0 + sigma * noise[epoch]
         one = torch.ones(len(xt))
@@ -264,10 +266,7 @@ def test_the_bank_is_that_of_the_epoch(tmp_path, caplog):
     write_cache(tmp_path, torch.randn(8, 2), torch.ones(8, 2))
     seen = []
 
-    class See(StopAt):
-        def __init__(self):
-            pass
-
+    class See(Callback):
         def on_train_batch_end(self, trainer, module, *args):
             bank, noised = module.target.bank, module.estimate.noised
             rows = (bank.rows + bank.centre)[noised.index]
