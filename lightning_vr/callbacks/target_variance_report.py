@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.atomic_files import replacing
-from lightning_vr.lifecycle.loggers import level_names, log_picture, log_table, training_goes_on
+from lightning_vr.lifecycle.loggers import level_names, log_picture, training_goes_on
 from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 
 if TYPE_CHECKING:
@@ -32,10 +32,9 @@ def write(trainer: Trainer, curve: TargetVarianceCurve, folder: Path) -> None:
     with training_goes_on(trainer, "TargetVariance's report"):
         write_csv(curve, folder / "target_variance.csv")
         draw(curve, path)
-        log_picture(trainer, "target_variance", path)
         found = columns(curve)
         rows = torch.stack(list(found.values()), dim=1).tolist()
-        log_table(trainer, "target_variance", list(found), rows)
+        log_picture(trainer, "target_variance", path, (list(found), rows))
 
 
 def numbers(

@@ -31,6 +31,7 @@ _OWN: dict[str, Any] = {
     "row": dict,
     "position": dict,
     "metrics": dict,
+    "csv_rows": dict,
 }
 _SAVED_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 _SHAPED_AS_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
@@ -176,6 +177,8 @@ def _check_own(state: Any, path: Any) -> None:
             raise damaged(f"{STATE}.{name}", "a number of 0 or more", state[name], path)
     if not all(isinstance(each, str) for each in state.get("objects") or []):
         raise damaged(f"{STATE}.objects", "names of arguments", state["objects"], path)
+    if not all(_is_count(each) for each in (state.get("csv_rows") or {}).values()):
+        raise damaged(f"{STATE}.csv_rows", "numbers of 0 or more", state["csv_rows"], path)
     shape = state.get("sample_shape") or []
     if not all(_is_count(size) and size > 0 for size in shape):
         raise damaged(f"{STATE}.sample_shape", "sizes of 1 or more", state["sample_shape"], path)

@@ -41,7 +41,7 @@ from lightning_vr.lifecycle.checkpoint_io import (
     finish_checkpoints,
     use_durable_checkpoints,
 )
-from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
+from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole, reopen_csv_logs
 from lightning_vr.lifecycle.epoch_length import (
     check_training_batches,
     check_validation_batches,
@@ -53,6 +53,7 @@ from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.resuming import Resuming
 from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating
 from lightning_vr.lifecycle.strategies import check_strategy
+from lightning_vr.lifecycle.wandb_page import define_page
 from lightning_vr.lifecycle.weight_averaging import AveragedWeights, load_what_trains
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
@@ -92,6 +93,10 @@ class ResumableModule(KeyedModule, LightningModule):
     def prepare_training(self) -> None:
         """Prepare what the first step needs; override it. All ranks call it, on their device."""
 
+    def prepare_data(self) -> None:
+        """Open the logs of a run that goes on, before the trainer does and deletes their rows."""
+        reopen_csv_logs(self.trainer)
+
     def setup(self, stage: str) -> None:
         """Let checkpoints be read safely, before the trainer reads one."""
         use_durable_checkpoints(self.trainer)
@@ -109,6 +114,7 @@ class ResumableModule(KeyedModule, LightningModule):
         begin_checkpoints(self.trainer)
         keep_csv_logs_whole(self.trainer)
         warn_on_logger_errors(self.trainer)
+        define_page(self.trainer)
 
     def on_train_start(self) -> None:
         """Fix the seed of the run, prepare training, and go on from the checkpoint's position."""
@@ -233,8 +239,7 @@ class ResumableModule(KeyedModule, LightningModule):
         state["seed"] = self.run_seed if self._is_fitting else self.seed
         if self._is_fitting or self._has_fitted:
             self._averages.complete(self.trainer, self, checkpoint)
-            state |= self._resuming.state(self, checkpoint)
-            state["skipped"] = self._guard.skipped
+            state |= self._resuming.state(self, checkpoint) | {"skipped": self._guard.skipped}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what ``on_save_checkpoint`` kept, to resume a fit.

@@ -227,6 +227,7 @@ DAMAGED = {
     "shape below 0": (having(lightning_vr__sample_shape=[-2]), ALL, "sizes of 1 or more"),
     "shape of text": (having(lightning_vr__sample_shape="2"), ALL, "sample_shape"),
     "objects of numbers": (having(lightning_vr__objects=[1]), ALL, "names of arguments"),
+    "rows of text": (having(lightning_vr__csv_rows={"a": "b"}), FIT, "csv_rows"),
     "skipped of text": (having(lightning_vr__skipped="one"), ALL, "skipped"),
     # Lightning's state
     "no version": (without("pytorch-lightning_version"), COMMANDS, "must be a version, got noth"),
