@@ -231,7 +231,7 @@ def _show_in_wandb(
     if path is not None:
         found[f"{name}/picture"] = wandb.Image(str(path))
     if columns:
-        found[f"{name}/table"] = wandb.Table(columns=columns, data=cells)
+        found[f"{name}/table"] = wandb.Table(columns=[*columns], data=cells)
     logger.log_metrics(found, step)  # one call is one row of the history
 
 
