@@ -114,7 +114,6 @@ class ResumableModule(KeyedModule, LightningModule):
         begin_checkpoints(self.trainer)
         keep_csv_logs_whole(self.trainer)
         warn_on_logger_errors(self.trainer)
-        define_page(self.trainer)
 
     def on_train_start(self) -> None:
         """Fix the seed of the run, prepare training, and go on from the checkpoint's position."""
@@ -123,6 +122,7 @@ class ResumableModule(KeyedModule, LightningModule):
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         equalize_epoch_length(self.trainer)
         check_validation_batches(self.trainer)
+        define_page(self.trainer)
         self._resuming.restore_gradients(self)
         self._resuming.begin_training(self.trainer)
         self.prepare_training()

@@ -5,26 +5,30 @@ of one thing stand together. The table of runs has the last value of a number, a
 training should make small also the smallest. Plots of ``epoch`` against the step are left out.
 """
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_vr.lifecycle.loggers import training_goes_on
 
-_SMALL = ("val/loss", "excess_loss/total", "frechet_distance/*", "evaluation/bits_per_dimension")
+_SMALL = ("val/loss", "excess_loss/total", "evaluation/bits_per_dimension")
+_SMALL_PREFIX = "frechet_distance/"
 _STEP = "trainer/global_step"
 
 
 def define_page(trainer: Trainer) -> None:
-    """Define the page of a run that begins; all ranks call it.
+    """Define the page when training starts; all ranks call it.
 
-    Definitions of single names come before that of all names, which Lightning makes: each must name
-    the step too.
+    Lightning has defined the step of all names. It holds for those of a prefix too, so that only a
+    whole name can be defined otherwise; callbacks know theirs once they have seen the data.
     """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    logged = [name for each in callbacks for name in getattr(each, "logged", ())]
+    measured = [x for x in logged if x.startswith(_SMALL_PREFIX) and x != _SMALL_PREFIX]
     for logger in trainer.loggers:
         if not isinstance(logger, WandbLogger):
             continue
         with training_goes_on(trainer, "The page of Weights & Biases"):
             define = logger.experiment.define_metric
-            for name in _SMALL:
+            for name in (*_SMALL, *measured):
                 define(name, step_metric=_STEP, summary="last,min")
             define("epoch", step_metric=_STEP, hidden=True)
