@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         distillation_loss,
     )
     from lightning_vr.lifecycle import DurableCheckpointIO, ResumableModule
+    from lightning_vr.pipelines import export, to_pipeline
     from lightning_vr.posterior import References, posterior_mean
     from lightning_vr.process import (
         DDIM,
@@ -122,7 +123,9 @@ __all__ = [
     "WeightProposal",
     "audit",
     "distillation_loss",
+    "export",
     "posterior_mean",
+    "to_pipeline",
 ]
 
 # those without Lightning first: asking for a name imports no room beyond its own
@@ -133,6 +136,7 @@ _ROOMS = (
     "estimators",
     "training",
     "lifecycle",
+    "pipelines",
     "callbacks",
     "auditing",
     "cli",

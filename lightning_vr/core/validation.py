@@ -150,3 +150,22 @@ def check_labels(
             f"{len(labels)} are not, the first at index {first}, which is {int(labels[first])}: "
             f"set `num_classes` to {max(num_classes, int(labels.max()) + 1)} or fix the labels."
         )
+
+
+def check_saved_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Raise if a part of a saved state is no tensor of a shape.
+
+    Args:
+        name: The part.
+        value: What it is.
+        shape: The shape that it must have.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:60]
+    if found != shape:
+        raise ValueError(
+            f"`{name}` of a saved state must be a tensor of shape {shape}, got {found}: the file "
+            f"is damaged or of other settings, use another checkpoint."
+        )

@@ -13,8 +13,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_vr import STF, DiffusionModule, ResidualMLP
-from lightning_vr.cli.last_checkpoint import last_checkpoint
+from lightning_vr.cli.checkpoint_path import last_checkpoint
 from lightning_vr.data import EightGaussians
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +199,9 @@ def test_last_looks_where_the_logger_writes(run, refused):
 def test_last_looks_where_a_checkpoint_callback_writes(is_list, run, folder):
     arguments = {"save_last": True, "dirpath": "kept"}
     saver = {"class_path": "ModelCheckpoint", "init_args": arguments}
-    others = [{"class_path": "TargetVariance"}, {"class_path": "LearningRateMonitor"}]
+    short = {"samples": 64, "noise_levels": 2}
+    measured = {"class_path": "TargetVariance", "init_args": short}
+    others = [measured, {"class_path": "LearningRateMonitor"}]
     config = write(
         folder / "kept.yaml", trainer={"callbacks": [*others, saver] if is_list else saver}
     )

@@ -314,3 +314,11 @@ def test_the_same_generator_gives_the_same_samples_at_any_batch_size(solver, sou
 def test_settings_that_cannot_work_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_adaptive_steps_that_find_no_end_say_so():
+    def rough(xt, t):
+        return 1e12 * xt
+
+    with pytest.raises(ValueError, match=r"^Tolerances must be within .* got rtol=0.1"):
+        Sampler(RK45(0.1, 0.1)).solve(rough, EDM(), torch.ones(2, 2))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.validation import check_positive
+from lightning_vr.process.solvers.dormand_prince import dormand_prince
 from lightning_vr.process.solvers.solver import Problem, Solver
 
 _FIRST_STEP = 0.05
@@ -46,9 +47,6 @@ class RK45(Solver):
         check_positive("atol", self.atol)
 
     def solve(self, problem: Problem, noise: Tensor) -> Tensor:
-        # it imports scipy, which takes longer than all of this package
-        from torchdiffeq import odeint
-
         def slope(log_time: Tensor, u: Tensor) -> Tensor:
             level = math.exp(-float(log_time))
             scale = math.sqrt(1 + level**2)
@@ -59,7 +57,7 @@ class RK45(Solver):
         span = span.to(noise.device)
         options = {"norm": _largest_row, "first_step": _FIRST_STEP, "step_t": span[1:]}
         u = high / math.sqrt(1 + high**2) * noise
-        u = odeint(slope, u, span, rtol=self.rtol, atol=self.atol, method="dopri5", options=options)
+        u = dormand_prince(slope, u, span, self.rtol, self.atol, options)
         return problem.x0_hat(math.sqrt(1 + low**2) * u[-1], low)
 
     def evaluations(self, steps: int) -> None:
