@@ -196,11 +196,8 @@ class ResumableModule(KeyedModule, LightningModule):
         """Install a handler of signals, if this is no part of a fit."""
         self._begin_evaluation()
 
-    def on_test_start(self) -> None:
-        """Install a handler of signals."""
-        self._begin_evaluation()
-
-    on_predict_start = on_test_start
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
 
     def on_validation_batch_end(self, *args: Any) -> None:
         """Stop here if any rank was asked to, and this is no part of a fit."""
@@ -210,7 +207,9 @@ class ResumableModule(KeyedModule, LightningModule):
         """Stop here if any rank was asked to."""
         self.stop_evaluation_if_asked()
 
-    on_predict_batch_end = on_test_batch_end
+    def on_predict_batch_end(self, *args: Any) -> None:
+        """Stop here if any rank was asked to."""
+        self.stop_evaluation_if_asked()
 
     def stop_evaluation_if_asked(self) -> None:
         """End ``validate``, ``test`` or ``predict`` at once if any rank was asked to.
