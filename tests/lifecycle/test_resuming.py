@@ -2,128 +2,25 @@
 
 import os
 import signal
+from itertools import product
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from resumed_runs import BATCHES, EPOCHS, PARTS, Random, build, check, fit, stop_and_resume
 from support.comparisons import assert_equal, logs
 from support.forks import exit_code
+from support.selections import mostly_slow
 from support.stops import DieAt, StopAt, StoppedError, Terminate
-from support.trainers import quiet_trainer
-from torch import nn
-
-from lightning_vr import (
-    CARV,
-    STF,
-    Clean,
-    DiffusionModule,
-    FrechetDistance,
-    GradientVariance,
-    LearnedProposal,
-    ResidualMLP,
-    Sampler,
-    TargetVariance,
-    TaylorCV,
-)
-from lightning_vr.data import EightGaussians
 
 pytestmark = [
     pytest.mark.usefixtures("no_pictures_in_module"),
     # what saves is not what resumes
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
-
-EPOCHS, BATCHES, WINDOW = 2, 5, 2
-
-
-class Noisy(nn.Module):
-    """A network with dropout."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = ResidualMLP(2, width=8, depth=1, num_class_embeds=9)
-        self.dropout = nn.Dropout(0.2)
-
-    def forward(self, x, t, class_labels=None):
-        return self.dropout(self.inner(x, t, class_labels)) + 0.1 * x
-
-
-class Random(DiffusionModule):
-    """A module whose upstream draws from torch's global generator."""
-
-    def encode(self, batch):
-        clean = Clean.from_batch(batch)
-        return Clean(clean.x0 + 0.01 * torch.randn_like(clean.x0), clean.group, index=clean.index)
-
-
-SLOTS = {
-    "plain": dict,
-    "stf": lambda: {"target": STF(16)},
-    "carv": lambda: {"draws": CARV(2, LearnedProposal(bins=4), antithetic=True)},
-    "taylor": lambda: {"control_variate": TaylorCV(bins=2, gate="open", refit_every_n_steps=3)},
-}
-
-
-def build(kind, slots):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = Noisy()
-    return kind(
-        network,
-        num_classes=8,
-        label_dropout=0.2,
-        sampler=Sampler(steps=3),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=0.01),
-        lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.9),
-        **SLOTS[slots](),
-    )
-
-
-def watchers(slots):
-    callbacks = [EMAWeightAveraging(decay=0.9), GradientVariance(every_n_steps=3, noise_levels=2)]
-    if slots != "taylor":
-        callbacks.append(TargetVariance(references=[4], noise_levels=3, samples=64))
-    return [*callbacks, FrechetDistance(samples=40)]
-
-
-def fit(
-    folder,
-    *extra,
-    slots="plain",
-    kind=Random,
-    module=None,
-    ckpt_path=None,
-    workers=0,
-    validation=8,
-    **options,
-):
-    torch.manual_seed(5)  # what a resumed run must not depend on
-    if ckpt_path is not None:
-        torch.manual_seed(6)
-    module = module or build(kind, slots)
-    settings = {"max_epochs": EPOCHS, "accumulate_grad_batches": WINDOW, "val_check_interval": 2}
-    trainer = quiet_trainer(
-        *watchers(slots),
-        *extra,
-        logger=CSVLogger(folder, name=""),
-        enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in extra),
-        log_every_n_steps=1,
-        **(settings | options),
-    )
-    data = EightGaussians(
-        8, num_samples=8 * BATCHES + 3, num_validation=validation, num_workers=workers
-    )
-    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
-    trainer.save_checkpoint(folder / "end.ckpt")
-    # what a stranger could have written is read slowly; resumed runs read like that
-    return torch.load(folder / "end.ckpt", weights_only=False)
-
-
-PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "lightning_vr")
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +36,6 @@ def whole(tmp_path_factory):
         return done[key]
 
     return get
-
-
-def stop_and_resume(folder, hook, count, **options):
-    path = folder / "stopped.ckpt"
-    with pytest.raises(StoppedError):
-        fit(folder, StopAt(hook, count, path), **options)
-    return fit(folder, ckpt_path=path, **options), logs(folder)
-
-
-def check(found, expected):
-    for part in PARTS:
-        assert_equal(found[0][part], expected[0][part], part)
-    assert found[1].keys() == expected[1].keys()
-    assert found[1] == expected[1]
 
 
 @pytest.mark.parametrize("batch", range(1, EPOCHS * BATCHES))
@@ -171,8 +54,18 @@ def test_stopped_after_any_batch_of_a_longer_run(batch, whole, tmp_path):
     check(found, whole(**LONG))
 
 
-@pytest.mark.parametrize("stops", [(5, 1), (2, 3, 4), (10, 2), (4, 1, 1, 1)])
+@pytest.mark.parametrize("stops", [(10, 2), (4, 1, 1, 1)])
 def test_stopped_again_and_again(stops, whole, tmp_path):
+    check_stops(stops, whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [(5, 1), (2, 3, 4)])
+def test_stopped_again_elsewhere(stops, whole, tmp_path):
+    check_stops(stops, whole, tmp_path)
+
+
+def check_stops(stops, whole, tmp_path):
     path, before = tmp_path / "stopped.ckpt", None
     for batches in stops:
         stop = StopAt("on_train_batch_end", batches, path)
@@ -182,25 +75,35 @@ def test_stopped_again_and_again(stops, whole, tmp_path):
     check((fit(tmp_path, ckpt_path=path, **LONG), logs(tmp_path)), whole(**LONG))
 
 
-@pytest.mark.parametrize("slots", ["stf", "carv", "taylor"])
-@pytest.mark.parametrize("batch", [5, 6, 8])
+@pytest.mark.parametrize(
+    ("batch", "slots"),
+    mostly_slow(
+        list(product([5, 6, 8], ["stf", "carv", "taylor"])),
+        [(5, "stf"), (8, "stf"), (6, "carv"), (8, "carv"), (5, "taylor"), (6, "taylor")],
+    ),
+)
 def test_stopped_with_what_estimators_learn(batch, slots, whole, tmp_path):
     found = stop_and_resume(tmp_path, "on_train_batch_end", batch, slots=slots)
     check(found, whole(slots))
 
 
+HOOKS = [
+    "on_validation_start",
+    # once averaged weights are in place, and once they are not any more
+    "on_validation_epoch_start",
+    "on_validation_epoch_end",
+    "on_validation_end",
+    "on_train_epoch_end",
+]
+
+
 @pytest.mark.parametrize(
-    "hook",
-    [
-        "on_validation_start",
-        # once averaged weights are in place, and once they are not any more
-        "on_validation_epoch_start",
-        "on_validation_epoch_end",
-        "on_validation_end",
-        "on_train_epoch_end",
-    ],
+    ("hook", "count"),
+    mostly_slow(
+        list(product(HOOKS, [1, 2])),
+        [(hook, 1 + i % 2) for i, hook in enumerate(HOOKS)] + [("on_train_epoch_end", 2)],
+    ),
 )
-@pytest.mark.parametrize("count", [1, 2])
 def test_stopped_around_validation_or_after_an_epoch(hook, count, whole, tmp_path):
     check(stop_and_resume(tmp_path, hook, count), whole())
 
@@ -226,7 +129,7 @@ def test_a_fit_that_ended_within_validation_leaves_nothing_to_the_next(whole, tm
     check((fit(tmp_path, ckpt_path=path, module=module), logs(tmp_path)), whole())
 
 
-@pytest.mark.parametrize("batch", [3, 4, 5, 8, 10])
+@pytest.mark.parametrize("batch", mostly_slow([3, 4, 5, 8, 10], [4, 5, 8]))
 def test_stopped_as_a_batch_begins_in_windows_that_an_epoch_cuts_short(batch, whole, tmp_path):
     options = {"accumulate_grad_batches": 3}
     found = stop_and_resume(tmp_path, "on_train_batch_start", batch, **options)
@@ -234,7 +137,7 @@ def test_stopped_as_a_batch_begins_in_windows_that_an_epoch_cuts_short(batch, wh
 
 
 @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("batch", [2, 3, 7, 8])
+@pytest.mark.parametrize("batch", mostly_slow([2, 3, 7, 8], [2, 7]))
 def test_gone_as_soon_as_a_checkpoint_is_written(batch, whole, tmp_path):
     """What a checkpoint takes for logged is in the files."""
     path = tmp_path / "stopped.ckpt"
@@ -248,8 +151,12 @@ STEPS = {"max_epochs": -1, "max_steps": 7, "check_val_every_n_epoch": None}
 
 @pytest.mark.parametrize(
     ("hook", "count"),
-    [("on_train_batch_end", n) for n in (1, 4, 5, 6, 10)]
-    + [("on_train_epoch_end", 1), ("on_train_epoch_end", 2), ("on_validation_end", 2)],
+    mostly_slow(
+        [("on_train_batch_end", n) for n in (1, 4, 5, 6, 10)]
+        + [("on_train_epoch_end", 1), ("on_train_epoch_end", 2), ("on_validation_end", 2)],
+        [("on_train_batch_end", n) for n in (1, 5, 6)]
+        + [("on_train_epoch_end", 2), ("on_validation_end", 2)],
+    ),
 )
 def test_stopped_where_steps_are_counted(hook, count, whole, tmp_path):
     check(stop_and_resume(tmp_path, hook, count, **STEPS), whole(**STEPS))
@@ -270,8 +177,10 @@ def terminate_and_resume(folder, hook, count, **options):
     return fit(folder, ckpt_path=folder / LAST, **options), logs(folder)
 
 
-@pytest.mark.parametrize("options", [{}, STEPS], ids=["epochs", "steps"])
-@pytest.mark.parametrize("batch", [4, 5, 6])
+@pytest.mark.parametrize(
+    ("batch", "options"),
+    mostly_slow(list(product([4, 5, 6], [{}, STEPS])), [(4, STEPS), (5, {}), (5, STEPS), (6, {})]),
+)
 def test_asked_to_stop_in_a_batch(batch, options, whole, tmp_path):
     found = terminate_and_resume(tmp_path, "on_train_batch_start", batch, **options)
     check(found, whole(**options))
@@ -289,7 +198,7 @@ class Requeue(Callback):
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", mostly_slow([1, 2, 3], [1, 3]))
 def test_queued_again_by_slurm_in_mid_step(step, whole, tmp_path, monkeypatch):
     task = {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "NTASKS": "1", "NTASKS_PER_NODE": "1"}
     for name, value in (task | {"NNODES": "1", "JOB_ID": "4711", "JOB_NAME": "job"}).items():
@@ -311,7 +220,7 @@ def test_queued_again_by_slurm_in_mid_step(step, whole, tmp_path, monkeypatch):
 TWO_BATCHES = {"validation": 16}
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 5])
+@pytest.mark.parametrize("batch", mostly_slow([1, 3, 4, 5], [1, 4]))
 def test_asked_to_stop_within_a_validation_run(batch, whole, tmp_path):
     found = terminate_and_resume(tmp_path, "on_validation_batch_start", batch, **TWO_BATCHES)
     check(found, whole(**TWO_BATCHES))

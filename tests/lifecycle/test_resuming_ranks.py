@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support.networks import small_mlp
 from support.ranks import launch
+from support.selections import mostly_slow
 from support.stops import Terminate
 from support.trainers import quiet_trainer
 from torch import nn
@@ -262,15 +263,20 @@ def stop_by_signal(folder, terminate):
         fit(folder, saving, terminate, start="popen")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+PLACES = [
+    ("on_train_batch_start", 4, 2),  # the end of a window
+    ("on_train_batch_start", 2 * BATCHES - 2, 4),
+    ("on_before_optimizer_step", 2, 2),
+    ("on_validation_batch_start", 1, 3),  # after the first epoch
+]
+
+
 @pytest.mark.parametrize(
-    ("hook", "count", "steps"),
-    [
-        ("on_train_batch_start", 4, 2),  # the end of a window
-        ("on_train_batch_start", 2 * BATCHES - 2, 4),
-        ("on_before_optimizer_step", 2, 2),
-        ("on_validation_batch_start", 1, 3),  # after the first epoch
-    ],
+    ("hook", "count", "steps", "rank"),
+    mostly_slow(
+        [(*place, rank) for place in PLACES for rank in (0, 1)],
+        [(*place, i % 2) for i, place in enumerate(PLACES)],
+    ),
 )
 def test_a_signal_to_one_rank_stops_both_at_the_end_of_the_batch_and_they_resume(
     hook, count, steps, rank, whole, tmp_path
