@@ -45,3 +45,8 @@ def run_in(folder, command, *flags, network=NETWORK, data=POINTS, short=SHORT):
 def write(path: Path, **settings) -> Path:
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+def settings(folder):
+    """Return the settings that a run has saved."""
+    return yaml.safe_load((folder / "config.yaml").read_text())
