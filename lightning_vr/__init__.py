@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         IID,
         STF,
         LearnedProposal,
+        LearnedVariance,
         TableProposal,
         TaylorCV,
         WeightProposal,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         EDM,
         VE,
         VP,
+        AncestralSampler,
         Cosine,
         DiffusersSchedule,
         EDMWeighting,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
         Shifted,
         Uniform,
         UnitWeighting,
+        VariationalBound,
     )
     from lightning_vr.training import Diffusion, DiffusionModule
 
@@ -64,6 +67,7 @@ __all__ = [
     "VE",
     "VP",
     "VRCLI",
+    "AncestralSampler",
     "Audit",
     "Candidate",
     "Clean",
@@ -78,6 +82,7 @@ __all__ = [
     "GradientVariance",
     "InDtype",
     "LearnedProposal",
+    "LearnedVariance",
     "Likelihood",
     "LogNormal",
     "LogNormalWeighting",
@@ -101,6 +106,7 @@ __all__ = [
     "TaylorCV",
     "Uniform",
     "UnitWeighting",
+    "VariationalBound",
     "WeightProposal",
     "audit",
     "distillation_loss",

@@ -4,6 +4,7 @@ Schedules and densities of t, predictions and loss weights, the objective that t
 networks, and samplers.
 """
 
+from lightning_vr.process.ancestral_sampling import AncestralSampler
 from lightning_vr.process.diffusers_network import Pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.likelihood import Likelihood
@@ -20,6 +21,7 @@ from lightning_vr.process.timesteps import (
     Shifted,
     Uniform,
 )
+from lightning_vr.process.variational_bound import VariationalBound
 from lightning_vr.process.weightings import (
     EDMWeighting,
     LogNormalWeighting,
@@ -32,6 +34,7 @@ __all__ = [
     "EDM",
     "VE",
     "VP",
+    "AncestralSampler",
     "Cosine",
     "Density",
     "DiffusersSchedule",
@@ -52,5 +55,6 @@ __all__ = [
     "Shifted",
     "Uniform",
     "UnitWeighting",
+    "VariationalBound",
     "Weighting",
 ]

@@ -1,0 +1,109 @@
+"""Runs with a learned variance: together with STF, CARV, label dropout, checkpoints and audits."""
+
+import pytest
+import torch
+from support.diffusers_networks import WITH_VARIANCE, condition, tiny
+from support.gaussian_reverse import TwoHalves, scheduler
+from support.points import Points, normal_points, two_classes
+from support.trainers import quiet_trainer
+from torch.utils.data import DataLoader
+
+from lightning_vr import (
+    CARV,
+    STF,
+    AncestralSampler,
+    Candidate,
+    Clean,
+    Diffusion,
+    DiffusionModule,
+    GradientVariance,
+    LearnedProposal,
+    LearnedVariance,
+    TaylorCV,
+    VariationalBound,
+    audit,
+)
+
+
+def module(kind=DiffusionModule, **options):
+    settings = {
+        "schedule": scheduler(20),
+        "prediction": "epsilon",
+        "num_classes": 2,
+        "label_dropout": 0.2,
+        "variance": LearnedVariance(weight=0.01),
+    }
+    return kind(TwoHalves(3), **(settings | options))
+
+
+def loader():
+    return DataLoader(Points(normal_points(32, 5), two_classes(32)), batch_size=8, shuffle=True)
+
+
+def test_a_run_with_every_other_estimator_trains_both_halves_and_its_checkpoint_samples(tmp_path):
+    own = module(target=STF("all"), draws=CARV(4, LearnedProposal("bound", bins=4), chunk_size=10))
+    before = {name: x.clone() for name, x in own.network.named_parameters()}
+    trainer = quiet_trainer(GradientVariance(every_n_steps=1), max_steps=3)
+    trainer.fit(own, loader(), loader())
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
+    for name in ("mean.weight", "variance.weight"):
+        assert not torch.equal(own.network.get_parameter(name), before[name])
+    assert float(own.draws.proposal.table[1].sum()) > 0
+
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "last.ckpt", network=TwoHalves(3))
+    assert again.variance == own.variance
+    sampler = AncestralSampler(4, guidance=2.0)
+    found = [
+        each.sample(6, group=[0, 1] * 3, shape=(2,), sampler=sampler, seed=1, batch_size=4)
+        for each in (own, again)
+    ]
+    assert torch.equal(*found)
+    fixed = AncestralSampler(4, "beta", guidance=2.0)
+    assert not torch.equal(own.sample(6, group=[0, 1] * 3, sampler=fixed, seed=1), found[0])
+    assert bool(torch.isfinite(found[0]).all())
+
+
+def test_an_audit_lets_draws_learn_the_bound_and_refuses_control_variates(tmp_path):
+    candidates = [
+        Candidate("bound", draws=CARV(1, LearnedProposal("bound", bins=2))),
+        Candidate("Taylor", control_variate=TaylorCV()),
+    ]
+    trainer = quiet_trainer()
+    found = audit(module(), loader(), candidates=candidates, trainer=trainer, batches=8)
+    assert "bound" in {each.name for each in found.estimators}
+    assert "`control_variate` must be None with `variance`" in found.skipped["Taylor"]
+
+
+@pytest.mark.parametrize("kind", WITH_VARIANCE)
+def test_transformers_of_twice_the_channels_learn_and_use_their_variance(kind, source):
+    class Conditional(Diffusion):
+        def encode(self, batch):
+            return Clean(batch, cond=condition(kind, len(batch)))
+
+    labels = {"num_classes": 3} if kind == "DiT" else {}
+    own = Conditional(
+        tiny(kind), scheduler(20), "epsilon", variance=LearnedVariance(levels=256), **labels
+    )
+    x0 = torch.randint(256, (3, 2, 8, 8), generator=source) / 127.5 - 1
+    own.loss(x0, source).loss.backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in own.parameters())
+    cond = condition(kind, 3)
+    bits = VariationalBound(3, levels=256, clip_sample=True).bits_per_dimension(
+        own.eval().reverse_estimate, own.schedule, x0, source, cond=cond
+    )
+    assert all(bool(each.isfinite().all()) and len(each) == 3 for each in bits.values())
+    samples = own.sample(2, cond=condition(kind, 2), sampler=AncestralSampler(2, clip_sample=True))
+    assert samples.shape == (2, 2, 8, 8)
+
+
+def test_a_fixed_variance_samples_networks_without_a_second_half_and_predicts_of_ones_own(source):
+    class Zero(Diffusion):
+        def predict(self, x, noised):
+            return torch.zeros_like(x)
+
+    own = Zero(TwoHalves(), scheduler(20), "epsilon")
+    found = own.reverse_estimate(torch.ones(2, 2), torch.full((2,), 3.0))
+    assert found.v is None
+    torch.testing.assert_close(found.x0, torch.ones(2, 2) / own.schedule.alpha(torch.tensor(3.0)))
+    assert own.sample(2, shape=(2,), sampler=AncestralSampler(2, "beta")).shape == (2, 2)
