@@ -41,7 +41,8 @@ NetworkWithVariance = Callable[[Tensor, Noised], NetworkOutput]
 class LearnedVariance:
     """Learns the variance of the reverse process by a network of twice the channels.
 
-    It is in addition to ``draws`` and ``target``, and adds no call of the network.
+    It goes with all draws and targets, and adds no call of the network. Validation and tests log
+    the loss with this term.
 
     Attributes:
         weight: Factor on the variational bound, in bits per dimension, beside the loss. It scales
