@@ -1,6 +1,7 @@
 """The comparison of a learned with a fixed variance runs as a reader runs it."""
 
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,18 +9,7 @@ SCRIPT = Path(__file__).parents[2] / "examples/learned_variance/learned_variance
 
 
 def test_variances_are_compared_on_the_digits(monkeypatch, capsys):
-    small = [
-        "--steps",
-        "10",
-        "--width",
-        "8",
-        "--samples",
-        "40",
-        "--held-out",
-        "4",
-        "--timesteps",
-        "3",
-    ]
+    small = shlex.split("--steps 10 --width 8 --samples 40 --held-out 4 --timesteps 3")
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, *small])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     printed = capsys.readouterr().out
