@@ -10,8 +10,9 @@ equations 6 and 7):
 
 and the model's is that with its x0_hat for x0 and a variance of its own. The best one is ``beta~_k
 + c² Cov(x0 | x_k)`` (Bao et al. 2022, arXiv 2201.06503, theorem 1, for one number for each step).
-It lies between beta~, for data of one point, and beta, for normal data of unit variance, so that a
-network interpolates between their logarithms (Nichol and Dhariwal, equation 15):
+It is beta~ for data of one point and beta for normal data of unit variance, and lies between for
+data of a variance up to 1, so that a network interpolates between their logarithms (Nichol and
+Dhariwal, equation 15):
 
     log Sigma = f log beta + (1 - f) log beta~,      f = (v + 1) / 2,
 
