@@ -1,18 +1,25 @@
 """What all tests share: schedules, prediction types and z-scores."""
 
+import ctypes
 import gc
 import logging
 import os
+import sys
 from typing import get_args
 from unittest import mock
 
 import pytest
 import torch
+from _pytest.runner import pytest_runtest_protocol as run_protocol
 from support.pictures import no_pictures, no_pictures_in_module  # noqa: F401  # fixtures
 from support.ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
+from support.stacks import in_one_piece
 
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Numbers of options in glibc's malloc.h."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
@@ -24,6 +31,16 @@ def pytest_configure(config):
     if not asks_for(config, "gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.fsync = lambda descriptor: None  # what tests write need not outlast a loss of power
+    if sys.platform == "linux":
+        keep_memory()
+
+
+def keep_memory():
+    """Let freed memory stay with the process: to get it again costs a page fault for each page."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for option in (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD):
+            library.mallopt(option, 64 * 2**20)
 
 
 def asks_for(config, marker):
@@ -49,6 +66,15 @@ def pytest_pycollect_makeitem(collector, name, obj):
     return None if all(asks_for(collector.config, each) for each in optional) else []
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out cases of a test that are marked by themselves."""
+    marks = [mark for mark in ("gpu", "slow") if not asks_for(config, mark)]
+    left_out = [item for item in items if any(map(item.get_closest_marker, marks))]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def marks_of(obj):
     marks = getattr(obj, "pytestmark", [])
     return marks if isinstance(marks, list) else [marks]
@@ -58,6 +84,12 @@ def pytest_collection_finish():
     """Spare the garbage collector what lives as long as the tests: modules and collected tests."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Spare tests what Python does where calls pass the end of a piece of its stack."""
+    return in_one_piece(run_protocol, item, nextitem)
 
 
 @pytest.fixture(autouse=True)

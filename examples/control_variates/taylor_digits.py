@@ -571,7 +571,7 @@ def parse() -> argparse.Namespace:
             "samples": 40,
         }
         settings |= {"level_batch": 2, "levels": (0.002, 0.3), "orders": (1,), "repeats": 6}
-        settings |= {"steps": 4, "early": 2, "seeds": 1, "budget": 0.1, "bins": 2}
+        settings |= {"steps": 4, "early": 2, "seeds": 1, "budget": 0.1}
     vars(options).update(settings)
     return options
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from lightning_vr import AncestralSampler, Diffusion, LearnedVariance, VariationalBound
+from lightning_vr import DDPM, Diffusion, LearnedVariance, Sampler, VariationalBound
 from lightning_vr.core.rng import generator
 from lightning_vr.data import Digits
 from lightning_vr.metrics import DigitFeatures
@@ -92,7 +92,7 @@ def distances(own: Diffusion, steps: int, count: int, real: Tensor) -> None:
     features = DigitFeatures()
     moments = [_moments(features(real))]
     for kind in VARIANCES:
-        sampler = AncestralSampler(steps, kind, clip_sample=True)
+        sampler = Sampler(DDPM(kind, clip_sample=True), steps=steps)
         found = own.sample(count, sampler=sampler, seed=0)
         value = float(frechet_distance(*moments[0], *_moments(features(found))))
         print(f"{steps:5d} steps, {kind:10}: Fréchet distance {value:.2f} (n = {count})")

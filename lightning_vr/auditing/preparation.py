@@ -33,7 +33,11 @@ from lightning_vr.training.control_measurement import ControlMeasurement
 from lightning_vr.training.control_pilot import describe_gate
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.noisy_losses import DiffusionLoss
-from lightning_vr.training.reference_bank import read_references, set_references
+from lightning_vr.training.reference_bank import (
+    compare_by_reading_again,
+    read_references,
+    set_references,
+)
 from lightning_vr.training.resamples_pilot import resamples_pilot
 from lightning_vr.training.training_checks import check_derivatives
 from lightning_vr.variance.gradient_measurement import Source
@@ -87,6 +91,9 @@ def fill_targets(
         if sharded not in data:
             data[sharded] = read_references(module, trainer, is_shard=sharded)
         reason = _fill(candidate.target, data[sharded], banks)
+        is_unindexed = reason is None and getattr(data[sharded], "index", None) is None
+        if is_unindexed and isinstance(candidate.target, STF):
+            compare_by_reading_again(module, trainer, candidate.target)
         if reason is not None:
             skipped[candidate.name] = reason
     return skipped

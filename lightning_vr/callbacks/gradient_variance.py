@@ -295,8 +295,8 @@ class GradientVariance(Callback):
         if self._state is not None and state is None:
             rank_zero_warn(
                 f"GradientVariance: the checkpoint's moments are of the groups "
-                f"{', '.join(self._groups)}, the module has {', '.join(probe.names)}: they are "
-                f"dropped, and measuring starts anew."
+                f"{', '.join(map(str, self._groups))}, the module has {', '.join(probe.names)}: "
+                f"they are dropped, and measuring starts anew."
             )
         self.statistics = GradientStatistics(probe.names, probe.noise_levels, state)
         self._state = None

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.atomic_files import replacing
-from lightning_vr.lifecycle.loggers import level_names, log_picture, log_table, training_goes_on
+from lightning_vr.lifecycle.loggers import (
+    keeps_numbers,
+    level_names,
+    log_picture,
+    log_table,
+    training_goes_on,
+)
 from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 
 if TYPE_CHECKING:
@@ -30,7 +36,8 @@ def write(trainer: Trainer, curve: TargetVarianceCurve, folder: Path) -> None:
     """
     path = folder / "target_variance.png"
     with training_goes_on(trainer, "TargetVariance's report"):
-        write_csv(curve, folder / "target_variance.csv")
+        if keeps_numbers(trainer):
+            write_csv(curve, folder / "target_variance.csv")
         draw(curve, path)
         log_picture(trainer, "target_variance", path)
         found = columns(curve)

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_vr.lifecycle.configuration import describe, imported
-from lightning_vr.lifecycle.hyperparameters import SavedArguments, class_to_load
+from lightning_vr.lifecycle.rebuilding import SavedArguments, class_to_load
 from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, Schedule

@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,20 +17,6 @@ ANY_BASE = (nn.Module, Optimizer, LRScheduler)
 """Base classes of a class whose own base the parser does not name."""
 
 _SECTIONS = {"trainer": Trainer, "model": DiffusionModule, "data": ImageDataModule}
-
-
-_PLATEAU = re.compile(
-    r"((?:class_path|lr_scheduler)['\"]?\s*[:=\0]\s*['\"]?)ReduceLROnPlateau(?![\w.])"
-)
-
-
-def full_names(settings: str) -> str:
-    """Return settings where a name that two classes have is that of the one which has a monitor.
-
-    Args:
-        settings: YAML, or the arguments of a command line, joined by zero bytes.
-    """
-    return _PLATEAU.sub(r"\1lightning.pytorch.cli.ReduceLROnPlateau", settings)
 
 
 def close_names(name: str, names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-from lightning_vr.cli.errors import cause, is_wrong_setting, one_line
+from lightning_vr.cli.errors import cause, exit_status, is_wrong_setting, one_line
 from lightning_vr.cli.vr_cli import VRCLI
 from lightning_vr.core.distributed import destroy_process_group, process_count, world_size
 from lightning_vr.core.peers import announce_end, is_stop_announced, lost_rank
@@ -26,7 +26,7 @@ def main(args: ArgsType = None) -> None:
 
     Raises:
         SystemExit: With status 2 and one line on stderr if a setting is wrong, with status 1 if
-            another rank has ended or the last checkpoint of a run could not be written. If the
+            another rank has ended or the disk is full. If the
             process is asked to stop, with status 143 where it is the main one of its node, with 0
             elsewhere.
     """
@@ -67,7 +67,7 @@ def _end(error: BaseException, *, is_fit: bool) -> None:
         _leave_with_traceback(error)
     else:
         sys.stderr.write(f"error: {one_line(wrong)}\n")
-        _leave(getattr(wrong, "exit_status", 2))
+        _leave(exit_status(wrong))
 
 
 def _is_stop_of_another(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """Wrong settings as one line; bugs keep their traceback."""
 
+import errno
 import re
 import sys
 import traceback
@@ -72,6 +73,7 @@ _WORKER_TRACEBACK = re.compile(
 )
 
 
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 _NO_MEMORY = re.compile(r"(?i)tried to allocate|out of memory|not enough memory")
 
 
@@ -93,7 +95,7 @@ def is_wrong_setting(error: BaseException) -> bool:
     if isinstance(error, (ArgumentError, ImageError, MisconfigurationException)):
         return True
     modules = _modules(error)
-    if _is_restoring(error):
+    if _is_restoring(error) or _is_full_disk(error):
         return True
     if isinstance(error, (MemoryError, RuntimeError)) and _NO_MEMORY.search(str(error)):
         return True
@@ -117,6 +119,11 @@ def one_line(error: BaseException) -> str:
         return parsing_error(str(error))
     if isinstance(error, UnicodeDecodeError):
         return _not_text(error)
+    if _is_full_disk(error):
+        return (
+            f"The disk must have room for what the command writes, but is full ({error}): free "
+            f"some, or write elsewhere by `trainer.logger.save_dir` or `trainer.default_root_dir`."
+        )
     text = " ".join(_own_text(error).split()) or type(error).__name__
     is_ours = _modules(error)[-1].startswith("lightning_vr.")
     for pattern, explanation in _EXPLANATIONS.items():
@@ -136,6 +143,16 @@ def one_line(error: BaseException) -> str:
         return text
     has_fix = is_ours or "HINT" in text or ": use " in text
     return f"{built}: {text}" if has_fix else f"{built}: {text.rstrip('.')}: change its settings."
+
+
+def exit_status(error: BaseException) -> int:
+    """Return the status of a command that ends with one line: 2 where a setting is wrong."""
+    status: int = getattr(error, "exit_status", 1 if _is_full_disk(error) else 2)
+    return status
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _FULL_DISK
 
 
 def _not_text(error: UnicodeDecodeError) -> str:

@@ -1,10 +1,14 @@
 """Settings of the trainer that Lightning accepts, but ignores, changes or divides by."""
 
 import math
+import os
 import re
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_vr.lifecycle.configuration import imported
@@ -43,6 +47,9 @@ _CALLBACKS: dict[type, dict[str, tuple[float, float]]] = {
 }
 """Smallest and largest values of settings that callbacks of Lightning take as they are."""
 
+_PROCESSES_OF_A_CORE = 4
+"""To try out several processes on few cores is reasonable; a hundred would exhaust the memory."""
+
 
 def check_trainer_settings(settings: Any, subcommand: str) -> None:
     """Raise if a setting would end in a traceback, or in another run than was asked for.
@@ -74,6 +81,41 @@ def check_trainer_settings(settings: Any, subcommand: str) -> None:
             "`trainer.barebones` must be false, as it leaves out logs and checkpoints, got true: "
             "leave it out."
         )
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Raise if a trainer would wait for nodes that cannot find it, or start far too many processes.
+
+    Args:
+        trainer: A trainer that has not started yet.
+
+    Raises:
+        ValueError: With the name of the setting.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment):
+        missing = _missing_variables()
+        if missing:
+            raise ValueError(
+                f"`trainer.num_nodes` must be 1 where nothing says how the nodes meet, got "
+                f"{trainer.num_nodes} without {' and '.join(missing)}: start the command on each "
+                f"node by torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK there."
+            )
+    cores = os.cpu_count() or 1
+    most = _PROCESSES_OF_A_CORE * cores
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
+        raise ValueError(
+            f"`trainer.devices` must be at most {most} processes on the {cores} cores of this CPU, "
+            f"got {trainer.num_devices}: use {cores}."
+        )
+
+
+def _missing_variables() -> list[str]:
+    """Return what Lightning needs in the environment of a node, but would make up itself."""
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK"))
+    needed = ["MASTER_PORT"] if node == "0" else ["MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in needed if name not in os.environ]
+    return missing if node is not None else [*missing, "NODE_RANK"]
 
 
 def _check_numbers(settings: Any, subcommand: str) -> None:

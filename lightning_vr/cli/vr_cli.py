@@ -1,6 +1,5 @@
 """LightningCLI, where what is configured wins over what a checkpoint says."""
 
-import os
 import sys
 import warnings
 from importlib.metadata import version
@@ -20,28 +19,32 @@ import lightning_vr.estimators
 import lightning_vr.lifecycle
 import lightning_vr.metrics
 import lightning_vr.process  # noqa: F401
+from lightning_vr.cli.checkpoint_path import checkpoint_path
 from lightning_vr.cli.checkpoint_settings import (
     Change,
     changed_network,
     changed_optimization,
     model_settings,
 )
-from lightning_vr.cli.close_names import full_names
+from lightning_vr.cli.class_names import monitored_plateau
 from lightning_vr.cli.comments import comments_as_text
-from lightning_vr.cli.last_checkpoint import last_checkpoint
 from lightning_vr.cli.nested_values import values_as_written
 from lightning_vr.cli.network_mapping import NetworkMappingParser
 from lightning_vr.cli.optimization_classes import check_optimization_classes
 from lightning_vr.cli.run_names import check_run_names
 from lightning_vr.cli.save_run_config import SaveRunConfig
 from lightning_vr.cli.setting_values import check_values
-from lightning_vr.cli.trainer_checks import check_trainer_settings
+from lightning_vr.cli.trainer_checks import check_processes, check_trainer_settings
 from lightning_vr.cli.vr_trainer import VRTrainer
 from lightning_vr.cli.yaml_files import check_yaml_files
 from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
-from lightning_vr.lifecycle.checkpoints import STATE, check_weights, read_checkpoint
+from lightning_vr.lifecycle.checkpoints import check_weights, read_checkpoint
+from lightning_vr.lifecycle.configuration import imported
+from lightning_vr.lifecycle.own_state import STATE
+from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
+from lightning_vr.pipelines.incoming_folder import IncomingFolder
 from lightning_vr.training.module import DiffusionModule
 
 _LOADERS = {
@@ -69,6 +72,7 @@ class VRCLI(LightningCLI):
         **kwargs: Any,
     ) -> None:
         self._checkpoint: dict[str, Any] | None = None
+        self._pretrained: IncomingFolder | None = None
         args = kwargs.get("args")
         self._arguments = sys.argv[1:] if args is None else args
         defaults: dict[str, Any] = {
@@ -95,7 +99,8 @@ class VRCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and which of their arguments the command line sets itself."""
-        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
+        own = {name: {"model", "datamodule"} for name in ("audit", "export")}
+        return {**LightningCLI.subcommands(), **own}
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -118,6 +123,12 @@ class VRCLI(LightningCLI):
             default=[],
             help="Packages of your own or of others whose classes may be built from --ckpt_path.",
         )
+        parser.add_argument(
+            "--pretrained",
+            type=str | None,
+            help="A folder of diffusers with the network to begin with, whose scheduler decides "
+            "schedule and prediction; what is configured counts before it.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; where no module is configured, a checkpoint's hyperparameters are the defaults."""
@@ -128,14 +139,19 @@ class VRCLI(LightningCLI):
         try:
             self._parse(args)
         except ArgumentError as error:
+            if not self._may_name_checkpoint():
+                raise  # nothing else would build a module
             missing = error
             self._parse_without_network(args, error)
+        path = checkpoint_path(self._settings)
+        if path is None and self._settings.pretrained:
+            self._begin_with_pretrained(args)
+            return
         if missing is None and self._settings.model is None:
             missing = ValueError(
                 "`model` must be configured: give a network, as in --model.network ResidualMLP, or "
-                "a configuration file, or the --ckpt_path of a run."
+                "a configuration file, the --ckpt_path of a run, or a --pretrained folder."
             )
-        path = self._checkpoint_path()
         if path is None:
             if missing is not None:
                 raise missing
@@ -144,14 +160,17 @@ class VRCLI(LightningCLI):
         check_version(self._checkpoint, path)
         if self.config.subcommand == "fit":
             check_training_state(self._checkpoint, path)
+        defaults: dict[str, Any] = {}
         if missing is not None:
             trust = Trust(path, self._settings.trust)
-            model = model_settings(self._checkpoint, self._model_class, trust)
-            self._set_default("model", model)
+            defaults["model"] = model_settings(self._checkpoint, self._model_class, trust)
         seed = self._checkpoint_seed()
         if self.config.subcommand == "fit" and seed is not None:
-            self._set_default("seed_everything", seed)
-        self._parse(args)
+            defaults["seed_everything"] = seed
+        for name, value in defaults.items():
+            self._set_default(name, value)
+        if defaults:
+            self._parse(args)
         self._settings.ckpt_path = path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -161,6 +180,7 @@ class VRCLI(LightningCLI):
         # asked before there is a trainer, which adds its own callbacks to the list
         has_progress_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         trainer = super().instantiate_trainer(**kwargs)
+        check_processes(trainer)
         if not has_progress_bar:
             use_step_progress_bar(trainer)
         return trainer
@@ -175,6 +195,11 @@ class VRCLI(LightningCLI):
             if "weights_only" in self._settings and self._settings.weights_only is None:
                 # for a remote file Lightning would read any object
                 self._settings.weights_only = True
+            if self._checkpoint:
+                model = self._settings.model
+                trust = Trust(self._settings.ckpt_path, self._settings.trust)
+                arguments = model.init_args.as_dict()
+                check_size(imported(model.class_path), arguments, self._checkpoint, trust)
 
     def after_instantiate_classes(self) -> None:
         """Check what would fail later with a traceback."""
@@ -189,6 +214,8 @@ class VRCLI(LightningCLI):
             if isinstance(self.model, DiffusionModule):
                 self.model.complete_checkpoint(self._checkpoint)
             check_weights(self.model, self._checkpoint, self._settings.ckpt_path)
+        if self._pretrained is not None:
+            self._pretrained.load_weights(self.model.network)
         # each run has its own folder; without training only a checkpoint's weights matter
         messages = [
             "The dirpath has changed from",
@@ -206,14 +233,20 @@ class VRCLI(LightningCLI):
         return settings
 
     @comments_as_text()
+    @monitored_plateau()
     def _parse(self, args: ArgsType) -> None:
         if isinstance(args, (dict, Namespace)):
             self.config = self.parser.parse_object(args)
             return
-        # no argument holds a zero byte; none at all would be joined to an empty one
-        given = full_names("\0".join(self._arguments)).split("\0") if self._arguments else []
         with values_as_written():
-            self.config = self.parser.parse_args(given)
+            self.config = self.parser.parse_args(self._arguments)
+
+    def _may_name_checkpoint(self) -> bool:
+        """Return whether settings may hold ``ckpt_path``: as an argument, or in a file."""
+        given = self._arguments
+        if not isinstance(given, list) or self.parser.default_env:
+            return True
+        return any(each.startswith(("-c", "--config", "--ckpt_path")) for each in given)
 
     def _parse_without_network(self, args: ArgsType, error: ArgumentError) -> None:
         kind = self._model_class
@@ -224,6 +257,22 @@ class VRCLI(LightningCLI):
             self._parse(args)
         except ArgumentError:
             raise error from None
+
+    def _begin_with_pretrained(self, args: ArgsType) -> None:
+        """Parse with the network of a folder as the default."""
+        self._pretrained = IncomingFolder.read(self._settings.pretrained)
+        class_path = f"{self._model_class.__module__}.{self._model_class.__qualname__}"
+        settings = {"class_path": class_path, "init_args": self._pretrained.settings}
+        self._set_default("model", settings)
+        self._parse(args)
+        configured = self._settings.model.as_dict()["init_args"]
+        for name, saved in self._pretrained.others.items():
+            if configured.get(name) not in (saved, "auto"):
+                rank_zero_warn(
+                    f"Setting `model.{name}` is {configured.get(name)}, but {saved} in "
+                    f"{self._settings.pretrained}, whose weights were trained with it: leave it "
+                    f"out, unless you mean this."
+                )
 
     def _set_default(self, name: str, value: Any) -> None:
         for parser in self._subcommand_parsers.values():
@@ -259,19 +308,3 @@ class VRCLI(LightningCLI):
     def _checkpoint_seed(self) -> int | None:
         seed = (self._checkpoint or {}).get(STATE, {}).get("seed")
         return seed if seed is not None and seed < 2**32 else None
-
-    def _checkpoint_path(self) -> str | None:
-        """Return the file of ``ckpt_path``, or None if not given or left for Lightning to find."""
-        path = self._settings.ckpt_path
-        if path == "last":
-            return str(last_checkpoint(self._settings.trainer))
-        if path in (None, "best", "hpc") or str(path).startswith("registry"):
-            return None
-        if "://" not in str(path):
-            path = os.path.expanduser(path)
-            if not os.path.exists(path):
-                raise ValueError(
-                    f"`ckpt_path` must be a checkpoint file or 'last', but there is no file "
-                    f"{path}: correct the path."
-                )
-        return str(path)

@@ -1,4 +1,4 @@
-"""Lightning's trainer with a ``test`` that evaluates, a ``predict`` that draws, an ``audit``."""
+"""Lightning's trainer that also evaluates, draws samples, compares estimators and exports."""
 
 import warnings
 from collections.abc import Mapping
@@ -19,13 +19,20 @@ from lightning_vr.callbacks.evaluation import Evaluation
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.data.conditions import Conditions, ConditionsSource
-from lightning_vr.lifecycle.checkpoints import load_training_weights, read_checkpoint
+from lightning_vr.lifecycle.checkpoints import (
+    load_training_weights,
+    load_weights,
+    read_checkpoint,
+)
 from lightning_vr.lifecycle.loggers import run_folder
+from lightning_vr.pipelines.export_folder import ExportFormat
+from lightning_vr.pipelines.export_folder import export as export_model
+from lightning_vr.pipelines.provenance import Provenance
 from lightning_vr.training.module import DiffusionModule
 
 
 class VRTrainer(Trainer):
-    """A ``Trainer`` that also evaluates and draws samples, and compares estimators."""
+    """A ``Trainer`` that also evaluates, draws samples, compares estimators and exports."""
 
     def audit(
         self,
@@ -95,6 +102,42 @@ class VRTrainer(Trainer):
             return super().test(*arguments)
         finally:
             self.callbacks.remove(evaluation)  # type: ignore[attr-defined]
+
+    def export(
+        self,
+        model: DiffusionModule,
+        output: str,
+        datamodule: LightningDataModule | None = None,
+        format: ExportFormat = "diffusers",  # the option's name
+        ckpt_path: str | Path | None = None,
+    ) -> None:
+        """Write a trained model to a folder that other programs read, with a README.md.
+
+        Args:
+            model: A module.
+            output: A folder that is new or empty.
+            datamodule: Ignored.
+            format: 'diffusers' writes a pipeline that diffusers loads without this package,
+                'safetensors' the network's weights, 'onnx' its graph.
+            ckpt_path: The checkpoint to export: a file, or 'last' for that of the newest run. Of
+                averaged weights and those that train it takes the averaged ones.
+
+        Raises:
+            ValueError: If no checkpoint is given, or if what is written would not sample as the
+                model does.
+        """
+        if ckpt_path is None:
+            raise ValueError(
+                "`ckpt_path` must be given, as export takes a trained module, got None: name a "
+                "checkpoint file, or 'last'."
+            )
+        checkpoint = read_checkpoint(ckpt_path)
+        model.on_load_checkpoint(checkpoint)
+        load_weights(model, checkpoint["state_dict"], ckpt_path, strict=model.strict_loading)
+        if self.is_global_zero:
+            facts = Provenance.of_checkpoint(checkpoint, ckpt_path)
+            export_model(model, output, format, facts=facts)
+            print(f"The model is in {output}; its README.md says how to load it")
 
     def predict(  # type: ignore[override]
         self,

@@ -10,8 +10,6 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from lightning_vr.cli.close_names import full_names
-
 _MOST_NODES = 1_000_000
 """Nodes of a file with its aliases written out; a few lines of aliases can stand for billions."""
 
@@ -35,7 +33,7 @@ class _CheckedLoad:
         node = yaml.compose(stream, Loader=_Loader)
         if node is not None:
             _count(node, {})
-        return self.load(full_names(stream))
+        return self.load(stream)
 
 
 def _count(node: yaml.Node, counts: dict[int, int]) -> int:

@@ -62,6 +62,18 @@ def check_finite_number(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be finite, got {value}: use a finite number.")
 
 
+def check_fraction(name: str, value: float) -> None:
+    """Raise if a number is not between 0 and 1.
+
+    Raises:
+        ValueError: If it is outside, or NaN.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"`{name}` must be between 0 and 1, got {value}: use a number of this range."
+        )
+
+
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise if a value is none of the choices.
 
@@ -137,4 +149,23 @@ def check_labels(
             f"`{name}` must be in [0, {num_classes}), as `num_classes` says, but {len(wrong)} of "
             f"{len(labels)} are not, the first at index {first}, which is {int(labels[first])}: "
             f"set `num_classes` to {max(num_classes, int(labels.max()) + 1)} or fix the labels."
+        )
+
+
+def check_saved_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Raise if a part of a saved state is no tensor of a shape.
+
+    Args:
+        name: The part.
+        value: What it is.
+        shape: The shape that it must have.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:60]
+    if found != shape:
+        raise ValueError(
+            f"`{name}` of a saved state must be a tensor of shape {shape}, got {found}: the file "
+            f"is damaged or of other settings, use another checkpoint."
         )

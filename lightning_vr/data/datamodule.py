@@ -157,7 +157,15 @@ class SplitDataModule(LightningDataModule, ABC):
         Raises:
             MisconfigurationException: If it is in the middle of an epoch of another data set or of
                 batches of another size.
+            ValueError: If it is none.
         """
+        for name in ("seed", "epoch", "batches", "size", "samples"):
+            value = state_dict.get(name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(
+                    f"`{name}` in the checkpoint's state of {type(self).__name__} must be a number "
+                    f"of 0 or more, got {value!r}: the file is damaged, use another checkpoint."
+                )
         if state_dict["batches"]:
             self._check_data(state_dict)
         self._order_seed = state_dict["seed"]

@@ -184,8 +184,8 @@ class STF(Target):
             references = References.prepare(x0, labels)
             return references, positions.repeat_interleave(resamples)
         bank = self._filled_bank(noised.t.device)
-        if self._indexed and not self._has_compared:
-            self.compare(noised.x0, self._index(noised))
+        if not self._has_compared and (self._indexed or not self.sharded):
+            self.compare(noised.x0, self._index(noised) if self._indexed else None)
         if self.references == "all":
             return bank, self._index(noised)
         return self._draw_from_bank(bank, noised, generator)
@@ -223,15 +223,16 @@ class STF(Target):
             )
         return noised.index
 
-    def compare(self, x0: Tensor, positions: Tensor) -> None:
+    def compare(self, x0: Tensor, positions: Tensor | None) -> None:
         """Warn if samples ``(B, *)`` differ from their copies in the bank, if it is on this rank.
 
         Args:
             x0: Encoded samples.
-            positions: Their positions in the training set ``(B,)``.
+            positions: Their positions in the training set ``(B,)``; None compares each with the
+                reference that is nearest to it.
         """
         bank = self._filled_bank(x0.device)
-        distance = distances_to_copies(bank, x0, positions.to(x0.device))
+        distance = distances_to_copies(bank, x0, positions)
         self._has_compared = len(distance) > 0
         if bool((distance > _ROUNDING).any()):
             log.warning(

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import is_dataclass
 from typing import Any
 
 import yaml
@@ -70,6 +71,9 @@ class _Walk:
         if isinstance(value, Mapping):
             if "class_path" in value:
                 return self.specification(value, wanted, name, level)
+            settings = [kind for kind in wanted.objects if is_dataclass(kind)]
+            if len(settings) == 1:  # the parser takes such a dictionary for its arguments
+                return self.arguments(settings[0], value, name, level)
             return self.dictionary(value, wanted | OPEN, name, level)
         if isinstance(value, (list, tuple, set, frozenset)):
             items = [self.value(each, wanted, name, level + 1) for each in value]

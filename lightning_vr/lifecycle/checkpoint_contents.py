@@ -4,7 +4,6 @@ Lightning takes much of a checkpoint on trust: an error in the middle of a resto
 file nor the fix, and what is missing from the state of its loops is left out silently.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +13,14 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-STATE = "lightning_vr"
-"""Key of this package's own state in a checkpoint."""
+from lightning_vr.lifecycle.checkpoint_errors import damaged, shown
+from lightning_vr.lifecycle.own_state import (
+    check_own_state,
+    check_own_state_of_fit,
+    has_names,
+    is_count,
+)
+from lightning_vr.lifecycle.similar_state import check_similar
 
 _WEIGHTS_OF_TRAINING = "current_model_state"
 _TRAINING = {
@@ -23,14 +28,6 @@ _TRAINING = {
     "callbacks": (dict, "the states of callbacks"),
     "optimizer_states": (list, "the states of optimizers"),
     "lr_schedulers": (list, "the states of learning-rate schedules"),
-}
-_OWN: dict[str, Any] = {
-    "objects": list,
-    "sample_shape": (list, tuple),
-    "window": dict,
-    "row": dict,
-    "position": dict,
-    "metrics": dict,
 }
 _SAVED_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 _SHAPED_AS_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
@@ -53,9 +50,9 @@ def check_contents(checkpoint: Any, path: Any) -> None:
         if name in checkpoint:
             _check_weights(name, checkpoint[name], path)
     hyperparameters = checkpoint.get("hyper_parameters", {})
-    if not _has_names(hyperparameters):
+    if not has_names(hyperparameters):
         raise damaged("hyper_parameters", "settings by name", hyperparameters, path)
-    _check_own(checkpoint.get(STATE, {}), path)
+    check_own_state(checkpoint, path)
 
 
 def check_version(checkpoint: dict[str, Any], path: Any) -> None:
@@ -82,18 +79,19 @@ def check_training_state(checkpoint: dict[str, Any], path: Any) -> None:
             f"start."
         )
     for name in ("epoch", "global_step"):
-        if not _is_count(checkpoint.get(name)):
+        if not is_count(checkpoint.get(name)):
             raise damaged(name, "a number of 0 or more", checkpoint.get(name), path)
     for name, (kind, what) in _TRAINING.items():
         if not isinstance(checkpoint.get(name), kind):
             raise damaged(name, what, checkpoint.get(name), path)
-    if not _has_names(checkpoint["callbacks"]):
+    check_own_state_of_fit(checkpoint, path)
+    if not has_names(checkpoint["callbacks"]):
         raise damaged("callbacks", "states by name", checkpoint["callbacks"], path)
     for state in checkpoint["callbacks"].values():
         _check_saved_paths(state, path)
     for name in ("optimizer_states", "lr_schedulers"):
         for state in checkpoint[name]:
-            if not _has_names(state):
+            if not has_names(state):
                 raise damaged(name, "a list of states", state, path)
 
 
@@ -129,15 +127,10 @@ def check_optimizer_states(trainer: Trainer) -> None:
             raise _of_another(name, f"{len(each)} states", str(len(checkpoint[name])), path)
     for optimizer, saved in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
         _check_optimizer(optimizer, saved, path)
-
-
-def damaged(name: str, allowed: str, got: Any, path: Any) -> ValueError:
-    """Return the error for a part of a checkpoint that is not what it must be."""
-    what = "nothing" if got is None else _shown(got)
-    return ValueError(
-        f"`{name}` in the checkpoint {path} must be {allowed}, got {what}: the file is damaged or "
-        f"another program has written it, use another checkpoint."
-    )
+    for config, saved in zip(
+        trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True
+    ):
+        _check_scheduler(saved, config.scheduler.state_dict(), path)
 
 
 def _no_checkpoint(path: Any, found: str) -> ValueError:
@@ -155,30 +148,13 @@ def _of_another(name: str, allowed: str, got: str, path: Any) -> ValueError:
 
 
 def _check_weights(name: str, weights: Any, path: Any) -> None:
-    if not _has_names(weights):
+    if not has_names(weights):
         raise damaged(name, "weights by name", weights, path)
     for key, value in weights.items():
         if key.rpartition(".")[2] == "_extra_state":
             continue
         if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
             raise damaged(f"{name}.{key}", "a dense tensor", value, path)
-
-
-def _check_own(state: Any, path: Any) -> None:
-    if not _has_names(state):
-        raise damaged(STATE, "the state of a run", state, path)
-    for name, kind in _OWN.items():
-        value = state.get(name)
-        if value is not None and not isinstance(value, kind):
-            raise damaged(f"{STATE}.{name}", "what a run has saved", value, path)
-    for name in ("seed", "skipped", "sample_calls"):
-        if state.get(name) is not None and not _is_count(state[name]):
-            raise damaged(f"{STATE}.{name}", "a number of 0 or more", state[name], path)
-    if not all(isinstance(each, str) for each in state.get("objects") or []):
-        raise damaged(f"{STATE}.objects", "names of arguments", state["objects"], path)
-    shape = state.get("sample_shape") or []
-    if not all(_is_count(size) and size > 0 for size in shape):
-        raise damaged(f"{STATE}.sample_shape", "sizes of 1 or more", state["sample_shape"], path)
 
 
 def _check_saved_paths(state: Any, path: Any) -> None:
@@ -202,8 +178,16 @@ def _check_like(saved: Any, own: Any, name: str, path: Any) -> None:
     elif isinstance(own, bool):
         if not isinstance(saved, bool):
             raise damaged(name, "true or false", saved, path)
-    elif isinstance(own, int) and not _is_count(saved):
+    elif isinstance(own, int) and not is_count(saved):
         raise damaged(name, "a number of 0 or more", saved, path)
+
+
+def _check_scheduler(saved: Any, own: dict[str, Any], path: Any) -> None:
+    """Raise if the state of a schedule lacks its count of steps, or has values of another kind."""
+    if "last_epoch" in own and not is_count(saved.get("last_epoch")):
+        name = "lr_schedulers.last_epoch"
+        raise damaged(name, "a number of 0 or more", saved.get("last_epoch"), path)
+    check_similar(saved, own, "lr_schedulers", path)
 
 
 def _check_optimizer(optimizer: Optimizer, saved: Any, path: Any) -> None:
@@ -222,7 +206,7 @@ def _check_optimizer(optimizer: Optimizer, saved: Any, path: Any) -> None:
     for group, made in zip(groups, own, strict=True):
         for key, value in made.items():
             if not _is_like(group.get(key), value):
-                got = _shown(group.get(key))
+                got = shown(group.get(key))
                 raise _of_another(f"{name}.{key}", f"as {value!r} is", got, path)
         for number, parameter in zip(group["params"], made["params"], strict=True):
             _check_moments(states.get(number, {}), parameter, path)
@@ -237,13 +221,13 @@ def _is_like(saved: Any, own: Any) -> bool:
         return True
     if isinstance(saved, Tensor):
         return saved.numel() == 1
-    return isinstance(saved, (int, float)) and math.isfinite(saved)
+    return isinstance(saved, (int, float)) and abs(saved) <= torch.finfo(torch.float32).max
 
 
 def _parameters(group: Any) -> list[int]:
     """Return the numbers of the parameters of a saved group, none if it does not say."""
     found = group.get("params") if isinstance(group, dict) else None
-    return [x for x in found if _is_count(x)] if isinstance(found, list) else []
+    return [x for x in found if is_count(x)] if isinstance(found, list) else []
 
 
 def _check_moments(state: Any, parameter: Tensor, path: Any) -> None:
@@ -253,24 +237,7 @@ def _check_moments(state: Any, parameter: Tensor, path: Any) -> None:
         value = state.get(key)
         if value is None:
             continue
-        shape = tuple(value.shape) if isinstance(value, Tensor) else _shown(value)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else shown(value)
         if shape != tuple(parameter.shape):
             expected = f"of shape {tuple(parameter.shape)}"
             raise _of_another(f"optimizer_states.{key}", expected, str(shape), path)
-
-
-def _has_names(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        kind = "meta " if value.is_meta else "" if value.layout == torch.strided else "sparse "
-        return f"a {kind}tensor of shape {tuple(value.shape)}"
-    if isinstance(value, (int, float, str)):
-        return repr(value)[:60]
-    return f"a {type(value).__name__}"

@@ -191,6 +191,9 @@ def begin_checkpoints(trainer: Trainer) -> None:
     use_durable_checkpoints(trainer)
     if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
         trainer.strategy.checkpoint_io.begin(trainer)
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            _link_whole_files(callback)
     folder = run_folder(trainer)
     if trainer.is_global_zero:
         for each in _folders(trainer, folder):
@@ -201,6 +204,21 @@ def finish_checkpoints(trainer: Trainer) -> None:
     """Raise if the last checkpoint of a fit was not written; all ranks call it at its end."""
     if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
         trainer.strategy.checkpoint_io.finish(trainer)
+
+
+def _link_whole_files(callback: ModelCheckpoint) -> None:
+    """Let ``save_last="link"`` keep the older link where the new file could not be written.
+
+    ``_link_checkpoint`` is as seen in Lightning 2.6.
+    """
+    link = type(callback)._link_checkpoint
+
+    def link_if_written(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        # to itself it links nothing, and the ranks still meet
+        is_written = not trainer.is_global_zero or os.path.exists(filepath)
+        link(trainer, filepath if is_written else linkpath, linkpath)
+
+    callback._link_checkpoint = link_if_written  # type: ignore[method-assign]
 
 
 def _folders(trainer: Trainer, folder: Path) -> set[Path]:

@@ -11,11 +11,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_vr.estimators.slot import SLOTS
-from lightning_vr.lifecycle.checkpoint_contents import STATE, check_contents
+from lightning_vr.lifecycle.checkpoint_contents import check_contents
 from lightning_vr.lifecycle.file_kinds import file_kind
 from lightning_vr.lifecycle.weight_averaging import trained_weights
-
-__all__ = ["STATE", "check_weights", "load_training_weights", "load_weights", "read_checkpoint"]
 
 _FORBIDDEN = re.compile(r"(?:GLOBAL|Unsupported (?:global|class|operand)\S*|type) ([\w.]+\.[\w.]+)")
 

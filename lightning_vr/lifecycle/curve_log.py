@@ -15,7 +15,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from lightning_vr.lifecycle.atomic_files import replacing
-from lightning_vr.lifecycle.loggers import run_folder, training_goes_on
+from lightning_vr.lifecycle.loggers import keeps_numbers, run_folder, training_goes_on
 
 Row = Sequence[float | int | str]
 
@@ -24,7 +24,7 @@ class CurveLog:
     """A CSV file of rows that begin with a step.
 
     Args:
-        path: The file, or None on a rank that writes none.
+        path: The file, or None to write none.
         columns: Names of the columns after ``step``.
         logged_step: Step of the last rows that belong to this run; later ones, and with -1 all, are
             dropped before anything is written.
@@ -100,12 +100,16 @@ def open_curve_log(
 ) -> CurveLog:
     """Return the log of a curve in the run's folder; all ranks call it.
 
+    Nothing is written without a logger.
+
     Args:
         trainer: A trainer that is fitting.
         name: Name of the file without its ending.
         columns: Names of the columns after ``step``.
         logged_step: Step of the last rows that a checkpoint counts, -1 without one.
     """
+    if not keeps_numbers(trainer):
+        return CurveLog(None, columns, logged_step)
     path = run_folder(trainer) / f"{name}.csv"
     if logged_step < 0 and trainer.global_step > 0:
         logged_step = trainer.global_step  # a second fit of the same run

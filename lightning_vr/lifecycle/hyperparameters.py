@@ -5,34 +5,26 @@ safely. Here a checkpoint holds the constructor's arguments as configurations, b
 they build.
 """
 
-import functools
 import inspect
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.core.saving import _default_map_location
 from lightning.pytorch.utilities.parsing import collect_init_args, parse_class_init_keys
 from torch import nn
 
 from lightning_vr.core.devices import without_compiler
-from lightning_vr.lifecycle.checked_arguments import checked_arguments
-from lightning_vr.lifecycle.checkpoint_contents import damaged
-from lightning_vr.lifecycle.checkpoints import STATE, check_weights, load_weights, read_checkpoint
 from lightning_vr.lifecycle.configuration import UndescribableError, describe, imported
-from lightning_vr.lifecycle.trust import Trust
+from lightning_vr.lifecycle.own_state import STATE
 
-_HYPERPARAMETERS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
-_CLASS, _INSTANTIATOR = "_class_path", "_instantiator"  # names that Lightning's own loader reads
+HYPERPARAMETERS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
+CLASS, INSTANTIATOR = "_class_path", "_instantiator"  # names that Lightning's own loader reads
 
-_Module = TypeVar("_Module", bound=LightningModule)
 _reloading: ContextVar[tuple[type, dict[str, Any]] | None] = ContextVar("reloading", default=None)
 
 
@@ -58,7 +50,7 @@ class Description:
         """
         parts = set(map(id, module.modules()))
         foreign = [name for name, network in self.networks.items() if id(network) not in parts]
-        checkpoint[_HYPERPARAMETERS] = {
+        checkpoint[HYPERPARAMETERS] = {
             name: value for name, value in self.hyperparameters.items() if name not in foreign
         }
         checkpoint.setdefault(STATE, {})["objects"] = [*self.objects, *foreign]
@@ -68,51 +60,6 @@ class Description:
         if name in self.hyperparameters:
             self.hyperparameters[name] = value
             module.save_hyperparameters(dict(self.hyperparameters))
-
-
-@dataclass(frozen=True)
-class SavedArguments:
-    """What a checkpoint rebuilds its module from.
-
-    Attributes:
-        class_path: The import path of the class, None if the checkpoint does not say.
-        described: The constructor's arguments as configurations.
-        objects: Names of further arguments, which no configuration can rebuild.
-    """
-
-    class_path: str | None
-    described: dict[str, Any]
-    objects: list[str]
-
-    @classmethod
-    def of(cls, checkpoint: dict[str, Any]) -> "SavedArguments":
-        """Read the arguments from a checkpoint; nothing of them is checked."""
-        described = dict(checkpoint.get(_HYPERPARAMETERS, {}))
-        class_path = described.pop(_CLASS, None)
-        described.pop(_INSTANTIATOR, None)
-        return cls(class_path, described, checkpoint.get(STATE, {}).get("objects") or [])
-
-    def checked(self, kind: type, trust: Trust, names: Container[str]) -> dict[str, Any]:
-        """Return those arguments of ``kind`` that are in ``names``, safe to give to a parser.
-
-        Raises:
-            ValueError: If one of them names what is not to be built.
-        """
-        wanted = {name: value for name, value in self.described.items() if name in names}
-        return checked_arguments(trust, kind, wanted)
-
-    def check_complete(self, path: Any, given: Container[str]) -> None:
-        """Raise if an argument that no configuration can rebuild is not ``given`` either.
-
-        Raises:
-            ValueError: With the name of the argument.
-        """
-        for name in self.objects:
-            if name not in given:
-                raise ValueError(
-                    f"`{name}` of the module in {path} must be given again, as no configuration "
-                    f"can rebuild it: use load_from_checkpoint(path, {name}=...)."
-                )
 
 
 def describe_arguments(module: LightningModule) -> Description:
@@ -144,78 +91,10 @@ def describe_arguments(module: LightningModule) -> Description:
             described[name] = known[name] if name in known else describe(value)
         except UndescribableError:
             objects.append(name)
-    described[_CLASS] = f"{kind.__module__}.{kind.__qualname__}"
-    described[_INSTANTIATOR] = "lightning.pytorch.cli.instantiate_module"
+    described[CLASS] = f"{kind.__module__}.{kind.__qualname__}"
+    described[INSTANTIATOR] = "lightning.pytorch.cli.instantiate_module"
     module.save_hyperparameters(described)
     return Description(described, objects, networks)
-
-
-def load_module(
-    cls: type[_Module],
-    path: Any,
-    map_location: Any,
-    strict: bool | None,
-    given: dict[str, Any],
-    trust: Sequence[str] = (),
-) -> _Module:
-    """Rebuild the module of a checkpoint and load its weights.
-
-    Args:
-        cls: The class to load, or a base class of it.
-        path: The checkpoint: a file, its path or an fsspec URL.
-        map_location: Where to load the weights; their own device if None.
-        strict: Whether the names of all weights must match; the module's own choice if None.
-        given: Constructor arguments in place of the checkpoint's.
-        trust: Packages whose classes may be imported and built, beside those of ``Trust``.
-
-    Raises:
-        ValueError: If the class is not imported, if an argument is missing or names what is not to
-            be built, or if the weights do not fit.
-    """
-    trusted = Trust(path, trust)
-    checkpoint = read_checkpoint(path, map_location or _default_map_location)
-    saved = SavedArguments.of(checkpoint)
-    kind = class_to_load(cls, saved.class_path, trusted)
-    saved.check_complete(path, given)
-    described = saved.checked(kind, trusted, saved.described.keys() - given.keys())
-    module = _build(kind, described, given, trusted)
-
-    module.configure_model()
-    module.on_load_checkpoint(checkpoint)
-    strict = module.strict_loading if strict is None else strict
-    if strict:
-        check_weights(module, checkpoint, path)
-    load_weights(module, checkpoint["state_dict"], path, strict=strict)
-    devices = [x.device for x in checkpoint["state_dict"].values() if isinstance(x, torch.Tensor)]
-    return module.to(devices[0]) if devices else module
-
-
-def class_to_load(cls: type[_Module], class_path: Any, trust: Trust) -> type[_Module]:
-    """Return the class that a checkpoint names, or ``cls`` where it is that one or below it.
-
-    Raises:
-        ValueError: If it names none that may be built.
-    """
-    if class_path is None:
-        return cls
-    if not isinstance(class_path, str):
-        raise damaged(f"hyper_parameters.{_CLASS}", "the name of a class", class_path, trust.path)
-    saved = trust.find(class_path)
-    if isinstance(saved, type) and issubclass(saved, LightningModule) and trust.allows(saved):
-        if issubclass(saved, cls):
-            return saved
-        if issubclass(cls, saved):
-            return cls
-    # a class of a script is `__main__.Name` in one process and `script.Name` in the next
-    short = class_path.rpartition(".")[2]
-    namesakes = [kind for kind in _subclasses(cls) if kind.__name__ == short]
-    if len(namesakes) == 1:
-        return namesakes[0]
-    raise ValueError(
-        f"The checkpoint {trust.path} holds a {class_path}, which is not imported or is no "
-        f"subclass of {cls.__name__}: import the module that defines it, or trust its package, as "
-        f'in trust=["{class_path.partition(".")[0]}"] or --trust on the command line.'
-    )
 
 
 def _as_built(given: dict[str, Any], arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -270,47 +149,12 @@ def _required(kind: type) -> list[str]:
     return [x.name for x in parameters if x.default is x.empty and x.kind not in kinds]
 
 
-def _subclasses(cls: type[_Module]) -> list[type[_Module]]:
-    return [cls, *(kind for child in cls.__subclasses__() for kind in _subclasses(child))]
-
-
-def _build(
-    kind: type[_Module], described: dict[str, Any], given: dict[str, Any], trust: Trust
-) -> _Module:
-    parser = ArgumentParser(exit_on_error=False)
-    partials = {name: _partial(value, trust) for name, value in described.items()}
-    given = {name: value for name, value in partials.items() if value is not None} | given
-    parsed = {name: value for name, value in described.items() if name not in given}
-    seen = set(given)
-    for base in kind.__mro__[: kind.__mro__.index(LightningModule)]:
-        # a `**kwargs` that the parser cannot follow leaves arguments to the base class
-        if parsed.keys() - seen:
-            seen.update(parser.add_class_arguments(base, skip=seen.copy(), fail_untyped=False))
-    try:
-        arguments = parser.instantiate(parser.parse_object(parsed)).as_dict()
-        with _reload(kind, described):
-            return kind(**{name: arguments[name] for name in parsed}, **given)
-    except Exception as error:  # whatever a constructor makes of the arguments in a file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"The checkpoint {trust.path} does not rebuild a {kind.__name__}: {reason[:400]}: give "
-            f"the argument yourself, or use another checkpoint."
-        ) from error
-
-
-def _partial(described: Any, trust: Trust) -> functools.partial[Any] | None:
-    """Return the partial of a function, which the parser would take for a call, or None."""
-    if not isinstance(described, dict) or "class_path" not in described:
-        return None
-    function = trust.find(described["class_path"])
-    if not inspect.isroutine(function):
-        return None
-    return functools.partial(function, **described.get("init_args", {}))
-
-
 @contextmanager
-def _reload(kind: type, described: dict[str, Any]) -> Iterator[None]:
-    """Let the module being built keep ``described``, which it could not read back from partials."""
+def reload(kind: type, described: dict[str, Any]) -> Iterator[None]:
+    """Let the module of class ``kind`` being built keep ``described`` as its arguments.
+
+    It could not read them back from partials.
+    """
     token = _reloading.set((kind, described))
     try:
         yield

@@ -73,6 +73,11 @@ def check_run_names(logger: Any) -> None:
         )
 
 
+def keeps_numbers(trainer: Trainer) -> bool:
+    """Return whether a run writes files of numbers: who wants no logger wants none of them."""
+    return bool(trainer.loggers) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+
 def is_training(trainer: Trainer) -> bool:
     """Return whether a trainer is within a fit, also during an error that ends it."""
     return trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None

@@ -30,7 +30,6 @@ from lightning_vr.core.distributed import broadcast
 from lightning_vr.core.keyed_module import KeyedModule
 from lightning_vr.core.rng import set_global_rng
 from lightning_vr.lifecycle.checkpoint_contents import (
-    STATE,
     check_contents,
     check_loops,
     check_optimizer_states,
@@ -48,12 +47,14 @@ from lightning_vr.lifecycle.epoch_length import (
     equalize_epoch_length,
 )
 from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
-from lightning_vr.lifecycle.hyperparameters import load_module
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
+from lightning_vr.lifecycle.own_state import STATE
+from lightning_vr.lifecycle.rebuilding import load_module
 from lightning_vr.lifecycle.resuming import Resuming
+from lightning_vr.lifecycle.similar_state import check_callbacks
 from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating
 from lightning_vr.lifecycle.strategies import check_strategy
-from lightning_vr.lifecycle.weight_averaging import AveragedWeights, load_what_trains
+from lightning_vr.lifecycle.weight_averaging import AveragedWeights, is_averaged, load_what_trains
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
 
@@ -132,6 +133,7 @@ class ResumableModule(KeyedModule, LightningModule):
         check_training_batches(self.trainer)
         if self._resuming.is_due:
             self._resuming.end(self.trainer)
+            self._averages.keep(self.trainer, self)
         finish_checkpoints(self.trainer)
         self._guard.check_end(self)
 
@@ -233,6 +235,7 @@ class ResumableModule(KeyedModule, LightningModule):
         state["seed"] = self.run_seed if self._is_fitting else self.seed
         if self._is_fitting or self._has_fitted:
             self._averages.complete(self.trainer, self, checkpoint)
+            state["is_averaged"] = is_averaged(self.trainer)
             state |= self._resuming.state(self, checkpoint)
             state["skipped"] = self._guard.skipped
 
@@ -248,6 +251,7 @@ class ResumableModule(KeyedModule, LightningModule):
             load_what_trains(self.trainer, checkpoint)
             check_training_state(checkpoint, self._ckpt_path)
             check_loops(self.trainer, checkpoint)
+            check_callbacks(self.trainer, checkpoint)
             self.seed = state.get("seed")
             self._resuming.load(self.trainer, state, checkpoint)
             self._guard.skipped = state.get("skipped", 0)

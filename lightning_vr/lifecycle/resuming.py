@@ -22,9 +22,11 @@ from torch import Tensor
 
 from lightning_vr.core.distributed import all_reduce_mean, ranks_save_together
 from lightning_vr.estimators.proposals import LearnedProposal
+from lightning_vr.lifecycle.checkpoint_errors import damaged
 from lightning_vr.lifecycle.epoch_position import BatchMarks, EpochPosition
 from lightning_vr.lifecycle.epoch_sums import EpochSums
 from lightning_vr.lifecycle.learned_state import LearnedState
+from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.restarting import forget_restart, log_row, restart
 from lightning_vr.lifecycle.weight_averaging import update_weights
 
@@ -160,6 +162,10 @@ class Resuming:
             )
         parameters = dict(module.named_parameters())
         for name, gradient in window["gradients"].items():
+            if name not in parameters or parameters[name].shape != gradient.shape:
+                allowed = "the gradient of a parameter of the module"
+                path = module.trainer.ckpt_path
+                raise damaged(f"{STATE}.window.gradients.{name}", allowed, gradient, path)
             parameters[name].grad = gradient.to(parameters[name].device, copy=True)
 
     def restart(self, trainer: Trainer) -> None:

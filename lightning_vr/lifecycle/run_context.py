@@ -50,11 +50,7 @@ class RunContext:
             precision=lambda: trainer.precision_plugin.forward_context(),
             loss_scale=lambda: loss_scale(trainer),
             log=lambda numbers, curves: log_numbers(trainer, numbers, curves),
-            open_curve_log=lambda name, columns, logged_step: (
-                open_curve_log(trainer, name, columns, logged_step)
-                if trainer.loggers and not trainer.fast_dev_run  # type: ignore[attr-defined]
-                else CurveLog(None, columns, logged_step)
-            ),
+            open_curve_log=lambda *given: open_curve_log(trainer, *given),
             log_rows=lambda log, rows: log_rows(trainer, log, rows),
             log_table=lambda *given: log_table(trainer, *given) if trainer.is_global_zero else None,
         )

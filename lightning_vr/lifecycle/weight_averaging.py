@@ -22,7 +22,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from lightning_vr.estimators.slot import SLOTS
@@ -52,10 +52,13 @@ class AveragedWeights:
     """Lets a fit validate, save and keep the weights that count, and resume from those that train.
 
     It keeps no reference to a callback or a trainer, as copies of a module copy it.
+
+    Attributes:
+        are_swapped: Whether the callback has put the averages in place for a validation run.
     """
 
     def __init__(self) -> None:
-        self._are_swapped = False
+        self.are_swapped = False
         self._replaced: dict[str, Tensor] = {}
 
     def watch(self, trainer: Trainer) -> None:
@@ -64,7 +67,7 @@ class AveragedWeights:
         Raises:
             MisconfigurationException: If there are several.
         """
-        self._are_swapped, self._replaced = False, {}
+        self.are_swapped, self._replaced = False, {}
         found = _averaging(trainer)
         if len(found) > 1:
             names = ", ".join(type(callback).__name__ for callback in found)
@@ -92,7 +95,7 @@ class AveragedWeights:
         """
         callback, trained = _started(trainer), state.get(_TRAINED)
         if trained is None:
-            if callback is not None and not self._are_swapped and not self._replaced:
+            if callback is not None and not self.are_swapped and not self._replaced:
                 _take_average(state["state_dict"], callback)  # no callback was asked for it
             return
         if callback is None:
@@ -100,19 +103,28 @@ class AveragedWeights:
             return
         averaged = state["state_dict"]
         for name in _weights(module).keys() & averaged.keys():
-            if self._are_swapped:
+            if self.are_swapped:
                 averaged[name], trained[name] = trained[name], averaged[name]
             elif name in self._replaced:
                 trained[name] = self._replaced[name]
+
+    def keep(self, trainer: Trainer, module: LightningModule) -> None:
+        """Leave the weights that count in a module whose run was over before it began.
+
+        Lightning then calls no hook of the end of training, in which the callback would do so.
+        """
+        callback = average_that_counts(trainer)
+        if callback is not None:
+            callback._copy_average_to_current(module)
 
     def _watch(self, callback: WeightAveraging, trainer: Trainer) -> None:
         kind, patched = type(callback), cast(Any, callback)
 
         def swap(module: LightningModule) -> None:
             # nothing is averaged while weights are swapped, so that each swap is undone
-            if self._are_swapped or average_that_counts(trainer) is callback:
+            if self.are_swapped or average_that_counts(trainer) is callback:
                 kind._swap_models(callback, module)
-                self._are_swapped = not self._are_swapped
+                self.are_swapped = not self.are_swapped
 
         def replace(module: LightningModule) -> None:
             if average_that_counts(trainer) is not callback:
@@ -148,6 +160,23 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
             callback._swap_models(module)
 
 
+@contextmanager
+def weights_that_count(module: LightningModule) -> Iterator[None]:
+    """Put the weights that count into a module of a run, whatever the run does at the moment.
+
+    Args:
+        module: A ``ResumableModule``, which knows whether the callback has swapped them in already.
+    """
+    trainer, averages = module._trainer, getattr(module, "_averages", None)
+    is_running = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+    if not is_running or averages is None or averages.are_swapped:
+        yield
+        return
+    assert trainer is not None
+    with averaged_weights(trainer, module):
+        yield
+
+
 def load_what_trains(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Let a fit without ``WeightAveraging`` go on from the weights that train, not an average.
 
@@ -163,6 +192,11 @@ def trained_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the weights of a checkpoint that training would go on from, not their average."""
     weights: dict[str, Any] = checkpoint.get(_TRAINED, checkpoint["state_dict"])
     return weights
+
+
+def is_averaged(trainer: Trainer) -> bool:
+    """Return whether a fit saves averaged weights, and leaves its module with them."""
+    return _started(trainer) is not None
 
 
 def update_weights(checkpoint: dict[str, Any], values: dict[str, Any]) -> None:

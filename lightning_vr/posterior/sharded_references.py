@@ -107,18 +107,20 @@ Bank: TypeAlias = References | ShardedReferences
 """References prepared for many calls, all on each rank or sharded over the ranks."""
 
 
-def distances_to_copies(bank: Bank, x: Tensor, positions: Tensor) -> Tensor:
+def distances_to_copies(bank: Bank, x: Tensor, positions: Tensor | None) -> Tensor:
     """Return how far samples are from the references at their positions, by the references' norm.
 
     Args:
         bank: References.
         x: Samples ``(B, *)``.
-        positions: Their positions among the references ``(B,)``.
+        positions: Their positions among the references ``(B,)``; if not known, None, which takes
+            the nearest reference, and the bank must be that of all ranks.
 
     Returns:
         Distances ``(m,)`` of those samples whose references are on this rank.
     """
-    row, local = bank.rows_at(positions), bank.local
+    local = bank.local
+    row = _nearest_rows(local, x) if positions is None else bank.rows_at(positions.to(x.device))
     here = row >= 0
     copies = local.rows[row[here]] + local.centre
     norm = torch.sqrt(local.squared_norms.mean() + torch.linalg.vecdot(local.centre, local.centre))
@@ -168,3 +170,8 @@ def _gathered(references: ShardedReferences, queries: Queries) -> tuple[list[int
     (curvature, own_logit), scaled = numbers[:, :2].T, numbers[:, 2:]
     group = integers[:, 1:] if labels else None
     return counts, Queries(scaled, curvature, own_logit, references.rows_at(integers[:, 0]), group)
+
+
+def _nearest_rows(references: References, x: Tensor) -> Tensor:
+    centred = flat_rows(x).to(references.rows) - references.centre
+    return (0.5 * references.squared_norms - centred @ references.rows.mT).argmin(1)

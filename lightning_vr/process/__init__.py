@@ -1,18 +1,30 @@
 """The diffusion process: which noise is added and what a network learns. It imports ``core``.
 
 Schedules and densities of t, predictions and loss weights, the objective that they make together,
-networks, and samplers.
+networks, and samplers with their solvers.
 """
 
-from lightning_vr.process.ancestral_sampling import AncestralSampler
 from lightning_vr.process.diffusers_network import Pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
+from lightning_vr.process.diffusers_solver import DiffusersSolver
 from lightning_vr.process.likelihood import Likelihood
 from lightning_vr.process.network_dtype import InDtype
 from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
+from lightning_vr.process.solvers import (
+    DDIM,
+    DDPM,
+    RK45,
+    Ancestral,
+    DPMSolver2M,
+    EDMStochastic,
+    Euler,
+    Heun,
+    PredictorCorrector,
+    Solver,
+)
 from lightning_vr.process.timesteps import (
     Density,
     LogitNormal,
@@ -31,14 +43,22 @@ from lightning_vr.process.weightings import (
 )
 
 __all__ = [
+    "DDIM",
+    "DDPM",
     "EDM",
+    "RK45",
     "VE",
     "VP",
-    "AncestralSampler",
+    "Ancestral",
     "Cosine",
+    "DPMSolver2M",
     "Density",
     "DiffusersSchedule",
+    "DiffusersSolver",
+    "EDMStochastic",
     "EDMWeighting",
+    "Euler",
+    "Heun",
     "InDtype",
     "Likelihood",
     "LogNormal",
@@ -47,12 +67,14 @@ __all__ = [
     "LogitNormal",
     "MinSNRWeighting",
     "Objective",
+    "PredictorCorrector",
     "Pretrained",
     "RectifiedFlow",
     "ResidualMLP",
     "Sampler",
     "Schedule",
     "Shifted",
+    "Solver",
     "Uniform",
     "UnitWeighting",
     "VariationalBound",

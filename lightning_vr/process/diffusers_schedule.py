@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.validation import check_positive
+from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import RectifiedFlow, Schedule, is_diffusers_scheduler
 from lightning_vr.process.timesteps import Density, Shifted, Uniform, UniformSteps
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-_PREDICTIONS = {
+_PREDICTIONS: dict[str, PredictionType] = {
     "epsilon": "epsilon",
     "sample": "x0",
     "original_sample": "x0",
@@ -143,7 +144,14 @@ class DiffusersSchedule(Schedule):
                 f"or use another scheduler."
             )
 
-    def _prediction(self) -> str:
+    def is_same_process(self, other: "DiffusersSchedule") -> bool:
+        """Return whether another scheduler has the same alpha and sigma at the same timesteps."""
+        if (self.is_flow, self.steps) != (other.is_flow, other.steps):
+            return False
+        own, table = self.log_noise_level, other.log_noise_level.to(self.log_noise_level.device)
+        return torch.allclose(own, table, rtol=1e-5, atol=1e-5)
+
+    def _prediction(self) -> PredictionType:
         stated = self._config.get("prediction_type")
         if stated is None:  # of schedulers that know one alone
             return "velocity" if self.is_flow else "epsilon"

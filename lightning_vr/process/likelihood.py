@@ -38,9 +38,12 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.validation import check_integer, check_positive, check_samples
+from lightning_vr.process.guidance import ConditionalDenoiser
 from lightning_vr.process.pixel_levels import check_levels, check_on_levels
-from lightning_vr.process.sampling import ConditionalDenoiser, Denoiser, Sampler
+from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import Schedule
+from lightning_vr.process.solvers.dormand_prince import dormand_prince
+from lightning_vr.process.solvers.solver import Denoiser
 
 _EXACT = 16
 """Largest dimension in which the trace is exact by default: each costs a backward pass."""
@@ -126,8 +129,6 @@ class _Flow:
         self.levels = Sampler(steps=2).noise_levels(schedule).to(probes.device, self.wide)
 
     def log_density(self, x0: Tensor, tolerance: float) -> Tensor:
-        from torchdiffeq import odeint  # its scipy takes a while to import
-
         high, low = self.levels
         dimension = x0[0].numel()
         z = x0.to(self.wide)
@@ -136,7 +137,7 @@ class _Flow:
 
         start = (z / (1 + low**2).sqrt(), torch.zeros_like(trace))
         times = torch.stack([low, high]).log()
-        found = odeint(self.rates, start, times, rtol=tolerance, atol=tolerance, method="dopri5")
+        found = dormand_prince(self.rates, start, times, tolerance, tolerance)
         y, change = (part[-1] for part in found)
 
         # y is normal with variance s² / (1 + s²) at the end, and z = n y at the start

@@ -110,6 +110,10 @@ class ReverseSteps:
         parts = (getattr(self, field.name).to(number.device)[number] for field in fields(self))
         return ReverseSteps(*(x if x.dtype == torch.bool else x.to(dtype) for x in parts))
 
+    def mean(self, x0: Tensor, xt: Tensor) -> Tensor:
+        """Return the mean of the step from ``xt (K, *)`` given x0, of one step each."""
+        return expand(self.x0_scale, x0) * x0 + expand(self.xt_scale, xt) * xt
+
     def log_variance(self, like: Tensor, kind: Variance, v: Tensor | None = None) -> Tensor:
         """Return the logarithm of the variance of each number, in the shape of ``like (K, *)``.
 

@@ -1,46 +1,48 @@
-"""Solvers of the probability-flow ODE in x0 space.
+"""How samples are drawn: a grid of noise levels, a solver that walks down it, and guidance.
 
-In ``z = x_t / alpha`` and ``s = sigma / alpha`` every schedule's ODE is ``dz/ds = (z - x0_hat) /
-s`` (Song et al. 2021, arXiv 2011.13456, equation 13; Karras et al. 2022, arXiv 2206.00364, equation
-4), and its right-hand side is the noise estimate ``eps = (x_t - alpha x0_hat) / sigma``. A step to
-(alpha', sigma'), written without dividing by alpha, is
-
-    Euler: x' = alpha' x0_hat + sigma' eps                               (DDIM)
-    Heun:  x' = alpha' x0_hat + sigma' eps + (sigma' - alpha' s) (eps' - eps) / 2
-
-with eps' at the end of the Euler step. For alpha = 1 Heun's is algorithm 1 of Karras et al. without
-churn. The last step, to s = 0, returns x0_hat.
+The noise level s = sigma/alpha is the axis that all schedules share. A solver begins with noise at
+the largest level of the grid; at the smallest its estimate x0_hat is the sample.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_vr.core.conditions import Condition, condition_rows, expanded
-from lightning_vr.core.progress import progress_bar
+from lightning_vr.core.conditions import Condition, condition_rows, expanded, null_condition
+from lightning_vr.core.progress import progress_steps
 from lightning_vr.core.validation import (
     check_at_least,
-    check_choice,
     check_finite_number,
+    check_fraction,
     check_integer,
     check_positive,
 )
+from lightning_vr.process.grids import GridKind, check_grid, given, spaced
+from lightning_vr.process.guidance import ConditionalDenoiser, Guidance
+from lightning_vr.process.reverse_estimate import ReverseEstimate, ReverseEstimator
 from lightning_vr.process.schedules import Schedule
+from lightning_vr.process.solvers import Heun, Problem, Solver
+from lightning_vr.process.solvers.row_noise import NoiseKey, RowNoise
+from lightning_vr.process.solvers.solver import Denoiser
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""``(x_t (B, *), t (B,)) -> x0_hat (B, *)``."""
+USUAL_STEPS = 18
 
-ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor | None, dict[str, Any] | None], Tensor]
-"""``(x_t, t, class labels or None, condition or None) -> x0_hat``."""
 
-LARGEST_NOISE_LEVEL = 1000.0
+class Samples(NamedTuple):
+    """Samples and what they cost.
 
-_ROUNDING = 1e-4
-"""Relative error of a bound that was copied from a table."""
+    Attributes:
+        x0: Samples ``(B, *)``.
+        evaluations: Calls of the network for each sample, the most of all batches; a call on the
+            doubled batch of guidance is one.
+    """
+
+    x0: Tensor
+    evaluations: int
 
 
 @dataclass(frozen=True)
@@ -48,94 +50,102 @@ class Sampler:
     """How samples are drawn.
 
     Attributes:
-        solver: ``"heun"`` takes 2·steps - 1 evaluations of the network, ``"euler"`` steps.
-        steps: Number of noise levels, from the largest to the smallest.
-        grid: ``"polynomial"`` is Karras et al.'s (equation 5), ``"exponential"`` has equal ratios.
+        solver: How to go from noise level to noise level; ``Heun()`` if not given.
+        steps: Number of noise levels, from the largest to the smallest; 18 if not given.
+        grid: ``"polynomial"`` is Karras et al.'s (equation 5), ``"exponential"`` has equal ratios
+            of noise levels, so it is uniform in log SNR. Or the noise levels sigma/alpha
+            themselves, decreasing, without the final 0.
         rho: Exponent of the polynomial grid; larger spends more steps at low noise.
         noise_level_min: Smallest noise level sigma/alpha; by default the schedule's.
         noise_level_max: Largest noise level; by default the schedule's, at most 1000.
-        guidance: Scale of classifier-free guidance; 1 is none (Ho and Salimans 2022, 2207.12598).
+        guidance: Scale of classifier-free guidance, 1 is none. It is the ``guidance_scale`` of
+            diffusers, and 1 + w of Ho and Salimans (2022, 2207.12598).
+        guidance_interval: Guidance acts at noise levels above the first and up to the second; at
+            others the network is called with its condition alone (2404.07724). All if not given.
+        guidance_rescale: Between 0 and 1: how far to move the contrast of guided estimates of x0
+            back to that of the conditional ones (2305.08891, section 3.4).
     """
 
-    solver: Literal["heun", "euler"] = "heun"
-    steps: int = 18
-    grid: Literal["polynomial", "exponential"] = "polynomial"
+    solver: Solver | None = None
+    steps: int | None = None
+    grid: GridKind | list[float] = "polynomial"
     rho: float = 7.0
     noise_level_min: float | None = None
     noise_level_max: float | None = None
     guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choice("solver", self.solver, ("heun", "euler"))
-        check_choice("grid", self.grid, ("polynomial", "exponential"))
-        check_integer("steps", self.steps, 2)
+        if not isinstance(self.solver, Solver | None):
+            raise ValueError(
+                f"`solver` must be a solver, got {self.solver!r}: use an object, as in "
+                f"Sampler(solver=DDIM(eta=0.5))."
+            )
+        check_grid(self.grid)
+        if self.steps is not None:
+            check_integer("steps", self.steps, 2)
         check_positive("rho", self.rho)
         check_at_least("guidance", self.guidance, 0)
         check_finite_number("guidance", self.guidance)
+        check_fraction("guidance_rescale", self.guidance_rescale)
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low < high:
+                raise ValueError(
+                    f"`guidance_interval` must be two noise levels 0 <= low < high, got "
+                    f"{self.guidance_interval}: leave it out to guide at all levels."
+                )
+        self._check_unused()
+
+    @property
+    def evaluations(self) -> int | None:
+        """Calls of the network for each sample; None if the solver finds out on the way."""
+        return self._solver.evaluations(self._steps)
 
     def noise_levels(self, schedule: Schedule) -> Tensor:
         """Return the decreasing grid ``(steps,)``, float64, without the final 0.
 
         Raises:
-            ValueError: If the bounds are not 0 < min < max, or outside the schedule's.
+            ValueError: If the bounds are not 0 < min < max, or outside the schedule's, or if the
+                solver has levels of its own that are not for this schedule.
         """
-        ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
-        lowest, highest = (float(level) for level in schedule.noise_level(ends))
-        low = lowest if self.noise_level_min is None else self.noise_level_min
-        high = self.noise_level_max
-        high = min(highest, LARGEST_NOISE_LEVEL) if high is None else high
-        if not 0 < low < high:
-            raise ValueError(
-                f"`noise_level_min` and `noise_level_max` must satisfy 0 < min < max, "
-                f"got {low:g} and {high:g}: leave one of them out, or change it."
-            )
-        if not lowest * (1 - _ROUNDING) <= low < high <= highest * (1 + _ROUNDING):
-            raise ValueError(
-                f"`noise_level_min` and `noise_level_max` must lie between {lowest:g} and "
-                f"{highest:g}, the noise levels of {type(schedule).__name__}, got {low:g} and "
-                f"{high:g}: leave them out, or widen the schedule."
-            )
-        ramp = torch.linspace(0, 1, self.steps, dtype=torch.float64)
-        if self.grid == "exponential":
-            return high * (low / high) ** ramp
-        inverse = 1 / self.rho
-        grid: Tensor = (high**inverse + ramp * (low**inverse - high**inverse)) ** self.rho
-        return grid
+        own = self._solver.own_noise_levels(schedule, self._steps)
+        if own is not None:
+            return own
+        if not isinstance(self.grid, str):
+            return given(self.grid, schedule)
+        low, high = self.noise_level_min, self.noise_level_max
+        return spaced(self.grid, self._steps, self.rho, low, high, schedule)
 
     def solve(
-        self, denoiser: Denoiser, schedule: Schedule, noise: Tensor, *, progress: bool = False
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        noise: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
     ) -> Tensor:
-        """Turn standard normal ``noise (B, *)`` into samples ``(B, *)``.
-
-        The state is float64 where the device has it, because rounding errors add up over the
-        steps; the denoiser gets the dtype of ``noise``.
+        """Turn standard normal ``noise (B, *)`` into samples ``(B, *)`` in one batch.
 
         Args:
-            denoiser: Estimates x0 from x_t and t.
+            denoiser: Estimates x0 from x_t and t, in the dtype of ``noise``.
             schedule: The schedule that the denoiser was trained with.
             noise: Standard normal numbers.
+            generator: Source of further noise, if the solver needs any; torch's global one if not
+                given.
             progress: Whether to show a progress bar if sampling takes longer than a second.
         """
-        wide = torch.float32 if noise.device.type == "mps" else torch.float64
-        times = schedule.time(self.noise_levels(schedule).to(noise.device, wide))
-        alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-
-        def x0_and_noise(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-            t = times[i].to(noise.dtype).expand(len(x))
-            x0 = denoiser(x.to(noise.dtype), t).to(wide)
-            return x0, (x - alpha[i] * x0) / sigma[i]
-
-        x = sigma[0] * noise.to(wide)
-        steps = range(self.steps - 1)
-        for i in progress_bar(steps, "Sampling", is_shown=progress):
-            x0, eps = x0_and_noise(x, i)
-            x = alpha[i + 1] * x0 + sigma[i + 1] * eps
-            if self.solver == "heun":
-                _, next_eps = x0_and_noise(x, i + 1)
-                step = sigma[i + 1] - alpha[i + 1] * sigma[i] / alpha[i]
-                x = x + step * (next_eps - eps) / 2
-        x0, _ = x0_and_noise(x, self.steps - 1)
-        return x0.to(noise.dtype)
+        size = max(len(noise), 1)
+        return self.draw(
+            lambda xt, t, group, cond: denoiser(xt, t),
+            schedule,
+            noise,
+            generator=generator,
+            batch_size=size,
+            progress=progress,
+        ).x0
 
     def draw(
         self,
@@ -146,48 +156,131 @@ class Sampler:
         group: Tensor | None = None,
         cond: Condition | None = None,
         null_cond: Condition | None = None,
+        reverse: ReverseEstimator | None = None,
+        generator: torch.Generator | None = None,
         batch_size: int = 256,
         progress: bool = False,
-    ) -> Tensor:
+    ) -> Samples:
         """Turn ``noise (B, *)`` into guided samples ``(B, *)``, batch by batch.
 
+        A sample gets the same noise in any batch, so that it does not depend on ``batch_size`` but
+        for rounding; with ``RK45`` for its tolerance.
+
         Args:
-            denoise: Estimates x0 from x_t, t, class labels (None is unconditional), condition.
+            denoise: Estimates x0 from x_t, t, class labels (negative is unconditional), condition.
             schedule: The schedule that it was trained with.
             noise: Standard normal numbers.
             group: Class labels ``(B,)``, or None.
-            cond: Further condition, one row per sample in each tensor, or None.
-            null_cond: What stands for no condition, of one row, or None.
+            cond: Further condition, nested dictionaries of tensors of B rows or of one for all.
+            null_cond: What stands for ``cond`` in the unconditional half of guidance, of one row.
+            reverse: Estimates the same, and the variance of reverse steps, for ``DDPM``.
+            generator: Source of further noise, if the solver needs any; torch's global one if not
+                given.
             batch_size: Number of samples at a time.
             progress: Whether to show a progress bar if sampling takes longer than a second.
+
+        Raises:
+            ValueError: If guidance has nothing to put in place of the condition.
         """
         check_integer("batch_size", batch_size, 1)
-        parts = []
-        for start in range(0, len(noise), batch_size):
-            rows = slice(start, start + batch_size)
-            labels = None if group is None else group[rows]
-            some = condition_rows(cond, rows)
-            null = None if null_cond is None else expanded(null_cond, len(noise[rows]))
-            denoiser = self._guided(denoise, labels, some, null)
-            parts.append(self.solve(denoiser, schedule, noise[rows], progress=progress))
-        return torch.cat(parts) if parts else noise
+        null = self._null(cond, null_cond)
+        cond, null = (None if x is None else expanded(x, len(noise)) for x in (cond, null))
+        count, key, solver = len(noise), NoiseKey(generator), self._solver
+        # where the device has them: rounding errors add up over the steps
+        wide = torch.float32 if noise.device.type == "mps" else torch.float64
+        levels = tuple(self.noise_levels(schedule).tolist())
+        known, starts = self.evaluations, range(0, count, batch_size)
+        total = None if known is None else known * len(starts)
 
-    def _guided(
-        self,
-        denoise: ConditionalDenoiser,
-        group: Tensor | None,
-        cond: Condition | None,
-        null: Condition | None,
-    ) -> Denoiser:
-        def denoiser(xt: Tensor, t: Tensor) -> Tensor:
-            conditional = denoise(xt, t, group, cond)
-            if self.guidance == 1 or (group is None and null is None):
-                return conditional
-            return torch.lerp(
-                denoise(xt, t, None, cond if null is None else null), conditional, self.guidance
+        parts, counts = [], [0]
+        with progress_steps(total, "Sampling", is_shown=progress) as advance:
+            for start in starts:
+                rows = slice(start, min(start + batch_size, count))
+                guided = Guidance(
+                    denoise,
+                    schedule,
+                    self.guidance,
+                    self.guidance_interval,
+                    self.guidance_rescale,
+                    group=None if group is None else group[rows],
+                    cond=condition_rows(cond, rows),
+                    null_cond=condition_rows(null, rows),
+                    reverse=reverse,
+                )
+                counted = _Counted(guided, advance)
+                row_noise = RowNoise(key, rows.start, rows.stop)
+                problem = Problem(
+                    counted,
+                    schedule,
+                    self._steps,
+                    levels,
+                    row_noise,
+                    noise.dtype,
+                    counted.estimate,
+                )
+                parts.append(solver.solve(problem, noise[rows].to(wide)).to(noise.dtype))
+                counts.append(counted.count)
+        return Samples(torch.cat(parts) if parts else noise, max(counts))
+
+    @property
+    def _solver(self) -> Solver:
+        return self.solver or Heun()
+
+    @property
+    def _steps(self) -> int:
+        if not isinstance(self.grid, str):
+            return len(self.grid)
+        return USUAL_STEPS if self.steps is None else self.steps
+
+    def _check_unused(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        if not isinstance(self.grid, str):
+            for name in ("steps", "noise_level_min", "noise_level_max"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` must be left out where `grid` gives the noise levels, got "
+                        f"{getattr(self, name)}: leave one of the two out."
+                    )
+        for name in self._solver.unused:
+            value = getattr(self, name)
+            if value != defaults[name]:
+                raise ValueError(
+                    f"`{name}` must be left out with {type(self._solver).__name__}, which chooses "
+                    f"its own noise levels, got {value}: leave it out, or use another solver."
+                )
+
+    def _null(self, cond: Condition | None, null_cond: Condition | None) -> Condition | None:
+        """Return what stands for ``cond`` in the unconditional half, of one row, or None."""
+        if self.guidance == 1 or cond is None:
+            return None
+        if null_cond is None:
+            raise ValueError(
+                f"`guidance` must be 1 with `cond`, which needs a `null_cond` to be left out, got "
+                f"{self.guidance:g}: use Sampler(guidance=1), or give `null_cond`."
             )
+        return null_condition(null_cond, cond)
 
-        return denoiser
+
+class _Counted:
+    """A guided denoiser that counts its calls, and says after each that it is done."""
+
+    def __init__(self, guided: Guidance, done: Any) -> None:
+        self._guided, self._done = guided, done
+        self.count = 0
+
+    def __call__(self, xt: Tensor, t: Tensor) -> Tensor:
+        found = self._guided(xt, t)
+        self._note()
+        return found
+
+    def estimate(self, xt: Tensor, t: Tensor) -> ReverseEstimate:
+        found = self._guided.estimate(xt, t)
+        self._note()
+        return found
+
+    def _note(self) -> None:
+        self.count += 1
+        self._done()
 
 
 @contextmanager

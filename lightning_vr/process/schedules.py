@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_vr.core.validation import check_positive
 from lightning_vr.process.timesteps import Density, LogNormal, Uniform
 
 
@@ -81,12 +82,17 @@ class EDM(Schedule):
     Args:
         sigma_min: Smallest noise level of sampling.
         sigma_max: Largest noise level of sampling.
+        embedding_scale: Factor on ``log(sigma) / 4``, c_noise of table 1, which networks embed.
     """
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, embedding_scale: float = 1000.0
+    ) -> None:
         super().__init__()
         _check_range("sigma_min", sigma_min, "sigma_max", sigma_max)
+        check_positive("embedding_scale", embedding_scale)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.embedding_scale = embedding_scale
         self.t_min, self.t_max = sigma_min, sigma_max
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -105,8 +111,8 @@ class EDM(Schedule):
         return noise_level
 
     def embedding_time(self, t: Tensor) -> Tensor:
-        """Return ``1000 * log(t) / 4``: c_noise of table 1, in the range that networks expect."""
-        return 250.0 * torch.log(t)
+        """Return ``embedding_scale * log(t) / 4``."""
+        return 0.25 * self.embedding_scale * torch.log(t)
 
     def default_timesteps(self) -> Density:
         return LogNormal(-1.2, 1.2)

@@ -4,7 +4,8 @@ Each targeted map W becomes ``W + (alpha / rank) B A`` with A of ``rank`` rows a
 columns, which starts at 0 (Hu et al. 2021, arXiv 2106.09685). peft puts them into the network.
 
 Checkpoints of a network from a folder hold the adapter alone, and a digest of the weights that it
-was trained on: with others it would be another model.
+was trained on: with others it would be another model. Whoever loads one gives the network, as
+nothing opens a folder that a checkpoint names.
 """
 
 import hashlib
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 
 from lightning_vr.core.devices import without_compiler
 from lightning_vr.core.validation import check_integer
-from lightning_vr.lifecycle.checkpoint_contents import STATE
+from lightning_vr.lifecycle.own_state import BASE, STATE
 from lightning_vr.lifecycle.weight_averaging import drop_weights, update_weights
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections of attention in diffusers' networks."""
 
-_MARK, _NETWORK, _BASE = ".lora_", "network.", "base"
+_MARK, _NETWORK = ".lora_", "network."
 
 
 @dataclass(frozen=True)
@@ -91,27 +92,23 @@ class Adapter:
             self._digest = _digest(_base(network))
         names = [f"{_NETWORK}{name}" for name in _base(network)]
         drop_weights(checkpoint, names)
-        checkpoint[STATE][_BASE] = {"folder": self.folder, "digest": self._digest}
+        checkpoint[STATE][BASE] = {"folder": self.folder, "digest": self._digest}
 
     def complete(self, network: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Put the weights that a checkpoint leaves out back into it.
-
-        They are those of ``network`` if it has the same, else those of the folder.
+        """Put the weights that a checkpoint leaves out back into it: those of ``network``.
 
         Raises:
-            ValueError: If neither has the weights that the adapter was trained on.
+            ValueError: If they are not those that the adapter was trained on.
         """
-        base = checkpoint.get(STATE, {}).get(_BASE)
+        base = checkpoint.get(STATE, {}).get(BASE)
         if base is None:
             return
-        found: dict[str, Tensor] | None = _base(network)
-        if found is not None and _digest(found) != base["digest"]:
-            found = _of_folder(network, base["folder"])
-        if found is None or _digest(found) != base["digest"]:
+        found = _base(network)
+        if _digest(found) != base["digest"]:
             raise ValueError(
                 f"`network` must have the weights that the adapter of the checkpoint was trained "
-                f"on, those of {base['folder']}, which is not there or holds others: give the "
-                f"network again, from a folder with these weights."
+                f"on, those of {base['folder']}, got others: give a Pretrained network from a "
+                f"folder that holds them."
             )
         update_weights(checkpoint, {f"{_NETWORK}{name}": x for name, x in found.items()})
 
@@ -142,25 +139,6 @@ def _folder(network: nn.Module) -> str | None:
 def _base(network: nn.Module) -> dict[str, Tensor]:
     """Return the weights that are not the adapter's, by their names in its state."""
     return {name: x for name, x in network.state_dict().items() if _MARK not in name}
-
-
-def _of_folder(network: nn.Module, folder: Any) -> dict[str, Tensor] | None:
-    """Return the weights of a folder by the names of ``network``, or None if they do not fit."""
-    plain: Any = without_compiler(network)
-    if not hasattr(plain, "from_pretrained") or not Path(str(folder)).is_dir():
-        return None
-    found = (
-        type(plain)
-        .from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
-        .state_dict()
-    )
-    own = _base(network)
-    by_name = {name: found.get(name.replace(".base_layer.", ".")) for name in own}
-    if any(x is None or x.shape != own[name].shape for name, x in by_name.items()):
-        return None
-    return {name: x.to(own[name]) for name, x in by_name.items() if x is not None}
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

@@ -32,7 +32,6 @@ from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.estimators.loss import ControlVariate, diffusion_loss
 from lightning_vr.estimators.slot import drop_control_variate
 from lightning_vr.estimators.targets import DSM, Target
-from lightning_vr.process.ancestral_sampling import AncestralSampler
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.pixel_levels import check_on_levels
 from lightning_vr.process.predictions import PredictionType
@@ -87,6 +86,7 @@ class Diffusion(Denoising):
             a diffusers scheduler with a table of timesteps.
 
     Attributes:
+        sample_evaluations: Calls of the network that each sample of the last ``sample`` took.
         sample_shape: Shape of one encoded sample, known from the first batch on.
         sample_calls: Calls of ``sample`` so far without ``source`` and ``seed``.
     """
@@ -143,7 +143,7 @@ class Diffusion(Denoising):
         use_plain_keys(self)
 
         self.sample_shape: tuple[int, ...] | None = None
-        self.sample_calls = 0
+        self.sample_calls = self.sample_evaluations = 0
         self._checked_modes: set[bool] = set()
 
     def loss(
@@ -246,7 +246,7 @@ class Diffusion(Denoising):
         group: Tensor | list[int] | None = None,
         cond: Condition | None = None,
         shape: tuple[int, ...] | None = None,
-        sampler: Sampler | AncestralSampler | None = None,
+        sampler: Sampler | None = None,
         source: torch.Generator | None = None,
         seed: int | None = None,
         batch_size: int = 256,
@@ -259,7 +259,7 @@ class Diffusion(Denoising):
             group: Class labels ``(count,)``, or None for samples without a class.
             cond: Further condition, one row per sample in each tensor, or one for all.
             shape: Shape of one sample; that of the training data if not given.
-            sampler: Used in place of the model's own; ``AncestralSampler`` uses a learned variance.
+            sampler: Used in place of the model's own.
             source: Generator of the noise, on the model's device; each call's own if not given.
             seed: Seed of the noise in place of ``source``; ranks draw different noise.
             batch_size: Number of samples at a time.
@@ -276,13 +276,20 @@ class Diffusion(Denoising):
         stream = sample_arguments.source(self, source, seed, self.sample_calls)
         self.sample_calls += source is None and seed is None
         noise = torch.randn(size, generator=stream, device=device, dtype=torch.float32)
-        options: dict[str, Any] = {"group": group, "cond": cond, "null_cond": null}
-        options |= {"batch_size": batch_size, "progress": progress}
         with torch.no_grad(), evaluating(self):
-            if isinstance(sampler, AncestralSampler):
-                estimate = self.reverse_estimate
-                return sampler.draw(estimate, self.schedule, noise, source=stream, **options)
-            return sampler.draw(self.denoise, self.schedule, noise, **options)
+            x0, self.sample_evaluations = sampler.draw(
+                self.denoise,
+                self.schedule,
+                noise,
+                group=group,
+                cond=cond,
+                null_cond=null,
+                reverse=self.reverse_estimate,
+                generator=stream,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        return x0
 
     def _estimate(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
         if self.variance is not None:

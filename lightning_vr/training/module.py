@@ -20,9 +20,9 @@ from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import DSM, Target
-from lightning_vr.lifecycle.checkpoints import STATE
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
+from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.precision import loss_scale
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.uncopied import Uncopied
@@ -35,7 +35,7 @@ from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
 from lightning_vr.training.adapters import Adapter, LoRA
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
-from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.hand_over import HandOver
 from lightning_vr.training.monitors import MonitoredSchedules, plateau_settings
 from lightning_vr.training.reference_bank import fill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
@@ -44,7 +44,7 @@ from lightning_vr.training.training_checks import check_optimization, check_rank
 from lightning_vr.training.upstream import NullCondition
 
 
-class DiffusionModule(AutoSigmaData, Diffusion, MonitoredSchedules):
+class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
     """Trains a diffusion model with pluggable estimators of its loss.
 
     Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``

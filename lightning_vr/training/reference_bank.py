@@ -36,11 +36,12 @@ def fill_target(model: Diffusion, trainer: Trainer) -> None:
         set_references(target, clean)
     is_unindexed = clean is not None and clean.index is None
     if is_unindexed and isinstance(target, STF) and target.bank is not None:
-        _compare_by_reading_again(model, trainer, target)
+        compare_by_reading_again(model, trainer, target)
 
 
-def _compare_by_reading_again(model: Diffusion, trainer: Trainer, target: STF) -> None:
-    """Compare a first batch with its copies in the bank.
+@torch.no_grad()
+def compare_by_reading_again(model: Diffusion, trainer: Trainer, target: STF) -> None:
+    """Warn if a first batch, encoded again, differs from its copies in the bank.
 
     Without indices the batches of training cannot be compared, as their copies are not known.
     """

@@ -11,9 +11,8 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_vr.core.validation import check_positive
-from lightning_vr.lifecycle.checkpoints import STATE
 from lightning_vr.lifecycle.hyperparameters import Description
+from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.weightings import UnitWeighting
@@ -136,12 +135,6 @@ def _saved(state: dict[str, Any], now: float) -> float | None:
     saved = state.get("sigma_data")
     if saved is None:
         return None
-    if not isinstance(saved, (int, float)):
-        raise ValueError(
-            f"`sigma_data` in the checkpoint must be a number, got {saved!r}: the file is damaged; "
-            f"use another."
-        )
-    check_positive("sigma_data", saved)
     if not math.isnan(now) and not math.isclose(saved, now, rel_tol=1e-6):
         rank_zero_info(
             f"sigma_data is {saved:.6g}, as in the checkpoint; that of the data is {now:.6g} now."

@@ -23,9 +23,9 @@ class GradientStatistics:
     ) -> None:
         self.groups = groups
         self.noise_levels = noise_levels.detach().cpu()
-        fields, state = len(Components._fields), state or {}
-        self._whole = Moments(fields, 1 + len(groups), state=state.get("whole"))
-        self._levels = Moments(fields, len(noise_levels), state=state.get("levels"))
+        fields = len(Components._fields)
+        self._whole = Moments(fields, 1 + len(groups), state=_part(state, "whole"))
+        self._levels = Moments(fields, len(noise_levels), state=_part(state, "levels"))
 
     def add(self, components: Components, memory: float = 1.0) -> None:
         """Add a measurement: the whole gradient, then each group ``(1 + groups,)``.
@@ -80,3 +80,16 @@ class GradientStatistics:
     def state(self) -> dict[str, Any]:
         """Return tensors, as a checkpoint keeps them."""
         return {"whole": self._whole.state(), "levels": self._levels.state()}
+
+
+def _part(state: Any, name: str) -> Tensor | None:
+    """Return a part of a saved state, None without one."""
+    if state is None:
+        return None
+    if not isinstance(state, dict) or state.get(name) is None:
+        raise ValueError(
+            f"`statistics` of a saved GradientVariance must have `{name}`, got {state!r:.60}: the "
+            f"file is damaged, use another checkpoint."
+        )
+    found: Tensor = state[name]
+    return found

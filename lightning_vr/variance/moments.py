@@ -13,6 +13,8 @@ such as a squared mean gradient, comes close to zero in single measurements.
 import torch
 from torch import Tensor
 
+from lightning_vr.core.validation import check_saved_tensor
+
 
 class Moments:
     """Mean and standard error of measurements of one shape; each element has its own weights.
@@ -23,6 +25,8 @@ class Moments:
     """
 
     def __init__(self, *shape: int, state: Tensor | None = None) -> None:
+        if state is not None:
+            check_saved_tensor("moments", state, (4, *shape))
         self._state = torch.zeros(4, *shape, dtype=torch.float64) if state is None else state
 
     def add(self, values: Tensor, weight: float | Tensor = 1.0) -> None:

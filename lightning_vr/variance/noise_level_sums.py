@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_vr.core.devices import widest_float
 from lightning_vr.core.distributed import all_reduce_sum, rank, ranks_save_together
+from lightning_vr.core.validation import check_saved_tensor
 
 _Sums = TypeVar("_Sums", bound="NoiseLevelSums")
 
@@ -39,6 +40,9 @@ class NoiseLevelSums:
         self._sums = noise_levels.new_zeros(rows, columns)
         self._recent = torch.zeros_like(self._sums)
         if state is not None:
+            for name in ("sums", "recent"):
+                found = state.get(name) if isinstance(state, dict) else state
+                check_saved_tensor(name, found, tuple(self._sums.shape))
             self._sums = state["sums"]
             # every rank loads what rank 0 saved, and the next reduction sums over the ranks
             self._recent = state["recent"] if rank() == 0 else self._recent

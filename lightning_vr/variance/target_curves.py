@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_vr.core.validation import check_integer, check_saved_tensor
+
 
 class MeasuredCurve(NamedTuple):
     """A curve over the noise levels.
@@ -76,12 +78,28 @@ class TargetVarianceCurve:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "TargetVarianceCurve":
-        """Rebuild a curve from its ``state``."""
-        return cls(
-            state["noise_levels"],
-            state["size"],
-            MeasuredCurve(*state["dsm"]),
-            {n: MeasuredCurve(*curve) for n, curve in state["stf"].items()},
-            {n: MeasuredCurve(*curve) for n, curve in state["ess"].items()},
-            MeasuredCurve(*state["divergence"]),
-        )
+        """Rebuild a curve from its ``state``.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        check_integer("size", state["size"], 1)
+        levels, found = state["noise_levels"], {}
+        check_saved_tensor("noise_levels", levels, (len(levels),))
+        for name in ("stf", "ess"):
+            found[name] = {n: _curve(name, x, len(levels)) for n, x in state[name].items()}
+        if not found["ess"].keys() >= found["stf"].keys():
+            raise ValueError(
+                f"`ess` of a saved state must have all numbers of references, got "
+                f"{list(found['ess'])}: the file is damaged, use another checkpoint."
+            )
+        dsm, divergence = (_curve(name, state[name], len(levels)) for name in ("dsm", "divergence"))
+        return cls(levels, state["size"], dsm, found["stf"], found["ess"], divergence)
+
+
+def _curve(name: str, state: Any, levels: int) -> MeasuredCurve:
+    """Rebuild a curve of so many noise levels from its mean and error."""
+    curve = MeasuredCurve(*state)
+    for part in curve:
+        check_saved_tensor(name, part, (levels,))
+    return curve

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import os
 import signal
 import time
@@ -188,6 +189,22 @@ def test_candidates_that_have_no_references_are_left_out_and_named():
     assert [m.name for m in found.estimators] == ["current"]
     assert "condition" in found.skipped["few"]
     assert "does not pay" in found.advice
+
+
+class Moving(DiffusionModule):
+    """Encodes a sample as another each time, and passes no indices on."""
+
+    def encode(self, batch):
+        x0 = batch["x0"]
+        return Clean(x0 + torch.randn_like(x0))
+
+
+def test_a_candidate_with_drawn_references_warns_of_a_random_encode_without_indices(caplog):
+    torch.manual_seed(0)
+    moving = Moving(ResidualMLP(width=16, depth=1))
+    with caplog.at_level(logging.WARNING):
+        audit(moving, data(), [Candidate("STF(8)", target=STF(8))], budget=0.1)
+    assert sum("differ from the bank's copies" in each.message for each in caplog.records) == 1
 
 
 def test_banks_of_samples_that_do_not_come_equally_often_are_left_out_and_named():

@@ -2,14 +2,17 @@
 
 import json
 import os
-import subprocess
 import sys
+import warnings
+from importlib.util import find_spec
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from support.forks import exit_code
 
 from lightning_vr import DiffusionModule, ResidualMLP, audit
+from lightning_vr.cli import main
 from lightning_vr.data import EightGaussians
 
 FLAGS = """
@@ -20,6 +23,25 @@ FLAGS = """
 """
 
 
+def on_the_command_line(folder, arguments):
+    """Run the command line in a fork as its first rank, which starts the second one itself."""
+
+    def run():
+        os.chdir(folder)
+        for stream, name in enumerate(("out.txt", "err.txt"), start=1):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        warnings.simplefilter("default")
+        # Lightning starts the second rank as `python -m` of this module with these arguments
+        sys.modules["__main__"].__spec__ = find_spec("lightning_vr.__main__")
+        sys.argv = ["lightning_vr", *arguments]
+        os.environ["OMP_NUM_THREADS"] = "1"
+        main()
+        sys.stdout.flush()
+
+    return exit_code(run, seconds=180)
+
+
 def test_two_ranks_measure_together_and_one_of_them_writes(tmp_path):
     candidates = tmp_path / "candidates.yaml"
     shared = {"references": "all", "sharded": True}
@@ -27,12 +49,9 @@ def test_two_ranks_measure_together_and_one_of_them_writes(tmp_path):
     targets = {n: {"class_path": "STF", "init_args": given} for n, given in settings.items()}
     listed = [{"name": name, "target": target} for name, target in targets.items()]
     candidates.write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "lightning_vr", "audit", f"--candidates={candidates}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *FLAGS.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = ["audit", f"--candidates={candidates}", *FLAGS.split()]
+    code = on_the_command_line(tmp_path, arguments)
+    assert code == 0, (tmp_path / "err.txt").read_text()[-2000:]
     (path,) = tmp_path.glob("runs/**/audit.json")
     found = json.loads(path.read_text())
     assert found["batch"] == 64
@@ -43,7 +62,7 @@ def test_two_ranks_measure_together_and_one_of_them_writes(tmp_path):
     assert batch > 1
     # both have the references of all ranks, and the same
     assert alike[0] == alike[1] > 1
-    assert done.stdout.count("The audit is in") == 1
+    assert (tmp_path / "out.txt").read_text().count("The audit is in") == 1
 
 
 def test_processes_that_cannot_return_a_result_are_refused():

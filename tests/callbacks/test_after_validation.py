@@ -6,13 +6,14 @@ from itertools import permutations
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 from lightning_vr import DiffusionModule, FrechetDistance, ResidualMLP, SampleGrid, Sampler
 from lightning_vr.callbacks import sample_blocks
+from lightning_vr.callbacks.after_validation import AfterValidation
 from lightning_vr.callbacks.pictures import save_picture
 from lightning_vr.data import EightGaussians
 from lightning_vr.metrics import IdentityFeatures, RandomConvFeatures
@@ -97,6 +98,40 @@ def test_a_run_with_the_callbacks_ends_in_bitwise_the_same_weights(tmp_path):
         assert watched.training
         weights.append(watched.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+class Evaluating(AfterValidation):
+    """Notes when it evaluates, and fails the first time if asked to."""
+
+    def __init__(self, fails=False):
+        super().__init__(None, every_n_validations=2)
+        self.fails, self.steps = fails, []
+
+    def evaluate(self, trainer, module):
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("the disk is gone")
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+def test_an_evaluation_that_an_error_has_ended_is_done_again_by_the_resumed_run(tmp_path):
+    settings = {"max_steps": 16}
+    whole = Evaluating()
+    trainer(tmp_path / "whole", whole, **settings).fit(module(), data())
+    assert whole.steps == [8, 16]
+
+    stopped = Evaluating(fails=True)
+    saver = ModelCheckpoint(tmp_path / "kept", every_n_epochs=100, save_on_exception=True)
+    run = trainer(tmp_path / "stopped", stopped, saver, enable_checkpointing=True, **settings)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        run.fit(module(), data())
+    assert stopped.steps == []
+
+    resumed = Evaluating()
+    (path,) = (tmp_path / "kept").glob("*.ckpt")
+    trainer(tmp_path / "resumed", resumed, **settings).fit(module(), data(), ckpt_path=path)
+    assert resumed.steps == whole.steps
 
 
 class Enlarging(DiffusionModule):

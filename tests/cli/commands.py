@@ -6,10 +6,18 @@ import yaml
 
 from lightning_vr.cli import main
 
-POINTS = ["--data", "EightGaussians", "--data.num_samples", "512", "--data.num_validation", "64"]
+# the parser looks for a short name among all classes that are imported
+POINTS = [
+    "--data",
+    "lightning_vr.data.EightGaussians",
+    "--data.num_samples",
+    "512",
+    "--data.num_validation",
+    "64",
+]
 NETWORK = [
     "--model.network",
-    "ResidualMLP",
+    "lightning_vr.ResidualMLP",
     "--model.network.width",
     "16",
     "--model.network.depth",

@@ -9,7 +9,7 @@ from commands import write
 
 from lightning_vr.cli import main, vr_trainer
 
-BUDGET = "--budget=2"
+BUDGET = "--budget=0.5"
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_vr import STF, DiffusionModule, ResidualMLP
-from lightning_vr.cli.last_checkpoint import last_checkpoint
+from lightning_vr.cli.checkpoint_path import last_checkpoint
 from lightning_vr.data import EightGaussians
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def trained(tmp_path_factory):
         "--model.target=STF",
         "--model.target.references=16",
         "--model.sampler.steps=4",
-        "--model.sampler.solver=euler",
+        "--model.sampler.solver=Euler",
         "--model.optimizer=AdamW",
         "--model.optimizer.lr=0.01",
         "--model.lr_scheduler=StepLR",
@@ -63,7 +65,8 @@ def test_without_a_configured_model_the_checkpoint_builds_it(run, trained):
 def test_settings_without_a_network_override_those_of_the_checkpoint(command, run, trained):
     flags = ["--model.sampler.steps=7", "--model.on_nonfinite=skip", "--trainer.max_steps=3"]
     model = settings(run(command, *flags, "--ckpt_path", trained, network=[]))["model"]["init_args"]
-    assert (model["sampler"]["steps"], model["sampler"]["solver"]) == (7, "euler")
+    solver = model["sampler"]["solver"]["class_path"]
+    assert (model["sampler"]["steps"], solver.rpartition(".")[2]) == (7, "Euler")
     assert model["on_nonfinite"] == "skip"
     assert model["target"]["init_args"]["references"] == 16
 
@@ -196,7 +199,9 @@ def test_last_looks_where_the_logger_writes(run, refused):
 def test_last_looks_where_a_checkpoint_callback_writes(is_list, run, folder):
     arguments = {"save_last": True, "dirpath": "kept"}
     saver = {"class_path": "ModelCheckpoint", "init_args": arguments}
-    others = [{"class_path": "TargetVariance"}, {"class_path": "LearningRateMonitor"}]
+    short = {"samples": 64, "noise_levels": 2}
+    measured = {"class_path": "TargetVariance", "init_args": short}
+    others = [measured, {"class_path": "LearningRateMonitor"}]
     config = write(
         folder / "kept.yaml", trainer={"callbacks": [*others, saver] if is_list else saver}
     )

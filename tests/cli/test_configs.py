@@ -1,10 +1,12 @@
 """Every shipped configuration runs, and its run writes to one folder only."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lightning_vr.callbacks import TargetVariance
 from lightning_vr.cli import main
 
 # two steps are too few
@@ -21,7 +23,7 @@ TINY = [
     "--trainer.limit_val_batches=1",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
-    "--model.sampler.solver=euler",
+    "--model.sampler.solver=Euler",
     "--model.sampler.steps=2",
 ]
 WRITTEN = {
@@ -31,6 +33,15 @@ WRITTEN = {
     "target_variance.png",
     "checkpoints/last.ckpt",
 }
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Few noise levels and samples where the configurations leave them to the callback."""
+    given = inspect.signature(TargetVariance).parameters.values()
+    short = {"noise_levels": 5, "samples": 64}
+    defaults = tuple(short.get(each.name, each.default) for each in given)
+    monkeypatch.setattr(TargetVariance.__init__, "__defaults__", defaults)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -63,6 +63,10 @@ def without(*names):
     return leave_out
 
 
+def without_own(name):
+    return changing(lambda checkpoint: checkpoint["lightning_vr"].pop(name))
+
+
 def having(**entries):
     """Replace entries; ``a__b`` stands for b in a."""
 
@@ -142,6 +146,7 @@ def hyper(**entries):
 NAN = float("nan")
 OTHER = {"_class_path": "lightning.pytorch.demos.boring_classes.BoringModel"}
 WIDER = {"class_path": "lightning_vr.ResidualMLP", "init_args": {"width": 4, "depth": 1}}
+HUGE = {"class_path": "lightning_vr.ResidualMLP", "init_args": {"width": 10**7, "depth": 1}}
 NEGATIVE = {"class_path": "lightning_vr.ResidualMLP", "init_args": {"width": -4}}
 DAMAGED = {
     # files
@@ -219,6 +224,7 @@ DAMAGED = {
     "a class of no name": (hyper(_class_path={1: 2}), ALL, "_class_path` .* the name of a class"),
     "another class": (hyper(**OTHER), ALL, "holds a lightning.*no subclass of DiffusionModule"),
     "another network": (hyper(network=WIDER), ALL, "does not fit the module"),
+    "a network of terabytes": (hyper(network=HUGE), ALL, r"does not fit .* \(10000000, 2\) as"),
     # the package's own state
     "own state a list": (having(lightning_vr=[]), ALL, "`lightning_vr` .* got a list"),
     "seed of text": (having(lightning_vr__seed="one"), ALL, "lightning_vr.seed` .* got 'one'"),
@@ -226,7 +232,11 @@ DAMAGED = {
     "shape of NaN": (having(lightning_vr__sample_shape=[NAN]), ALL, "sizes of 1 or more"),
     "shape below 0": (having(lightning_vr__sample_shape=[-2]), ALL, "sizes of 1 or more"),
     "shape of text": (having(lightning_vr__sample_shape="2"), ALL, "sample_shape"),
-    "objects of numbers": (having(lightning_vr__objects=[1]), ALL, "names of arguments"),
+    "objects of numbers": (
+        having(lightning_vr__objects=[1]),
+        ALL,
+        "objects` .* must be text, got 1",
+    ),
     "skipped of text": (having(lightning_vr__skipped="one"), ALL, "skipped"),
     # Lightning's state
     "no version": (without("pytorch-lightning_version"), COMMANDS, "must be a version, got noth"),
@@ -289,6 +299,45 @@ DAMAGED = {
         having(optimizer_states__0__param_groups__0__lr=NAN),
         FIT,
         "optimizer_states.lr` .* got nan",
+    ),
+    "no seed": (having(lightning_vr__seed=None), FIT, "lightning_vr.seed` .* got nothing"),
+    "no position": (without_own("position"), FIT, "lightning_vr.position` .* got nothing"),
+    "position of few fields": (
+        having(lightning_vr__position={}),
+        ALL,
+        "lightning_vr.position.epoch",
+    ),
+    "due of text": (
+        having(lightning_vr__position__due="words"),
+        ALL,
+        "due` .* one of nothing, bat",
+    ),
+    "batches of no number": (
+        having(lightning_vr__position__batches=1e300),
+        ALL,
+        r"position.batches` .* got 1e\+300",
+    ),
+    "hooks of text": (having(lightning_vr__position__left="words"), ALL, "names of hooks"),
+    "window of few fields": (having(lightning_vr__window={}), ALL, "lightning_vr.window.batches"),
+    "row of few fields": (having(lightning_vr__row={}), ALL, "lightning_vr.row.step"),
+    "metrics of text": (having(lightning_vr__metrics={"a": "b"}), ALL, "metrics.a` .* a tensor"),
+    "sums of no number": (
+        having(lightning_vr__sums={"a": {"name": "a", "value": 1e300}}),
+        ALL,
+        "sums.a",
+    ),
+    "calls of nothing": (having(lightning_vr__sample_calls=None), ALL, "sample_calls` .* got noth"),
+    "sigma_data below 0": (having(lightning_vr__sigma_data=-1), ALL, "positive and finite, got -1"),
+    "gradients of another module": (
+        having(lightning_vr__window={"batches": 1, "lost": 0, "gradients": {"a": torch.ones(1)}}),
+        FIT,
+        "window.gradients.a` .* the gradient of a parameter",
+    ),
+    "order of data by no seed": (having(EightGaussians__seed=None), FIT, "`seed` .* got None"),
+    "a rate of no number": (
+        having(optimizer_states__0__param_groups__0__lr=1e300),
+        FIT,
+        r"optimizer_states.lr` .* got 1e\+300",
     ),
     "position of text": (having(lightning_vr__position="one"), ALL, "lightning_vr.position`"),
     "calls of text": (having(lightning_vr__sample_calls="one"), ALL, "sample_calls`"),

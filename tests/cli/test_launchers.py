@@ -3,23 +3,16 @@
 All of them give the same weights, bit by bit: two terms have the same sum in either order.
 """
 
-import contextlib
 import functools
-import os
-import signal
 import socket
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 import yaml
+from jobs import finish, start_fork, start_fresh
 
-SECONDS = 120
-"""Seconds after which a job counts as hanging."""
+pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 
 SETTINGS = {
     "model": {
@@ -66,7 +59,7 @@ class Broken(EightGaussians):
 
 
 def slow(save, *arguments):  # longer than Lightning lets a rank live whose other has ended
-    time.sleep(8)
+    time.sleep(float(os.environ["SECONDS_TO_SAVE"]))
     save(*arguments)
 
 
@@ -88,51 +81,6 @@ def free_port():
         return held.getsockname()[1]
 
 
-def command(*flags, launcher=()):
-    return [sys.executable, *launcher, "-m", "lightning_vr", "fit", "--config=job.yaml", *flags]
-
-
-def torchrun(*flags):
-    return ["-m", "torch.distributed.run", *flags]
-
-
-def run_in(folder, *commands, environments=None):
-    """Start commands in a folder and wait for all of them; return their statuses and outputs."""
-    folder.mkdir(exist_ok=True)
-    (folder / "job.yaml").write_text(yaml.safe_dump(SETTINGS))
-    (folder / "broken.py").write_text(BROKEN)
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PL_", "MASTER_"))}
-    started = [
-        subprocess.Popen(
-            each,
-            cwd=folder,
-            env={**own, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for each, environment in zip(commands, environments or [{}] * len(commands), strict=True)
-    ]
-    end = time.monotonic() + SECONDS
-    try:
-        said = [each.communicate(timeout=max(1, end - time.monotonic()))[0] for each in started]
-    finally:
-        for process in started:
-            end_group(process)
-    return [process.returncode for process in started], said
-
-
-def end_group(process):
-    """Torchrun has sessions of its own for its processes, and ends them if it is asked to end."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
-        os.killpg(process.pid, signal.SIGKILL)
-
-
 def slurm(rank, port):
     """What srun sets for one of two tasks on nodes of their own."""
     return {
@@ -149,57 +97,73 @@ def slurm(rank, port):
     }
 
 
-def two_nodes(folder):
-    flags, port = ("--trainer.devices=1", "--trainer.num_nodes=2"), free_port()
-    where = "--master_addr=127.0.0.1", f"--master_port={port}"
+FIT = ["fit", "--config=job.yaml"]
+TWO_NODES = [*FIT, "--trainer.devices=1", "--trainer.num_nodes=2"]
+
+
+def torchrun_on_two_nodes(start):
+    where = "--master_addr=127.0.0.1", f"--master_port={free_port()}"
     size = "--nnodes=2", "--nproc_per_node=1"
-    nodes = [torchrun(*size, f"--node_rank={node}", *where) for node in range(2)]
-    return run_in(folder, *[command(*flags, launcher=node) for node in nodes])
+    nodes = [[*size, f"--node_rank={node}", *where] for node in range(2)]
+    return [start(arguments=TWO_NODES, torchrun=node) for node in nodes]
 
 
-def srun(folder):
-    task, port = command("--trainer.devices=1", "--trainer.num_nodes=2"), free_port()
-    return run_in(folder, task, task, environments=[slurm(rank, port) for rank in range(2)])
+def srun(start):
+    port = free_port()
+    return [start(arguments=TWO_NODES, **slurm(rank, port)) for rank in range(2)]
 
 
-def one_machine(folder, flags=(), launcher=(), broken=(1, 3)):
+def one_machine(start, flags=(), torchrun=(), broken=(1, 3)):
     rank, batch = (str(number) for number in broken)
-    environment = {"BROKEN_RANK": rank, "BROKEN_BATCH": batch, "PYTHONPATH": str(folder)}
-    one = command("--trainer.devices=2", *flags, launcher=launcher)
-    return run_in(folder, one, environments=[environment])
+    # Lightning looks after 5 s at fresh interpreters, and here after 1 s at forks
+    seconds = "8" if start.func is start_fresh else "3"
+    given = {"BROKEN_RANK": rank, "BROKEN_BATCH": batch, "SECONDS_TO_SAVE": seconds}
+    arguments = [*FIT, "--trainer.devices=2", *flags]
+    return [start(arguments=arguments, torchrun=torchrun, **given)]
 
 
 RAISES = "--data=broken.Broken"
 SAVES = "--trainer.callbacks.save_on_exception=true"
-TORCHRUN = torchrun("--standalone", "--nproc_per_node=2")
+TORCHRUN = ["--standalone", "--nproc_per_node=2"]
 JOBS = {
-    "lightning": one_machine,
-    "lightning, raises": partial(one_machine, flags=[RAISES]),
+    # of these one rank waits for long until Lightning ends it: they run beside the others
     # once training has begun, after the five batches that fill the bank
     "raises and saves": partial(one_machine, flags=[RAISES, SAVES], broken=(1, 8)),
-    "first raises and saves": partial(one_machine, flags=[RAISES, SAVES], broken=(0, 8)),
     "first raises and saves, as others": partial(
         one_machine, flags=[RAISES, SAVES, "--data.num_samples=128"], broken=("01", 7)
     ),
-    "torchrun": partial(one_machine, launcher=TORCHRUN),
-    "torchrun, raises": partial(one_machine, flags=[RAISES], launcher=TORCHRUN),
-    "torchrun, two nodes": two_nodes,
+    "lightning": one_machine,
+    "lightning, raises": partial(one_machine, flags=[RAISES]),
+    "first raises and saves": partial(one_machine, flags=[RAISES, SAVES], broken=(0, 8)),
+    "torchrun": partial(one_machine, torchrun=TORCHRUN),
+    "torchrun, raises": partial(one_machine, flags=[RAISES], torchrun=TORCHRUN),
+    "torchrun, two nodes": torchrun_on_two_nodes,
     "srun": srun,
 }
-
-WAITING = ["raises and saves", "first raises and saves, as others"]
-"""Jobs of which one rank waits for long until Lightning ends it."""
+WAITING = list(JOBS)[:2]
+DONE = [name for name in JOBS if "raises" not in name]
+RAISING = [name for name in JOBS if "raises" in name]
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Folder, statuses and outputs of a job: those that mostly wait run beside the others."""
-    folders = {name: tmp_path_factory.mktemp("job") for name in JOBS}
-    with ThreadPoolExecutor(len(WAITING) + 1) as pool:
-        submit = functools.cache(lambda name: pool.submit(JOBS[name], folders[name]))
-        for name in WAITING:
-            submit(name)
-        yield lambda name: (folders[name], *submit(name).result())
+    """Folder, statuses and outputs of a job, whose processes are started by a function."""
+
+    @functools.cache
+    def started(name, start):
+        folder = tmp_path_factory.mktemp("job")
+        (folder / "job.yaml").write_text(yaml.safe_dump(SETTINGS))
+        (folder / "broken.py").write_text(BROKEN)
+        return folder, JOBS[name](partial(start, folder))
+
+    @functools.cache
+    def job(name, start=start_fork):
+        for each in WAITING if name in RAISING else ():
+            started(each, start)
+        folder, processes = started(name, start)
+        return folder, *finish(processes)
+
+    return job
 
 
 def weights(folder):
@@ -207,20 +171,44 @@ def weights(folder):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("name", [name for name in JOBS if "raises" not in name])
+@pytest.mark.parametrize("name", DONE)
 def test_two_processes_train_to_the_same_weights_however_they_are_started(name, jobs):
-    folder, statuses, said = jobs(name)
+    check_weights(jobs(name), jobs("lightning"))
+
+
+def test_fresh_interpreters_train_to_the_same_weights_as_forks(jobs):
+    check_weights(jobs("lightning", start_fresh), jobs("lightning"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DONE)
+def test_fresh_interpreters_train_to_the_same_weights_however_they_are_started(name, jobs):
+    check_weights(jobs(name, start_fresh), jobs("lightning"))
+
+
+def check_weights(job, reference):
+    folder, statuses, said = job
     assert set(statuses) == {0}, "\n".join(said)
     assert sum(each.count("MEMBER: 2/2") for each in said) == 1
-    found, expected = weights(folder), weights(jobs("lightning")[0])
+    found, expected = weights(folder), weights(reference[0])
     assert found.keys() == expected.keys()
     for parameter in expected:
         assert torch.equal(found[parameter], expected[parameter]), parameter
 
 
-@pytest.mark.parametrize("name", [name for name in JOBS if "raises" in name])
+@pytest.mark.parametrize("name", RAISING)
 def test_a_rank_that_raises_ends_the_job(name, jobs):
-    folder, (status,), (said,) = jobs(name)
+    check_end(name, jobs(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RAISING)
+def test_a_rank_that_raises_ends_the_job_of_fresh_interpreters(name, jobs):
+    check_end(name, jobs(name, start_fresh))
+
+
+def check_end(name, job):
+    folder, (status,), (said,) = job
     assert status != 0
     assert "the disk is gone" in said
     if name in ("lightning, raises", "raises and saves"):

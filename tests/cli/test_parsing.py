@@ -1,14 +1,12 @@
 """Settings: short names, files that parse to themselves, and errors in one line."""
 
-import subprocess
-import sys
-
 import pytest
 import yaml
 from commands import NETWORK, POINTS, SHORT, write
 
 from lightning_vr import DSM, STF, DiffusionModule, ResidualMLP
 from lightning_vr.cli import VRCLI, main
+from lightning_vr.data import EightGaussians
 
 
 def printed(capsys, *args):
@@ -22,13 +20,15 @@ def test_short_class_names_are_enough(folder):
     callbacks = [{"class_path": "TargetVariance"}, {"class_path": "SampleGrid"}]
     file = write(folder / "callbacks.yaml", trainer={"callbacks": callbacks})
     flags = ["--model.target", "STF", "--model.target.references", "16", "--model.schedule", "VP"]
+    flags += ["--model.network", "ResidualMLP", "--data", "EightGaussians"]
 
-    cli = VRCLI(args=["--config", str(file), *NETWORK, *POINTS, *flags, *SHORT], run=False)
+    cli = VRCLI(args=["--config", str(file), *flags, *SHORT], run=False)
 
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert {"TargetVariance", "SampleGrid"} <= set(names)
     assert isinstance(cli.model, DiffusionModule)
     assert isinstance(cli.model.network, ResidualMLP)
+    assert isinstance(cli.datamodule, EightGaussians)
     assert (type(cli.model.target), cli.model.target.references) == (STF, 16)
 
 
@@ -184,6 +184,32 @@ def test_the_short_name_of_the_schedule_on_plateaus_is_enough(as_file, folder):
     assert found["init_args"]["monitor"] == "val/loss"
 
 
+def test_the_short_name_is_enough_in_settings_that_python_gives():
+    schedule = {"class_path": "ReduceLROnPlateau", "init_args": {"monitor": "val/loss"}}
+    model = {"network": {"class_path": "ResidualMLP"}, "lr_scheduler": schedule}
+    given = {"model": {"class_path": "DiffusionModule", "init_args": model}}
+    cli = VRCLI(args={**given, "data": {"class_path": "EightGaussians"}}, run=False)
+    found = cli.config.model.init_args.lr_scheduler
+    assert found.class_path == "lightning.pytorch.cli.ReduceLROnPlateau"
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_text_that_looks_like_the_setting_of_a_schedule_stays_as_it_is(as_file, folder):
+    text = "lr_scheduler=ReduceLROnPlateau"
+    flags = [f"--trainer.logger.name={text}"]
+    if as_file:
+        file = write(folder / "name.yaml", trainer={"logger": {"init_args": {"name": text}}})
+        flags = ["--config", str(file)]
+    found = settings("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=a", *flags)
+    assert found["trainer"]["logger"]["init_args"]["name"] == text
+
+
+def test_torchs_own_schedule_on_plateaus_keeps_its_path():
+    path = "torch.optim.lr_scheduler.ReduceLROnPlateau"
+    found = settings(f"--model.lr_scheduler={path}")["model"]["init_args"]["lr_scheduler"]
+    assert found["class_path"] == path
+
+
 def test_settings_may_share_what_an_anchor_names(folder):
     (folder / "anchor.yaml").write_text(
         "trainer:\n  callbacks:\n"
@@ -253,29 +279,6 @@ def test_the_traceback_of_a_wrong_setting_can_be_seen(run, monkeypatch):
     monkeypatch.setenv("LIGHTNING_VR_TRACEBACK", "1")
     with pytest.raises(ValueError, match="`width`"):
         run("fit", "--model.network.width=3")
-
-
-def test_importing_the_package_and_asking_for_help_is_light():
-    """In a process of its own: slow imports wait until they are needed."""
-    code = """
-import sys
-heavy = {"diffusers", "wandb", "matplotlib", "sklearn"}
-import lightning.pytorch
-# torchmetrics, which Lightning imports, imports matplotlib where it is installed
-theirs = heavy & set(sys.modules)
-assert theirs <= {"matplotlib"}
-import lightning_vr
-assert heavy & set(sys.modules) == theirs, set(sys.modules) & heavy
-from lightning_vr.cli import main
-try:
-    main(["--help"])
-except SystemExit as exit_:
-    assert exit_.code == 0
-assert heavy & set(sys.modules) == theirs, set(sys.modules) & heavy
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "{fit,validate,test,predict,audit}" in done.stdout
 
 
 def test_the_command_line_knows_its_version(capsys):

@@ -1,5 +1,6 @@
 """``predict``: samples of a trained module as arrays and as a picture."""
 
+import errno
 import weakref
 
 import numpy as np
@@ -10,8 +11,11 @@ from PIL import Image
 from support.conditions import captioned, embedded
 
 from lightning_vr import DiffusionModule, Sampler
+from lightning_vr.cli import sample_writer
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.cli.vr_trainer import VRTrainer
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 FEW = ["--model.sampler.steps=3"]
 LAST = "checkpoints/last.ckpt"
@@ -40,6 +44,7 @@ def arrays(folder):
         return dict(file)
 
 
+@pytest.mark.pictures
 def test_points_are_arrays_and_a_scatter_plot(run, points, capsys):
     folder = run("predict", *points, *FEW, "--num_samples=21", network=[], data=[])
     samples = arrays(folder)
@@ -94,6 +99,7 @@ def test_prompts_of_a_file_are_encoded_by_the_module_and_stand_beside_the_sample
         assert np.array_equal(found["samples"], expected.numpy())
 
 
+@pytest.mark.pictures
 def test_images_are_a_grid_with_one_column_per_class(run, trained, folder):
     unet = {
         "class_path": "diffusers.UNet2DModel",
@@ -131,13 +137,21 @@ def test_samples_that_are_no_picture_are_arrays_alone(run, trained):
 
 def test_settings_of_the_sampler_take_effect(run, points):
     flags = [*points, "--num_samples=4"]
-    euler, heun = (
-        arrays(
-            run("predict", *flags, f"--model.sampler.solver={solver}", *FEW, network=[], data=[])
-        )
-        for solver in ("euler", "heun")
+    solvers = (
+        ["--model.sampler.solver=Heun"],
+        ["--model.sampler.solver=DDIM", "--model.sampler.solver.eta=0.5"],
+        [
+            "--model.sampler.solver=DiffusersSolver",
+            "--model.sampler.solver.scheduler=diffusers.EDMEulerScheduler",
+            "--model.sampler.solver.scheduler.sigma_min=0.01",
+        ],
     )
-    assert not np.allclose(euler["samples"], heun["samples"])
+    heun, ddim, scheduler = (
+        arrays(run("predict", *flags, *solver, *FEW, network=[], data=[]))["samples"]
+        for solver in solvers
+    )
+    assert not np.allclose(heun, ddim)
+    assert not np.allclose(scheduler, ddim)
 
 
 def test_a_data_module_is_ignored(run, points):
@@ -234,3 +248,17 @@ def test_what_predict_cannot_do_is_one_line(refused, points):
     flags = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--num_samples=1"]
     assert "`num_samples`" in refused("predict", *points, *flags)
     assert "num_samples" in refused("predict", *points, "--num_samples=0")
+
+
+@pytest.mark.parametrize("name", ["savez", "save_picture"])
+def test_a_disk_that_is_full_is_one_line_and_a_status(name, points, run, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    owner = sample_writer.np if name == "savez" else sample_writer
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(SystemExit) as exit_:
+        run("predict", *points, *FEW, "--num_samples=2", network=[], data=[])
+    assert exit_.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: The disk must have room for what the command writes, but is ful")

@@ -76,6 +76,7 @@ def test_a_link_to_what_is_not_there_is_not_written_through(folder):
     assert (folder / "config_1.yaml").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_whose_logger_has_one_folder_for_all_share_no_file(folder):
     grid = {"class_path": "TargetVariance", "init_args": {"samples": 64, "noise_levels": 3}}
     file = write(folder / "callbacks.yaml", trainer={"callbacks": [grid]})

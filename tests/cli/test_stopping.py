@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 from functools import wraps
 
 import pytest
 from commands import NETWORK, POINTS, SHORT, run_in
+from jobs import finish, start_fork, start_fresh
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import HashStore
 
@@ -16,6 +15,7 @@ from lightning_vr.cli import entry_point, main
 from lightning_vr.core import peers
 
 SLOW = """
+import os
 import time
 from pathlib import Path
 
@@ -28,10 +28,13 @@ class Slow(Callback):
 
     def on_exception(self, trainer, *args):
         if trainer.is_global_zero:
-            time.sleep(8)
+            time.sleep(float(os.environ["SECONDS_TO_UPLOAD"]))
             Path("uploaded").touch()
 """
-"""Rank zero, as if it had much to upload, ends after Lightning has checked for failed ranks."""
+"""Rank zero, as if it had much to upload, ends after Lightning has checked for failed ranks.
+
+It checks fresh interpreters every 5 s, and forks here every second.
+"""
 
 
 @pytest.mark.parametrize(
@@ -99,18 +102,20 @@ def test_one_of_two_ranks_that_ends_says_why_and_has_a_status(
 
 
 def test_rank_zero_ends_in_its_own_time_where_lightning_started_the_others(folder):
+    check_own_time(start_fork, folder, seconds=3)
+
+
+@pytest.mark.slow
+def test_rank_zero_of_fresh_interpreters_ends_in_its_own_time(folder):
+    check_own_time(start_fresh, folder, seconds=8)
+
+
+def check_own_time(start, folder, seconds):
     (folder / "slow.py").write_text(SLOW)
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.callbacks=slow.Slow"]
-    job = subprocess.run(
-        [sys.executable, "-m", "lightning_vr", "fit", *NETWORK, *POINTS, *SHORT, *two],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert job.returncode == 143, job.stdout
+    arguments = ["fit", *NETWORK, *POINTS, *SHORT, *two]
+    (status,), (said,) = finish([start(folder, arguments, SECONDS_TO_UPLOAD=str(seconds))])
+    assert status == 143, said
     assert (folder / "uploaded").exists()
 
 

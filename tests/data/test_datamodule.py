@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import jsonargparse
@@ -213,10 +211,3 @@ def test_trainer_fits_on_a_data_module(tmp_path):
     )
     trainer.fit(module, datamodule=Moons(batch_size=64, num_samples=200, num_validation=50))
     assert len(torch.cat(module.seen).unique()) == 192
-
-
-def test_importing_the_package_needs_neither_scikit_learn_nor_datasets():
-    absent = "import sys; sys.modules['sklearn'] = sys.modules['datasets'] = None"
-    code = f"{absent}; import lightning_vr.data; print('imported')"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == "imported", result.stderr

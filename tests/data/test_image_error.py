@@ -2,14 +2,14 @@ import pickle
 import re
 
 import pytest
+from support.images import random_picture
+from support.networks import small_unet
+from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_vr.data import ImageFolder
 from lightning_vr.data.image_error import ImageError, unreadable
 from lightning_vr.training import DiffusionModule
-from tests.support.images import random_picture
-from tests.support.networks import small_unet
-from tests.support.trainers import quiet_trainer
 
 
 class Broken(Dataset):

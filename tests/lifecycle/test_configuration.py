@@ -12,16 +12,24 @@ from torch.utils._pytree import tree_leaves
 import lightning_vr
 from lightning_vr import (
     CARV,
+    DDIM,
     DSM,
     EDM,
     IID,
+    RK45,
     STF,
     VE,
     VP,
+    Ancestral,
     Cosine,
     DiffusersSchedule,
+    DiffusersSolver,
     Diffusion,
+    DPMSolver2M,
+    EDMStochastic,
     EDMWeighting,
+    Euler,
+    Heun,
     InDtype,
     LearnedProposal,
     LogitNormal,
@@ -29,6 +37,7 @@ from lightning_vr import (
     LogNormalWeighting,
     LogUniform,
     MinSNRWeighting,
+    PredictorCorrector,
     Pretrained,
     RectifiedFlow,
     ResidualMLP,
@@ -42,6 +51,7 @@ from lightning_vr import (
     WeightProposal,
 )
 from lightning_vr.lifecycle.configuration import UndescribableError, describe, import_path, rebuild
+from lightning_vr.process import Solver
 
 UNET = {
     "sample_size": 8,
@@ -110,6 +120,10 @@ def _objects():
         CARV(1, LearnedProposal(floor=0.2), scope="sample", chunk_size=3),
         *(TaylorCV(), TaylorCV(1, "rademacher", probes=2, gate=(0.0, 0.3), coefficient=1.0)),
         *(UnitWeighting("v", 0.5), EDMWeighting(), MinSNRWeighting(3.0), LogNormalWeighting()),
+        *(Euler(), Heun(), DDIM(0.5), Ancestral(0.3), EDMStochastic(9.0), RK45(1e-4)),
+        *(PredictorCorrector(2), DPMSolver2M(), Sampler(DDIM(1.0), 4), Sampler(grid=[9.0, 1.0])),
+        DiffusersSolver(diffusers.DDIMScheduler(clip_sample=False)),
+        Sampler(guidance_interval=(0.1, 2.0)),
         *(Sampler(steps=4), ResidualMLP(width=8), ResidualMLP(width=8, num_class_embeds=3)),
         *(Numeric(), Nested(Nested(ResidualMLP(width=8))), Plain(Plain(1.5), [Plain(None)])),
         DiffusersSchedule(diffusers.FlowMatchEulerDiscreteScheduler()),
@@ -143,6 +157,8 @@ def test_every_public_part_of_a_module_is_described():
         if isinstance(kind := getattr(lightning_vr, name), type)
         and issubclass(kind, (nn.Module, Sampler))
         and not issubclass(kind, (Diffusion, ResumableModule, InDtype, Pretrained))
+        and issubclass(kind, (nn.Module, Sampler, Solver))
+        and not issubclass(kind, (Diffusion, ResumableModule))
     }
     assert parts <= described
 

@@ -273,7 +273,7 @@ def test_what_hinders_one_rank_from_measuring_per_sample_hinders_all(tmp_path, m
 
 
 def test_a_control_variate_is_fitted_on_batches_of_different_sizes(tmp_path):
-    control = TaylorCV(refit_every_n_steps=1, gate="open")
+    control = TaylorCV(bins=2, refit_every_n_steps=1, gate="open")
     module = build(target=STF("batch"), control_variate=control)
     found = fit(tmp_path, module, PerRank(LARGE_AND_SMALL), max_epochs=1)
     assert_equal_weights(found)

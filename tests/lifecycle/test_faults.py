@@ -77,7 +77,7 @@ ESTIMATORS = {
     "all": lambda: {"target": STF("all")},
     "carv": lambda: {"draws": CARV(2, LearnedProposal(bins=2))},
     "auto": lambda: {"draws": CARV("auto", pilot_every_n_steps=1)},
-    "taylor": lambda: {"control_variate": TaylorCV(gate="open", refit_every_n_steps=1)},
+    "taylor": lambda: {"control_variate": TaylorCV(bins=2, gate="open", refit_every_n_steps=1)},
 }
 
 
@@ -443,6 +443,16 @@ class TestFullDisk:
             assert torch.equal(weights, model.state_dict()[name]), name
 
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+    def test_a_link_to_the_last_checkpoint_leads_to_one_that_was_written(self, full, tmp_path):
+        full |= {6, 8}
+        saved = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last="link")
+        with (
+            pytest.warns(match="could not be written.*No space left.*training goes on"),
+            pytest.raises(UnwrittenCheckpointError, match="checkpoint before it is lost"),
+        ):
+            trainer(saved, limit_val_batches=0).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
+        assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
     def test_a_disk_that_stays_full_is_an_error_at_the_end_that_names_another_place(
         self, tmp_path, monkeypatch
     ):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 
-from lightning_vr import VP, DiffusionModule, ResumableModule
+from lightning_vr import DDIM, VP, DiffusionModule, ResumableModule, Sampler
 from lightning_vr.data import EightGaussians
 
 PACKAGE = """
@@ -216,6 +216,15 @@ HOSTILE = {
     "keys with dots inside": {
         "network": touch(f"{__name__}.Untyped", inner={"a.class_path": "os.system"})
     },
+    "in settings without a class": {"sampler": {"solver": touch("os.system", **RUN)}},
+    "another kind in settings": {"sampler": {"solver": touch("torch.nn.ReLU")}},
+    "foreign in settings": {"sampler": {"solver": touch("strange.Strange")}},
+    "as text in settings": {"sampler": {"solver": "evil.yaml"}},
+    "deep in settings": {
+        "sampler": {
+            "solver": touch("lightning_vr.DiffusersSolver", scheduler=touch("os.system", **RUN))
+        }
+    },
     "arguments that are a list": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": []}},
     "module of another kind": {"_class_path": "torch.nn.Linear"},
     "module that is a function": {"_class_path": "os.system"},
@@ -315,6 +324,19 @@ def test_short_names_mean_a_class_of_the_kind_wanted(changed):
     module = DiffusionModule.load_from_checkpoint(changed(schedule="VP", optimizer="Adagrad"))
     assert isinstance(module.schedule, VP)
     assert type(module.configure_optimizers()) is torch.optim.Adagrad
+
+
+def test_settings_without_a_class_are_those_of_the_only_class_that_fits(changed):
+    settings = {"solver": touch("DDIM", eta=0.5), "guidance_interval": [0.1, 2.0]}
+    module = DiffusionModule.load_from_checkpoint(changed(sampler=settings))
+    assert module.sampler == Sampler(DDIM(eta=0.5), guidance_interval=(0.1, 2.0))
+
+
+def test_a_scheduler_of_a_solver_is_built(changed):
+    scheduler = touch("diffusers.EDMEulerScheduler", sigma_max=70.0)
+    settings = {"solver": touch("lightning_vr.DiffusersSolver", scheduler=scheduler)}
+    module = DiffusionModule.load_from_checkpoint(changed(sampler=settings))
+    assert module.sampler.solver.scheduler.config.sigma_max == 70.0
 
 
 def test_a_function_that_says_what_it_returns_is_taken(changed, good):

@@ -226,7 +226,7 @@ class Fail(Callback):
 
 SLOTS = {
     "proposal": lambda: {"draws": CARV(2, LearnedProposal(bins=2))},
-    "taylor": lambda: {"control_variate": TaylorCV(gate="open", refit_every_n_steps=2)},
+    "taylor": lambda: {"control_variate": TaylorCV(bins=2, gate="open", refit_every_n_steps=2)},
 }
 
 

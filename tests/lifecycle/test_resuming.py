@@ -64,7 +64,7 @@ SLOTS = {
     "plain": dict,
     "stf": lambda: {"target": STF(16)},
     "carv": lambda: {"draws": CARV(2, LearnedProposal(bins=4), antithetic=True)},
-    "taylor": lambda: {"control_variate": TaylorCV(gate="open", refit_every_n_steps=3)},
+    "taylor": lambda: {"control_variate": TaylorCV(bins=2, gate="open", refit_every_n_steps=3)},
 }
 
 
@@ -175,8 +175,8 @@ def test_stopped_after_any_batch_of_a_longer_run(batch, whole, tmp_path):
 def test_stopped_again_and_again(stops, whole, tmp_path):
     path, before = tmp_path / "stopped.ckpt", None
     for batches in stops:
+        stop = StopAt("on_train_batch_end", batches, path)
         with pytest.raises(StoppedError):
-            stop = StopAt("on_train_batch_end", batches, path)
             fit(tmp_path, stop, ckpt_path=before, **LONG)
         before = path
     check((fit(tmp_path, ckpt_path=path, **LONG), logs(tmp_path)), whole(**LONG))

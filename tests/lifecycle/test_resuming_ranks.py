@@ -1,9 +1,7 @@
 """Two ranks that are stopped anywhere and resumed, on two ranks and on one."""
 
-import functools
-import os
-import socket
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +11,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support.networks import small_mlp
-from support.stops import StopAt, Terminate
+from support.ranks import launch
+from support.stops import Terminate
 from support.trainers import quiet_trainer
-from torch import multiprocessing, nn
+from torch import nn
 
 from lightning_vr import (
     CARV,
@@ -38,6 +37,8 @@ LIMIT = timedelta(seconds=60)
 """After so long ranks are taken to hang."""
 
 EPOCHS, BATCHES, WINDOW, SAMPLES = 2, 5, 2, 4
+WITHIN_WINDOW = [1, 3, 6, 8]
+BETWEEN_WINDOWS = [2, 5, 7]
 
 # Between two windows nothing is summed: what is resumed is the very state that was saved.
 BITWISE = {"rtol": 0.0, "atol": 0.0}
@@ -73,13 +74,14 @@ def build():
         label_dropout=0.2,
         target=STF(16),
         draws=CARV(2, LearnedProposal(bins=3)),
-        control_variate=TaylorCV(gate="open", refit_every_n_steps=2),
+        control_variate=TaylorCV(gate="open", bins=2, refit_every_n_steps=2),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.9),
     )
 
 
 def fit(folder, *extra, ranks=2, samples=SAMPLES, ckpt_path=None, start="fork"):
+    """Train; with "popen" this is one of the ranks, as a launcher has started it."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(5 if ckpt_path is None else 6)  # what a resumed run must not depend on
     watchers = [EMAWeightAveraging(decay=0.9), TargetVariance([4], noise_levels=3, samples=64)]
@@ -96,7 +98,7 @@ def fit(folder, *extra, ranks=2, samples=SAMPLES, ckpt_path=None, start="fork"):
     )
     data = EightGaussians(samples, num_samples=2 * SAMPLES * BATCHES + 3, num_validation=8)
     trainer.fit(build(), data, ckpt_path=ckpt_path, weights_only=True)
-    return read(folder, ranks)
+    return read(folder, ranks) if start == "fork" else None
 
 
 def read(folder, ranks):
@@ -104,24 +106,56 @@ def read(folder, ranks):
     return [torch.load(file, weights_only=True) for file in files]
 
 
+class SaveAt(Callback):
+    """Saves a checkpoint in each call of a hook."""
+
+    def __init__(self, hook, folder):
+        self.hook, self.folder, self.count = hook, folder, 0
+        setattr(self, hook, self.save)
+
+    def save(self, trainer, *args):
+        self.count += 1
+        trainer.save_checkpoint(self.folder / f"{self.hook}-{self.count}.ckpt")
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def warm(no_pictures_in_module, tmp_path_factory):
+    """Imports, and other first times, that each fork would have for itself."""
+    fit(tmp_path_factory.mktemp("warm"), ranks=1)
+
+
+def checkpoint(folder, count, hook="on_train_batch_end"):
+    return folder / f"stopped/{hook}-{count}.ckpt"
+
+
+@pytest.fixture(scope="module")
+def runs(warm, tmp_path_factory):
+    """Folders of two ranks that are not stopped, that save, and that go on from there."""
+    folder = tmp_path_factory.mktemp("runs")
+    hooks = ("on_train_batch_end", "on_train_epoch_end")
+
+    def make(rank):
+        fit(folder / "whole", start="popen")
+        saving = (SaveAt(hook, folder / "stopped") for hook in hooks)
+        fit(folder / "stopped", *saving, start="popen")
+        for batch in WITHIN_WINDOW + BETWEEN_WINDOWS:
+            path = checkpoint(folder, batch)
+            fit(folder / str(batch), ckpt_path=path, start="popen")
+
+    launch(make, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
     """Two ranks that are not stopped."""
-    return fit(tmp_path_factory.mktemp("whole"))
+    return read(runs / "whole", 2)
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """Checkpoints of two ranks that were stopped at the n-th call of a hook."""
-
-    @functools.cache
-    def at(count, hook="on_train_batch_end"):
-        path = tmp_path_factory.mktemp("stopped") / "stopped.ckpt"
-        with pytest.raises(Exception, match="Stopped"):
-            fit(path.parent, StopAt(hook, count, path))
-        return path
-
-    return at
+def stopped(runs):
+    """Checkpoints of two ranks at the n-th call of a hook, as if they had been stopped there."""
+    return partial(checkpoint, runs)
 
 
 def assert_alike(found, expected, where, **tolerance):
@@ -143,15 +177,11 @@ def assert_alike(found, expected, where, **tolerance):
 
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "lightning_vr")
-WITHIN_WINDOW = [1, 3, 6, 8]
-BETWEEN_WINDOWS = [2, 5, 7]
 
 
 @pytest.mark.parametrize("batch", sorted(WITHIN_WINDOW + BETWEEN_WINDOWS))
-def test_resumed_on_as_many_ranks_it_is_the_run_that_was_not_stopped(
-    batch, stopped, whole, tmp_path
-):
-    end, *ranks = fit(tmp_path, ckpt_path=stopped(batch))
+def test_resumed_on_as_many_ranks_it_is_the_run_that_was_not_stopped(batch, runs, whole):
+    end, *ranks = read(runs / str(batch), 2)
     tolerance = ROUNDING if batch in WITHIN_WINDOW else BITWISE
     for part in PARTS:
         is_summed = part == "callbacks" and tolerance is BITWISE
@@ -223,10 +253,8 @@ def test_resumed_within_an_epoch_with_another_number_of_samples_it_is_refused(
         fit(tmp_path, ranks=1, ckpt_path=path)
 
 
-def stopped_rank(rank, folder, port, terminate):
-    """A process as a launcher starts it: Lightning hears of no errors in those it forks itself."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "NODE_RANK": 0}
-    os.environ |= {name: str(value) for name, value in place.items()}
+def stop_by_signal(folder, terminate):
+    """For a launched process: Lightning hears of no errors in those it forks itself."""
     saving = ModelCheckpoint(
         folder / "kept", save_last=True, save_on_exception=True, every_n_epochs=100
     )
@@ -247,11 +275,7 @@ def stopped_rank(rank, folder, port, terminate):
 def test_a_signal_to_one_rank_stops_both_at_the_end_of_the_batch_and_they_resume(
     hook, count, steps, rank, whole, tmp_path
 ):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (tmp_path, port, Terminate(hook, count, rank))
-    multiprocessing.start_processes(stopped_rank, arguments, nprocs=2, start_method="fork")
+    launch(lambda _: stop_by_signal(tmp_path, Terminate(hook, count, rank)), 2)
     path = tmp_path / "kept/last.ckpt"
     assert torch.load(path, weights_only=True)["global_step"] == steps
     (end, *_), (expected, *_) = fit(tmp_path, ckpt_path=path), whole

@@ -223,3 +223,20 @@ def test_several_averages_are_refused():
         MisconfigurationException, match=r"at most one.*got EMAWeightAveraging, OtherAveraging"
     ):
         trainer(averaging("at once"), OtherAveraging()).fit(module(), data())
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_run_that_is_over_leaves_the_weights_of_the_run_that_it_resumes(start, tmp_path):
+    whole, run = module(), trainer(averaging(start), limit_val_batches=0)
+    run.fit(whole, data())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+
+    resumed, again = module(), trainer(averaging(start), limit_val_batches=0)
+    again.fit(resumed, data(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert torch.equal(weights(resumed.network), weights(whole.network))
+    again.save_checkpoint(tmp_path / "again.ckpt")
+    first, second = (read_checkpoint(tmp_path / f"{name}.ckpt") for name in ("end", "again"))
+    for found in ("state_dict", "current_model_state"):
+        for name, value in first[found].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(second[found][name], value), (found, name)

@@ -1,13 +1,11 @@
 """Every scheduler class of diffusers, under many settings: its own noise, or a refusal in words."""
 
-import importlib
 import inspect
-import pkgutil
 
-import diffusers.schedulers
 import numpy
 import pytest
 import torch
+from support.schedulers import CLASSES, REQUIRED
 
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 
@@ -20,32 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:diffusers"),
 ]
 
-
-def scheduler_classes():
-    """All classes of diffusers' schedulers that can be imported here, by name."""
-    found = {}
-    for module in pkgutil.walk_packages(diffusers.schedulers.__path__, "diffusers.schedulers."):
-        try:
-            names = vars(importlib.import_module(module.name))
-        except ImportError:  # of a package that is not installed
-            continue
-        kinds = [x for x in names.values() if inspect.isclass(x) and x.__module__ == module.name]
-        found |= {x.__name__: x for x in kinds if issubclass(x, diffusers.SchedulerMixin)}
-    found.pop("SchedulerMixin")
-    return found
-
-
-CLASSES = scheduler_classes()
-REQUIRED = {
-    "AmusedScheduler": {"mask_token_id": 0},
-    "RFD4ProteinaScheduler": {
-        "schedule_mode": "log",
-        "noise_mode": "tan",
-        "tsr_k": 1.0,
-        "tsr_sigma": 1.0,
-    },
-    "VQDiffusionScheduler": {"num_vec_classes": 4},
-}
 
 # what each class is, so that a new class of diffusers asks for a line
 FLOWS = {

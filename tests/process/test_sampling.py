@@ -3,21 +3,13 @@ import math
 
 import pytest
 import torch
+from support.denoisers import gaussian_denoiser
 
 from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine
+from lightning_vr.process.solvers import RK45, Euler, Heun
 
 STD = 0.6
-
-
-def gaussian_denoiser(schedule, std=STD):
-    """The exact denoiser of data that are normal with standard deviation ``std``."""
-
-    def denoiser(xt, t):
-        alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
-        return alpha * std**2 / ((alpha * std) ** 2 + sigma**2) * xt
-
-    return denoiser
 
 
 def exact_sample(noise, high, low, std=STD):
@@ -64,7 +56,7 @@ def test_heun_is_algorithm_1_of_karras(source):
 @pytest.mark.parametrize("schedule", [VP(), Cosine()], ids=["VP", "Cosine"])
 def test_euler_is_ddim(schedule, source):
     noise = torch.randn(16, 3, generator=source, dtype=torch.float64)
-    sampler = Sampler(solver="euler", steps=9)
+    sampler = Sampler(Euler(), steps=9)
     times = schedule.time(sampler.noise_levels(schedule))
 
     x = schedule.sigma(times[0]) * noise
@@ -79,7 +71,7 @@ def test_euler_is_ddim(schedule, source):
 
 
 @pytest.mark.parametrize("grid", ["polynomial", "exponential"])
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [(Euler(), 1), (Heun(), 2)])
 def test_solvers_converge_with_their_order(schedule, solver, order, grid, source):
     noise = torch.randn(8, 2, generator=source, dtype=torch.float64)
     low, high = 0.01, 50.0
@@ -88,7 +80,7 @@ def test_solvers_converge_with_their_order(schedule, solver, order, grid, source
     errors = []
     for steps in (161, 321):
         sampler = Sampler(solver, steps, grid, noise_level_min=low, noise_level_max=high)
-        sample = sampler.solve(gaussian_denoiser(schedule), schedule, noise)
+        sample = sampler.solve(gaussian_denoiser(schedule, STD), schedule, noise)
         errors.append(float((sample - exact).norm()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
 
@@ -97,7 +89,7 @@ def test_samples_of_gaussian_data_have_its_standard_deviation(schedule, source):
     noise = torch.randn(100_000, 1, generator=source)
     least = max(0.002, float(schedule.noise_level(torch.tensor(schedule.t_min))))
     sampler = Sampler(steps=64, noise_level_min=least)
-    samples = sampler.solve(gaussian_denoiser(schedule), schedule, noise)
+    samples = sampler.solve(gaussian_denoiser(schedule, STD), schedule, noise)
     # four standard errors of a standard deviation, and the solver's own error
     assert float(samples.std()) == pytest.approx(STD, abs=STD * (4 / math.sqrt(2e5) + 2e-3))
     assert samples.dtype == torch.float32
@@ -129,29 +121,66 @@ def test_grids_take_the_ends_of_the_schedule_by_default(schedule):
     torch.testing.assert_close(levels[[0, -1]], expected)
 
 
-@pytest.mark.parametrize(("solver", "evaluations"), [("heun", 35), ("euler", 18)])
-def test_the_number_of_network_evaluations_is_the_stated_one(solver, evaluations):
-    calls = []
+def test_a_grid_may_be_given(source):
+    noise = torch.randn(4, 2, generator=source)
+    usual = Sampler(steps=6, noise_level_min=0.02)
+    levels = usual.noise_levels(VP()).tolist()
+    own = Sampler(grid=levels)
+    assert own.noise_levels(VP()).tolist() == levels
+    assert own.evaluations == usual.evaluations == 11
+    denoiser = in_time(VP())
+    found = [sampler.solve(denoiser, VP(), noise) for sampler in (usual, own)]
+    assert torch.equal(*found)
 
-    def denoiser(xt, t):
-        calls.append(t)
-        assert xt.dtype == t.dtype == torch.float32
-        return xt
 
-    Sampler(solver).solve(denoiser, EDM(), torch.ones(2, 3))
-    assert len(calls) == evaluations
+@pytest.mark.parametrize(
+    ("sampler", "evaluations"),
+    [(Sampler(), 35), (Sampler(Euler()), 18), (Sampler(Euler(), 7), 7), (Sampler(RK45()), None)],
+)
+def test_the_number_of_network_evaluations_is_known_beforehand(sampler, evaluations):
+    assert sampler.evaluations == evaluations
+
+
+def test_the_progress_bar_counts_evaluations(monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, items, title, total, **_):
+            self.title, self.total, self.count = title, total, 0
+            bars.append(self)
+
+        def update(self):
+            self.count += 1
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("lightning_vr.core.progress.tqdm", Bar)
+    for solver, total in ((Heun(), 3 * 7), (RK45(1e-2, 1e-2), None)):
+        sampler = Sampler(solver, None if total is None else 4)
+        drawn = sampler.draw(
+            lambda xt, t, group, cond: xt / 2, EDM(), torch.ones(5, 1), batch_size=2, progress=True
+        )
+        assert (bars[-1].title, bars[-1].total) == ("Sampling", total)
+        assert drawn.evaluations * 3 >= bars[-1].count > 0
+    assert bars[0].count == 21
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "rk4"}, "`solver` must be 'heun' or 'euler', got 'rk4'"),
+        ({"solver": "rk4"}, "`solver` must be a solver, got 'rk4'"),
+        ({"grid": [1.0]}, r"`grid` must be .* two or more decreasing noise levels .* got \[1.0\]"),
+        ({"grid": [1.0, 2.0]}, r"decreasing noise levels above 0, got \[1.0, 2.0\]"),
+        ({"grid": [2.0, 1.0, 0.0]}, "got .* leave out the final 0"),
+        ({"grid": [90.0, 1.0]}, "levels of `grid` must lie between 0.002 and 80, .* got 1 and 90"),
+        ({"grid": [9.0, 1.0], "steps": 2}, "`steps` must be left out where `grid` gives"),
         ({"grid": "linear"}, "`grid` must be 'polynomial' or .* got 'linear'"),
         ({"steps": 1}, "`steps` must be at least 2, got 1"),
         ({"rho": 0.0}, "`rho` must be positive and finite, got 0.0"),
-        ({"guidance": -1.0}, "`guidance` must be at least 0, got -1.0"),
-        ({"guidance": math.nan}, "`guidance` must be at least 0, got nan"),
-        ({"guidance": math.inf}, "`guidance` must be finite, got inf"),
         ({"noise_level_min": 0.0}, "0 < min < max, got 0 and 80"),
         ({"noise_level_min": 2.0, "noise_level_max": 1.0}, "0 < min < max, got 2 and 1"),
     ],

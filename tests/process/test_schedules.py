@@ -106,9 +106,13 @@ def test_rectified_flow_is_a_straight_line_from_data_to_noise(source):
     torch.testing.assert_close(flow.perturb(x0, noise, t), torch.lerp(x0, noise, t[:, None]))
 
 
-def test_edm_gives_networks_the_time_in_table_1():
+def test_edm_gives_networks_the_time_in_table_1_or_a_multiple():
     t = torch.tensor([0.002, 1.0, 80.0])
     torch.testing.assert_close(EDM().embedding_time(t), 1000 * torch.log(t) / 4)
+    from diffusers import EDMEulerScheduler
+
+    time = EDM(embedding_scale=1.0).embedding_time(t)
+    torch.testing.assert_close(time, EDMEulerScheduler().precondition_noise(t))
 
 
 @pytest.mark.parametrize(

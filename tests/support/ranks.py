@@ -1,5 +1,7 @@
 """Processes on this machine that talk by gloo."""
 
+import os
+import socket
 from datetime import timedelta
 from functools import partial
 
@@ -21,6 +23,25 @@ def _run(rank, world_size, folder, function):
     torch.save(function(rank), f"{folder}/{rank}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def launch(function, world_size):
+    """Run ``function(rank)`` in processes as a launcher starts them, whose trainers meet.
+
+    What makes several runs there saves the start of as many processes.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (port, function)
+    multiprocessing.start_processes(_launched, arguments, nprocs=world_size, start_method="fork")
+
+
+def _launched(rank, port, function):
+    torch.set_num_threads(1)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "NODE_RANK": 0}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    function(rank)
 
 
 @pytest.fixture(scope="module")

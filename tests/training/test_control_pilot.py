@@ -1,5 +1,6 @@
 """The pilot that fits a Taylor control variate while a module trains."""
 
+import itertools
 import logging
 import math
 import random
@@ -11,6 +12,7 @@ import numpy
 import pytest
 import torch
 from lightning.pytorch import Callback
+from support.covering_arrays import covering_array
 from support.networks import Normalised, small_mlp
 from support.points import Points, normal_points
 from support.trainers import quiet_trainer
@@ -119,10 +121,24 @@ def constant_module(control, **options):
     return module(control, Constant(), prediction="v", **options)
 
 
-@pytest.mark.parametrize("accumulated", [1, 2, 3])
-@pytest.mark.parametrize("resamples", [1, 2])
-@pytest.mark.parametrize("samples", [6, 40])
+SIZES = {"samples": [6, 40], "resamples": [1, 2], "accumulated": [1, 2, 3]}
+PAIRS_OF_SIZES = [tuple(row.values()) for row in covering_array(SIZES, 2, lambda row: True)]
+
+
+@pytest.mark.parametrize(tuple(SIZES), PAIRS_OF_SIZES)
 def test_what_a_pilot_finds_is_the_closed_form(samples, resamples, accumulated, z_score):
+    check_findings(samples, resamples, accumulated, z_score)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(tuple(SIZES), list(itertools.product(*SIZES.values())))
+def test_in_all_sizes_what_a_pilot_finds_is_the_closed_form(
+    samples, resamples, accumulated, z_score
+):
+    check_findings(samples, resamples, accumulated, z_score)
+
+
+def check_findings(samples, resamples, accumulated, z_score):
     """Of w - v, the gradient of a draw up to ``2 / d = 1``, and of -α z, that of its odd term."""
     model = constant_module(TaylorCV(bins=2), draws=CARV(resamples, scope="none"))
     model._trainer = quiet_trainer(accumulate_grad_batches=accumulated)
@@ -314,7 +330,7 @@ def test_timing_and_pilots_meet_no_gradients_of_parameters():
         def on_before_backward(self, trainer, module, loss):
             assert all(p.grad is None for p in module.parameters())
 
-    control = TaylorCV(refit_every_n_steps=1)
+    control = TaylorCV(bins=2, refit_every_n_steps=1)
     fit(module(control), callbacks=[Seen()])
     assert control.pilot["seconds"] > 0
 
@@ -478,7 +494,7 @@ def run_of(monkeypatch):
 
 @pytest.mark.parametrize("reduction", [0.0, 0.5])
 @pytest.mark.parametrize("pilot_seconds", [1.0, 6.0, 40.0])
-@pytest.mark.parametrize("steps", [900, 5000, 30_000])
+@pytest.mark.parametrize("steps", [900, 5000, 12_000])
 def test_fits_take_a_small_share_of_the_time(run_of, costing, steps, pilot_seconds, reduction):
     costing(0.0, 0.1)
     control = TaylorCV()
@@ -586,7 +602,7 @@ def test_a_network_without_forward_mode_derivatives_is_refused_before_the_first_
 
 
 def test_order_0_needs_no_forward_mode_derivatives():
-    control = TaylorCV(gate="open", refit_every_n_steps=1)
+    control = TaylorCV(bins=2, gate="open", refit_every_n_steps=1)
     model = module(control, Custom())
     fit(model)
     assert control.pilot["count"] == 4

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from support.points import Points, normal_points, two_classes
+from support.ranks import launch
 from support.trainers import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -27,6 +28,7 @@ from lightning_vr import (
     GradientVariance,
     LearnedProposal,
     ResidualMLP,
+    Sampler,
     TargetVariance,
     TaylorCV,
 )
@@ -110,7 +112,7 @@ ESTIMATORS = {
     "all-sharded": lambda: {"target": STF("all", sharded=True)},
     "strata": lambda: {"draws": CARV(1)},
     "learned": lambda: {"draws": CARV(2, LearnedProposal(bins=3, memory=0.5))},
-    "control": lambda: {"control_variate": TaylorCV(gate="open", refit_every_n_steps=1)},
+    "control": lambda: {"control_variate": TaylorCV(gate="open", bins=2, refit_every_n_steps=1)},
     "classes": lambda: labelled(STF("all")),
     "angles": lambda: labelled(STF("batch")),
     "angles-sharded": lambda: labelled(STF("all", sharded=True)),
@@ -126,6 +128,7 @@ def build(name):
     return (Angles if name.startswith("angles") else DiffusionModule)(
         network,
         timesteps=LogUniform(0.05, 5.0),
+        sampler=Sampler(steps=2),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=RATE),
         **slots,
     )
@@ -189,25 +192,30 @@ class Save(Callback):
         torch.save(found, self.folder / f"{trainer.global_rank}.pt")
 
 
-def fit(name, ranks, folder):
+def fit(name, ranks, folder, **options):
+    """Train; several ranks are processes that a launcher has started."""
     torch.manual_seed(SEED)
     trainer = quiet_trainer(
         TargetVariance([4], noise_levels=3, samples=64),
         GradientVariance(every_n_steps=1, samples=2, noise_levels=2),
         FrechetDistance(samples=GENERATED),
         Save(folder),
-        strategy=DDPStrategy(start_method="fork", timeout=LIMIT) if ranks > 1 else "auto",
+        strategy=DDPStrategy(start_method="popen", timeout=LIMIT) if ranks > 1 else "auto",
         devices=ranks,
         accumulate_grad_batches=WINDOW,
         max_epochs=1,
         num_sanity_val_steps=0,
         default_root_dir=folder,
+        **options,
     )
     trainer.fit(
         build(name),
         DataLoader(DATA, SAMPLES[ranks], drop_last=True),
         DataLoader(DATA, SAMPLES[ranks]),
     )
+
+
+def read(folder, ranks):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
@@ -323,13 +331,34 @@ class Alone:
 def run(no_pictures_in_module, tmp_path_factory):
     """What ranks have computed, and one process alone."""
 
+    fit("plain", 1, tmp_path_factory.mktemp("warm"))  # imports what every fork would import again
+
+    @functools.cache
+    def trained(ranks):
+        folders = {name: tmp_path_factory.mktemp(name) for name in ESTIMATORS}
+        launch(lambda _: [fit(name, ranks, folders[name]) for name in ESTIMATORS], ranks)
+        return folders
+
     @functools.cache
     def both(name, ranks):
-        found = fit(name, ranks, tmp_path_factory.mktemp(name))
+        found = read(trained(ranks)[name], ranks)
         return found, Alone(name, found)
 
-    both("plain", 1)  # imports what every fork would import again
     return both
+
+
+@pytest.fixture(scope="module")
+def curve_of_one_process(no_pictures_in_module, tmp_path_factory):
+    """The target variance that a trainer measures on one process, as it starts."""
+
+    @functools.cache
+    def curve(name):
+        options = {"limit_train_batches": WINDOW, "limit_val_batches": 1}
+        folder = tmp_path_factory.mktemp(name)
+        fit(name, 1, folder, **options)
+        return read(folder, 1)[0]["curve"]
+
+    return curve
 
 
 every = pytest.mark.parametrize(("name", "ranks"), CASES)
@@ -422,10 +451,10 @@ def test_all_ranks_log_the_same_numbers(name, ranks, run):
 
 
 @every
-def test_the_target_variance_is_measured_as_on_one_process(name, ranks, run):
+def test_the_target_variance_is_measured_as_on_one_process(name, ranks, run, curve_of_one_process):
     found, alone = run(name, ranks)
     curve = TargetVarianceCurve.from_state(found[0]["curve"])
-    single = TargetVarianceCurve.from_state(run(name, 1)[0][0]["curve"])
+    single = TargetVarianceCurve.from_state(curve_of_one_process(name))
     torch.testing.assert_close(curve.noise_levels, single.noise_levels)
     # with the batch as references there are as many as a step of all ranks has
     assert curve.stf.keys() == single.stf.keys()

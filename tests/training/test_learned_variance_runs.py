@@ -10,14 +10,15 @@ from torch.utils.data import DataLoader
 
 from lightning_vr import (
     CARV,
+    DDPM,
     STF,
-    AncestralSampler,
     Clean,
     Diffusion,
     DiffusionModule,
     GradientVariance,
     LearnedProposal,
     LearnedVariance,
+    Sampler,
     VariationalBound,
 )
 
@@ -50,13 +51,14 @@ def test_a_run_with_every_other_estimator_trains_both_halves_and_its_checkpoint_
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = DiffusionModule.load_from_checkpoint(tmp_path / "last.ckpt", network=TwoHalves(3))
     assert again.variance == own.variance
-    sampler = AncestralSampler(4, guidance=2.0)
+    assert again.sampler == own.sampler
+    sampler = Sampler(DDPM(), steps=4, guidance=2.0)
     found = [
         each.sample(6, group=[0, 1] * 3, shape=(2,), sampler=sampler, seed=1, batch_size=4)
         for each in (own, again)
     ]
     assert torch.equal(*found)
-    fixed = AncestralSampler(4, "beta", guidance=2.0)
+    fixed = Sampler(DDPM("beta"), steps=4, guidance=2.0)
     assert not torch.equal(own.sample(6, group=[0, 1] * 3, sampler=fixed, seed=1), found[0])
     assert bool(torch.isfinite(found[0]).all())
 
@@ -79,7 +81,7 @@ def test_transformers_of_twice_the_channels_learn_and_use_their_variance(kind, s
         own.eval().reverse_estimate, own.schedule, x0, source, cond=cond
     )
     assert all(bool(each.isfinite().all()) and len(each) == 3 for each in bits.values())
-    sampler = AncestralSampler(2, clip_sample=True)
+    sampler = Sampler(DDPM(clip_sample=True), steps=2)
     group = [0, 1] if labels else None
     samples = own.sample(2, group=group, cond=condition(kind, 2), sampler=sampler)
     assert samples.shape == (2, 2, 8, 8)
@@ -94,7 +96,7 @@ def test_a_fixed_variance_samples_networks_without_a_second_half_and_predicts_of
     found = own.reverse_estimate(torch.ones(2, 2), torch.full((2,), 3.0))
     assert found.v is None
     torch.testing.assert_close(found.x0, torch.ones(2, 2) / own.schedule.alpha(torch.tensor(3.0)))
-    assert own.sample(2, shape=(2,), sampler=AncestralSampler(2, "beta")).shape == (2, 2)
+    assert own.sample(2, shape=(2,), sampler=Sampler(DDPM("beta"), steps=2)).shape == (2, 2)
 
 
 def test_a_variance_that_is_not_finite_is_traced_to_its_sample():

@@ -23,6 +23,7 @@ from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.sampling import Sampler, evaluating
 from lightning_vr.process.schedules import EDM, VP
+from lightning_vr.process.solvers import DDIM, RK45
 from lightning_vr.process.timesteps import Uniform
 from lightning_vr.process.weightings import EDMWeighting, UnitWeighting
 from lightning_vr.training.module import DiffusionModule
@@ -436,6 +437,27 @@ class TestSampling:
             for size in (7, 3)
         )
         torch.testing.assert_close(whole, parts)
+
+    def test_samples_of_a_stochastic_solver_follow_from_the_seed_at_any_batch_size(self):
+        module = self.module(sampler=Sampler(DDIM(eta=1.0), steps=5))
+        group = torch.arange(7) % 2
+
+        def sample(seed, batch_size):
+            return module.sample(7, group=group, shape=(2,), seed=seed, batch_size=batch_size)
+
+        torch.testing.assert_close(sample(1, 7), sample(1, 3))
+        assert not torch.allclose(sample(1, 7), sample(2, 7))
+
+    @pytest.mark.parametrize("guidance", [1.0, 3.0])
+    def test_the_count_of_network_evaluations_is_kept(self, guidance):
+        module, calls = self.module(), []
+        module.network.register_forward_hook(lambda *_: calls.append(1))
+        assert module.sample_evaluations == 0
+        for sampler in (Sampler(steps=4, guidance=guidance), Sampler(RK45(1e-2, 1e-2))):
+            calls.clear()
+            module.sample(3, group=[0, 1, 0], shape=(2,), sampler=sampler)
+            assert module.sample_evaluations == len(calls) > 0
+            assert sampler.evaluations in (7, None)
 
     def test_sampling_leaves_modes_streams_and_gradients_alone(self):
         module = self.module()

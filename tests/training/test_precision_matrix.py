@@ -62,6 +62,7 @@ from lightning_vr.core.rows import concatenated, tensors
 from lightning_vr.core.types import LossEstimate, StepPart
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.process.sampling import Sampler, Samples
 from lightning_vr.process.weightings import UnitWeighting
 from lightning_vr.training import resamples_pilot as resamples_pilots
 from lightning_vr.training.control_pilot import control_pilot
@@ -606,11 +607,11 @@ class TestBfloat16:
         assert seen[1].dtype == torch.bfloat16
 
 
-class Nothing:
+class Nothing(Sampler):
     """A sampler that returns the noise that it is given."""
 
     def draw(self, denoise, schedule, noise, **_):
-        return noise
+        return Samples(noise, 0)
 
 
 class Reentrant(nn.Module):

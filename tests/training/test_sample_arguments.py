@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader
 from lightning_vr.core.rng import generator
 from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.process.sampling import Sampler
+from lightning_vr.process.solvers import Euler
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.module import DiffusionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
-FAST = Sampler(solver="euler", steps=2)
+FAST = Sampler(Euler(), steps=2)
 
 
 def module(kind=DiffusionModule, **options):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.covering_arrays import covering_array
 
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.draws import noise_samples
@@ -88,16 +89,21 @@ def losses_of(denoiser, cloud, target, schedule, kind, weighting, seed=0):
         yield diffusion_loss(network, noised, estimate, objective=objective)
 
 
-SETTINGS = [
-    (EDM(), "edm", UnitWeighting("edm")),
-    (VP(), "epsilon", UnitWeighting("epsilon")),
-    (VP(), "v", MinSNRWeighting()),
-    (RectifiedFlow(), "velocity", UnitWeighting("x0")),
-]
-with_settings = pytest.mark.parametrize(
-    ("schedule", "kind", "weighting"), SETTINGS, ids=["edm", "vp-epsilon", "vp-v", "flow-velocity"]
-)
-with_targets = pytest.mark.parametrize("references", [None, 3, "all"], ids=["dsm", "stf", "all"])
+SETTINGS = {
+    "edm": (EDM(), "edm", UnitWeighting("edm")),
+    "vp-epsilon": (VP(), "epsilon", UnitWeighting("epsilon")),
+    "vp-v": (VP(), "v", MinSNRWeighting()),
+    "flow-velocity": (RectifiedFlow(), "velocity", UnitWeighting("x0")),
+}
+TARGETS = {"dsm": None, "stf": 3, "all": "all"}
+OFFSETS = {"exact": (0.0, 0.0), "offset": (0.3, -0.4)}
+CASES = {"offset": [*OFFSETS], "target": [*TARGETS], "settings": [*SETTINGS]}
+
+
+def some_cases(strength):
+    """Cases in which each combination of so many of their factors occurs."""
+    rows = covering_array(CASES, strength, lambda _: True)
+    return pytest.mark.parametrize(list(CASES), [tuple(row.values()) for row in rows])
 
 
 def sums(cloud, curve, references, offset, schedule, kind, weighting):
@@ -126,14 +132,22 @@ def sums(cloud, curve, references, offset, schedule, kind, weighting):
     return excess, expected
 
 
-@with_settings
-@with_targets
-@pytest.mark.parametrize("offset", [(0.0, 0.0), (0.3, -0.4)], ids=["exact", "offset"])
+@some_cases(2)
 def test_the_excess_of_an_exact_denoiser_is_0_and_an_offset_adds_its_square(
-    cloud, curve, references, offset, schedule, kind, weighting
+    cloud, curve, offset, target, settings
 ):
+    check_excess(cloud, curve, OFFSETS[offset], TARGETS[target], SETTINGS[settings])
+
+
+@pytest.mark.slow
+@some_cases(3)
+def test_the_excess_is_right_for_every_target_and_objective(cloud, curve, offset, target, settings):
+    check_excess(cloud, curve, OFFSETS[offset], TARGETS[target], SETTINGS[settings])
+
+
+def check_excess(cloud, curve, offset, references, settings):
     offset = torch.tensor(offset, dtype=torch.float64)
-    found, expected = sums(cloud, curve, references, offset, schedule, kind, weighting)
+    found, expected = sums(cloud, curve, references, offset, *settings)
     for parts, truth in [
         (found.by_level(), expected.by_level().loss),
         (found.total(), expected.total().loss),

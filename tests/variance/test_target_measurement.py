@@ -70,7 +70,7 @@ def test_v_dsm_of_two_points_is_the_closed_form():
 def test_v_stf_of_two_points_halves_at_two_references_and_falls_with_more():
     """Many copies of ±1 make references independent; n = 2 is half of V_DSM at every level."""
     curve = measure_target_variance(
-        two_points(512), levels(1.0, 2.0), [1, 2, 4, 16, 64], samples=2048, blocks=512
+        two_points(512), levels(1.0, 2.0), [1, 2, 4, 16, 64], samples=2048, blocks=256
     )
     expected = {
         2: levels(0.4496, 0.795946) / 2,
@@ -150,8 +150,8 @@ def enumerate_by_hand(x0, s, n, draws, group=None):
 @pytest.mark.parametrize("s", [0.3, 1.0, 4.0])
 def test_every_quantity_is_what_enumeration_by_hand_gives(cloud, s, with_classes):
     group = torch.arange(12) % 3 if with_classes else None
-    by_hand = enumerate_by_hand(cloud, s, 5, 100_000, group)
-    curve = measure_target_variance(cloud, levels(s), [5], group=group, samples=4096, blocks=512)
+    by_hand = enumerate_by_hand(cloud, s, 5, 30_000, group)
+    curve = measure_target_variance(cloud, levels(s), [5], group=group, samples=4096, blocks=256)
     measured = {
         "dsm": curve.in_x0_space(curve.dsm),
         "stf": curve.in_x0_space(curve.stf[5]),
@@ -166,7 +166,7 @@ def test_every_quantity_is_what_enumeration_by_hand_gives(cloud, s, with_classes
 
 def test_mean_spread_is_v_dsm_less_v_stf():
     x0 = torch.randn(64, 3, generator=torch.Generator().manual_seed(2)).double()
-    curve = measure_target_variance(x0, levels(0.7), [6], samples=4096, blocks=512)
+    curve = measure_target_variance(x0, levels(0.7), [6], samples=4096, blocks=256)
     target = STF(6)
     target.fill(x0, None, indexed=True)
 
@@ -225,8 +225,8 @@ def test_standard_errors_cover_the_truth():
 def test_rows_that_share_references_in_the_far_field_hardly_count_apart():
     """16 rows of a block err nearly alike: the standard error is nearly that of 16 times fewer."""
     shared, apart = (
-        measure_target_variance(two_points(128), levels(20.0), [4], samples=2048, blocks=blocks)
-        for blocks in (128, 2048)
+        measure_target_variance(two_points(128), levels(20.0), [4], samples=1024, blocks=blocks)
+        for blocks in (64, 1024)
     )
     ratio = float(shared.stf[4].error / apart.stf[4].error)
     assert 2 < ratio < 4.5

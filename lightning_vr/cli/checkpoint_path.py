@@ -1,4 +1,4 @@
-"""The newest checkpoint of all runs, which ``--ckpt_path last`` names."""
+"""The file that ``--ckpt_path`` names: with ``last`` the newest checkpoint of all runs."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,30 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_vr.lifecycle.configuration import imported
+
+
+def checkpoint_path(settings: Namespace) -> str | None:
+    """Return the file of ``ckpt_path``, or None if not given or left for Lightning to find.
+
+    Args:
+        settings: The settings of a subcommand.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    path = settings.ckpt_path
+    if path == "last":
+        return str(last_checkpoint(settings.trainer))
+    if path in (None, "best", "hpc") or str(path).startswith("registry"):
+        return None
+    if "://" not in str(path):
+        path = os.path.expanduser(path)
+        if not os.path.exists(path):
+            raise ValueError(
+                f"`ckpt_path` must be a checkpoint file or 'last', but there is no file {path}: "
+                f"correct the path."
+            )
+    return str(path)
 
 
 def last_checkpoint(trainer: Namespace) -> Path:

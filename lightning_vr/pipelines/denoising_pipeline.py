@@ -1,0 +1,186 @@
+"""A pipeline of diffusers for what its own do not sample: classes, latents, EDM's preconditioning.
+
+One loop over the timesteps of any scheduler: scale the input, call the network, step. The network
+gets ``time_scale * t + time_shift`` for the scheduler's timestep t, which is t itself but for
+networks with EDM's preconditioning: there t is log(sigma) / 4.
+
+This file is saved beside the weights, so that it needs torch and diffusers alone.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+_Pipeline: Any = DiffusionPipeline
+"""As a type it has none of its methods."""
+
+
+class DenoisingPipeline(_Pipeline):  # type: ignore[misc]
+    """Samples from a network and a scheduler.
+
+    Args:
+        scheduler: Any scheduler of diffusers that takes the network's output.
+        unet: The network, if it is a U-Net.
+        transformer: The network, if it is a transformer.
+        shape: Shape of one sample, channels first.
+        num_classes: Number of classes, or None. The label of that number stands for no class.
+        label_dropout: Fraction of labels that training dropped; without it each sample has a class.
+        is_latent: Whether samples are no pictures in [-1, 1], but what a decoder takes.
+        time_scale: Factor on the scheduler's timesteps for the network.
+        time_shift: What is added to that.
+        num_inference_steps: Steps where none are given.
+        guidance_scale: Scale of classifier-free guidance where none is given; 1 is none.
+    """
+
+    _optional_components = ["unet", "transformer"]  # noqa: RUF012  # as diffusers has it
+
+    def __init__(
+        self,
+        scheduler: Any,
+        unet: Any = None,
+        transformer: Any = None,
+        shape: list[int] | None = None,
+        num_classes: int | None = None,
+        label_dropout: float = 0.0,
+        is_latent: bool = False,
+        time_scale: float = 1.0,
+        time_shift: float = 0.0,
+        num_inference_steps: int = 18,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer)
+        self.register_to_config(
+            shape=shape,
+            num_classes=num_classes,
+            label_dropout=label_dropout,
+            is_latent=is_latent,
+            time_scale=time_scale,
+            time_shift=time_shift,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: list[int] | Tensor | None = None,
+        cond: dict[str, Any] | None = None,
+        null_cond: dict[str, Any] | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str | None = None,
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Return samples.
+
+        Args:
+            batch_size: Number of samples.
+            class_labels: A class for each sample, or None for samples without a class.
+            cond: Further arguments of the network, of ``batch_size`` rows each.
+            null_cond: What stands for them in guidance, of as many rows.
+            guidance_scale: Scale of classifier-free guidance; 1 is none.
+            num_inference_steps: Number of steps of the scheduler.
+            generator: Generator of the noise.
+            latents: Standard normal noise to begin with ``(batch_size, *shape)``.
+            output_type: ``"pil"``, ``"np"``, ``"pt"``, or ``"latent"`` for samples as they are.
+            return_dict: Whether to return an object with ``images``, or a tuple.
+        """
+        guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        steps = num_inference_steps or self.config.num_inference_steps
+        device, network = self._execution_device, self.unet or self.transformer
+        labels = self._labels(class_labels, batch_size, device)
+        size = (batch_size, *self.config.shape)
+        if latents is None:
+            latents = randn_tensor(size, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != size:
+            raise ValueError(
+                f"`latents` must have the shape {size}, got {tuple(latents.shape)}: give noise of "
+                f"that shape, or leave it out."
+            )
+
+        self.scheduler.set_timesteps(steps, device=device)
+        takes = inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if "generator" in takes else {}
+        x = latents * self._largest_noise_level()
+        for t in self.progress_bar(self.scheduler.timesteps):
+            scaled = self._scaled(x, t)
+            output = self._call(network, scaled, t, labels, cond)
+            if guidance != 1:
+                null = (
+                    self._null_labels(batch_size, device),
+                    cond if null_cond is None else null_cond,
+                )
+                output = torch.lerp(self._call(network, scaled, t, *null), output, guidance)
+            x = self.scheduler.step(output, t, x, **options).prev_sample
+
+        images = self._finish(x, output_type or ("latent" if self.config.is_latent else "pil"))
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _largest_noise_level(self) -> float:
+        if type(self.scheduler).__name__ == "EDMEulerScheduler":
+            # its `init_noise_sigma` adds the variance of data whose standard deviation is 1
+            return float(self.scheduler.sigmas[0])
+        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))  # flows have none
+
+    def _scaled(self, x: Tensor, t: Tensor) -> Tensor:
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        scaled: Tensor = x if scale is None else scale(x, t)
+        return scaled
+
+    def _call(
+        self,
+        network: Any,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        cond: dict[str, Any] | None,
+    ) -> Tensor:
+        names = inspect.signature(network.forward).parameters
+        time = self.config.time_scale * t.to(x.device, torch.float32) + self.config.time_shift
+        arguments = {next(iter(names)): x.to(network.dtype), "timestep": time.expand(len(x))}
+        arguments |= {} if labels is None else {"class_labels": labels}
+        output = network(**arguments, **(cond or {}), return_dict=False)[0]
+        found: Tensor = output.to(x.dtype)
+        return found
+
+    def _labels(self, given: Any, count: int, device: torch.device) -> Tensor | None:
+        classes = self.config.num_classes
+        if given is None:
+            return self._null_labels(count, device)
+        found = torch.as_tensor(given, device=device)
+        if classes is None or found.shape != (count,) or not bool((found < classes).all()):
+            raise ValueError(
+                f"`class_labels` must be {count} classes below {classes or 0}, got {given}: give "
+                f"one for each of `batch_size` samples."
+            )
+        return found.long()
+
+    def _null_labels(self, count: int, device: torch.device) -> Tensor | None:
+        classes = self.config.num_classes
+        if classes is None:
+            return None
+        if self.config.label_dropout == 0:
+            raise ValueError(
+                "`class_labels` must be given, and `guidance_scale` be 1, for a network that was "
+                "trained with a class for each sample, got others: give them."
+            )
+        return torch.full((count,), classes, device=device)
+
+    def _finish(self, x: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return x
+        images = (x / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        pixels = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return pixels if output_type == "np" else self.numpy_to_pil(pixels)

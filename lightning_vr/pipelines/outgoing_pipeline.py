@@ -1,0 +1,134 @@
+"""A trained model as a pipeline of diffusers, in memory.
+
+The pipeline is one of diffusers' own where that samples as the model does: ``DDIMPipeline`` or
+``DDPMPipeline`` for pictures of a ``UNet2DModel`` without classes. Everything else is a
+``DenoisingPipeline``: diffusers' own give such a network no labels, or leave out a scheduler's
+scaling of its input, without an error.
+"""
+
+import copy
+import inspect
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+from lightning_vr.lifecycle.weight_averaging import weights_that_count
+from lightning_vr.pipelines.outgoing_schedulers import OutgoingScheduler, outgoing_scheduler
+from lightning_vr.process.sampling import USUAL_STEPS
+from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.module import DiffusionModule
+
+_FORMAT = "use the format safetensors"
+
+
+def to_pipeline(model: Diffusion) -> Any:
+    """Return a ``DiffusionPipeline`` that samples as ``model.sample`` does.
+
+    It has a copy of the network, in evaluation mode, with averaged weights if the model is in a fit
+    with ``WeightAveraging``. Save it by ``export``, which adds what a ``DenoisingPipeline`` needs.
+
+    Args:
+        model: A model whose network is one of diffusers.
+
+    Raises:
+        ValueError: If no pipeline would sample as the model does, with the reason.
+    """
+    import diffusers
+
+    network = network_to_export(model)
+    _check_network(model, network)
+    found = outgoing_scheduler(model.objective, model.sampler)
+    shape = _shape(model, network)
+    is_latent = type(model).decode is not Diffusion.decode or shape[0] not in (1, 3)
+    stock = _stock_pipeline(network, found)
+    if stock is not None and model.num_classes is None and not is_latent:
+        return getattr(diffusers, stock)(unet=network, scheduler=found.scheduler)
+
+    from lightning_vr.pipelines.denoising_pipeline import DenoisingPipeline
+
+    return DenoisingPipeline(
+        found.scheduler,
+        **{component(network): network},
+        shape=list(shape),
+        num_classes=model.num_classes,
+        label_dropout=model.label_dropout,
+        is_latent=is_latent,
+        time_scale=found.time_scale,
+        time_shift=found.time_shift,
+        num_inference_steps=model.sampler.steps or USUAL_STEPS,
+        guidance_scale=model.sampler.guidance,
+    )
+
+
+def network_to_export(model: Diffusion) -> nn.Module:
+    """Return a copy of a model's network with the weights that count, in evaluation mode."""
+    with weights_that_count(model) if isinstance(model, DiffusionModule) else nullcontext():
+        return copy.deepcopy(getattr(model.network, "_orig_mod", model.network)).eval()
+
+
+def component(network: nn.Module) -> str:
+    """Return the name of a network in pipelines."""
+    return "unet" if "UNet" in type(network).__name__ else "transformer"
+
+
+def _check_network(model: Diffusion, network: Any) -> None:
+    import diffusers
+
+    name = type(network).__name__
+    if type(model).predict is not Diffusion.predict:
+        raise ValueError(
+            f"`predict` must not be overridden to export a pipeline, which calls the network as "
+            f"diffusers does, got {type(model).__name__}: {_FORMAT}."
+        )
+    is_of_diffusers = isinstance(network, diffusers.ModelMixin)
+    if not is_of_diffusers:
+        raise ValueError(
+            f"`network` must be a model of diffusers to be exported as a pipeline, got {name}: "
+            f"{_FORMAT}."
+        )
+    takes = inspect.signature(network.forward).parameters
+    if "timestep" not in takes or "img_ids" in takes:
+        raise ValueError(
+            f"`network` must take a `timestep` and samples as they are to be exported as a "
+            f"pipeline, got {name}: {_FORMAT}."
+        )
+    config = network.config
+    if config.get("out_channels") not in (None, config.get("in_channels")):
+        raise ValueError(
+            f"`network` must return as many channels as it takes to be exported as a pipeline, got "
+            f"{config['in_channels']} and {config['out_channels']}: {_FORMAT}."
+        )
+
+
+def _shape(model: Diffusion, network: Any) -> tuple[int, ...]:
+    """Return the shape of samples, and let the network's settings agree with it.
+
+    A U-Net takes pictures of many sizes, and pipelines sample the size in its settings.
+    """
+    shape, size = model.sample_shape, network.config.get("sample_size")
+    if shape is None and size is None:
+        raise ValueError(
+            "`sample_size` of the network must be given to export a model that has seen no data, "
+            "got None: set it, or export a trained model."
+        )
+    if shape is None:
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return (network.config["in_channels"], *sides)
+    if component(network) == "unet" and len(shape) == 3:
+        own = shape[1] if shape[1] == shape[2] else list(shape[1:])
+        network.register_to_config(sample_size=own)
+    return shape
+
+
+def _stock_pipeline(network: Any, found: OutgoingScheduler) -> str | None:
+    """Return the name of the pipeline of diffusers that calls network and scheduler rightly."""
+    scheduler = found.scheduler
+    name, settings = type(scheduler).__name__, network.config
+    takes_labels = settings.get("num_class_embeds") or settings.get("class_embed_type")
+    is_dynamic = scheduler.config.get("use_dynamic_shifting", False)
+    if type(network).__name__ != "UNet2DModel" or takes_labels or is_dynamic or not found.is_plain:
+        return None
+    if name == "DDIMScheduler":
+        return "DDIMPipeline"
+    return "DDPMPipeline" if name in ("DDPMScheduler", "FlowMatchEulerDiscreteScheduler") else None

@@ -1,0 +1,167 @@
+"""Models of each kind that goes out, and a process without this package that samples from them."""
+
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import seed_everything
+from safetensors.torch import load_file
+from support.networks import small_unet
+from support.trainers import quiet_trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_vr import (
+    EDM,
+    VE,
+    VP,
+    Cosine,
+    DiffusersSchedule,
+    DiffusersSolver,
+    DiffusionModule,
+    Euler,
+    RectifiedFlow,
+    Sampler,
+    export,
+)
+
+STEPS = 8
+COUNT = 4
+SEED = 3
+ABROAD = (
+    f"STEPS, COUNT, SEED = {STEPS}, {COUNT}, {SEED}"
+    + """
+import json, sys
+import torch
+sys.modules["lightning_vr"] = None  # importing it raises
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+folder, names = sys.argv[1], sys.argv[2:]
+for name in names:
+    pipeline = DiffusionPipeline.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(SEED)
+    asked = {"num_inference_steps": STEPS, "generator": generator, "output_type": "pt"}
+    kind = type(pipeline).__name__
+    if kind == "DenoisingPipeline":
+        asked["output_type"] = "latent"
+        if pipeline.config.num_classes:
+            asked["class_labels"] = [0, 1, 2, 0]
+    images = pipeline(COUNT, **asked).images
+    save_file({"images": images}, f"{folder}/{name}.safetensors", {"kind": kind})
+    print(json.dumps([name, kind]))
+"""
+)
+
+
+@dataclass(frozen=True)
+class AtLevels(Sampler):
+    """Euler's method at given noise levels: at a scheduler's own it is DDIM with eta 0."""
+
+    levels: torch.Tensor | None = None
+
+    def noise_levels(self, schedule):
+        return self.levels
+
+
+class Latents(DiffusionModule):
+    """A model of what is no picture."""
+
+    def decode(self, x0):
+        return x0.mean(dim=1, keepdim=True)
+
+
+def trained(module, steps=2, *callbacks, channels=1):
+    """Return a module after a few steps on noise."""
+    with torch.random.fork_rng():
+        seed_everything(0, verbose=False)
+        data = 0.5 * torch.randn(32, channels, 8, 8), torch.arange(32) % 3
+        loader = DataLoader(TensorDataset(*data), batch_size=16)
+        options = {"limit_val_batches": 1, "num_sanity_val_steps": 0, "val_check_interval": 1}
+        trainer = quiet_trainer(*callbacks, max_steps=steps, **options)
+        trainer.fit(module, loader, loader)
+    return module
+
+
+def models():
+    """Models that go out, by name."""
+    from diffusers import DiTTransformer2DModel, EulerDiscreteScheduler
+
+    sampler = Sampler(Euler(), STEPS)
+    dit = DiTTransformer2DModel(
+        num_attention_heads=1,
+        attention_head_dim=8,
+        in_channels=1,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=3,
+        norm_num_groups=1,
+    )
+    wide = {"in_channels": 4, "out_channels": 4}
+    guided = {"num_classes": 3, "label_dropout": 0.3}
+    kinds = {
+        "epsilon": (VP(), "epsilon"),
+        "v": (Cosine(), "v"),
+        "x0": (VP(), "x0"),
+        "flow": (RectifiedFlow(), "velocity"),
+        "edm": (EDM(embedding_scale=1.0), "edm"),
+        "edm_1000": (EDM(), "edm"),
+        "ve": (VE(), "edm"),
+        "euler": (DiffusersSchedule(EulerDiscreteScheduler()), "epsilon"),
+    }
+    found = {
+        name: trained(DiffusionModule(small_unet(), schedule=s, prediction=p, sampler=sampler))
+        for name, (s, p) in kinds.items()
+    }
+    found["classes"] = trained(
+        DiffusionModule(
+            small_unet(num_class_embeds=4),
+            sampler=Sampler(Euler(), STEPS, guidance=2.5),
+            **guided,
+        )
+    )
+    flow = {"schedule": RectifiedFlow(), "prediction": "velocity"}
+    found["dit"] = trained(DiffusionModule(dit, **flow, num_classes=3, sampler=sampler))
+    latents = {"schedule": Cosine(), "prediction": "v", "sampler": sampler}
+    found["latents"] = trained(Latents(small_unet(**wide), **latents), channels=4)
+    return found
+
+
+def expected(module):
+    """Return ``module.sample`` at the noise levels of its pipeline's scheduler."""
+    source = torch.Generator().manual_seed(SEED)
+    scheduler = module.to_pipeline().scheduler
+    with warnings.catch_warnings():  # of diffusers, on numpy 2
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scheduler.set_timesteps(STEPS)
+    times = scheduler.timesteps.double()
+    if isinstance(module.schedule, DiffusersSchedule):
+        levels = module.schedule.noise_level(times)
+    elif type(scheduler).__name__ == "EDMEulerScheduler":
+        levels = None
+    else:
+        levels = module.schedule.noise_level(times / 1000)
+    guidance = module.sampler.guidance
+    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+        at = Sampler(DiffusersSolver(scheduler), STEPS, guidance=guidance)  # begins at noise alone
+    else:
+        at = AtLevels(Euler(), STEPS, levels=levels, guidance=guidance)
+    group = None if module.num_classes is None else [0, 1, 2, 0]
+    sampler = module.sampler if levels is None else at
+    return module.sample(COUNT, group=group, sampler=sampler, source=source)
+
+
+def sampled_abroad(folder, modules):
+    """Return each model's pipeline and samples, of a process that cannot import this package."""
+    for name, module in modules.items():
+        export(module, folder / name)
+    command = [sys.executable, "-c", ABROAD, str(folder), *modules]
+    environment = {"HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kinds = dict(json.loads(line) for line in done.stdout.splitlines())
+    images = {name: load_file(folder / f"{name}.safetensors")["images"] for name in modules}
+    return {name: (kinds[name], images[name]) for name in modules}
