@@ -87,15 +87,19 @@ def compare(own: Diffusion, steps: int, held_out: Tensor) -> None:
         )
 
 
-def distances(own: Diffusion, steps: int, count: int, real: Tensor) -> None:
-    """Print the Fréchet distance to real digits of samples from the same noise."""
+def distances(own: Diffusion, steps: int, count: int, repeats: int, real: Tensor) -> None:
+    """Print the mean Fréchet distance to real digits over sets of samples, and its error."""
     features = DigitFeatures()
-    moments = [_moments(features(real))]
+    moments = _moments(features(real))
     for kind in VARIANCES:
         sampler = Sampler(DDPM(kind, clip_sample=True), steps=steps)
-        found = own.sample(count, sampler=sampler, seed=0)
-        value = float(frechet_distance(*moments[0], *_moments(features(found))))
-        print(f"{steps:5d} steps, {kind:10}: Fréchet distance {value:.2f} (n = {count})")
+        sets = (own.sample(count, sampler=sampler, seed=seed) for seed in range(repeats))
+        found = torch.stack([frechet_distance(*moments, *_moments(features(x))) for x in sets])
+        error = float(found.std()) / repeats**0.5
+        print(
+            f"{steps:5d} steps, {kind:10}: Fréchet distance {float(found.mean()):.2f} ± "
+            f"{error:.2f} (n = {count}, {repeats} sets)"
+        )
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +111,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--sets", type=int, default=5, help="sets of samples, two or more")
     parser.add_argument("--held-out", type=int, default=128, help="digits for the bound")
     parser.add_argument("--timesteps", type=int, nargs="+", default=[25, 100, 1000])
     options = parser.parse_args()
@@ -120,7 +125,8 @@ def main() -> None:
     print(", ".join(f"{name} {value:.3f}" for name, value in terms.items()))
     for steps in options.timesteps:
         compare(own, steps, held_out[: options.held_out])
-    distances(own, min(options.timesteps), options.samples, images)
+    distances(own, min(options.timesteps), options.samples, options.sets, images)
+    print(f"{time.process_time() - started:.0f} core-seconds in all")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ SCRIPT = Path(__file__).parents[2] / "examples/learned_variance/learned_variance
 
 
 def test_variances_are_compared_on_the_digits(monkeypatch, capsys):
-    small = shlex.split("--steps 10 --width 8 --samples 40 --held-out 4 --timesteps 3")
+    small = shlex.split("--steps 10 --width 8 --samples 40 --sets 2 --held-out 4 --timesteps 3")
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, *small])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     printed = capsys.readouterr().out
