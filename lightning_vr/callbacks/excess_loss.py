@@ -18,7 +18,7 @@ from lightning_vr.callbacks.target_variance_report import numbers as numbers_by_
 from lightning_vr.core.types import LossEstimate
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import DSM
-from lightning_vr.lifecycle.loggers import log_picture, log_table, training_goes_on
+from lightning_vr.lifecycle.loggers import log_picture, training_goes_on
 from lightning_vr.lifecycle.training_set import training_loader
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.variance.excess_loss import ExcessLoss, LossParts
@@ -102,8 +102,7 @@ def show(trainer: Trainer, excess: ExcessLoss, folder: Path, *, is_logged: bool 
     with training_goes_on(trainer, "The excess loss"):
         draw(excess, path)
         if is_logged:
-            log_picture(trainer, "excess_loss", path)
-            log_table(trainer, "excess_loss", COLUMNS, rows(excess))
+            log_picture(trainer, "excess_loss", path, (COLUMNS, rows(excess)))
 
 
 def own_references(trainer: Trainer, module: LightningModule, size: int) -> int | None:

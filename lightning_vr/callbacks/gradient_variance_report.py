@@ -14,7 +14,6 @@ from lightning_vr.lifecycle.loggers import (
     level_names,
     log_numbers,
     log_picture,
-    log_table,
     training_goes_on,
 )
 from lightning_vr.variance.components import Components
@@ -55,8 +54,7 @@ def show(
     with training_goes_on(trainer, "GradientVariance's report"):
         draw(statistics, path)
         if is_logged:
-            log_picture(trainer, "gradient_variance", path)
-            log_table(trainer, "gradient_variance", COLUMNS, rows(statistics))
+            log_picture(trainer, "gradient_variance", path, (COLUMNS, rows(statistics)))
 
 
 def numbers(statistics: GradientStatistics) -> dict[str, float]:

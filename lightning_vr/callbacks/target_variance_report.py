@@ -17,7 +17,6 @@ from lightning_vr.lifecycle.loggers import (
     keeps_numbers,
     level_names,
     log_picture,
-    log_table,
     training_goes_on,
 )
 from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
@@ -39,10 +38,9 @@ def write(trainer: Trainer, curve: TargetVarianceCurve, folder: Path) -> None:
         if keeps_numbers(trainer):
             write_csv(curve, folder / "target_variance.csv")
         draw(curve, path)
-        log_picture(trainer, "target_variance", path)
         found = columns(curve)
         rows = torch.stack(list(found.values()), dim=1).tolist()
-        log_table(trainer, "target_variance", list(found), rows)
+        log_picture(trainer, "target_variance", path, (list(found), rows))
 
 
 def numbers(

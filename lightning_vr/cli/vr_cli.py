@@ -139,7 +139,7 @@ class VRCLI(LightningCLI):
         try:
             self._parse(args)
         except ArgumentError as error:
-            if not self._may_name_checkpoint():
+            if not self._may_name_weights():
                 raise  # nothing else would build a module
             missing = error
             self._parse_without_network(args, error)
@@ -241,12 +241,14 @@ class VRCLI(LightningCLI):
         with values_as_written():
             self.config = self.parser.parse_args(self._arguments)
 
-    def _may_name_checkpoint(self) -> bool:
-        """Return whether settings may hold ``ckpt_path``: as an argument, or in a file."""
+    def _may_name_weights(self) -> bool:
+        """Return whether settings may hold ``ckpt_path`` or ``pretrained``, also in a file."""
         given = self._arguments
         if not isinstance(given, list) or self.parser.default_env:
             return True
-        return any(each.startswith(("-c", "--config", "--ckpt_path")) for each in given)
+        return any(
+            each.startswith(("-c", "--config", "--ckpt_path", "--pretrained")) for each in given
+        )
 
     def _parse_without_network(self, args: ArgsType, error: ArgumentError) -> None:
         kind = self._model_class

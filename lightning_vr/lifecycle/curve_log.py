@@ -1,7 +1,8 @@
 """Curves that change in training, in CSV files of their own: rows with a step, as they come.
 
 A table of metrics has a column for each number: curves over twenty noise levels would fill it with
-hundreds of them. A file of curves has a row for each step and noise level instead.
+hundreds of them. A file of curves has a row for each step and noise level instead. ``step`` is the
+number of optimizer steps so far, one more than what loggers get at the end of the same batch.
 
 On a resume in the same folder, rows that the checkpoint does not count are dropped: a process wrote
 them before it was killed, and the resumed run writes them again.

@@ -1,12 +1,24 @@
 """Numbers, pictures and tables for every logger, and the run's folder for files.
 
 A logger gets a few numbers of each event. Curves over noise levels are pictures and tables, as one
-number for each level would be hundreds of columns.
+number for each level would be hundreds of columns. All stand at the step that Lightning gives its
+own numbers, so that a loss and a picture of the same weights have the same x.
+
+======================  ================================  ==========================================
+logger                  picture ``<name>/picture``        table ``<name>/table``
+======================  ================================  ==========================================
+``WandbLogger``         image                             table, in the same call as the picture
+``TensorBoardLogger``   image                             Markdown among the texts
+``MLFlowLogger``        image with a step                 CSV among the artifacts
+others                  a PNG in the run's folder         a CSV in the run's folder, for most names
+======================  ================================  ==========================================
 
 No logger ends a training run: one that raises, or a disk that is full, is a warning.
 """
 
+import csv
 import functools
+import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,9 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
@@ -32,6 +45,11 @@ _LOGGER_METHODS = (
     "after_save_checkpoint",
     "finalize",
 )
+
+Table = tuple[Sequence[str], Iterable[Sequence[float | str]]]
+"""Names of columns, and rows; what is no finite number or is empty is shown as an empty cell."""
+
+_Cells = list[list[float | str | None]]
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -138,6 +156,15 @@ def _warning_once(method: Callable[..., Any], trainer: Trainer) -> Callable[...,
     return call
 
 
+def logged_step(trainer: Trainer) -> int:
+    """Return the step that loggers get: that of Lightning's own numbers at the same moment.
+
+    It counts batches after which optimizers stepped. ``global_step`` is ahead of it by one from the
+    end of a batch on, and counts a batch with two optimizers twice.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # as seen in Lightning 2.6
+
+
 def log_numbers(
     trainer: Trainer, numbers: Mapping[str, float], curves: Mapping[str, float] | None = None
 ) -> None:
@@ -152,56 +179,100 @@ def log_numbers(
         return
     for logger in trainer.loggers if numbers else ():
         with training_goes_on(trainer, f"Numbers to {type(logger).__name__}"):
-            logger.log_metrics(dict(numbers), step=trainer.global_step)
+            logger.log_metrics(dict(numbers), step=logged_step(trainer))
     monitored = trainer.callback_metrics  # each access waits for the device
     for name, value in (dict(curves or {}) | dict(numbers)).items():
         monitored[name] = torch.tensor(value)
 
 
 def shows_pictures(trainer: Trainer) -> bool:
-    """Return whether a logger can show pictures or tables; rank 0 alone calls it."""
-    found = False
-    for logger in trainer.loggers:
-        with training_goes_on(trainer, f"Pictures to {type(logger).__name__}"):
-            experiment: Any = getattr(logger, "experiment", None)
-            methods = (
-                (logger, ("log_image", "log_table")),
-                (experiment, ("add_image", "add_text")),
-            )
-            found |= any(hasattr(of, name) for of, names in methods for name in names)
-    return found
+    """Return whether a logger can show pictures."""
+    return any(isinstance(logger, tuple(_SHOWN_BY)) for logger in trainer.loggers)
 
 
-def log_picture(trainer: Trainer, name: str, path: Path) -> None:
-    """Show the PNG at ``path`` in every logger that can show pictures; rank 0 alone calls it."""
-    for logger in trainer.loggers:
-        with training_goes_on(trainer, f"The picture of {name} to {type(logger).__name__}"):
-            _show(logger, name, path, trainer.global_step)
+def log_picture(trainer: Trainer, name: str, path: Path, table: Table | None = None) -> None:
+    """Show a PNG, and its numbers if given, where loggers can; rank 0 alone calls it.
+
+    Args:
+        trainer: The trainer.
+        name: What is shown; loggers get ``<name>/picture`` and ``<name>/table``.
+        path: The PNG.
+        table: The numbers in the picture.
+    """
+    _show(trainer, name, path, table)
 
 
 def log_table(
     trainer: Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[float | str]]
 ) -> None:
-    """Show a table in every logger that can show tables or text; rank 0 alone calls it.
+    """Show a table as ``<name>/table`` where loggers can; rank 0 alone calls it."""
+    _show(trainer, name, None, (columns, rows))
 
-    Args:
-        trainer: The trainer.
-        name: Name of the picture that it belongs to; loggers get it as ``<name>_table``.
-        columns: Names of the columns.
-        rows: Values; numbers that are not finite are shown as empty cells.
-    """
+
+def _show(trainer: Trainer, name: str, path: Path | None, table: Table | None) -> None:
+    columns, rows = table or ((), ())
     cells = [[_cell(value) for value in row] for row in rows]
     for logger in trainer.loggers:
-        with training_goes_on(trainer, f"The table of {name} to {type(logger).__name__}"):
-            _show_table(logger, f"{name}_table", list(columns), cells, trainer.global_step)
+        with training_goes_on(trainer, f"Picture or table of {name} to {type(logger).__name__}"):
+            show = next((f for kind, f in _SHOWN_BY.items() if isinstance(logger, kind)), None)
+            if show is not None:
+                show(logger, name, path, list(columns), cells, logged_step(trainer))
+            elif not isinstance(logger, (CSVLogger, DummyLogger)):
+                _tell_files_only(type(logger).__name__)
 
 
-def _show_table(logger: Any, name: str, columns: list[str], cells: Any, step: int) -> None:
-    experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(logger, "log_table"):
-        logger.log_table(key=name, columns=columns, data=cells, step=step)
-    elif hasattr(experiment, "add_text"):
-        experiment.add_text(name, markdown_table(columns, cells), step)
+@functools.cache
+def _tell_files_only(logger: str) -> None:
+    """Say once what a logger lacks."""
+    rank_zero_info(f"{logger} shows no pictures and tables: they are files in the run's folder.")
+
+
+def _show_in_wandb(
+    logger: Any, name: str, path: Path | None, columns: list[str], cells: _Cells, step: int
+) -> None:
+    import wandb
+
+    found: dict[str, Any] = {}
+    if path is not None:
+        found[f"{name}/picture"] = wandb.Image(str(path))
+    if columns:
+        found[f"{name}/table"] = wandb.Table(columns=[*columns], data=cells)
+    logger.log_metrics(found, step)  # one call is one row of the history
+
+
+def _show_in_tensorboard(
+    logger: Any, name: str, path: Path | None, columns: list[str], cells: _Cells, step: int
+) -> None:
+    if path is not None:
+        pixels = np.asarray(_opened(path))
+        logger.experiment.add_image(f"{name}/picture", pixels, step, dataformats="HWC")
+    if columns:
+        logger.experiment.add_text(f"{name}/table", markdown_table(columns, cells), step)
+
+
+def _show_in_mlflow(
+    logger: Any, name: str, path: Path | None, columns: list[str], cells: _Cells, step: int
+) -> None:
+    client, run = logger.experiment, logger.run_id
+    if path is not None:
+        client.log_image(run, _opened(path), key=f"{name}/picture", step=step)
+    if columns:  # a file for each step, as a table that grows is read and written anew each time
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows([columns, *cells])
+        client.log_text(run, lines.getvalue(), f"{name}/table/step_{step:08d}.csv")
+
+
+_SHOWN_BY: dict[type, Callable[..., None]] = {
+    WandbLogger: _show_in_wandb,
+    TensorBoardLogger: _show_in_tensorboard,
+    MLFlowLogger: _show_in_mlflow,
+}
+"""What shows pictures and tables in a logger, by its class."""
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[float | str | None]]) -> str:
@@ -211,23 +282,15 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[float | str |
 
 
 def _cell(value: float | str) -> float | str | None:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    # an empty text among numbers would be refused, as a column has one type
+    is_empty = value == "" or (isinstance(value, float) and not math.isfinite(value))
+    return None if is_empty else value
 
 
 def _text(cell: float | str | None) -> str:
     if cell is None:
         return ""
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-
-
-def _show(logger: Any, name: str, path: Path, step: int) -> None:
-    experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(logger, "log_image"):
-        logger.log_image(key=name, images=[str(path)], step=step)
-    elif hasattr(experiment, "add_image"):
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-        experiment.add_image(name, pixels, step, dataformats="HWC")
 
 
 def level_names(levels: Tensor) -> list[str]:

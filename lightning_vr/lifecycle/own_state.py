@@ -154,4 +154,5 @@ _FIELDS = {
     "row": _optional(_record(_ROW, is_whole=True)),
     "metrics": _by_name(_TENSOR),
     "sums": _by_name(_check_sum),
+    "csv_rows": _optional(_by_name(_COUNT)),
 }

@@ -126,15 +126,10 @@ def check_size(
     be made there, and the module is built twice only where its networks are so large.
 
     Raises:
-        ValueError: With the first weight that differs, and both shapes. If it holds an adapter
-            alone, with the folder of its network.
+        ValueError: With the first weight that differs, and both shapes.
     """
-    base = checkpoint.get(STATE, {}).get(BASE)
-    if base is not None:
-        raise ValueError(
-            f"`network` must be given with {trust.path}, which holds an adapter alone: the one of "
-            f"{base['folder']}, as in network=Pretrained(path), or by the config.yaml of the run."
-        )
+    if checkpoint.get(STATE, {}).get(BASE) is not None:
+        return  # it holds an adapter alone, and its network is given
     try:
         with torch.device("meta"):
             arguments = _arguments(kind, described, {}, trust)

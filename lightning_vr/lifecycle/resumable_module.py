@@ -40,7 +40,7 @@ from lightning_vr.lifecycle.checkpoint_io import (
     finish_checkpoints,
     use_durable_checkpoints,
 )
-from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole
+from lightning_vr.lifecycle.csv_logs import keep_csv_logs_whole, reopen_csv_logs
 from lightning_vr.lifecycle.epoch_length import (
     check_training_batches,
     check_validation_batches,
@@ -54,6 +54,7 @@ from lightning_vr.lifecycle.resuming import Resuming
 from lightning_vr.lifecycle.similar_state import check_callbacks
 from lightning_vr.lifecycle.stopping import CoordinatedStop, is_evaluating
 from lightning_vr.lifecycle.strategies import check_strategy
+from lightning_vr.lifecycle.wandb_page import define_page
 from lightning_vr.lifecycle.weight_averaging import AveragedWeights, is_averaged, load_what_trains
 
 _NEEDED_HOOKS = ("on_fit_start", "on_train_start", "on_train_batch_start")
@@ -93,6 +94,10 @@ class ResumableModule(KeyedModule, LightningModule):
     def prepare_training(self) -> None:
         """Prepare what the first step needs; override it. All ranks call it, on their device."""
 
+    def prepare_data(self) -> None:
+        """Open the logs of a run that goes on, before the trainer does and deletes their rows."""
+        reopen_csv_logs(self.trainer)
+
     def setup(self, stage: str) -> None:
         """Let checkpoints be read safely, before the trainer reads one."""
         use_durable_checkpoints(self.trainer)
@@ -118,6 +123,7 @@ class ResumableModule(KeyedModule, LightningModule):
             self.seed = int(broadcast(torch.tensor(self.run_seed, device=self.device)))
         equalize_epoch_length(self.trainer)
         check_validation_batches(self.trainer)
+        define_page(self.trainer)
         self._resuming.restore_gradients(self)
         self._resuming.begin_training(self.trainer)
         self.prepare_training()
@@ -190,13 +196,8 @@ class ResumableModule(KeyedModule, LightningModule):
         """Install a handler of signals, if this is no part of a fit."""
         self._begin_evaluation()
 
-    def on_test_start(self) -> None:
-        """Install a handler of signals."""
-        self._begin_evaluation()
-
-    def on_predict_start(self) -> None:
-        """Install a handler of signals."""
-        self._begin_evaluation()
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
 
     def on_validation_batch_end(self, *args: Any) -> None:
         """Stop here if any rank was asked to, and this is no part of a fit."""
@@ -235,9 +236,8 @@ class ResumableModule(KeyedModule, LightningModule):
         state["seed"] = self.run_seed if self._is_fitting else self.seed
         if self._is_fitting or self._has_fitted:
             self._averages.complete(self.trainer, self, checkpoint)
-            state["is_averaged"] = is_averaged(self.trainer)
             state |= self._resuming.state(self, checkpoint)
-            state["skipped"] = self._guard.skipped
+            state |= {"is_averaged": is_averaged(self.trainer), "skipped": self._guard.skipped}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what ``on_save_checkpoint`` kept, to resume a fit.

@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_vr.core.distributed import all_reduce_mean, ranks_save_together
 from lightning_vr.estimators.proposals import LearnedProposal
 from lightning_vr.lifecycle.checkpoint_errors import damaged
+from lightning_vr.lifecycle.csv_logs import begin_csv_logs, count_csv_rows
 from lightning_vr.lifecycle.epoch_position import BatchMarks, EpochPosition
 from lightning_vr.lifecycle.epoch_sums import EpochSums
 from lightning_vr.lifecycle.learned_state import LearnedState
@@ -30,7 +31,7 @@ from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.restarting import forget_restart, log_row, restart
 from lightning_vr.lifecycle.weight_averaging import update_weights
 
-_SAVED = ("position", "window", "row", "metrics", "sums")
+_SAVED = ("position", "window", "row", "metrics", "sums", "csv_rows")
 
 
 class Resuming:
@@ -69,6 +70,7 @@ class Resuming:
         if not self._has_just_loaded:
             self._loaded = {}
         self._sums.load(self._loaded.get("sums", {}))
+        begin_csv_logs(trainer, self._loaded.get("csv_rows") or {})
         self._has_just_loaded = False
         forget_restart(trainer)
         self._note_position_of_errors(trainer)
@@ -131,6 +133,7 @@ class Resuming:
             "row": row,
             "metrics": _on_cpu(trainer._logger_connector._callback_metrics),
             "sums": self._sums_within_epoch(trainer, position),
+            "csv_rows": count_csv_rows(trainer),
         }
 
     def restore_gradients(self, module: LightningModule) -> None:

@@ -93,6 +93,9 @@ class Adapter:
         names = [f"{_NETWORK}{name}" for name in _base(network)]
         drop_weights(checkpoint, names)
         checkpoint[STATE][BASE] = {"folder": self.folder, "digest": self._digest}
+        # nothing opens a folder that a checkpoint names: the network is to be given again
+        checkpoint["hyper_parameters"].pop("network", None)
+        checkpoint[STATE]["objects"].append("network")
 
     def complete(self, network: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Put the weights that a checkpoint leaves out back into it: those of ``network``.

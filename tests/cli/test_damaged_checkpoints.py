@@ -232,6 +232,7 @@ DAMAGED = {
     "shape of NaN": (having(lightning_vr__sample_shape=[NAN]), ALL, "sizes of 1 or more"),
     "shape below 0": (having(lightning_vr__sample_shape=[-2]), ALL, "sizes of 1 or more"),
     "shape of text": (having(lightning_vr__sample_shape="2"), ALL, "sample_shape"),
+    "rows of text": (having(lightning_vr__csv_rows={"a": "b"}), FIT, "csv_rows"),
     "objects of numbers": (
         having(lightning_vr__objects=[1]),
         ALL,

@@ -143,16 +143,26 @@ def curves(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The files of a run that is not stopped."""
+def folder_of_whole(tmp_path_factory):
+    """The folder of a run that is not stopped."""
     folder = tmp_path_factory.mktemp("whole")
     fit(folder)
-    return curves(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder_of_whole):
+    return curves(folder_of_whole)
+
+
+@pytest.fixture(scope="module")
+def metrics(folder_of_whole):
+    return read(folder_of_whole / "metrics.csv")
 
 
 @pytest.mark.parametrize("batch", [3, 4, 7])
 def test_a_run_that_is_killed_and_resumed_in_its_folder_leaves_the_files_of_one_that_is_not(
-    tmp_path, whole, batch
+    tmp_path, whole, metrics, batch
 ):
     path = tmp_path / "stopped.ckpt"
 
@@ -164,6 +174,7 @@ def test_a_run_that_is_killed_and_resumed_in_its_folder_leaves_the_files_of_one_
     assert curves(tmp_path) != whole
     fit(tmp_path, ckpt_path=path)
     assert curves(tmp_path) == whole
+    assert read(tmp_path / "metrics.csv") == metrics
 
 
 def test_a_run_that_has_ended_and_goes_on_leaves_the_files_of_one_that_did_not_end(tmp_path, whole):
@@ -173,6 +184,21 @@ def test_a_run_that_has_ended_and_goes_on_leaves_the_files_of_one_that_did_not_e
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     fit(tmp_path, ckpt_path=tmp_path / "end.ckpt")
     assert curves(tmp_path) == whole
+
+
+def test_a_new_run_in_the_folder_of_another_keeps_none_of_its_rows(tmp_path, metrics):
+    fit(tmp_path, max_epochs=1)
+    with pytest.warns(match="its rows are dropped"):
+        fit(tmp_path)
+    assert read(tmp_path / "metrics.csv") == metrics
+
+
+def test_a_test_adds_its_row_to_the_file_of_the_fit(tmp_path):
+    trainer = fit(tmp_path, max_epochs=1)
+    rows = len(read(tmp_path / "metrics.csv"))
+    again = quiet_trainer(logger=CSVLogger(tmp_path, name="", version=""))
+    again.test(trainer.lightning_module, datamodule=trainer.datamodule, verbose=False)
+    assert len(read(tmp_path / "metrics.csv")) == rows + 1
 
 
 def test_a_second_fit_of_one_trainer_adds_to_the_files_of_the_first(tmp_path):

@@ -92,7 +92,7 @@ def test_checkpoints_hold_the_adapter_and_load_with_the_network_of_the_folder(
         assert names
         assert all(".lora_" in name for name in names)
 
-    with pytest.raises(ValueError, match=r"`network` must be given with .* an adapter alone"):
+    with pytest.raises(ValueError, match=r"`network` of the module in .* must be given again"):
         DiffusionModule.load_from_checkpoint(tmp_path / "last.ckpt")
     network = Pretrained(str(folder))
     again = DiffusionModule.load_from_checkpoint(tmp_path / "last.ckpt", network=network)
