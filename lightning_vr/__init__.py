@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         IID,
         STF,
         LearnedProposal,
+        LearnedVariance,
         TableProposal,
         TaylorCV,
         WeightProposal,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_vr.posterior import References, posterior_mean
     from lightning_vr.process import (
         DDIM,
+        DDPM,
         EDM,
         RK45,
         VE,
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
         Shifted,
         Uniform,
         UnitWeighting,
+        VariationalBound,
     )
     from lightning_vr.training import (
         Diffusion,
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CARV",
     "DDIM",
+    "DDPM",
     "DSM",
     "EDM",
     "IID",
@@ -106,6 +110,7 @@ __all__ = [
     "InDtype",
     "LatentDiffusionModule",
     "LearnedProposal",
+    "LearnedVariance",
     "Likelihood",
     "LogNormal",
     "LogNormalWeighting",
@@ -130,6 +135,7 @@ __all__ = [
     "TaylorCV",
     "Uniform",
     "UnitWeighting",
+    "VariationalBound",
     "WeightProposal",
     "audit",
     "cache_latents",

@@ -121,7 +121,11 @@ def refused(module: DiffusionModule, candidates: list[Candidate]) -> dict[str, s
         try:
             with candidate.in_place(module):
                 check_estimators(
-                    module.draws, module.control_variate, module.objective, module.network
+                    module.draws,
+                    module.control_variate,
+                    module.objective,
+                    module.network,
+                    module.variance,
                 )
         except ValueError as error:
             reasons[candidate.name] = str(error).rstrip(".")
@@ -271,12 +275,13 @@ def _observe(loss: DiffusionLoss, clean: Clean, source: Source, number: int) -> 
     rows = loss.draw(clean, times, source("learn", number, "noise"))
     # statistics of batch normalisation must not change
     buffers = {name: buffer.clone() for name, buffer in loss.named_buffers()}
-    mean, per_draw = mean_in_chunks(
+    mean, terms = mean_in_chunks(
         loss,
-        lambda part: functional_call(loss, buffers, (part,)),
+        lambda part: functional_call(loss, buffers, (part,), {"in_terms": True}),
         rows,
         loss.chunk(row_count(rows), leaves(rows)[0].device),
     )
     noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
-    draws.observe(LossEstimate(mean, per_draw, noised, target), objective)
+    per_draw, control, *bound = terms.unbind(dim=1)
+    draws.observe(LossEstimate(mean, per_draw, noised, target, control, *bound), objective)
     draws.advance()

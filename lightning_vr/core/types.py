@@ -157,11 +157,12 @@ class LossEstimate:
     """An unbiased estimate of the diffusion loss.
 
     Attributes:
-        loss: Scalar to differentiate: the mean of ``per_draw`` and of ``control``.
+        loss: Scalar to differentiate: the mean of ``per_draw``, of ``control`` and of ``bound``.
         per_draw: Weighted squared error of each draw ``(B,)``.
         noised: The draws.
         target: What the network regressed on.
         control: The term of a control variate for each draw ``(B,)``, or None.
+        bound: The term of a learned variance for each draw ``(B,)``, or None.
     """
 
     loss: Tensor
@@ -169,6 +170,7 @@ class LossEstimate:
     noised: Noised
     target: TargetEstimate
     control: Tensor | None = None
+    bound: Tensor | None = None
 
 
 def _labels(group: Tensor | None, cond_group: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ Draws of times and noise (``IID``, ``CARV``), targets (``DSM``, ``STF``) and con
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.distillation import distillation_loss
 from lightning_vr.estimators.draws import IID, Draws
+from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.proposals import (
     LearnedProposal,
@@ -27,6 +28,7 @@ __all__ = [
     "ControlVariate",
     "Draws",
     "LearnedProposal",
+    "LearnedVariance",
     "Proposal",
     "TableProposal",
     "Target",

@@ -148,7 +148,8 @@ class CARV(Draws):
         if self.proposal is not None:
             noised = estimate.noised
             v, weight = objective.timesteps.cdf(noised.t.double()), objective.weight(noised.t)
-            self.proposal.observe(v, weight, estimate.per_draw / noised.weight)
+            bound = None if estimate.bound is None else estimate.bound / noised.weight
+            self.proposal.observe(v, weight, estimate.per_draw / noised.weight, bound)
 
     def advance(self) -> None:
         if self.proposal is not None:

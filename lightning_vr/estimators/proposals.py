@@ -19,7 +19,7 @@ estimate is unbiased up to rounding, however coarse the table is.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from lightning_vr.estimators.quantile_density import TINY, QuantileDensity
 from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.timesteps import Truncated
+
+Moment = Literal["gradient", "loss", "bound"]
 
 _TABLE_SIZE = 4096
 _TABLE_REACH = 33.0
@@ -77,13 +79,14 @@ class Proposal(nn.Module, ABC):
                 f"in some of the base density, as times that are never drawn are never learned."
             )
 
-    def observe(self, v: Tensor, weight: Tensor, loss: Tensor) -> None:
+    def observe(self, v: Tensor, weight: Tensor, loss: Tensor, bound: Tensor | None = None) -> None:
         """Observe the draws of a micro-step.
 
         Args:
             v: Quantiles of p at which they are ``(n,)``.
             weight: Weight ``λ b²`` of each ``(n,)``.
             loss: Weighted loss of each, without its importance weight ``(n,)``.
+            bound: Term of a learned variance of each, likewise, or None.
         """
 
     def advance(self) -> None:
@@ -164,13 +167,13 @@ class LearnedProposal(Proposal):
 
     def __init__(
         self,
-        moment: Literal["gradient", "loss"] = "gradient",
+        moment: Moment = "gradient",
         bins: int = 32,
         floor: float = 0.1,
         memory: float = 0.99,
     ) -> None:
         super().__init__()
-        check_choice("moment", moment, ("gradient", "loss"))
+        check_choice("moment", moment, get_args(Moment))
         check_at_least("bins", bins, 1)
         if not 0 < floor <= 1:
             raise ValueError(
@@ -181,7 +184,7 @@ class LearnedProposal(Proposal):
             raise ValueError(
                 f"`memory` must be between 0 and 1, got {memory}: use a number just below 1."
             )
-        self.moment: Literal["gradient", "loss"] = moment
+        self.moment: Moment = moment
         self.bins = bins
         self.floor = floor
         self.memory = memory
@@ -206,9 +209,13 @@ class LearnedProposal(Proposal):
             )
         super().check(objective)
 
-    def observe(self, v: Tensor, weight: Tensor, loss: Tensor) -> None:
+    def observe(self, v: Tensor, weight: Tensor, loss: Tensor, bound: Tensor | None = None) -> None:
         self.table, self.observed = self.table.to(v.device), self.observed.to(v.device)
-        moment = weight * loss if self.moment == "gradient" else loss**2
+        if self.moment == "bound":
+            assert bound is not None, "a model without a learned variance is refused"
+            moment = bound**2
+        else:
+            moment = weight * loss if self.moment == "gradient" else loss**2
         bins = (v * self.bins).long().clamp(0, self.bins - 1)
         moment = moment.to(self.observed)
         seen = torch.where(moment.isfinite(), torch.stack([moment, torch.ones_like(moment)]), 0)

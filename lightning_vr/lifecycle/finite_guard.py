@@ -99,8 +99,8 @@ class FiniteGuard:
     def add_draws(self, estimate: LossEstimate, micro_step: int) -> None:
         """Note which draws of a batch are finite, to name the first that is not."""
         noised = estimate.noised
-        control = 0.0 if estimate.control is None else estimate.control
-        is_finite = (estimate.per_draw + control).isfinite()
+        terms = (estimate.per_draw, estimate.control, estimate.bound)
+        is_finite = torch.stack([x for x in terms if x is not None]).isfinite().all(dim=0)
         parts = _is_finite(noised), is_finite, noised.noise_level, noised.index
         self._batches.append(_Batch(micro_step, *parts))
 

@@ -16,6 +16,7 @@ from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
 from lightning_vr.process.solvers import (
     DDIM,
+    DDPM,
     RK45,
     Ancestral,
     DPMSolver2M,
@@ -33,6 +34,7 @@ from lightning_vr.process.timesteps import (
     Shifted,
     Uniform,
 )
+from lightning_vr.process.variational_bound import VariationalBound
 from lightning_vr.process.weightings import (
     EDMWeighting,
     LogNormalWeighting,
@@ -43,6 +45,7 @@ from lightning_vr.process.weightings import (
 
 __all__ = [
     "DDIM",
+    "DDPM",
     "EDM",
     "RK45",
     "VE",
@@ -77,5 +80,6 @@ __all__ = [
     "Solver",
     "Uniform",
     "UnitWeighting",
+    "VariationalBound",
     "Weighting",
 ]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lightning_vr.core.conditions import Condition
 from lightning_vr.core.types import UNLABELLED
+from lightning_vr.process.reverse_estimate import ReverseEstimate, ReverseEstimator
 from lightning_vr.process.schedules import Schedule, expand
 
 ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor | None, Condition | None], Tensor]
@@ -50,6 +51,7 @@ class Guidance:
         group: Class labels ``(B,)``, or None.
         cond: Further condition, a row for each sample, or None.
         null_cond: What stands for ``cond`` in the unconditional half, in the same form, or None.
+        reverse: What the network says about reverse steps, for ``estimate``, or None.
     """
 
     denoise: ConditionalDenoiser
@@ -60,21 +62,33 @@ class Guidance:
     group: Tensor | None
     cond: Condition | None
     null_cond: Condition | None
+    reverse: ReverseEstimator | None = None
 
     def __call__(self, xt: Tensor, t: Tensor) -> Tensor:
         """Return x0_hat; all rows are at the same time."""
+        return self._guided(lambda *given: ReverseEstimate(self.denoise(*given)), xt, t).x0
+
+    def estimate(self, xt: Tensor, t: Tensor) -> ReverseEstimate:
+        """Return x0_hat, and what the network says about the variance, given the condition."""
+        if self.reverse is None:
+            return ReverseEstimate(self(xt, t))
+        return self._guided(self.reverse, xt, t)
+
+    def _guided(self, estimate: ReverseEstimator, xt: Tensor, t: Tensor) -> ReverseEstimate:
         if not self._acts(t):
-            return self.denoise(xt, t, self.group, self.cond)
+            return estimate(xt, t, self.group, self.cond)
         group = self.group
         if group is not None:
             group = torch.cat([torch.full_like(group, UNLABELLED), group])
         cond = self.cond
         if cond is not None and self.null_cond is not None:
             cond = _joined(self.null_cond, cond)
-        both = self.denoise(torch.cat([xt, xt]), torch.cat([t, t]), group, cond)
-        unconditional, conditional = both.chunk(2)
+        both = estimate(torch.cat([xt, xt]), torch.cat([t, t]), group, cond)
+        unconditional, conditional = both.x0.chunk(2)
         guided = torch.lerp(unconditional, conditional, self.scale)
-        return rescaled(guided, conditional, self.rescale) if self.rescale > 0 else guided
+        if self.rescale > 0:
+            guided = rescaled(guided, conditional, self.rescale)
+        return ReverseEstimate(guided, None if both.v is None else both.v.chunk(2)[1])
 
     def _acts(self, t: Tensor) -> bool:
         if self.scale == 1 or (self.group is None and self.cond is None):

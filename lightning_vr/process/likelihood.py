@@ -39,6 +39,7 @@ from torch import Tensor
 
 from lightning_vr.core.validation import check_integer, check_positive, check_samples
 from lightning_vr.process.guidance import ConditionalDenoiser
+from lightning_vr.process.pixel_levels import check_levels, check_on_levels
 from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.solvers.dormand_prince import dormand_prince
@@ -70,8 +71,7 @@ class Likelihood:
         if self.probes not in ("exact", "auto"):
             check_integer("probes", self.probes, 1)
         check_positive("tolerance", self.tolerance)
-        if self.levels is not None:
-            check_integer("levels", self.levels, 2)
+        check_levels(self.levels)
 
     def bits_per_dimension(
         self,
@@ -171,13 +171,7 @@ class _Flow:
 
 
 def _dequantised(x0: Tensor, levels: int, source: torch.Generator) -> Tensor:
+    check_on_levels(x0, levels)
     step = 2 / (levels - 1)
-    numbers = (x0 + 1) / step
-    if not bool((numbers - numbers.round()).abs().max() < 0.01 and x0.abs().max() < 1 + step / 100):
-        raise ValueError(
-            f"`levels` must be the number of values that pixels have in [-1, 1], but samples are "
-            f"not on such a grid, got {levels}: correct it, or leave it out for data that is "
-            f"continuous or encoded."
-        )
     noise = torch.rand(x0.shape, generator=source, device=x0.device, dtype=x0.dtype)
     return x0 + step * (noise - 0.5)

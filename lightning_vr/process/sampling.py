@@ -23,6 +23,7 @@ from lightning_vr.core.validation import (
 )
 from lightning_vr.process.grids import GridKind, check_grid, given, spaced
 from lightning_vr.process.guidance import ConditionalDenoiser, Guidance
+from lightning_vr.process.reverse_estimate import ReverseEstimate, ReverseEstimator
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.solvers import Heun, Problem, Solver
 from lightning_vr.process.solvers.row_noise import NoiseKey, RowNoise
@@ -155,6 +156,7 @@ class Sampler:
         group: Tensor | None = None,
         cond: Condition | None = None,
         null_cond: Condition | None = None,
+        reverse: ReverseEstimator | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 256,
         progress: bool = False,
@@ -171,6 +173,7 @@ class Sampler:
             group: Class labels ``(B,)``, or None.
             cond: Further condition, nested dictionaries of tensors of B rows or of one for all.
             null_cond: What stands for ``cond`` in the unconditional half of guidance, of one row.
+            reverse: Estimates the same, and the variance of reverse steps, for ``DDPM``.
             generator: Source of further noise, if the solver needs any; torch's global one if not
                 given.
             batch_size: Number of samples at a time.
@@ -202,10 +205,19 @@ class Sampler:
                     group=None if group is None else group[rows],
                     cond=condition_rows(cond, rows),
                     null_cond=condition_rows(null, rows),
+                    reverse=reverse,
                 )
                 counted = _Counted(guided, advance)
                 row_noise = RowNoise(key, rows.start, rows.stop)
-                problem = Problem(counted, schedule, self._steps, levels, row_noise, noise.dtype)
+                problem = Problem(
+                    counted,
+                    schedule,
+                    self._steps,
+                    levels,
+                    row_noise,
+                    noise.dtype,
+                    counted.estimate,
+                )
                 parts.append(solver.solve(problem, noise[rows].to(wide)).to(noise.dtype))
                 counts.append(counted.count)
         return Samples(torch.cat(parts) if parts else noise, max(counts))
@@ -250,17 +262,25 @@ class Sampler:
 
 
 class _Counted:
-    """A denoiser that counts its calls, and says after each that it is done."""
+    """A guided denoiser that counts its calls, and says after each that it is done."""
 
-    def __init__(self, denoiser: Denoiser, done: Any) -> None:
-        self._denoiser, self._done = denoiser, done
+    def __init__(self, guided: Guidance, done: Any) -> None:
+        self._guided, self._done = guided, done
         self.count = 0
 
     def __call__(self, xt: Tensor, t: Tensor) -> Tensor:
-        found = self._denoiser(xt, t)
+        found = self._guided(xt, t)
+        self._note()
+        return found
+
+    def estimate(self, xt: Tensor, t: Tensor) -> ReverseEstimate:
+        found = self._guided.estimate(xt, t)
+        self._note()
+        return found
+
+    def _note(self) -> None:
         self.count += 1
         self._done()
-        return found
 
 
 @contextmanager

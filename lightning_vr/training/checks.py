@@ -13,12 +13,14 @@ from lightning_vr.core.devices import without_compiler
 from lightning_vr.core.types import Clean
 from lightning_vr.core.validation import check_at_least, check_labels, check_samples
 from lightning_vr.estimators.draws import Draws
+from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import Target
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.process.calling_conventions import NetworkCall
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.objective import Objective
+from lightning_vr.training.denoising import Denoising
 
 _LARGEST_PIXEL = 8.0
 """Above what latents of unit variance and standardised pixels reach."""
@@ -106,15 +108,32 @@ def check_objective(objective: Objective) -> None:
 
 
 def check_estimators(
-    draws: Draws, control: ControlVariate | None, objective: Objective, network: nn.Module
+    draws: Draws,
+    control: ControlVariate | None,
+    objective: Objective,
+    network: nn.Module,
+    variance: LearnedVariance | None = None,
 ) -> None:
-    """Raise if draws or a control variate do not estimate this loss, or not with this network.
+    """Raise if the parts of the loss do not go together, or not with this network.
 
     Raises:
-        ValueError: If a proposal misses part of the loss, or if the network couples or changes
-            single draws where these must be independent.
+        ValueError: If a proposal misses part of the loss, if the variance cannot be learned, or if
+            the network couples or changes single draws where these must be independent.
     """
     draws.check(objective)
+    if variance is not None:
+        variance.check(objective, draws, without_compiler(network))
+    if variance is not None and control is not None:
+        raise ValueError(
+            f"`control_variate` must be None with `variance`, got {type(control).__name__}: its "
+            f"calls of the network leave out what that says about the variance."
+        )
+    proposal = getattr(draws, "proposal", None)
+    if variance is None and getattr(proposal, "moment", None) == "bound":
+        raise ValueError(
+            "`moment` must be 'gradient' or 'loss' without `variance`, whose term of the loss "
+            "'bound' is of, got 'bound': use another, or LearnedVariance()."
+        )
     normalisation = _batch_normalisation(network)
     if isinstance(control, TaylorCV) and normalisation:
         raise ValueError(
@@ -134,6 +153,16 @@ def check_estimators(
             f"`resamples` must be 1 where gradients are clipped draw by draw, as "
             f"{type(network).__name__} is prepared for: the mean of clipped draws depends on how "
             f"many there are. Clip the gradient of the whole step, or use one draw of each sample."
+        )
+
+
+def check_predicts_variance(model: Denoising, variance: LearnedVariance | None) -> None:
+    """Raise if a model with a learned variance has a ``predict`` of its own that returns none."""
+    if variance is not None and model.overrides_mean_alone():
+        name = type(model).__name__
+        raise ValueError(
+            f"`variance` must be None for a {name} that overrides `predict`, which returns the "
+            f"mean alone: override `predict_with_variance` instead."
         )
 
 

@@ -28,12 +28,12 @@ from lightning_vr.core.types import (
 )
 from lightning_vr.core.validation import check_choice, check_positive
 from lightning_vr.estimators.draws import IID, Draws, drop_conditions
-from lightning_vr.estimators.loss import ControlVariate, denoise, diffusion_loss
+from lightning_vr.estimators.learned_variance import LearnedVariance
+from lightning_vr.estimators.loss import ControlVariate, diffusion_loss
 from lightning_vr.estimators.slot import drop_control_variate
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.process.diffusers_schedule import as_schedule
-from lightning_vr.process.network_calls import call_network, class_labels
-from lightning_vr.process.objective import Objective
+from lightning_vr.process.pixel_levels import check_on_levels
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.sampling import Sampler, evaluating
 from lightning_vr.process.schedules import EDM, Schedule
@@ -46,14 +46,16 @@ from lightning_vr.training.checks import (
     check_conditioning,
     check_estimators,
     check_objective,
+    check_predicts_variance,
     check_upstream,
 )
+from lightning_vr.training.denoising import Denoising
 from lightning_vr.training.guidance import check_cond_dropout, check_guidance
 from lightning_vr.training.network_settings import prepare_network, use_plain_keys
-from lightning_vr.training.upstream import NullCondition, Upstream
+from lightning_vr.training.upstream import NullCondition
 
 
-class Diffusion(Upstream):
+class Diffusion(Denoising):
     """A diffusion model with pluggable estimators of its loss.
 
     Use it as is, or override ``encode`` (the upstream: an autoencoder, a text encoder), ``decode``
@@ -80,6 +82,8 @@ class Diffusion(Upstream):
         sampler: How samples are drawn; ``Sampler()`` if not given.
         gradient_checkpointing: Whether to compute activations again for gradients: less memory.
         compile_network: Whether to compile the network by ``torch.compile``.
+        variance: Learns the variance of reverse steps too, by a network of twice the channels and
+            a diffusers scheduler with a table of timesteps.
 
     Attributes:
         sample_evaluations: Calls of the network that each sample of the last ``sample`` took.
@@ -105,6 +109,7 @@ class Diffusion(Upstream):
         sampler: Sampler | None = None,
         gradient_checkpointing: bool = False,
         compile_network: bool = False,
+        variance: LearnedVariance | None = None,
     ) -> None:
         super().__init__(num_classes, null_cond)
         check_choice("prediction", prediction, get_args(PredictionType))
@@ -122,6 +127,7 @@ class Diffusion(Upstream):
         self.draws = draws or IID()
         self.target = target or DSM()
         self.control_variate = control_variate
+        self.variance = variance
         self.sigma_data = sigma_data
         self.label_dropout = label_dropout
         self.cond_dropout = cond_dropout
@@ -131,38 +137,14 @@ class Diffusion(Upstream):
             may_condition = type(self).encode is not Diffusion.encode
             check_call(network, num_classes, may_condition=may_condition)
         check_objective(self.objective)
-        check_estimators(self.draws, control_variate, self.objective, network)
+        check_estimators(self.draws, control_variate, self.objective, network, variance)
+        check_predicts_variance(self, variance)
         self.register_load_state_dict_pre_hook(drop_control_variate)  # type: ignore[no-untyped-call]
         use_plain_keys(self)
 
         self.sample_shape: tuple[int, ...] | None = None
         self.sample_calls = self.sample_evaluations = 0
         self._checked_modes: set[bool] = set()
-
-    def predict(self, x: Tensor, noised: Noised) -> Tensor:
-        """Call the network on scaled samples ``x (B, *)``; override it for other signatures."""
-        time = self.schedule.embedding_time(noised.t)
-        labels = class_labels(noised.group, noised.t, self.num_classes)
-        return call_network(self.network, x, time, labels, noised.cond).mean
-
-    def denoise(
-        self,
-        xt: Tensor,
-        t: Tensor,
-        group: Tensor | None = None,
-        cond: Condition | None = None,
-    ) -> Tensor:
-        """Return x0_hat ``(B, *)`` for ``xt (B, *)`` at times ``t (B,)``.
-
-        Args:
-            xt: Noised samples.
-            t: Times.
-            group: Class labels ``(B,)``, negative where unconditional; None if all are.
-            cond: Further condition of the network.
-        """
-        alpha, sigma, weight = self.schedule.alpha(t), self.schedule.sigma(t), torch.ones_like(t)
-        noised = Noised(xt, xt, torch.zeros_like(xt), t, alpha, sigma, weight, group, cond)
-        return denoise(self.predict, noised, self.objective)
 
     def loss(
         self,
@@ -188,6 +170,7 @@ class Diffusion(Upstream):
         if self.training not in self._checked_modes:
             check_clean(clean, self.num_classes, allow_nonfinite=self.skips_nonfinite)
             check_upstream(clean, self.target)
+            check_on_levels(clean.x0, None if self.variance is None else self.variance.levels)
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
         draws = draws or self.draws
@@ -231,13 +214,21 @@ class Diffusion(Upstream):
         if chunk >= len(noised.t):
             return self._estimate(noised, target)
         rows = {"noised": tensors(noised), "target": tensors(target)}
-        loss, terms = mean_in_chunks(self, self._loss_terms, rows, chunk, scale=self.loss_scale())
-        per_draw, control = terms.unbind(dim=1)
-        return LossEstimate(loss, per_draw, noised, target, control)
+        loss, terms = mean_in_chunks(self, self.loss_terms, rows, chunk, scale=self.loss_scale())
+        per_draw, control, *bound = terms.unbind(dim=1)
+        return LossEstimate(loss, per_draw, noised, target, control, *bound)
 
     def per_draw_losses(self, rows: Rows) -> Tensor:
         """Return the loss of each row of ``"noised"`` and ``"target"``, ``(n,)``."""
-        return self._loss_terms(rows).sum(dim=1)
+        return self.loss_terms(rows).sum(dim=1)
+
+    def loss_terms(self, rows: Rows) -> Tensor:
+        """Return the terms of each row's loss ``(n, k)``: squared error, control, bound if any."""
+        noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
+        found = self._estimate(noised, target)
+        control = torch.zeros_like(found.per_draw) if found.control is None else found.control
+        bound = [] if found.bound is None else [found.bound]
+        return torch.stack([found.per_draw, control, *bound], dim=1)
 
     def loss_scale(self) -> float:
         """Return the factor on the loss while it is differentiated; float16 needs one above 1."""
@@ -247,13 +238,6 @@ class Diffusion(Upstream):
     def skips_nonfinite(self) -> bool:
         """Whether samples that are not finite are dealt with after the loss, and not refused."""
         return False
-
-    @property
-    def objective(self) -> Objective:
-        """The loss as an expectation, whatever estimates it."""
-        return Objective(
-            self.schedule, self.timesteps, self.weighting, self.prediction, self.sigma_data
-        )
 
     def sample(
         self,
@@ -300,6 +284,7 @@ class Diffusion(Upstream):
                 group=group,
                 cond=cond,
                 null_cond=null,
+                reverse=self.reverse_estimate,
                 generator=stream,
                 batch_size=batch_size,
                 progress=progress,
@@ -307,11 +292,6 @@ class Diffusion(Upstream):
         return x0
 
     def _estimate(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
+        if self.variance is not None:
+            return self.variance.loss(self.predict_with_variance, noised, target, self.objective)
         return diffusion_loss(self.predict, noised, target, self.objective, self.control_variate)
-
-    def _loss_terms(self, rows: Rows) -> Tensor:
-        """Return the squared error of each row and the term of the control variate, ``(n, 2)``."""
-        noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
-        found = self._estimate(noised, target)
-        control = torch.zeros_like(found.per_draw) if found.control is None else found.control
-        return torch.stack([found.per_draw, control], dim=1)

@@ -17,6 +17,7 @@ from lightning_vr.core.rng import generator, seed_global_rng
 from lightning_vr.core.rows import detached
 from lightning_vr.core.types import LossEstimate, StepPart
 from lightning_vr.estimators.draws import IID, Draws
+from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
@@ -27,6 +28,7 @@ from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.predictions import PredictionType
+from lightning_vr.process.reverse_estimate import ReverseEstimate
 from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density
@@ -81,6 +83,7 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
         sampler: Sampler | None = None,
         gradient_checkpointing: bool = False,
         compile_network: bool = False,
+        variance: LearnedVariance | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         on_nonfinite: OnNonFinite = "raise",
@@ -103,6 +106,7 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
             sampler,
             gradient_checkpointing,
             compile_network,
+            variance,
         )
         self._description = describe_arguments(self)
         # afterwards, as a checkpoint describes the network without it
@@ -183,10 +187,10 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
         x0 = self.sample(len(batch["index"]), **asked, source=source, progress=True)
         return self.decode(x0)
 
-    def denoise(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Do what ``Diffusion.denoise`` does; ``predict`` stops here if it was asked to."""
+    def reverse_estimate(self, *args: Any, **kwargs: Any) -> ReverseEstimate:
+        """Do what ``Diffusion`` does; ``trainer.predict`` stops here if it was asked to."""
         self.stop_evaluation_if_asked()
-        return super().denoise(*args, **kwargs)
+        return super().reverse_estimate(*args, **kwargs)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer and, if there is one, a learning-rate schedule over steps."""

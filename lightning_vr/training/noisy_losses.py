@@ -55,9 +55,10 @@ class DiffusionLoss(NoisyLoss):
             noised, target = self.module.draw(clean, source, times=times)
         return {"noised": tensors(noised), "target": tensors(target)}
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, rows: Rows, *, in_terms: bool = False) -> Tensor:
+        """Return losses ``(n,)``, or the terms that they are the sums of ``(n, k)``."""
         with self.precision():
-            return self.module.per_draw_losses(rows)
+            return (self.module.loss_terms if in_terms else self.module.per_draw_losses)(rows)
 
 
 class GivenLoss(NoisyLoss):

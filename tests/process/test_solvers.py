@@ -186,7 +186,7 @@ def test_euler_ancestral_of_diffusers_is_ddim_with_all_noise(source):
             return drawn.pop(0)
 
     levels = tuple(sigmas[:-1].tolist())
-    problem = Problem(denoiser, schedule, steps, levels, Replayed(), torch.float64)
+    problem = Problem(denoiser, schedule, steps, levels, Replayed(), torch.float64, None)
     torch.testing.assert_close(DDIM(1.0).solve(problem, noise), x, rtol=1e-5, atol=1e-5)
 
 

@@ -13,6 +13,7 @@ from support.diffusers_networks import KINDS, WITH_LABELS, condition, shape_of, 
 
 from lightning_vr import (
     DDIM,
+    DDPM,
     EDM,
     RK45,
     VE,
@@ -53,6 +54,7 @@ SOLVERS = {
     "Euler": Euler,
     "Heun": Heun,
     "DDIM": lambda: DDIM(eta=0.5),
+    "DDPM": lambda: DDPM("beta"),
     "Ancestral": Ancestral,
     "EDMStochastic": EDMStochastic,
     "PredictorCorrector": PredictorCorrector,
@@ -63,6 +65,7 @@ SOLVERS = {
     "flow of diffusers": lambda: DiffusersSolver(FlowMatchEulerDiscreteScheduler()),
 }
 OF_DIFFUSERS = {
+    "DDPM": ("DDPM", "DDPM, v"),
     "DPM++ of diffusers": ("DDPM", "DDPM, v"),
     "EDM of diffusers": ("EDM", "VE"),
     "flow of diffusers": ("RectifiedFlow", "flow"),
@@ -93,7 +96,7 @@ def reason(row):
     # the scheduler begins where nothing of the sample is left, which x0 cannot be told from
     begins_at_noise = row["solver"] == "flow of diffusers" and row["schedule"] == "RectifiedFlow"
     if begins_at_noise and row["prediction"] in ("epsilon", "score"):
-        return "solver"
+        return "prediction"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from lightning_vr.process.solvers.ancestral import Ancestral
 from lightning_vr.process.solvers.ddim import DDIM
+from lightning_vr.process.solvers.ddpm import DDPM
 from lightning_vr.process.solvers.dpm_solver_2m import DPMSolver2M
 from lightning_vr.process.solvers.edm_stochastic import EDMStochastic
 from lightning_vr.process.solvers.euler import Euler
@@ -12,6 +13,7 @@ from lightning_vr.process.solvers.solver import Problem, Solver
 
 __all__ = [
     "DDIM",
+    "DDPM",
     "RK45",
     "Ancestral",
     "DPMSolver2M",

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_vr.process.reverse_estimate import ReverseEstimate
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.solvers.row_noise import RowNoise
 
@@ -38,6 +39,7 @@ class Problem:
         noise: Source of standard normal numbers for this batch.
         dtype: What the denoiser takes; the state is float64 where the device has it, because
             rounding errors add up over the steps.
+        estimate: What the denoiser estimates, and what the network says about the variance.
     """
 
     denoiser: Denoiser
@@ -46,6 +48,7 @@ class Problem:
     levels: tuple[float, ...]
     noise: RowNoise
     dtype: torch.dtype
+    estimate: Callable[[Tensor, Tensor], ReverseEstimate]
 
     def x0_hat(self, z: Tensor, level: float) -> Tensor:
         """Return the denoised ``z (B, *)`` at one noise level."""
