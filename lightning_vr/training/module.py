@@ -54,11 +54,9 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
         sigma_data: Standard deviation of the data, for the preconditioning of ``"edm"``, or
             ``"auto"``: that of the data module's training data, which checkpoints keep.
         optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes the learning-rate schedule from the optimizer; steps are optimizer
-            steps.
-        on_nonfinite: What to do where a sample, a loss or a gradient is not finite. ``"raise"``:
-            stop, and say which sample at which noise level. ``"skip"``: make no step, on all ranks;
-            ``train/skipped_steps`` counts them.
+        lr_scheduler: Makes the learning-rate schedule, over optimizer steps, from the optimizer.
+        on_nonfinite: What to do where something is not finite. ``"raise"``: stop, and say which
+            sample at which noise level. ``"skip"``: make no step; ``train/skipped_steps`` counts.
         adapter: Trains an adapter of low rank in place of the network's own weights.
 
     Attributes:
@@ -174,12 +172,7 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
         self._evaluation_step("test", batch, batch_idx)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Draw one sample for each request.
-
-        Args:
-            batch: ``"index"``, and if there are any ``"label"`` and columns of conditions.
-            batch_idx: Number of the batch.
-        """
+        """Draw one sample for each ``"index"``, for its ``"label"`` and columns of conditions."""
         source = self.generator("predict", batch_idx)
         columns = {name: x for name, x in batch.items() if name not in ("index", "label")}
         cond = self.encode_condition(columns) if columns else None
