@@ -40,7 +40,7 @@ class AfterValidation(Callback, ABC):
         self,
         sample: SampleFunction | None,
         every_n_validations: int,
-        conditions: ConditionsSource | None,
+        conditions: ConditionsSource | None = None,
     ) -> None:
         check_at_least("every_n_validations", every_n_validations, 1)
         self.sample = sample
@@ -96,9 +96,10 @@ class AfterValidation(Callback, ABC):
 
     def asked(self, module: DiffusionModule, numbers: Tensor, each: int = 1) -> Asked:
         """Return what samples ``numbers (n,)`` are conditioned on."""
-        if self.conditions is not None:
-            return asked(self.conditions, module, numbers // each)
-        return validated(module.trainer, module, numbers // each)
+        with module.trainer.precision_plugin.forward_context():
+            if self.conditions is not None:
+                return asked(self.conditions, module, numbers // each)
+            return validated(module.trainer, module, numbers // each)
 
     def generate(
         self, module: LightningModule, count: int, key: str, start: int = 0, *, each: int = 1

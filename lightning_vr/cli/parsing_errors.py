@@ -122,7 +122,7 @@ def _no_argument(failure: _Failure) -> str:
     if isinstance(kind, type) and issubclass(kind, (Optimizer, LRScheduler)):
         names = names[1:]  # the module gives the first: its weights, or their optimizer
     listed = _either(close_names(failure.reason, names) or names)
-    fix = f"use {listed}" if len(listed) < 250 else _LIST
+    fix = f"use {listed}" if len(listed) < 400 else _LIST
     if failure.reason == "class_path" or not names:
         fix = _NEST
     name = failure.argument(failure.reason)

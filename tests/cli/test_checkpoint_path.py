@@ -67,7 +67,10 @@ def test_a_checkpoint_that_a_file_names_builds_the_module_too(option, run, train
     file = write(folder / "named.yaml", ckpt_path=trained)
     flags = [option, str(file), "--model.sampler.steps=7"]
     model = settings(run("validate", *flags, network=[]))["model"]["init_args"]
-    assert (model["sampler"]["steps"], model["sampler"]["solver"]) == (7, "euler")
+    assert (model["sampler"]["steps"], model["sampler"]["solver"]) == (
+        7,
+        {"class_path": "lightning_vr.Euler"},
+    )
 
 
 def test_a_configured_network_leaves_the_whole_module_to_the_configuration(run, trained):

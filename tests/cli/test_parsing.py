@@ -63,7 +63,10 @@ def test_a_control_variate_is_fitted_and_logged(run):
 def test_a_run_folder_that_exists_can_be_used_again(run, folder):
     flags = [*NETWORK, *POINTS, *SHORT, "--trainer.logger.version=0"]
     main(["fit", *flags])
-    with pytest.warns(UserWarning, match="exists and is not empty"):
+    with (
+        pytest.warns(UserWarning, match="exists and is not empty"),
+        pytest.warns(UserWarning, match="of an earlier run: its rows are dropped"),
+    ):
         main(["fit", *flags, "--model.sigma_data=0.25"])
     run = folder / "runs/version_0"
     assert "sigma_data: 0.25" in (run / "config_1.yaml").read_text()

@@ -442,7 +442,6 @@ class TestFullDisk:
         for name, weights in again.lightning_module.state_dict().items():
             assert torch.equal(weights, model.state_dict()[name]), name
 
-    @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
     def test_a_link_to_the_last_checkpoint_leads_to_one_that_was_written(self, full, tmp_path):
         full |= {6, 8}
         saved = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last="link")
@@ -453,6 +452,7 @@ class TestFullDisk:
             trainer(saved, limit_val_batches=0).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
         assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
+    @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
     def test_a_disk_that_stays_full_is_an_error_at_the_end_that_names_another_place(
         self, tmp_path, monkeypatch
     ):

@@ -16,8 +16,17 @@ from lightning_vr.lifecycle.checkpoint_contents import check_contents, check_tra
 from lightning_vr.lifecycle.own_state import STATE
 
 GARBAGE = [None, "words", -1, 1e300, {}]
-MAY_BE_NOTHING = {"sigma_data", "sample_shape", "objects", "window", "row", "torn", "data"}
-MAY_BE_EMPTY = {"metrics", "sums", "gradients", "numbers"}
+MAY_BE_NOTHING = {
+    "sigma_data",
+    "sample_shape",
+    "objects",
+    "window",
+    "row",
+    "torn",
+    "data",
+    "csv_rows",
+}
+MAY_BE_EMPTY = {"csv_rows", "metrics", "sums", "gradients", "numbers"}
 ANY_TEXT = {"left", "torn", "data", "objects"}
 
 

@@ -6,12 +6,10 @@ what each rank drew for them, and computes targets, losses, gradients and steps 
 
 import functools
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from support.points import Points, normal_points, two_classes
 from support.ranks import launch
@@ -507,15 +505,25 @@ def test_the_gradient_variance_is_the_mean_of_what_ranks_measure_apart(name, ran
     assert_logged(found, expected, "gradient_variance/")
 
 
+def asked_of(name, classes, numbers):
+    """Return labels and conditions of samples: those of validation data where it has both."""
+    index = numbers % len(DATA)
+    if name.startswith("angles"):
+        return DATA.label[index], {"angle": 0.7 * (index % 3)}
+    return None if classes is None else numbers % classes, None
+
+
 @every
 def test_the_frechet_distance_is_that_of_all_samples_in_one_process(name, ranks, run):
     found, alone = run(name, ranks)
     nn.utils.vector_to_parameters(found[0]["steps"][-1]["weights"], alone.module.parameters())
-    alone.module._trainer = SimpleNamespace(precision_plugin=Precision())
-    metric, callback = FrechetMetric(IdentityFeatures(2)), FrechetDistance(samples=GENERATED)
+    metric = FrechetMetric(IdentityFeatures(2))
     metric.update(DATA.x0, real=True)
     for start in range(0, GENERATED, 250):
         count = min(250, GENERATED - start)
-        metric.update(callback.generate(alone.module, count, "frechet", start), real=False)
+        numbers, source = torch.arange(start, start + count), generator(SEED, "frechet", start)
+        group, cond = asked_of(name, alone.module.num_classes, numbers)
+        samples = alone.module.sample(count, group=group, cond=cond, source=source)
+        metric.update(samples, real=False)
     (key,) = [key for key in found[0]["numbers"] if key.startswith("frechet_distance/")]
     assert_logged(found, {key: float(metric.compute())}, "frechet_distance/")
