@@ -41,6 +41,7 @@ SETTINGS = {
 BROKEN = """
 import functools
 import os
+import re
 import time
 
 import torch
@@ -189,7 +190,9 @@ def test_fresh_interpreters_train_to_the_same_weights_however_they_are_started(n
 def check_weights(job, reference):
     folder, statuses, said = job
     assert set(statuses) == {0}, "\n".join(said)
-    assert sum(each.count("MEMBER: 2/2") for each in said) == 1
+    # what other tests have imported may log each line once more, behind its level
+    members = [re.findall("^Initializing distributed.*MEMBER: 2/2", each, re.M) for each in said]
+    assert sum(map(len, members)) == 1
     found, expected = weights(folder), weights(reference[0])
     assert found.keys() == expected.keys()
     for parameter in expected:

@@ -54,14 +54,17 @@ def test_the_call_is_printed_also_for_a_folder_a_dtype_and_a_predict_of_ones_own
     for network in (FOLDER, cast):
         last = printed(capsys, *model(folder, network), *DIGITS).splitlines()[-1]
         assert last == "# network: UNet2DModel is called as (sample=x, timestep=t)"
-    (folder / "mine.py").write_text(
+    (folder / "own_call.py").write_text(
         "from lightning_vr import DiffusionModule\n"
         "class Mine(DiffusionModule):\n"
         "    def predict(self, x, noised):\n"
         "        return self.network(x)\n"
     )
     monkeypatch.syspath_prepend(folder)
-    settings = {"class_path": "mine.Mine", "init_args": {"network": {"class_path": "ResidualMLP"}}}
+    settings = {
+        "class_path": "own_call.Mine",
+        "init_args": {"network": {"class_path": "ResidualMLP"}},
+    }
     file = str(write(folder / "mine.yaml", model=settings))
     last = printed(capsys, "--config", file, *POINTS).splitlines()[-1]
     assert last == "# network: called by Mine.predict"
