@@ -3,6 +3,7 @@
 All of them give the same weights, bit by bit: two terms have the same sum in either order.
 """
 
+import re
 import functools
 import socket
 from functools import partial

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_vr import Clean, DiffusionModule, GradientVariance, Pretrained, Sampler
 from lightning_vr.training.adapters import LoRA
 
+pytest.importorskip("peft", reason="needs the extra 'adapters'")
+
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 ATTENTION = {
