@@ -1,6 +1,7 @@
 """What all tests share: schedules, prediction types and z-scores."""
 
 import ctypes
+import functools
 import gc
 import logging
 import os
@@ -10,13 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from support.pictures import no_pictures, no_pictures_in_module  # noqa: F401  # fixtures
 from support.ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
 
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of options in glibc's malloc.h."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
@@ -29,6 +31,8 @@ def pytest_configure(config):
     if not asks_for(config, "gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.fsync = lambda descriptor: None  # what tests write need not outlast a loss of power
+    # each trainer would read a file of each package that is installed
+    registry.entry_points = functools.cache(registry.entry_points)
     if sys.platform == "linux":
         keep_memory()
 
@@ -37,8 +41,8 @@ def keep_memory():
     """Let freed memory stay with the process: to get it again costs a page fault for each page."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        for option in (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD):
-            library.mallopt(option, 64 * 2**20)
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            library.mallopt(option, 2**30)
 
 
 def asks_for(config, marker):
@@ -84,10 +88,16 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def seed():
+    """Seed the generators; `torch.manual_seed` would queue a call, and the stack, for no device."""
+    source = torch if torch.cuda.is_available() else torch.default_generator
+    source.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def own_state():
     """Begin with the same seed; Lightning hands seeds and ports on through the environment."""
-    torch.manual_seed(0)
+    seed()
     with mock.patch.dict(os.environ):
         yield
 
@@ -95,7 +105,7 @@ def own_state():
 @pytest.fixture(autouse=True, scope="module")
 def own_state_of_module():
     """The same for the fixtures of a module, which come before those of a test."""
-    torch.manual_seed(0)
+    seed()
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     with mock.patch.dict(os.environ):
