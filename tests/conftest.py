@@ -31,6 +31,8 @@ def pytest_configure(config):
     if not asks_for(config, "gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.fsync = lambda descriptor: None  # what tests write need not outlast a loss of power
+    # so long an end waits for a process of a loader that was left in the middle
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
     # each trainer would read a file of each package that is installed
     registry.entry_points = functools.cache(registry.entry_points)
     if sys.platform == "linux":
