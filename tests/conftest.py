@@ -1,6 +1,7 @@
 """What all tests share: schedules, prediction types and z-scores."""
 
 import ctypes
+import functools
 import gc
 import logging
 import os
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from _pytest.runner import pytest_runtest_protocol as run_protocol
+from lightning.fabric.utilities import registry
 from support.pictures import no_pictures, no_pictures_in_module  # noqa: F401  # fixtures
 from support.ranks import on_ranks, on_two_ranks  # noqa: F401  # fixtures
 from support.stacks import in_one_piece
@@ -18,7 +20,7 @@ from support.stacks import in_one_piece
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of options in glibc's malloc.h."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
@@ -31,6 +33,10 @@ def pytest_configure(config):
     if not asks_for(config, "gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.fsync = lambda descriptor: None  # what tests write need not outlast a loss of power
+    # so long an end waits for a process of a loader that was left in the middle
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+    # each trainer would read a file of each package that is installed
+    registry.entry_points = functools.cache(registry.entry_points)
     if sys.platform == "linux":
         keep_memory()
 
@@ -39,8 +45,8 @@ def keep_memory():
     """Let freed memory stay with the process: to get it again costs a page fault for each page."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        for option in (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD):
-            library.mallopt(option, 64 * 2**20)
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            library.mallopt(option, 2**30)
 
 
 def asks_for(config, marker):
@@ -92,10 +98,16 @@ def pytest_runtest_protocol(item, nextitem):
     return in_one_piece(run_protocol, item, nextitem)
 
 
+def seed():
+    """Seed the generators; `torch.manual_seed` would queue a call, and the stack, for no device."""
+    source = torch if torch.cuda.is_available() else torch.default_generator
+    source.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def own_state():
     """Begin with the same seed; Lightning hands seeds and ports on through the environment."""
-    torch.manual_seed(0)
+    seed()
     with mock.patch.dict(os.environ):
         yield
 
@@ -103,7 +115,7 @@ def own_state():
 @pytest.fixture(autouse=True, scope="module")
 def own_state_of_module():
     """The same for the fixtures of a module, which come before those of a test."""
-    torch.manual_seed(0)
+    seed()
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     with mock.patch.dict(os.environ):

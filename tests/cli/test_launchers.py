@@ -3,8 +3,8 @@
 All of them give the same weights, bit by bit: two terms have the same sum in either order.
 """
 
-import re
 import functools
+import re
 import socket
 from functools import partial
 

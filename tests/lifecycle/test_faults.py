@@ -115,6 +115,7 @@ class Weights(Callback):
         self.seen.append(nn.utils.parameters_to_vector(module.parameters()).detach().clone())
 
 
+@pytest.mark.usefixtures("no_pictures")
 class TestNonFinite:
     @pytest.mark.parametrize("estimator", ESTIMATORS)
     def test_a_bad_sample_stops_with_its_index_noise_level_and_step(self, estimator, points):

@@ -47,6 +47,7 @@ class Standardised(DiffusionModule):
         return batch | {"x0": (batch["x0"] - 128) / 40}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_a_hook_does_to_batches_is_done_to_the_bank(tmp_path):
     curves = TargetVariance(noise_levels=3, samples=64)
     model = module(Standardised, target=STF("all"))
@@ -71,6 +72,7 @@ class Latent(DiffusionModule):
         return self.vae(x0.to(self.vae.weight.dtype))
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
 @pytest.mark.parametrize("reader", ["all", "calibration", "variance", "distance", "grid"])
 def test_an_upstream_gets_batches_in_the_precision_of_its_weights(reader, precision, tmp_path):

@@ -79,6 +79,7 @@ class Augmented(DiffusionModule):
         return Clean(batch["x0"], batch["label"], cond, batch["index"], number)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("num_classes", [None, 3])
 def test_a_run_fills_the_bank_with_classes_and_numbers_and_measures_with_both(

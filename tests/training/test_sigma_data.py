@@ -114,6 +114,7 @@ def test_validation_alone_takes_the_number_of_the_data():
     assert module.sigma_data == SIGMA
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_callbacks_and_averages_find_the_number():
     module, average = auto(), EMAWeightAveraging(decay=0.5)
     variance = GradientVariance(every_n_steps=1, samples=2), TargetVariance(samples=64)
