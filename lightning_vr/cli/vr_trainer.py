@@ -146,7 +146,7 @@ class VRTrainer(Trainer):
             output: A folder that is new or empty.
             datamodule: Ignored.
             format: 'diffusers' writes a pipeline that diffusers loads without this package,
-                'safetensors' the network's weights, 'onnx' its graph.
+                'safetensors' the network's weights, 'onnx' its graph, 'lora' an adapter alone.
             ckpt_path: The checkpoint to export: a file, or 'last' for that of the newest run. Of
                 averaged weights and those that train it takes the averaged ones.
 

@@ -1,27 +1,33 @@
 """A trained model as files that other programs read, none of them pickled.
 
 ``diffusers``: a folder of a pipeline. ``safetensors``: the network's weights under their own names,
-and how they were trained. ``onnx``: the network as a graph.
+and how they were trained. ``onnx``: the network as a graph. ``lora``: an adapter of low rank alone.
 """
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning_vr.core.validation import check_choice
 from lightning_vr.pipelines.model_card import loading_a_pipeline, model_card
 from lightning_vr.pipelines.onnx_graph import check_onnx, save_onnx
-from lightning_vr.pipelines.outgoing_pipeline import network_to_export, to_pipeline
+from lightning_vr.pipelines.outgoing_pipeline import (
+    component,
+    network_to_export,
+    to_pipeline,
+    trained_network,
+)
 from lightning_vr.pipelines.provenance import Provenance
 from lightning_vr.pipelines.trained_for import TRAINED_FOR, described, trained_for
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
+from lightning_vr.training.adapters import adapter_alone
 from lightning_vr.training.diffusion import Diffusion
 
-ExportFormat = Literal["diffusers", "safetensors", "onnx"]
+ExportFormat = Literal["diffusers", "safetensors", "onnx", "lora"]
 
-_FORMATS = ("diffusers", "safetensors", "onnx")
 _CODE = "denoising_pipeline"
+_ADAPTER, _METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 
 
 def export(
@@ -38,19 +44,22 @@ def export(
         folder: A folder that is new or empty.
         format: ``"diffusers"``: a pipeline that diffusers loads without this package.
             ``"safetensors"``: model.safetensors and config.json. ``"onnx"``: model.onnx and
-            config.json.
+            config.json. ``"lora"``: pytorch_lora_weights.safetensors, for ``load_lora_weights`` of
+            diffusers; in the other formats an adapter is part of the network's weights.
         facts: What the README says of the run; what the model knows of it if not given.
 
     Raises:
         ValueError: If the folder has files, or if what it would hold would not sample as the model
             does.
     """
-    check_choice("format", format, _FORMATS)
+    check_choice("format", format, get_args(ExportFormat))
     folder, facts = Path(folder).expanduser(), facts or Provenance.of_model(model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`output` must be a new or empty folder, got {folder}: name another.")
     if format == "diffusers":
         loading = _save_pipeline(model, folder)
+    elif format == "lora":
+        loading = _save_adapter(model, folder)
     else:
         loading = _save_network(model, folder, format)
     (folder / "README.md").write_text(model_card(model, facts, loading, format))
@@ -70,6 +79,30 @@ def _save_pipeline(model: Diffusion, folder: Path) -> str:
         settings["schedule"] = {"class_path": "DiffusersSchedule"}
     _write(folder / TRAINED_FOR, settings)
     return loading_a_pipeline(pipeline, model)
+
+
+def _save_adapter(model: Diffusion, folder: Path) -> str:
+    from safetensors.torch import save_file
+
+    network = trained_network(model)
+    found = adapter_alone(network)
+    if found is None:
+        raise ValueError(
+            "`format` must be another than 'lora' for a network without an adapter, got 'lora': "
+            "train one with `adapter`, or use 'diffusers'."
+        )
+    weights, settings = (
+        {f"{component(network)}.{k}": x for k, x in each.items()} for each in found
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    # where diffusers looks for the scale, which no weight says
+    metadata = {"format": "pt", _METADATA: json.dumps(settings, sort_keys=True)}
+    save_file(weights, str(folder / _ADAPTER), metadata)
+    return (
+        f"{_ADAPTER} is an adapter of a {type(network).__name__}: "
+        f"`pipeline.load_lora_weights(folder)` in diffusers, or "
+        f'`network.load_lora_adapter(folder, prefix="{name}", use_safetensors=True)`.'
+    )
 
 
 def _save_network(model: Diffusion, folder: Path, format: ExportFormat) -> str:

@@ -13,9 +13,11 @@ from typing import Any
 
 from torch import nn
 
+from lightning_vr.core.devices import without_compiler
 from lightning_vr.lifecycle.weight_averaging import weights_that_count
 from lightning_vr.pipelines.outgoing_schedulers import OutgoingScheduler, outgoing_scheduler
 from lightning_vr.process.sampling import USUAL_STEPS
+from lightning_vr.training.adapters import merged
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.module import DiffusionModule
 
@@ -62,9 +64,17 @@ def to_pipeline(model: Diffusion) -> Any:
 
 
 def network_to_export(model: Diffusion) -> nn.Module:
-    """Return a copy of a model's network with the weights that count, in evaluation mode."""
+    """Return a copy of a model's network with the weights that count, in evaluation mode.
+
+    An adapter of low rank is part of its weights.
+    """
+    return merged(trained_network(model))
+
+
+def trained_network(model: Diffusion) -> nn.Module:
+    """Return a copy of a model's network as it trains, with the weights that count."""
     with weights_that_count(model) if isinstance(model, DiffusionModule) else nullcontext():
-        return copy.deepcopy(getattr(model.network, "_orig_mod", model.network)).eval()
+        return copy.deepcopy(without_compiler(model.network)).eval()
 
 
 def component(network: nn.Module) -> str:
@@ -76,7 +86,9 @@ def _check_network(model: Diffusion, network: Any) -> None:
     import diffusers
 
     name = type(network).__name__
-    if type(model).predict is not Diffusion.predict:
+    own = type(model)
+    is_own = own.predict_with_variance is not Diffusion.predict_with_variance
+    if is_own or own.predict is not Diffusion.predict:
         raise ValueError(
             f"`predict` must not be overridden to export a pipeline, which calls the network as "
             f"diffusers does, got {type(model).__name__}: {_FORMAT}."

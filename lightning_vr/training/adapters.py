@@ -115,6 +115,28 @@ class Adapter:
         update_weights(checkpoint, {f"{_NETWORK}{name}": x for name, x in found.items()})
 
 
+def merged(network: nn.Module) -> nn.Module:
+    """Put a network's adapter, if it has one, into its weights, and return the network."""
+    for name, part in list(network.named_modules()):
+        if hasattr(part, "lora_A"):
+            part.merge()
+            network.set_submodule(name, part.get_base_layer())
+    return network
+
+
+def adapter_alone(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the weights of a network's adapter by peft's names, and its settings, or None."""
+    if not hasattr(network, "peft_config"):
+        return None
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(network)
+    return {name: x.detach().contiguous() for name, x in weights.items()}, {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in network.peft_config["default"].to_dict().items()  # type: ignore[index, union-attr]
+    }
+
+
 def _check(network: nn.Module, lora: LoRA) -> None:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     names = [name for name, part in network.named_modules() if isinstance(part, kinds)]

@@ -4,11 +4,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from safetensors.torch import load_file
 from support.networks import small_mlp, small_unet
 from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_vr import Clean, DiffusionModule, GradientVariance, Pretrained, Sampler
+from lightning_vr import Clean, DiffusionModule, GradientVariance, Pretrained, Sampler, export
 from lightning_vr.training.adapters import LoRA
 
 pytest.importorskip("peft", reason="needs the extra 'adapters'")
@@ -176,16 +177,64 @@ class TextToImage(DiffusionModule):
         return Clean(batch["x0"], cond={"encoder_hidden_states": torch.zeros(1, 3, 8)})
 
 
-def test_attention_to_text_is_adapted_too(tmp_path):
-    kinds = {
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-        "mid_block_type": None,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 4,
-    }
-    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1}
-    network = UNet2DConditionModel(block_out_channels=(8,), norm_num_groups=4, **sizes, **kinds)
-    model = TextToImage(network, adapter=LoRA(2))
+WITH_TEXT = {
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 4,
+}
+SIZES = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": (8,),
+    "norm_num_groups": 4,
+}
+
+
+def test_attention_to_text_is_adapted_too():
+    model = TextToImage(UNet2DConditionModel(**SIZES, **WITH_TEXT), adapter=LoRA(2))
     fitted(model)
     assert any(".attn2.to_k.lora_A" in name for name in trained_names(model))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model with an adapter, its folder of diffusers, and the folder of the adapter."""
+    top = tmp_path_factory.mktemp("exported")
+    UNet2DConditionModel(**SIZES, **WITH_TEXT).save_pretrained(top / "unet")
+    model = TextToImage(Pretrained(str(top / "unet")), adapter=LoRA(2, alpha=6))
+    fitted(model)
+    export(model, top / "lora", "lora")
+    return model.eval(), top
+
+
+def outputs(network):
+    text = torch.ones(2, 3, 8)
+    with torch.no_grad():
+        return network.eval()(Images.x0[:2], torch.tensor([3.0, 500.0]), text).sample
+
+
+def test_diffusers_loads_the_adapter_alone_with_its_scale(exported):
+    model, top = exported
+    stock = UNet2DConditionModel.from_pretrained(top / "unet")
+    plain = outputs(stock)
+    stock.load_lora_adapter(str(top / "lora"), prefix="unet", use_safetensors=True)
+    assert not torch.allclose(outputs(stock), plain)
+    torch.testing.assert_close(outputs(stock), outputs(model.network))
+
+
+def test_other_formats_hold_the_adapter_in_the_weights(exported):
+    model, top = exported
+    export(model, top / "plain", "safetensors")
+    stock = UNet2DConditionModel.from_pretrained(top / "unet")
+    stock.load_state_dict(load_file(top / "plain/model.safetensors"))
+    torch.testing.assert_close(outputs(stock), outputs(model.network))
+    assert any(".lora_A" in name for name in model.state_dict())  # which goes on as it was
+
+
+def test_a_network_without_an_adapter_has_none_to_export(tmp_path):
+    with pytest.raises(ValueError, match="`format` must be another than 'lora' for a network"):
+        export(DiffusionModule(small_unet()), tmp_path / "lora", "lora")
