@@ -91,9 +91,8 @@ def _save_adapter(model: Diffusion, folder: Path) -> str:
             "`format` must be another than 'lora' for a network without an adapter, got 'lora': "
             "train one with `adapter`, or use 'diffusers'."
         )
-    weights, settings = (
-        {f"{component(network)}.{k}": x for k, x in each.items()} for each in found
-    )
+    name = component(network)
+    weights, settings = ({f"{name}.{key}": x for key, x in each.items()} for each in found)
     folder.mkdir(parents=True, exist_ok=True)
     # where diffusers looks for the scale, which no weight says
     metadata = {"format": "pt", _METADATA: json.dumps(settings, sort_keys=True)}
