@@ -165,7 +165,10 @@ def __getattr__(name: str) -> Any:
         for room in _ROOMS:
             module = import_module(f"{__name__}.{room}")
             if name in module.__all__:
-                return getattr(module, name)
+                found = getattr(module, name)
+                if hasattr(found, "to_pipeline"):  # the room above tells it how
+                    import_module(f"{__name__}.pipelines")
+                return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

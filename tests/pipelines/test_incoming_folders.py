@@ -19,6 +19,7 @@ from support.networks import small_unet
 from lightning_vr import EDM, VE, VP, DiffusersSchedule, Diffusion, DiffusionModule, Sampler, export
 from lightning_vr.cli import main
 from lightning_vr.pipelines import IncomingFolder
+from lightning_vr.training import hand_over
 
 STOCK = {
     "DDPM": (DDPMScheduler(prediction_type="v_prediction", clip_sample=False), "v"),
@@ -175,3 +176,9 @@ def test_a_setting_that_the_weights_were_not_trained_with_is_warned_of(tmp_path)
         pytest.raises(SystemExit),  # as there are no data
     ):
         main(["fit", *arguments])
+
+
+def test_a_module_from_elsewhere_says_what_to_import_before_it_is_handed_over(monkeypatch):
+    monkeypatch.setattr(hand_over, "_functions", {})
+    with pytest.raises(RuntimeError, match="`lightning_vr.pipelines` must be imported before"):
+        DiffusionModule(small_unet()).to_pipeline()
