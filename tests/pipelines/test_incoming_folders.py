@@ -180,5 +180,5 @@ def test_a_setting_that_the_weights_were_not_trained_with_is_warned_of(tmp_path)
 
 def test_a_module_from_elsewhere_says_what_to_import_before_it_is_handed_over(monkeypatch):
     monkeypatch.setattr(hand_over, "_functions", {})
-    with pytest.raises(RuntimeError, match="`lightning_vr.pipelines` must be imported before"):
+    with pytest.raises(RuntimeError, match=r"`lightning_vr\.pipelines` must be imported before"):
         DiffusionModule(small_unet()).to_pipeline()
