@@ -24,6 +24,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_vr.core.digests import digest
 from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.metrics import Features
 
@@ -70,15 +71,11 @@ def cached_features(
 
 
 def _identity(features: Features, dataset: Any, limit: int | None) -> str:
-    weights = hashlib.sha256()
-    for name, value in sorted(features.state_dict().items()):
-        weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     kind = type(dataset)
     about = {
         "features": features.name,
         "dimension": features.dimension,
-        "weights": weights.hexdigest(),
+        "weights": digest(features.state_dict()),
         "data set": f"{kind.__module__}.{kind.__qualname__}",
         "length": len(dataset),
         "samples": len(dataset) if limit is None else min(limit, len(dataset)),

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_vr.core.rows import mapped
+
 Condition = dict[str, Any]
 
 
@@ -49,7 +51,7 @@ def expanded(cond: Any, count: int, device: torch.device | None = None) -> Condi
 
 def condition_rows(cond: Condition | None, index: Any) -> Condition | None:
     """Return the rows of a condition at ``index``, a slice or positions ``(n,)``."""
-    return None if cond is None else _mapped(cond, lambda _, x: x[index])
+    return None if cond is None else mapped(cond, lambda x: x[index])
 
 
 def replaced(cond: Condition, null: Condition, where: Tensor) -> Condition:
@@ -79,7 +81,7 @@ def null_condition(null: Any, cond: Condition) -> Condition:
         ValueError: If the names or the shapes are not those of ``cond``.
     """
     if null == "zeros":
-        return _mapped(cond, lambda _, x: torch.zeros_like(x[:1]))
+        return mapped(cond, lambda x: torch.zeros_like(x[:1]))
 
     def rows(name: str, x: Tensor, given: Any) -> Tensor:
         try:

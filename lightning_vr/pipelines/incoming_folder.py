@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_vr.core.devices import without_compiler
 from lightning_vr.pipelines.trained_for import TRAINED_FOR
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
@@ -88,7 +89,7 @@ class IncomingFolder:
         """
         import diffusers
 
-        plain: Any = getattr(network, "_orig_mod", network)
+        plain = without_compiler(network)
         kind = getattr(diffusers, self.network["class_path"].rpartition(".")[2])
         try:
             saved = kind.from_pretrained(

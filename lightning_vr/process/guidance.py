@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.conditions import Condition
+from lightning_vr.core.rows import concatenated
 from lightning_vr.core.types import UNLABELLED
 from lightning_vr.process.reverse_estimate import ReverseEstimate, ReverseEstimator
 from lightning_vr.process.schedules import Schedule, expand
@@ -82,7 +83,7 @@ class Guidance:
             group = torch.cat([torch.full_like(group, UNLABELLED), group])
         cond = self.cond
         if cond is not None and self.null_cond is not None:
-            cond = _joined(self.null_cond, cond)
+            cond = concatenated([self.null_cond, cond])
         both = estimate(torch.cat([xt, xt]), torch.cat([t, t]), group, cond)
         unconditional, conditional = both.x0.chunk(2)
         guided = torch.lerp(unconditional, conditional, self.scale)
@@ -105,10 +106,3 @@ def rescaled(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
     # a sample of one value has no contrast to rescale
     ratio = torch.where(std > 0, wanted / std, 1.0)
     return guided * expand(1 + rescale * (ratio - 1), guided)
-
-
-def _joined(first: Condition, second: Condition) -> Condition:
-    return {
-        name: _joined(x, second[name]) if isinstance(x, dict) else torch.cat([x, second[name]])
-        for name, x in first.items()
-    }
