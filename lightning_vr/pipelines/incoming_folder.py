@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_vr.core.devices import without_compiler
 from lightning_vr.pipelines.trained_for import TRAINED_FOR
+from lightning_vr.process.diffusers_network import load_pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
 
@@ -92,12 +93,7 @@ class IncomingFolder:
         plain = without_compiler(network)
         kind = getattr(diffusers, self.network["class_path"].rpartition(".")[2])
         try:
-            saved = kind.from_pretrained(
-                self.network_folder,
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,  # which asks for another package
-            )
+            saved = load_pretrained(kind, self.network_folder, "float32", None)
             plain.load_state_dict(saved.state_dict())
         except Exception as error:  # whatever diffusers meets in a damaged folder
             reason = " ".join(f"{error}".split())[:200]

@@ -14,6 +14,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from round_trips import trained
+from safetensors.torch import load_file, save_file
 from support.networks import small_unet
 
 from lightning_vr import EDM, VE, VP, DiffusersSchedule, Diffusion, DiffusionModule, Sampler, export
@@ -182,3 +183,13 @@ def test_a_module_from_elsewhere_says_what_to_import_before_it_is_handed_over(mo
     monkeypatch.setattr(hand_over, "_functions", {})
     with pytest.raises(RuntimeError, match=r"`lightning_vr\.pipelines` must be imported before"):
         DiffusionModule(small_unet()).to_pipeline()
+
+
+def test_a_folder_that_lacks_a_weight_is_refused_and_not_filled_at_random(tmp_path):
+    DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    path = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["conv_in.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"`pretrained` must have the weights of .* lacks conv_in"):
+        DiffusionModule.from_pretrained(tmp_path)
