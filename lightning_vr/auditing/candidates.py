@@ -19,6 +19,10 @@ from lightning_vr.lifecycle.configuration import UndescribableError, describe
 from lightning_vr.training.diffusion import Diffusion
 
 
+CURRENT = "current"
+"""Name of the module's own estimator."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """An estimator to measure; slots that are not given are the module's own.
@@ -97,7 +101,7 @@ def read_candidates(path: str | Path) -> list[Candidate]:
 def check_candidates(candidates: list[Candidate]) -> None:
     """Raise if a candidate fills no slot, or two have the same name."""
     names = [candidate.name for candidate in candidates]
-    if len({*names, "current"}) <= len(names):
+    if len({*names, CURRENT}) <= len(names):
         raise ValueError(
             f"`candidates` must have different names, none of them 'current', got {names}: rename "
             f"some."

@@ -1,7 +1,6 @@
 """The audit of a module: a trainer measures instead of training."""
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from lightning_vr.auditing.measurement import AuditMeasurement
 from lightning_vr.auditing.result import Audit
 from lightning_vr.core.rng import preserve_global_rng
 from lightning_vr.core.validation import check_positive
+from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
 from lightning_vr.training.module import DiffusionModule
 
 _MODULE_STATE = ("seed", "estimate", "sample_shape")
@@ -57,20 +57,19 @@ def audit(
             repeat, or an epoch has fewer than two whole batches.
     """
     _check(module, candidates, budget, trainer)
-    if trainer is None:
-        trainer = Trainer(
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
     callback = _AuditCallback(candidates, budget, progress)
-    with _restored(module, *_MODULE_STATE), _restored_settings(trainer):
-        _set_up(trainer, callback)
-        with preserve_global_rng(), warnings.catch_warnings():
-            # nothing is validated
-            warnings.filterwarnings("ignore", "You defined a `validation_step` but")
-            trainer.fit(module, datamodule=datamodule)
+    with quiet_trainer():
+        if trainer is None:
+            trainer = Trainer(
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+        with _restored(module, *_MODULE_STATE), _restored_settings(trainer):
+            _set_up(trainer, callback)
+            with preserve_global_rng():
+                trainer.fit(module, datamodule=datamodule)
     assert callback.result is not None
     return callback.result
 

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -42,6 +43,7 @@ from lightning_vr.lifecycle.checkpoint_contents import check_training_state, che
 from lightning_vr.lifecycle.checkpoints import check_weights, read_checkpoint
 from lightning_vr.lifecycle.configuration import imported
 from lightning_vr.lifecycle.own_state import STATE
+from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
 from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
@@ -181,7 +183,8 @@ class VRCLI(LightningCLI):
         callbacks = configured if isinstance(configured, list) else [configured]
         # asked before there is a trainer, which adds its own callbacks to the list
         has_progress_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        trainer = super().instantiate_trainer(**kwargs)
+        with quiet_trainer() if self.subcommand == "audit" else nullcontext():
+            trainer = super().instantiate_trainer(**kwargs)
         check_processes(trainer)
         if not has_progress_bar:
             use_step_progress_bar(trainer)

@@ -4,7 +4,7 @@ The room imports ``core``, ``process``, ``posterior`` and ``estimators``, and no
 """
 
 from lightning_vr.variance.accounting import CostModel, best_resamples, fixed_and_marginal
-from lightning_vr.variance.bootstrap import Interval, bootstrap
+from lightning_vr.variance.intervals import Interval, jackknife
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.excess_loss import ExcessLoss
 from lightning_vr.variance.gradient_measurement import GradientMeasurement, NoisyLoss
@@ -24,7 +24,7 @@ __all__ = [
     "NoisyLoss",
     "RemovedVariance",
     "best_resamples",
-    "bootstrap",
     "fixed_and_marginal",
+    "jackknife",
     "measure_target_variance",
 ]

@@ -16,7 +16,7 @@ from lightning_vr.estimators.proposals import LearnedProposal, TableProposal
 from lightning_vr.estimators.stf import STF
 from lightning_vr.lifecycle.configuration import describe
 from lightning_vr.variance.accounting import CostModel
-from lightning_vr.variance.bootstrap import Interval
+from lightning_vr.variance.intervals import Interval
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 

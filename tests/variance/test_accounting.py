@@ -16,7 +16,7 @@ from lightning_vr.variance.accounting import (
     steps_ratio,
     variance_times_cost,
 )
-from lightning_vr.variance.bootstrap import Interval
+from lightning_vr.variance.intervals import Interval
 
 LIMIT = 4.0
 """Standard errors that a statistical test allows."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_vr.variance.bootstrap import Interval, bootstrap, median_interval, ratio
+from lightning_vr.variance.intervals import Interval, jackknife, median_interval, ratio
 
 LIMIT = 4.0
 """Standard errors that a statistical test allows."""
