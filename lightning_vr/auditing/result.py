@@ -110,7 +110,8 @@ class Audit:
             best_resamples(between, within, replace(cost, denoise=group * cost.denoise))
             for cost in self.cost.range()
         )
-        if most > 4 * fewest:
+        # a network that costs nothing was not resolved either
+        if most > 4 * fewest or (most > 1 and self.cost.denoise.low <= 0):
             return None
         cost = replace(self.cost.model, denoise=group * self.cost.model.denoise)
         present, least = (variance_times_cost(between, within, cost, k) for k in (now, best))
