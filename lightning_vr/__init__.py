@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_vr.auditing import Audit, Candidate, audit
+    from lightning_vr.auditing import Audit, AuditDuringTraining, Candidate, audit
     from lightning_vr.callbacks import (
         Evaluation,
         FrechetDistance,
@@ -89,6 +89,7 @@ __all__ = [
     "VRCLI",
     "Ancestral",
     "Audit",
+    "AuditDuringTraining",
     "Autoencoder",
     "AutoencoderFolder",
     "Candidate",

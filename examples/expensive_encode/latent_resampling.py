@@ -47,8 +47,8 @@ from lightning_vr.variance.accounting import (
     effective_compute_multiplier,
     fixed_and_marginal,
 )
-from lightning_vr.variance.intervals import Interval, jackknife
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
+from lightning_vr.variance.intervals import Interval, jackknife
 
 LATENT_SIDE = 8
 LATENT_SPREAD = 0.5

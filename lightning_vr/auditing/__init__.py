@@ -2,6 +2,7 @@
 
     python -m lightning_vr audit --config configs/digits_dsm.yaml
     audit(module, datamodule).advice
+    Trainer(callbacks=[AuditDuringTraining()])
 
 The module's estimator and its rivals run side by side, at one set of weights and on the same
 batches, times and noise. Measured are the variance of the batch gradient by its source, the seconds
@@ -10,9 +11,10 @@ of a training step, and the effective compute multiplier that follows, with a co
 The room imports ``callbacks`` and every floor below.
 """
 
+from lightning_vr.auditing.audit_during_training import AuditDuringTraining
 from lightning_vr.auditing.candidates import Candidate
 from lightning_vr.auditing.report import save as save_report
 from lightning_vr.auditing.result import Audit
 from lightning_vr.auditing.run import audit
 
-__all__ = ["Audit", "Candidate", "audit", "save_report"]
+__all__ = ["Audit", "AuditDuringTraining", "Candidate", "audit", "save_report"]

@@ -34,7 +34,6 @@ from lightning_vr.core.rng import generator
 from lightning_vr.core.types import Clean
 from lightning_vr.lifecycle.precision import loss_scale
 from lightning_vr.lifecycle.run_context import RunContext
-from lightning_vr.lifecycle.stopping import raise_if_asked
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.noisy_losses import DiffusionLoss
 
@@ -99,7 +98,7 @@ class CandidateMeasurement:
         candidates: list[Candidate],
         pair: list[Clean],
         number: int,
-        shared_seconds: float,
+        shared_seconds: float = 0.0,
     ) -> None:
         """Add a repetition of each candidate; all ranks must call it.
 
@@ -122,7 +121,6 @@ class CandidateMeasurement:
 
     def encode(self, batch: Any) -> Clean:
         """Return the samples of a batch."""
-        raise_if_asked(self.trainer)
         with self.trainer.precision_plugin.forward_context():
             return self.module.clean(batch)
 

@@ -18,7 +18,6 @@ from lightning_vr.estimators.targets import Target
 from lightning_vr.lifecycle.configuration import UndescribableError, describe
 from lightning_vr.training.diffusion import Diffusion
 
-
 CURRENT = "current"
 """Name of the module's own estimator."""
 

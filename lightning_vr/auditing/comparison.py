@@ -17,6 +17,7 @@ from lightning_vr.lifecycle.configuration import UndescribableError
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.variance.accounting import (
     effective_compute_multiplier,
+    noise_ratio,
     relative_efficiency,
     training_speedup,
 )
@@ -73,10 +74,23 @@ class Comparison:
         found.components.append(torch.stack(components))
         found.seconds.append(seconds)
 
+    def add_seconds(self, shared: float) -> None:
+        """Add the seconds that the steps of all estimators share to those of each."""
+        for found in self._found.values():
+            found.seconds = [seconds + shared for seconds in found.seconds]
+
     @property
     def present(self) -> Repetitions:
         """Repetitions of the current estimator."""
         return self._found[CURRENT]
+
+    @property
+    def noise_ratio(self) -> float:
+        """Noise over signal of the batch gradient with the current estimator."""
+        total, squared_mean = (
+            float(self.present.column(name).mean()) for name in ("total", "squared_mean")
+        )
+        return noise_ratio(max(total, 0.0), squared_mean, self._batch)
 
     def current(self, found: Repetitions) -> MeasuredEstimator:
         """Return what repetitions of the current estimator say, also those of other looks."""

@@ -82,3 +82,21 @@ def _has_varying_weight(module: DiffusionModule) -> bool:
     objective = module.objective
     weight = objective.weight(objective.times(100))
     return bool(weight.max() - weight.min() > _LEAST_SPREAD * weight.mean())
+
+
+def few_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
+    """Return one for each part of the noise, to measure often: references, strata, pairs.
+
+    Args:
+        module: The module that trains.
+        size: Number of samples in its training set.
+    """
+    fitting = [n for n in _REFERENCES if n < size <= _LARGEST_BANK]
+    name = f"STF({fitting[-1]})" if fitting else 'STF("batch")'
+    found = [
+        Candidate(name, target=STF(fitting[-1] if fitting else "batch")),
+        Candidate("strata, q learned", draws=CARV(1, LearnedProposal())),
+        Candidate("pairs", draws=CARV(2, antithetic=True)),
+    ]
+    own = {name: settings(getattr(module, name)) for name in ("target", "draws")}
+    return [c for c in found if all(x != own[name] for name, x in c.config().items())]

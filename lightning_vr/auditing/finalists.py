@@ -79,7 +79,9 @@ def _combined(parts: tuple[Candidate, ...], fresh: Mapping[str, Candidate]) -> C
         assert isinstance(other, CARV)
         pairs.proposal = other.proposal
         return Candidate(name, draws=pairs)
-    slots = {slot: copy.deepcopy(getattr(fresh[p.name], slot)) for p in parts for slot in _others(p)}
+    slots = {
+        slot: copy.deepcopy(getattr(fresh[p.name], slot)) for p in parts for slot in _others(p)
+    }
     # references are encoded once
     targets = [part.target for part in parts if part.target is not None]
     return Candidate(name, target=targets[0] if targets else None, **slots)

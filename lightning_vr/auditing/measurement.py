@@ -30,6 +30,7 @@ from lightning_vr.auditing.step_timing import StepTimer
 from lightning_vr.core.distributed import broadcast, world_size
 from lightning_vr.core.types import Clean
 from lightning_vr.lifecycle.precision import loss_scale, loss_scaler
+from lightning_vr.lifecycle.stopping import raise_if_asked
 from lightning_vr.lifecycle.training_set import training_loader
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.variance.components import Components
@@ -155,9 +156,12 @@ class AuditMeasurement:
 
     def _single_batches(self) -> Iterator[Any]:
         while True:
-            yield from next(self.batches)
+            for batch in next(self.batches):
+                raise_if_asked(self.trainer)
+                yield batch
 
     def _pair(self) -> list[Clean]:
+        raise_if_asked(self.trainer)
         return [self.measuring.encode(batch) for batch in next(self.batches)]
 
     def _time(self) -> StepCost:
@@ -181,9 +185,7 @@ class AuditMeasurement:
         self.bar.set_description("Audit: noise levels")
         until, number, device = self._progress() + _LEVEL_BUDGET, 0, self.module.device
         pair = self._pair()
-        nested = NestedMeasurement(
-            self.measuring.gradients, pair[0], device, samples=2 * _LEVELS
-        )
+        nested = NestedMeasurement(self.measuring.gradients, pair[0], device, samples=2 * _LEVELS)
         while self._rank_zero_decides(number == 0 or self._progress() < until):
             if number and number % _LEVELS == 0:
                 pair = self._pair()
@@ -195,9 +197,7 @@ class AuditMeasurement:
             for level, components in levels.items():
                 found.add_level(level, components.over_ranks(device))
 
-    def _look(
-        self, title: str, rivals: list[Candidate], look: int, until: float
-    ) -> Comparison:
+    def _look(self, title: str, rivals: list[Candidate], look: int, until: float) -> Comparison:
         """Measure candidates on the same draws until a fraction of the budget is spent."""
         self.bar.set_description(f"Audit: {title}")
         comparison = Comparison(self.module, self.batch * world_size())
@@ -206,9 +206,7 @@ class AuditMeasurement:
             start = self._progress()
             pair = self._pair()
             candidates = [self.current, *rivals]
-            self.measuring.repeat(
-                comparison, candidates, pair, self.number, self.shared_seconds
-            )
+            self.measuring.repeat(comparison, candidates, pair, self.number, self.shared_seconds)
             number, self.number = number + 1, self.number + 1
             longest = max(longest, self._progress() - start)
             if look == 0 and number == 1:

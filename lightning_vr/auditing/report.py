@@ -176,7 +176,9 @@ def _draw_savings(axes: "Axes", audit: Audit) -> None:
         kinds = (("ECM", measured.multiplier, 0.1), ("saving", measured.predicted_speedup, -0.1))
         for color, (label, found, shift) in zip(("tab:blue", "tab:orange"), kinds, strict=True):
             ends = [min(end, 10.0) for end in (found.low, found.high)]
-            axes.plot(ends, [i + shift] * 2, color=color, linewidth=2, label=label if i == 0 else "")
+            axes.plot(
+                ends, [i + shift] * 2, color=color, linewidth=2, label=label if i == 0 else ""
+            )
             axes.plot(min(found.estimate, 10.0), i + shift, "o", color=color)
     axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
     axes.set_yticks(at, [m.name for m in rivals])

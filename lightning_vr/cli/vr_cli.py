@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # a short class name resolves once its class is imported
+import lightning_vr.auditing
 import lightning_vr.callbacks
 import lightning_vr.data
 import lightning_vr.estimators

@@ -72,8 +72,8 @@ class VRTrainer(Trainer):
     ) -> None:
         """Measure what each estimator would save per unit of compute, and advise.
 
-        Writes audit.json, audit.md and audit.png to the run's folder, and recommended.yaml, a second
-        --config for fit, if it recommends something.
+        Writes audit.json, audit.md and audit.png to the run's folder. If it recommends something,
+        recommended.yaml is a second --config for fit.
 
         Args:
             model: A module.

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 
-
 class Interval(NamedTuple):
     """A number and its confidence interval.
 
@@ -65,9 +64,7 @@ def simultaneous_level(level: float, count: int) -> float:
 
 
 @torch.no_grad()
-def jackknife(
-    statistic: Callable[..., Tensor], *samples: Tensor, level: float = 0.95
-) -> Interval:
+def jackknife(statistic: Callable[..., Tensor], *samples: Tensor, level: float = 0.95) -> Interval:
     """Return a function of means and its interval, over n independent repetitions.
 
     What the samples of a repetition share cancels. If the function is not finite for all of them,

@@ -16,9 +16,9 @@ from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.proposals import LearnedProposal, TableProposal
 from lightning_vr.estimators.stf import STF
 from lightning_vr.lifecycle.configuration import describe
-from lightning_vr.variance.intervals import Interval
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
+from lightning_vr.variance.intervals import Interval
 
 
 def components(data=1.0, timestep=2.0, noise=7.0, squared_mean=0.1):
@@ -294,9 +294,10 @@ def test_all_that_was_found_is_written(tmp_path):
     assert [each["name"] for each in written["estimators"]] == ["current", "a", "b"]
     assert written["estimators"][1]["multiplier"]["estimate"] == 2.0
     assert written["estimators"][0]["components"]["total"] == [10.0]
-    assert written["estimators"][1]["simultaneous"]["low"] < written["estimators"][1][
-        "predicted_speedup"
-    ]["low"]
+    assert (
+        written["estimators"][1]["simultaneous"]["low"]
+        < written["estimators"][1]["predicted_speedup"]["low"]
+    )
     assert (tmp_path / "new/audit.md").read_text() == page(audit)
     assert (tmp_path / "new/audit.png").stat().st_size > 10_000
     assert "| a * | 5 ± 0.3 | 10/20/70 |" in page(audit)

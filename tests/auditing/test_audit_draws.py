@@ -56,9 +56,9 @@ class Upstream(DiffusionModule):
 class Network(nn.Module):
     """A linear map of x, so that gradients are short to take."""
 
-    def __init__(self):
+    def __init__(self, weight=(0.5, -0.5)):
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor([0.5, -0.5]))
+        self.weight = nn.Parameter(torch.tensor(weight))
 
     def forward(self, x, t):
         Work.seconds += 1e-3 * len(x)
@@ -77,8 +77,12 @@ class Points(LightningDataModule):
         return DataLoader(self.points, batch_size=32, shuffle=True)
 
 
-def upstream(draws=None, work=0):
-    module = Upstream(Network(), draws=draws)
+TRAINED = (-0.8956, -0.8948)
+"""Weights at which the gradient has mean zero, so that noise is the bottleneck."""
+
+
+def upstream(draws=None, work=0, weight=(0.5, -0.5)):
+    module = Upstream(Network(weight), draws=draws)
     module.work = work
     return module
 
@@ -114,7 +118,8 @@ def measured(monkeypatch):
 
 def test_resamples_are_recommended_where_encoding_is_dear_and_not_where_it_is_free(counted):
     rivals = [Candidate("4 resamples", draws=CARV(4))]
-    dear = audit(upstream(work=30), Points(), rivals, budget=150, progress=False)
+    trained = upstream(work=30, weight=TRAINED)
+    dear = audit(trained, Points(), rivals, budget=150, progress=False)
     assert dear.recommended.name == "4 resamples"
     assert dear.recommended.efficiency.low > 3
     assert dear.recommended.draws_per_sample == 4
@@ -136,7 +141,7 @@ def test_k_independent_draws_of_a_sample_have_the_kth_part_of_the_variance_withi
     found = audit(upstream(), Points(spread=0.0), rivals, budget=150, progress=False)
     efficiency = found.estimators[1].efficiency
     assert efficiency.low < 4 < efficiency.high
-    assert efficiency.high - efficiency.low < 2
+    assert efficiency.high - efficiency.low < 3
     parts, error = found.estimators[1].components, found.estimators[1].errors
     assert abs(float(parts.data[0] / error.data[0])) < 4
 
@@ -234,5 +239,4 @@ def test_a_candidate_that_surely_loses_is_not_looked_at_again(measured, counted)
     found = audit(upstream(), Points(), rivals, budget=300, progress=False)
     assert [each.name for each in found.finalists] in ([], ["same"])
     assert found.estimators[1].predicted_speedup.high < 0.8
-    counts = [sum(draws is not None and getattr(draws, "proposal", None) is not None for draws, _ in measured)]
-    assert counts == [found.repetitions]
+    assert sum(table is not None for _, table in measured) == found.repetitions
