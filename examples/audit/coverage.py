@@ -6,7 +6,7 @@ ratio of times is known: so many for each row, times log-normal noise.
 
     python examples/audit/coverage.py --audits 200
 
-The results are in ``runs/audit_coverage``.
+The results are in ``runs/audit_coverage``; a study that was stopped goes on there.
 """
 
 import argparse
@@ -125,34 +125,38 @@ def reference(job: str, count: int) -> dict[str, dict[str, float]]:
     }
 
 
-def coverage(job: str, kind: str, audits: int, truth: dict) -> dict[str, dict]:
-    """Return for each candidate how many intervals there were and how many held the truth."""
-    found: dict[str, dict] = defaultdict(lambda: defaultdict(list))
+def coverage(job: str, kind: str, audits: int, path: Path, truth: dict) -> None:
+    """Store which intervals of each candidate hold the truth, after each twenty audits."""
+    stored = json.loads(path.read_text()) if path.exists() else {"audits": 0, "found": {}}
+    found = {name: defaultdict(list, columns) for name, columns in stored["found"].items()}
     with repetitions(*REPETITIONS[kind]):
-        for seed in range(audits):
+        for seed in range(stored["audits"], audits):
             for each in one_audit(job, seed, candidates()).estimators[1:]:
-                found[each.name]["second look"].append(each.is_finalist)
+                columns = found.setdefault(each.name, defaultdict(list))
+                columns["second look"].append(each.is_finalist)
                 for name in MEASURES:
-                    interval = getattr(each, name)
-                    value = truth[each.name][name][0]
-                    found[each.name][name].append(interval.low <= value <= interval.high)
-                    width = math.log(interval.high / interval.low)
-                    found[each.name][f"{name} width"].append(width)
-            if seed % 20 == 19:
+                    interval, value = getattr(each, name), truth[each.name][name][0]
+                    columns[name].append(interval.low <= value <= interval.high)
+                    columns[f"{name} width"].append(math.log(interval.high / interval.low))
+            if seed % 20 == 19 or seed == audits - 1:
+                path.write_text(json.dumps({"audits": seed + 1, "found": found}))
                 print(f"{job}, {kind}: {seed + 1} audits", flush=True)
-    return {name: dict(columns) for name, columns in found.items()}
 
 
 def report(folder: Path) -> None:
-    """Print how often intervals hold the truth, for all that has run."""
+    """Print how often intervals hold the truth, and the factor by which half of them reach."""
     print("| job | repetitions | candidate | intervals | RE holds | ECM holds | saving holds |")
     print("|---|---|---|---|---|---|---|")
     pooled: dict[str, list[bool]] = defaultdict(list)
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*-*.json")):
         job, kind = path.stem.split("-")
         for name, columns in json.loads(path.read_text())["found"].items():
             count = len(columns["efficiency"])
-            shares = [f"{100 * np.mean(columns[each]):.1f} %" for each in MEASURES]
+            shares = [
+                f"{100 * np.mean(columns[each]):.1f} % "
+                f"(×{math.exp(np.median(columns[f'{each} width']) / 2):.2f})"
+                for each in MEASURES
+            ]
             print(f"| {job} | {kind} | {name} | {count} | {' | '.join(shares)} |")
             for each in MEASURES:
                 pooled[f"{kind}, {each}"] += columns[each]
@@ -170,11 +174,13 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for job in [options.job] if options.job else JOBS:
-        truth = reference(job, options.reference)
+        path = options.folder / f"{job}.json"
+        if not path.exists():
+            path.write_text(json.dumps(reference(job, options.reference)))
+        truth = json.loads(path.read_text())
         for kind in REPETITIONS:
-            found = coverage(job, kind, options.audits, truth)
-            path = options.folder / f"{job}-{kind}.json"
-            path.write_text(json.dumps({"truth": truth, "found": found}))
+            stored = options.folder / f"{job}-{kind}.json"
+            coverage(job, kind, options.audits, stored, truth)
     report(options.folder)
 
 

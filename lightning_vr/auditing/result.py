@@ -122,7 +122,7 @@ class Audit:
         """One recommendation in plain words."""
         best = self.recommended
         if best is None:
-            return f"Variance reduction does not pay here. {self._why_not()}"
+            return self._why_not()
         expected, multiplier, together = best.predicted_speedup, best.multiplier, best.simultaneous
         assert together is not None
         text = (
@@ -181,19 +181,23 @@ class Audit:
 
     def _why_not(self) -> str:
         rivals = self.estimators[1:]
-        reasons = [self._nearest(rivals)] if rivals else []
-        reasons.append(f"The variance is {_fractions(self.current.components)}.")
         unclear = [
             measured
             for measured in rivals
             if (measured.simultaneous or measured.predicted_speedup).high > LEAST_GAIN
         ]
+        may_pay = any(each.predicted_speedup.estimate >= LEAST_GAIN for each in unclear)
+        said = "Variance reduction does not pay here."
+        if may_pay:
+            said = "Whether variance reduction pays here is not certain."
+        reasons = [said, *([self._nearest(rivals)] if rivals else [])]
+        reasons.append(f"The variance is {_fractions(self.current.components)}.")
         if unclear:
             unclear.sort(key=lambda each: -each.predicted_speedup.estimate)
-            names = ", ".join(each.name for each in unclear[:_NAMED])
+            names = ", ".join(f'"{each.name}"' for each in unclear[:_NAMED])
             more = f" and {len(unclear) - _NAMED} more" if len(unclear) > _NAMED else ""
             reasons.append(
-                f"This is not certain for {names}{more}: measure longer, with a larger budget."
+                f"Open are {names}{more}: measure longer, with a larger budget or fewer candidates."
             )
         return " ".join(reasons)
 
