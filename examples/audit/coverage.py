@@ -74,7 +74,7 @@ def eight_gaussians() -> tuple[DiffusionModule, EightGaussians]:
 
 def two_gaussians() -> tuple[DiffusionModule, TwoGaussians]:
     module = DiffusionModule(TimedMLP(), schedule=VE(), sigma_data=1.0)
-    return module, TwoGaussians(batch_size=16, num_samples=1024, num_validation=32)
+    return module, TwoGaussians(batch_size=16, dimension=2, num_samples=1024, num_validation=32)
 
 
 JOBS: dict[str, Callable] = {"eight_gaussians": eight_gaussians, "two_gaussians": two_gaussians}

@@ -57,6 +57,7 @@ def test_an_audit_is_compared_with_training(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "eight_gaussians/audit.md").exists()
 
 
+@pytest.mark.slow
 def test_intervals_of_audits_are_compared_with_many_repetitions(tmp_path, monkeypatch, capsys):
     arguments = ["--job", "eight_gaussians", "--audits", "1", "--reference", "4"]
     monkeypatch.setattr(sys, "argv", ["coverage.py", *arguments, "--folder", str(tmp_path)])
