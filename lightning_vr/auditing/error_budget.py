@@ -87,8 +87,8 @@ def advise(budgets: dict[str, ErrorBudget]) -> str:
     rivals = {name: x.bound for name, x in budgets.items() if name not in (OWN, TWICE)}
     best = min(rivals, key=lambda name: rivals[name], default=None)
     change = {name: x.bound / own.bound - 1 for name, x in budgets.items()}
-    by_steps = f"twice the steps change the bound by {change[TWICE]:+.0%}"
-    by_grid = "" if best is None else f" and the grid {best} by {change[best]:+.0%}"
+    by_steps = f"twice the steps would change the bound by {change[TWICE]:+.0%}"
+    by_grid = "" if best is None else f", {best} noise levels by {change[best]:+.0%}"
     if largest == "the learned score":
         low, high = own.score_levels()
         span = f"mostly at noise levels from {low:.2g} to {high:.2g}"
@@ -158,7 +158,7 @@ def alternatives(sampler: Sampler, schedule: Schedule) -> dict[str, Tensor]:
 
     found = {"exponential": grid("exponential", steps, 1.0)}
     for rho in (3.0, 7.0):
-        found[f"polynomial with rho {rho:g}"] = grid("polynomial", steps, rho)
+        found[f"polynomial (rho {rho:g})"] = grid("polynomial", steps, rho)
     found = {name: x for name, x in found.items() if not torch.allclose(x, own, rtol=1e-3)}
     if isinstance(sampler.grid, str):
         found[TWICE] = grid(sampler.grid, 2 * steps, sampler.rho)

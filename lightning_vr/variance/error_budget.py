@@ -178,10 +178,14 @@ def _follow(
         from_x, from_y = (solver.step(learned, z, level, next_level) for z in (x, y))
         without = solver.step(exact, x, level, next_level)
 
-        gamma = _size(from_y - from_x) / errors[-1] if errors[-1] > 0 else 1.0
-        bias, score = _size(without - after), _size(from_x - without)
-        distance = _size(learned.x0_hat(x, level) - exact.x0_hat(x, level))
-        rows.append((gamma, bias, score, distance))
+        rows.append(
+            (
+                _size(from_y - from_x) / errors[-1] if errors[-1] > 0 else 1.0,
+                _size(without - after),
+                _size(from_x - without),
+                _size(learned.x0_hat(x, level) - exact.x0_hat(x, level)),
+            )
+        )
         errors.append(_size(from_y - after))
         y = from_y
     amplification, bias, score, distance = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
