@@ -13,11 +13,11 @@ The room imports ``callbacks`` and every floor below.
 """
 
 from lightning_vr.auditing.candidates import Candidate
-from lightning_vr.auditing.error_budget import SamplingErrors, error_budget
 from lightning_vr.auditing.error_budget_report import save as save_error_budget
 from lightning_vr.auditing.report import save as save_report
 from lightning_vr.auditing.result import Audit
 from lightning_vr.auditing.run import audit
+from lightning_vr.auditing.sampling_errors import SamplingErrors, error_budget
 
 __all__ = [
     "Audit",

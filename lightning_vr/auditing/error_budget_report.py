@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lightning_vr.auditing.error_budget import SamplingErrors
+from lightning_vr.auditing.sampling_errors import SamplingErrors
 from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.variance.error_budget import ErrorBudget

@@ -14,11 +14,11 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from lightning_vr.auditing.candidates import read_candidates
-from lightning_vr.auditing.error_budget import error_budget as run_error_budget
 from lightning_vr.auditing.error_budget_report import save as save_error_budget
 from lightning_vr.auditing.error_budget_report import table as error_budget_table
 from lightning_vr.auditing.report import save, table
 from lightning_vr.auditing.run import audit as run_audit
+from lightning_vr.auditing.sampling_errors import error_budget as run_error_budget
 from lightning_vr.callbacks.evaluation import Evaluation
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.core.validation import check_at_least
