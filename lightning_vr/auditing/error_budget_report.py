@@ -42,9 +42,10 @@ _CAPTION = (
 def table(errors: SamplingErrors) -> Table:
     """Return one row for each grid."""
     shown = Table(title="Error budget", caption=_CAPTION, caption_justify="left", box=SIMPLE_HEAD)
-    for header in _grid_headers():
-        justify: Any = "left" if header == "grid" else "right"
-        shown.add_column(header.replace("_", " "), justify=justify, no_wrap=header != "grid")
+    shown.pad_edge, shown.collapse_padding = False, True
+    shown.add_column("grid", min_width=14)
+    for header in _grid_headers()[1:]:
+        shown.add_column(header.replace("_", " "), justify="right")
     for row in _grid_rows(errors):
         shown.add_row(*row)
     return shown

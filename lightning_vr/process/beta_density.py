@@ -85,7 +85,7 @@ class Beta(Density):
 
     def _tabulated(self) -> tuple[Tensor, Tensor]:
         """Return logits from one tail to the other and F at each ``(nodes,)``."""
-        # in the tails F is t^a / (a B) and 1 - F is (1 - t)^b / (b B)
+        # in the tails F is t^a / (a B), so dF/dx / a, and 1 - F is (1 - t)^b / (b B)
         low, high = ((-_TAIL + math.log(each) + self._log_norm) / each for each in (self.a, self.b))
         ends = (max(min(low, -1.0), -_NARROW), min(max(-high, 1.0), _NARROW))
         x = torch.linspace(*ends, _NODES, dtype=torch.float64)
@@ -94,8 +94,9 @@ class Beta(Density):
         )
         half = 0.5 * x.diff()[:, None]
         inside = (half * weights * self._slope(x[:-1, None] + half * (points + 1))).sum(dim=1)
-        values = torch.cat([x.new_zeros(1), inside.cumsum(0)])
-        return x, values / values[-1]
+        before, after = self._slope(x[0]) / self.a, self._slope(x[-1]) / self.b
+        values = before + torch.cat([x.new_zeros(1), inside.cumsum(0)])
+        return x, values / (values[-1] + after)
 
     def _table(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         dtype = widest_float(device)
