@@ -7,7 +7,7 @@ from commands import POINTS
 
 def test_a_budget_writes_its_findings_and_prints_advice(run, capsys):
     run("fit")
-    data = [*POINTS, "--data.num_samples=64"]
+    data = [*POINTS, "--data.num_samples=64", "--data.batch_size=32"]
     folder = run(
         "error_budget",
         *("--ckpt_path=last", "--samples=8", "--sampler.solver=Euler", "--sampler.steps=3"),
