@@ -81,9 +81,10 @@ def draw(errors: SamplingErrors, path: Path) -> None:
     """Draw what each step of the own grid adds, and the budgets of all grids."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    steps, grids = figure.subplots(1, 2)
+    figure = Figure(figsize=(17, 4.5), layout="constrained")
+    steps, weights, grids = figure.subplots(1, 3)
     _draw_steps(steps, errors.own)
+    _draw_weights(weights, errors)
     _draw_grids(grids, errors)
     save_figure(figure, path)
 
@@ -95,6 +96,20 @@ def _draw_steps(axes: "Axes", budget: ErrorBudget) -> None:
     axes.invert_xaxis()
     axes.set_xlabel("noise level  s = σ / α  where the step begins")
     axes.set_title("what each step adds to the error at the end")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_weights(axes: "Axes", errors: SamplingErrors) -> None:
+    own = errors.own
+    for label, values in (
+        ("total weight W of training", errors.total_weight),
+        ("learned score, per unit of log s", own.carried * own.score / own.step_fraction),
+    ):
+        axes.semilogx(own.noise_levels, values / values.max(), "o-", markersize=4, label=label)
+    axes.invert_xaxis()
+    axes.set_xlabel("noise level  s = σ / α")
+    axes.set_title("where training looks, and where sampling needs it")
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -144,6 +159,7 @@ def _numbers(errors: SamplingErrors) -> dict[str, Any]:
         "advice": errors.advice,
         "solver": errors.solver,
         "samples": errors.samples,
+        "total_weight": errors.total_weight.tolist(),
         "columns_of_steps": [*STEPS, "error"],
         "grids": grids,
     }

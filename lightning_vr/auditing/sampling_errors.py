@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from lightning_vr.auditing.before_training import measure_before_training
+from lightning_vr.core.devices import widest_float
 from lightning_vr.core.types import Clean
 from lightning_vr.core.validation import check_integer
 from lightning_vr.lifecycle.training_set import check_equal_chances
@@ -52,11 +53,13 @@ class SamplingErrors:
         solver: Name of the solver.
         budgets: By name of the grid, ``"own"`` first.
         samples: Number of trajectories.
+        total_weight: W of the module's objective at the own grid's noise levels ``(K,)``.
     """
 
     solver: str
     budgets: dict[str, ErrorBudget]
     samples: int
+    total_weight: Tensor
 
     @property
     def own(self) -> ErrorBudget:
@@ -143,7 +146,9 @@ def error_budget(
         grids = alternatives(sampler, module.schedule)
         with evaluating(module), trainer.precision_plugin.forward_context():
             budgets = _measure(module, data, solver, grids, samples)
-        return SamplingErrors(type(solver).__name__, budgets, samples)
+        levels = grids[OWN].to(module.device, widest_float(module.device))
+        total = module.objective.total_weight(levels).cpu()
+        return SamplingErrors(type(solver).__name__, budgets, samples, total)
 
     return measure_before_training(measure, module, datamodule, trainer)
 

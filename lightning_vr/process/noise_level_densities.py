@@ -38,7 +38,7 @@ class NoiseLevelDensity(Density):
         self, schedule: Schedule, noise_levels: Sequence[float], values: Sequence[float]
     ) -> None:
         super().__init__()
-        self.schedule = schedule
+        self.schedule, self.noise_levels, self.values = schedule, [*noise_levels], [*values]
         self.table = NoiseLevelTable(noise_levels, values)
         self._densities: dict[torch.device, tuple[QuantileDensity, Tensor]] = {}
 
@@ -92,6 +92,7 @@ class EntropyRate(NoiseLevelDensity):
         NoiseLevelTable(noise_levels, errors)  # raises before anything is divided
         rates = [x / level**2 for x, level in zip(errors, noise_levels, strict=True)]
         super().__init__(schedule, noise_levels, rates)
+        self.errors = [*errors]
 
 
 def log_level_slope(schedule: Schedule, t: Tensor) -> Tensor:

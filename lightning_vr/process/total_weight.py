@@ -46,7 +46,7 @@ class TotalWeighting(Weighting):
     ) -> None:
         super().__init__()
         self.table = NoiseLevelTable(noise_levels, total)
-        self.timesteps = timesteps
+        self.noise_levels, self.total, self.timesteps = [*noise_levels], [*total], timesteps
 
     def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
         level = schedule.noise_level(t)

@@ -42,6 +42,7 @@ class UncertaintyWeighting(Weighting):
         NoiseLevelTable(noise_levels, errors)  # raises before anything is divided
         ratios = [x * (1 + s**-2) for x, s in zip(errors, noise_levels, strict=True)]
         self.table = NoiseLevelTable(noise_levels, ratios)
+        self.noise_levels, self.errors = [*noise_levels], [*errors]
 
     def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
         level = schedule.noise_level(t)

@@ -131,6 +131,10 @@ def test_a_budget_is_written_as_tables_numbers_and_a_picture(tmp_path):
     numbers = json.loads((tmp_path / "error_budget.json").read_text())
     assert numbers["advice"] == found.advice
     assert numbers["solver"] == "Heun"
+    levels = found.own.noise_levels
+    assert numbers["total_weight"] == pytest.approx(
+        module().objective.total_weight(levels).tolist()
+    )
     rows = list(csv.DictReader((tmp_path / "error_budget.csv").read_text().splitlines()))
     own = [row for row in rows if row["grid"] == "own"]
     assert len(own) == 4

@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 
+from lightning_vr.lifecycle.configuration import describe, rebuild
 from lightning_vr.process.asymmetric_density import Asymmetric
 from lightning_vr.process.beta_density import Beta
 from lightning_vr.process.noise_level_densities import EntropyRate, NoiseLevelDensity
@@ -20,6 +21,7 @@ from lightning_vr.process.weightings import (
     P2Weighting,
     SoftMinSNRWeighting,
     UnitWeighting,
+    Weighting,
 )
 
 WIDE = torch.float64
@@ -76,25 +78,16 @@ def test_strata_of_u_are_strata_of_t(density):
 
 @every_density
 def test_the_log_density_keeps_the_dtype_and_is_minus_infinity_outside(density):
-    end = (
-        1e4
-        if isinstance(density, NoiseLevelDensity)
-        else 2
-        * getattr(
-            density,
-            "end",
-            density.end if hasattr(density, "end") else getattr(density, "high", 1.0),
-        )
-    )
-    off = torch.tensor([end], dtype=torch.float32)
-    if isinstance(density, NoiseLevelDensity):
-        off = density.schedule.time(torch.tensor([60.0], dtype=WIDE)).float()
-    found = density.log_prob(off)
-    assert found.dtype == torch.float32
-    assert found.tolist() == [-math.inf]
-    t = density(torch.tensor([0.5], dtype=torch.float32))
-    assert t.dtype == torch.float32
-    assert density.log_prob(t).isfinite().all()
+    u = torch.tensor([0.5], dtype=torch.float32)
+    assert density(u).dtype == torch.float32
+    inside = density.log_prob(density(u))
+    assert inside.dtype == torch.float32
+    assert inside.isfinite().all()
+    # the last of all times, or what lies beyond the last noise level
+    last = density(torch.tensor([1 - 1e-12], dtype=WIDE))
+    beyond = last + 0.02 * (last - density(torch.tensor([0.5], dtype=WIDE)))
+    beyond = beyond.clamp(min=getattr(density, "end", 0.0) * 1.01)
+    assert density.log_prob(beyond.float()).tolist() == [-math.inf]
 
 
 @pytest.mark.parametrize("density", BETAS, ids=lambda d: f"{d.a}-{d.b}")
@@ -135,6 +128,26 @@ def test_the_entropy_rate_of_normal_data_is_that_of_its_closed_form(schedule):
     entropy = 0.5 * torch.log(errors)
     expected = (entropy - entropy[0]) / (entropy[-1] - entropy[0])
     torch.testing.assert_close(density.cdf(schedule.time(levels)), expected, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *DENSITIES,
+        SoftMinSNRWeighting(3.0),
+        P2Weighting(2.0),
+        UncertaintyWeighting(LEVELS, LEVELS),
+        TotalWeighting(LEVELS, LEVELS, Beta(2, 1)),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_a_checkpoint_rebuilds_what_it_was_trained_with(part):
+    built = rebuild(type(part), describe(part)["init_args"])
+    t = torch.linspace(0.1, 0.9, 9, dtype=WIDE)
+    if isinstance(part, Weighting):
+        assert torch.equal(built(VP(), t), part(VP(), t))
+    else:
+        assert torch.equal(built(t), part(t))
 
 
 SNR = torch.tensor([0.01, 1.0, 4.0, 100.0], dtype=WIDE)
