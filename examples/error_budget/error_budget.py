@@ -77,45 +77,43 @@ def budget(
     return measure_error_budgets(solver, learned, exact, SCHEDULE, grids, x, x, TAU)
 
 
-def orders(quick: bool, folder: Path) -> None:
+def orders(options: argparse.Namespace) -> None:
     """Print how the error before the last step, at s = 0.02, falls with the number of steps."""
-    steps = (32, 64) if quick else (32, 64, 128, 256, 512)
+    steps = (16, 32) if options.quick else (32, 64, 128, 256, 512)
     grids = {f"{n}": spaced("exponential", n, 1.0, 0.02, 30.0, SCHEDULE) for n in steps}
     for solver in (Euler(), Heun()):
         before = None
-        for name, found in budget(smooth(), solver, grids, 64 if quick else 512).items():
+        for name, found in budget(smooth(), solver, grids, 64 if options.quick else 512).items():
             error = float(found.error[-2])
             order = "" if before is None else f", order {math.log2(before / error):.3f}"
             print(f"{type(solver).__name__:5}, {name:>3} steps: error {error:.3e}{order}")
             before = error
 
 
-def narrow_gaussians(quick: bool, folder: Path) -> None:
+def narrow_gaussians(options: argparse.Namespace) -> None:
     """Print the numbers of Brosse and Dalalyan (2026) for K = 17 .. 1088 steps of Euler."""
-    steps = [17 * 2**i for i in range(3 if quick else 7)]
-    for width in (0.02, 0.03, 0.05) if quick else (0.03,):
-        before = None
-        rows = []
-        for n in steps:
-            grids = {"own": spaced("polynomial", n + 1, 7.0, LOW, HIGH, SCHEDULE)}
-            found = budget(narrow(width), Euler(), grids, 256 if quick else 65_536)["own"]
-            # K steps from one level to the next, without the last one to 0
-            amplification = found.amplification[:-1]
-            carried = found.carried[:-1] / found.carried[-2]
-            bound = float((carried * found.local_bias[:-1]).sum())
-            error, biases = float(found.error[-2]), float(found.local_bias[:-1].sum())
-            log_amplification = float(amplification.log().flip(0).cumsum(0).max())
-            line = f"width {width}, K = {n:4}: biases {biases:.3e}, error {error:.3e}, "
-            line += f"bound / error {bound / error:.3f}, log-amplification {log_amplification:.3f}"
-            if before is not None:
-                line += f", orders {math.log2(before[0] / biases):.3f}"
-                line += f" and {math.log2(before[1] / error):.3f}"
-            print(line, flush=True)
-            before = biases, error
-            rows.append((n, biases, error, log_amplification))
-        for name, column in (("summed biases", 1), ("error", 2)):
-            print(f"width {width}: order of {name} {-slope(rows, column, torch.log):.3f}")
-        print(f"width {width}: log-amplification ~ {slope(rows, 3, lambda x: x):.3f} log K")
+    steps = [17 * 2**i for i in range(2 if options.quick else 7)]
+    before, rows = None, []
+    for n in steps:
+        grids = {"own": spaced("polynomial", n + 1, 7.0, LOW, HIGH, SCHEDULE)}
+        found = budget(narrow(options.width), Euler(), grids, 256 if options.quick else 65_536)
+        own = found["own"]
+        # K steps from one level to the next, without the last one to 0
+        carried = own.carried[:-1] / own.carried[-2]
+        bound = float((carried * own.local_bias[:-1]).sum())
+        error, biases = float(own.error[-2]), float(own.local_bias[:-1].sum())
+        log_amplification = float(own.amplification[:-1].log().flip(0).cumsum(0).max())
+        line = f"K = {n:4}: biases {biases:.3e}, error {error:.3e}, bound / error "
+        line += f"{bound / error:.3f}, log-amplification {log_amplification:.3f}"
+        if before is not None:
+            line += f", orders {math.log2(before[0] / biases):.3f}"
+            line += f" and {math.log2(before[1] / error):.3f}"
+        print(line, flush=True)
+        before = biases, error
+        rows.append((n, biases, error, log_amplification))
+    print(f"order of summed biases {-slope(rows, 1, torch.log):.3f}")
+    print(f"order of the error {-slope(rows, 2, torch.log):.3f}")
+    print(f"log-amplification ~ {slope(rows, 3, lambda x: x):.3f} log K")
 
 
 def slope(
@@ -128,9 +126,9 @@ def slope(
     return float((x @ y) / (x @ x))
 
 
-def polynomial_against_exponential(quick: bool, folder: Path) -> None:
+def polynomial_against_exponential(options: argparse.Namespace) -> None:
     """Print and draw bound and error on both grids, as the score gets worse."""
-    steps = (8, 16) if quick else (8, 16, 32, 64, 128, 256)
+    steps = (8,) if options.quick else (8, 16, 32, 64, 128, 256)
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for at, epsilon in zip(axes, (0.0, 0.05, 0.3), strict=True):
@@ -139,7 +137,7 @@ def polynomial_against_exponential(quick: bool, folder: Path) -> None:
             for kind in ("polynomial", "exponential")
             for n in steps
         }
-        found = budget(narrow(0.05), Euler(), grids, 64 if quick else 1024, epsilon)
+        found = budget(narrow(0.05), Euler(), grids, 64 if options.quick else 1024, epsilon)
         for kind, color in (("polynomial", "tab:blue"), ("exponential", "tab:orange")):
             own = [found[f"{kind} {n}"] for n in steps]
             at.loglog(steps, [x.bound for x in own], "--", color=color, label=f"{kind}, bound")
@@ -155,10 +153,10 @@ def polynomial_against_exponential(quick: bool, folder: Path) -> None:
         at.grid(alpha=0.3)
     axes[0].set_ylabel("error of samples")
     axes[0].legend()
-    figure.savefig(folder / "grids.png", dpi=110)
+    figure.savefig(options.folder / "grids.png", dpi=110)
 
 
-def split(quick: bool, folder: Path) -> None:
+def split(options: argparse.Namespace) -> None:
     """Split the total weight of EDM for least variance; print E w² m, the gradient's moment."""
     objective = Objective(SCHEDULE, LogNormal(), EDMWeighting(TAU), sigma_data=TAU)
     levels = torch.logspace(-2.5, 1.3, 60, dtype=WIDE)
@@ -167,7 +165,7 @@ def split(quick: bool, folder: Path) -> None:
     moments = (1 + 1 / levels) / (1 + levels**2)
     own = objective.weighting(SCHEDULE, levels) * levels**2
     anew = objective.split(levels.tolist(), total.tolist(), (own**2 * moments).tolist())
-    count = 1000 if quick else 1_000_000
+    count = 1000 if options.quick else 1_000_000
     for name, each in (("EDM's own split", objective), ("split for least variance", anew)):
         level = each.noise_levels(count)
         weight = each.weighting(SCHEDULE, level) * level**2
@@ -186,7 +184,7 @@ def split(quick: bool, folder: Path) -> None:
     axes.set_title("one objective, two splits into density and weight")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(folder / "total_weight.png", dpi=110)
+    figure.savefig(options.folder / "total_weight.png", dpi=110)
 
 
 STUDIES = {
@@ -201,13 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--width", type=float, default=0.03, help="of the narrow Gaussians")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for name in options.studies:
         started = time.process_time()
-        STUDIES[name](options.quick, options.folder)
+        STUDIES[name](options)
         print(f"{name}: {time.process_time() - started:.0f} core-seconds")
 
 

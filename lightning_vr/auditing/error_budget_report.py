@@ -43,9 +43,9 @@ def table(errors: SamplingErrors) -> Table:
     """Return one row for each grid."""
     shown = Table(title="Error budget", caption=_CAPTION, caption_justify="left", box=SIMPLE_HEAD)
     shown.pad_edge, shown.collapse_padding = False, True
-    shown.add_column("grid", min_width=14)
+    shown.add_column("grid", min_width=11)
     for header in _grid_headers()[1:]:
-        shown.add_column(header.replace("_", " "), justify="right")
+        shown.add_column(header.replace("_", " "), justify="right", no_wrap=header in TOTALS[:2])
     for row in _grid_rows(errors):
         shown.add_row(*row)
     return shown
@@ -104,7 +104,7 @@ def _draw_weights(axes: "Axes", errors: SamplingErrors) -> None:
     own = errors.own
     for label, values in (
         ("total weight W of training", errors.total_weight),
-        ("learned score, per unit of log s", own.carried * own.score / own.step_fraction),
+        ("learned score, over the step fraction", own.carried * own.score / own.step_fraction),
     ):
         axes.semilogx(own.noise_levels, values / values.max(), "o-", markersize=4, label=label)
     axes.invert_xaxis()

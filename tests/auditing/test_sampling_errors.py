@@ -33,6 +33,7 @@ from lightning_vr.variance.error_budget import measure_error_budgets
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*`max_epochs`")
 
+ENDS = {"noise_level_min": 0.1, "noise_level_max": 10.0}
 POINTS = torch.tensor([[1.0, 0.2], [-0.4, 0.9], [-0.6, -1.1], [0.3, -0.2]])
 
 
@@ -62,7 +63,7 @@ class Conditioned(DiffusionModule):
 
 
 def module(kind=DiffusionModule, **settings):
-    return kind(small_mlp(std=0.1), sampler=Sampler(Euler(), steps=8), **settings)
+    return kind(small_mlp(std=0.1), sampler=Sampler(Euler(), steps=4, **ENDS), **settings)
 
 
 def advice(kind="polynomial", rho=7.0, wrong=0.0, high=80.0, solver=None):
@@ -96,9 +97,9 @@ def test_advice_is_to_begin_at_more_noise_where_the_start_is_wrong():
 
 
 def test_the_exact_denoiser_has_no_error_of_the_score():
-    found = error_budget(module(Exact), Points(), samples=32)
+    found = error_budget(module(Exact), Points(), samples=16)
     assert found.own.learned_score < 1e-4 * found.own.bound
-    worse = error_budget(module(), Points(), samples=32)
+    worse = error_budget(module(), Points(), samples=16)
     assert worse.own.learned_score > 10 * found.own.learned_score
     assert worse.advice.startswith("Train more")
 
@@ -117,7 +118,7 @@ def test_a_budget_leaves_the_module_and_randomness_as_they_were():
 
 def test_class_conditional_modules_are_measured_on_their_classes():
     network = ResidualMLP(2, width=8, depth=1, num_class_embeds=5)
-    own = DiffusionModule(network, num_classes=4, sampler=Sampler(steps=4))
+    own = DiffusionModule(network, num_classes=4, sampler=Sampler(steps=4, **ENDS))
     label = torch.arange(4).repeat(8)
     found = error_budget(own, Points(label=label, num_classes=4), samples=16)
     # a class has one point, which is reached without any step: x0_hat is that point
@@ -126,7 +127,7 @@ def test_class_conditional_modules_are_measured_on_their_classes():
 
 
 def test_a_budget_is_written_as_tables_numbers_and_a_picture(tmp_path):
-    found = error_budget(module(), Points(), Sampler(Heun(), steps=4), samples=8)
+    found = error_budget(module(), Points(), Sampler(Heun(), steps=4, **ENDS), samples=8)
     save(found, tmp_path)
     numbers = json.loads((tmp_path / "error_budget.json").read_text())
     assert numbers["advice"] == found.advice

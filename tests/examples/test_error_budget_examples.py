@@ -12,8 +12,8 @@ def test_the_error_budget_is_checked_on_mixtures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["error_budget.py", *arguments])
     runpy.run_path(str(EXAMPLES / "error_budget/error_budget.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "Heun ,  64 steps" in printed
-    assert "width 0.03, K =   68" in printed
+    assert "Heun ,  32 steps" in printed
+    assert "K =   34: biases" in printed
     second = [float(line.split()[-1]) for line in printed.splitlines() if "E w² m" in line]
     assert second[1] < second[0]
     for name in ("grids.png", "total_weight.png"):
