@@ -96,7 +96,9 @@ def narrow_gaussians(options: argparse.Namespace) -> None:
     before, rows = None, []
     for n in steps:
         grids = {"own": spaced("polynomial", n + 1, 7.0, LOW, HIGH, SCHEDULE)}
-        found = budget(narrow(options.width), Euler(), grids, 256 if options.quick else 65_536)
+        found = budget(
+            narrow(options.width), Euler(), grids, 256 if options.quick else options.quantiles
+        )
         own = found["own"]
         # K steps from one level to the next, without the last one to 0
         carried = own.carried[:-1] / own.carried[-2]
@@ -199,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quantiles", type=int, default=65_536, help="of the narrow Gaussians")
     parser.add_argument("--width", type=float, default=0.03, help="of the narrow Gaussians")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     options = parser.parse_args()

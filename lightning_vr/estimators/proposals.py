@@ -204,8 +204,13 @@ class LearnedProposal(Proposal):
         """Return noise levels and what was learned at each, for ``Objective.split``, ``(bins,)``.
 
         Raises:
-            ValueError: If a bin has had too few draws.
+            ValueError: If what was learned is no gradient, or a bin has had too few draws.
         """
+        if self.moment != "gradient":
+            raise ValueError(
+                f"`moment` must be 'gradient' for second moments of gradients, got "
+                f"{self.moment!r}: learn them by LearnedProposal(moment='gradient')."
+            )
         sums, counts, seen = self.table.cpu()
         if bool((seen < _LEAST_SEEN).any()):
             raise ValueError(

@@ -111,7 +111,7 @@ class ErrorBudget:
         """
         cumulated = (self.carried * self.score).cumsum(0)
         cut = (1 - share) / 2 * cumulated[-1]
-        first = int((cumulated <= cut).sum())
+        first = min(int((cumulated <= cut).sum()), len(cumulated) - 1)
         last = int((cumulated < cumulated[-1] - cut).sum())
         return float(self.noise_levels[last]), float(self.noise_levels[first])
 

@@ -99,6 +99,8 @@ def test_a_learned_proposal_knows_second_moments_for_a_split():
     torch.testing.assert_close(split.total_weight(levels[1:3]), torch.ones(2, dtype=WIDE))
 
 
-def test_second_moments_must_be_positive():
+def test_second_moments_are_those_of_gradients_and_positive():
+    with pytest.raises(ValueError, match=r"`moment` must be 'gradient' .* got 'loss'"):
+        LearnedProposal("loss").second_moments(edm())
     with pytest.raises(ValueError, match="`second_moments` must be positive, got"):
         edm().split([0.1, 1.0], [1.0, 1.0], [0.0, 1.0])
