@@ -55,6 +55,7 @@ _LOADERS = {
     "fit": "train_dataloader",
     "audit": "train_dataloader",
     "cache": "train_dataloader",
+    "error_budget": "train_dataloader",
     "validate": "val_dataloader",
     "test": "test_dataloader",
 }
@@ -104,8 +105,8 @@ class VRCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and which of their arguments the command line sets itself."""
-        own = {name: {"model", "datamodule"} for name in ("audit", "cache", "export")}
-        return {**LightningCLI.subcommands(), **own}
+        own = ("audit", "cache", "error_budget", "export")
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in own}}
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -184,7 +185,8 @@ class VRCLI(LightningCLI):
         callbacks = configured if isinstance(configured, list) else [configured]
         # asked before there is a trainer, which adds its own callbacks to the list
         has_progress_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        with quiet_trainer() if self.subcommand == "audit" else nullcontext():
+        measures = self.subcommand in ("audit", "error_budget")
+        with quiet_trainer() if measures else nullcontext():
             trainer = super().instantiate_trainer(**kwargs)
         check_processes(trainer)
         if not has_progress_bar:
