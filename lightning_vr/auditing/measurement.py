@@ -46,7 +46,7 @@ _TIMING_BUDGET = 0.05
 _LEARNING_BUDGET = 0.05
 
 _FIRST_LOOK = 0.5
-"""Fraction of the budget after which the first look ends."""
+"""Fraction of what preparation has left of the budget for the first look."""
 
 LEAST_REPETITIONS = (3, 4)
 """Of the first and of the second look, however small the budget."""
@@ -95,7 +95,9 @@ class AuditMeasurement:
                 self.measuring.names, self.module.objective.noise_levels(_LEVELS)
             )
             self._measure_levels(statistics)
-            first = self._look("first look", self.rivals, 0, _FIRST_LOOK)
+            prepared = self._progress()
+            until = prepared + _FIRST_LOOK * (1 - prepared)
+            first = self._look("first look", self.rivals, 0, until)
             found = {c.name: first.estimator(c) for c in self.rivals}
             again = finalists(self.rivals, self.fresh, found)
             new = self._prepared([c for c in again if c.name not in found], has_references=True)
