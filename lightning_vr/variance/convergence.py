@@ -1,0 +1,217 @@
+"""How far a network is from its optimum at each noise level, on fixed draws.
+
+At noise level s the loss of a network is ``λ E ‖x0_hat - x0‖² / d``, and with D = E[x0 | x_t]
+
+    loss = λ V / d + λ E ‖x0_hat - D‖² / d,
+
+the irreducible part (``optimum``) and the excess, without a cross term. The excess is therefore
+measured as it stands, from the network's distance to D. The difference of loss and irreducible part
+has the same mean, but per draw it carries the cross term ``2 ⟨x0_hat - D, D - x0⟩``, of a standard
+deviation near ``2 √(excess · V)``; and it may be negative. The direct one is not negative, is 0 for
+the exact denoiser whatever the data, and its error falls with the excess itself. The loss is
+reported as excess plus irreducible part: averaged over x0 given x_t already.
+
+**Any squared error can be measured so**, whatever the network predicts and whatever λ: a loss
+``(x0, noise, t)`` that is quadratic in its target is asked for the loss at the same x_t made of
+other parts, ``x0 = D`` and ``noise = (x_t - alpha D) / sigma``. It is the excess of that draw. λ
+follows from a second difference along a line of such parts; the third must be 0, or the loss is no
+squared error.
+
+With D₁ of a subset in place of D (``optimum``) the distance is ``excess + E ‖D₁ - D‖²`` in the
+mean: an upper bound, and loss = distance + tr Cov₁ holds as before, since D₁ is unbiased.
+Held-out data have no such identity, as the network has seen the references and not them: their loss
+is measured as it is.
+
+**Standard errors** are between blocks of samples. Rare events that no draw met (x_t between two
+samples at low noise) are no part of them: where few draws make up the irreducible part, a bound by
+pairs of samples, or by the best linear denoiser, says what may be missing (``Population``).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_vr.core.types import Noised
+from lightning_vr.process.schedules import expand
+from lightning_vr.variance.convergence_curves import Floors, Record
+from lightning_vr.variance.fixed_draws import FixedDraws, block_means
+from lightning_vr.variance.optimum import Optimum, Population, own_optimum
+
+Losses = Callable[[Noised], Tensor]
+"""``draws (B, *) -> loss of each (B,)``, a squared error per dimension whatever its weight."""
+
+_ENOUGH = 50
+"""Effective number of draws below which an irreducible loss may hang on events that are missing."""
+
+_ROUNDING = 32
+"""Units in the last place by which a network's output may be off."""
+
+_CUBIC = 0.02
+"""Third difference of a squared error, relative to its size, that rounding may make."""
+
+
+class ConvergenceMeasurement:
+    """The optimum at fixed draws of a training set and of held-out data.
+
+    Making it costs ``2 N d`` operations for each draw, once; a validation costs a forward pass for
+    each. Under DDP the ranks share out the draws, and all make and use it together.
+
+    Args:
+        train: Draws of the training set.
+        held_out: Draws of other data, or None.
+        population: What the optimum is computed from; None where no sample has exchangeable ones.
+        losses: The loss, in evaluation mode and without gradient.
+        batch_size: Largest number of draws at a time.
+        device: Where the network is.
+        scale: λ / d, loss per squared error in x0 space, as a function of times ``(B,)``; measured
+            from ``losses`` if not given.
+
+    Attributes:
+        floors: The irreducible losses.
+
+    Raises:
+        ValueError: If the loss is no squared error of each sample.
+    """
+
+    def __init__(
+        self,
+        train: FixedDraws,
+        held_out: FixedDraws | None,
+        population: Population | None,
+        losses: Losses,
+        batch_size: int,
+        device: torch.device,
+        scale: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.train, self.held_out, self.population = train, held_out, population
+        self.batch_size, self.device = batch_size, device
+        self._targets: list[Tensor] = []
+        train_rows = train.gathered(self._train_rows(losses, scale))
+        self._scale = train_rows[..., 0]
+        self.floors = self._measured_floors(train_rows)
+        if scale is None:
+            _check_squared(train_rows[..., -2:].sum(dim=(0, 1)))
+
+    def measure(self, step: int, losses: Losses) -> Record:
+        """Return what a validation finds; ``losses`` in evaluation mode and without gradient."""
+        direct = [
+            losses(made_of(noised, target.to(self.device)))
+            for (_, noised), target in zip(self._batches(self.train), self._targets, strict=True)
+        ]
+        held_out = None
+        if self.held_out is not None:
+            found = [losses(noised) for _, noised in self._batches(self.held_out)]
+            held_out = block_means(self.held_out.gathered(torch.cat(found)[:, None])[..., 0])
+        own = self.train.gathered(torch.cat(direct)[:, None])[..., 0]
+        return Record(step, block_means(own), held_out)
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of the network with one sample that a validation costs, over all ranks."""
+        sets = [self.train, *([] if self.held_out is None else [self.held_out])]
+        return sum(each.levels * each.samples for each in sets)
+
+    def _batches(self, draws: FixedDraws) -> Iterator[tuple[Tensor, Noised]]:
+        return draws.batches(self.batch_size, self.device)
+
+    def _optimum(self, noised: Noised, *, is_held_out: bool = False) -> Optimum:
+        if self.population is None:
+            return own_optimum(noised)
+        return self.population.optimum(noised, is_held_out=is_held_out)
+
+    def _train_rows(self, losses: Losses, scale: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Keep the optima of this rank's draws, and return numbers of each ``(rows, 9)``.
+
+        They are λ / d, the parts of V, what rounding makes, two bounds of V, and the third
+        difference of the loss beside its size.
+        """
+        found = []
+        for _, noised in self._batches(self.train):
+            optimum = self._optimum(noised)
+            self._targets.append(optimum.x0.to("cpu", noised.x0.dtype))
+            known = [scale(noised.t), *[torch.zeros_like(noised.t)] * 2] if scale else None
+            factor, *differences = known or _differences(losses, noised)
+            bounds = [optimum.low] * 2
+            if self.population is not None and self.population.is_whole:
+                bounds = [self.population.pair_bound(noised), self.population.linear_bound(noised)]
+            rows = [factor, *optimum[1:], _rounding(noised), *bounds, *differences]
+            found.append(torch.stack([x.double() for x in rows], dim=1))
+        return torch.cat(found)
+
+    def _measured_floors(self, train_rows: Tensor) -> Floors:
+        found = self._scale[..., None] * train_rows[..., 1:7]
+        low, middle, high, rounding, pairs, linear = found.unbind(dim=2)
+        times = self.train.level_times
+        others = () if self.held_out is None else self._held_out_floors(self.held_out)
+        return Floors(
+            times.noise_levels,
+            times.edges,
+            *(block_means(low), block_means(middle), block_means(high)),
+            _missing_events(low, torch.minimum(pairs.mean(dim=1), linear.mean(dim=1))),
+            rounding.mean(dim=1),
+            *others,
+        )
+
+    def _held_out_floors(self, held_out: FixedDraws) -> tuple[Tensor, Tensor]:
+        optima = [self._optimum(noised, is_held_out=True) for _, noised in self._batches(held_out)]
+        bounds = torch.cat([torch.stack([each.low, each.high], dim=1) for each in optima])
+        low, high = (self._scale[..., None] * held_out.gathered(bounds)).unbind(dim=2)
+        return block_means(low), block_means(high)
+
+
+def _missing_events(low: Tensor, bound: Tensor) -> Tensor:
+    """Return what events that no draw met may add to the mean of ``low (L, n)``, ``(L,)``."""
+    effective = low.sum(dim=1) ** 2 / low.square().sum(dim=1)
+    missing = (bound - low.mean(dim=1)).clamp(min=0)
+    return torch.where(effective > _ENOUGH, 0, missing)
+
+
+def made_of(noised: Noised, x0: Tensor) -> Noised:
+    """Return draws at the same x_t that are made of other samples ``x0 (B, *)``."""
+    ratio = noised.alpha.double() / noised.sigma.double()
+    shift = x0.double() - noised.x0.double()
+    noise = noised.noise.double() - expand(ratio, shift) * shift
+    return replace(noised, x0=x0.to(noised.x0), noise=noise.to(noised.noise))
+
+
+def _differences(losses: Losses, noised: Noised) -> list[Tensor]:
+    """Return λ / d of each draw ``(B,)``, the third difference of the loss, and its size.
+
+    They are taken along a line of samples that the same x_t is made of.
+    """
+    shift, squared = _shift(noised)
+    values = [losses(made_of(noised, noised.x0 + k * shift)).double() for k in (-1, 0, 1, 2)]
+    second = values[0] - 2 * values[1] + values[2]
+    third = values[3] - 3 * values[2] + 3 * values[1] - values[0]
+    size = torch.stack(values).abs().sum(dim=0)
+    return [(second / (2 * squared)).clamp(min=0), third.abs(), size]
+
+
+def _check_squared(differences: Tensor) -> None:
+    """Raise if the third difference of a loss is not 0 beside its size."""
+    third, size = differences.tolist()
+    if not third <= _CUBIC * size:
+        raise ValueError(
+            f"`loss` must be a squared error of what the network predicts, the same for the same "
+            f"network and input, got one whose third difference is {third / (size or 1):.2g} of "
+            f"its size: give the squared error of each sample, without clipping or noise of its "
+            f"own."
+        )
+
+
+def _shift(noised: Noised) -> tuple[Tensor, Tensor]:
+    """Return a change of x0 beside which neither sample nor noise is small, and its square."""
+    source = noised.noise.flip(0) if len(noised.t) > 1 else noised.noise
+    spread = noised.x0.double().square().mean().sqrt().clamp(min=1e-12)
+    scale = noised.sigma.double() * spread
+    scale = scale / torch.hypot(noised.sigma.double(), noised.alpha.double() * spread)
+    shift = (expand(scale, source) * source.double()).to(noised.x0)
+    return shift, shift.flatten(1).double().square().sum(dim=1)
+
+
+def _rounding(noised: Noised) -> Tensor:
+    """Return ``‖x0_hat - D‖²`` that rounding alone makes ``(B,)``."""
+    unit = _ROUNDING * torch.finfo(noised.x0.dtype).eps
+    return unit**2 * noised.x0.flatten(1).double().square().sum(dim=1)
