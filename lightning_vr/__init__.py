@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_vr.auditing import Audit, Candidate, audit
     from lightning_vr.callbacks import (
+        Convergence,
         Evaluation,
         FrechetDistance,
         GradientVariance,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
         LatentDiffusionModule,
         cache_latents,
     )
+    from lightning_vr.variance import ConvergenceMonitor
 
 __all__ = [
     "CARV",
@@ -93,6 +95,8 @@ __all__ = [
     "AutoencoderFolder",
     "Candidate",
     "Clean",
+    "Convergence",
+    "ConvergenceMonitor",
     "Cosine",
     "DPMSolver2M",
     "DiffusersSchedule",
@@ -151,6 +155,7 @@ _ROOMS = (
     "process",
     "posterior",
     "estimators",
+    "variance",
     "training",
     "lifecycle",
     "pipelines",

@@ -33,6 +33,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_vr.core.devices import widest_float
 from lightning_vr.core.types import Noised
 from lightning_vr.process.schedules import expand
 from lightning_vr.variance.convergence_curves import Floors, Record
@@ -65,8 +66,8 @@ class ConvergenceMeasurement:
         losses: The loss, in evaluation mode and without gradient.
         batch_size: Largest number of draws at a time.
         device: Where the network is.
-        scale: λ / d, loss per squared error in x0 space, as a function of times ``(B,)``; measured
-            from ``losses`` if not given.
+        scale: λ / d of draws ``(B,)``, loss per squared error in x0 space; measured from ``losses``
+            if not given.
 
     Attributes:
         floors: The irreducible losses.
@@ -83,7 +84,7 @@ class ConvergenceMeasurement:
         losses: Losses,
         batch_size: int,
         device: torch.device,
-        scale: Callable[[Tensor], Tensor] | None = None,
+        scale: Callable[[Noised], Tensor] | None = None,
     ) -> None:
         self.train, self.held_out, self.population = train, held_out, population
         self.batch_size, self.device = batch_size, device
@@ -121,7 +122,7 @@ class ConvergenceMeasurement:
             return own_optimum(noised)
         return self.population.optimum(noised, is_held_out=is_held_out)
 
-    def _train_rows(self, losses: Losses, scale: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def _train_rows(self, losses: Losses, scale: Callable[[Noised], Tensor] | None) -> Tensor:
         """Keep the optima of this rank's draws, and return numbers of each ``(rows, 9)``.
 
         They are λ / d, the parts of V, what rounding makes, two bounds of V, and the third
@@ -131,13 +132,13 @@ class ConvergenceMeasurement:
         for _, noised in self._batches(self.train):
             optimum = self._optimum(noised)
             self._targets.append(optimum.x0.to("cpu", noised.x0.dtype))
-            known = [scale(noised.t), *[torch.zeros_like(noised.t)] * 2] if scale else None
+            known = [scale(noised), *[torch.zeros_like(noised.t)] * 2] if scale else None
             factor, *differences = known or _differences(losses, noised)
             bounds = [optimum.low] * 2
             if self.population is not None and self.population.is_whole:
                 bounds = [self.population.pair_bound(noised), self.population.linear_bound(noised)]
             rows = [factor, *optimum[1:], _rounding(noised), *bounds, *differences]
-            found.append(torch.stack([x.double() for x in rows], dim=1))
+            found.append(torch.stack([_precise(x) for x in rows], dim=1))
         return torch.cat(found)
 
     def _measured_floors(self, train_rows: Tensor) -> Floors:
@@ -170,9 +171,9 @@ def _missing_events(low: Tensor, bound: Tensor) -> Tensor:
 
 def made_of(noised: Noised, x0: Tensor) -> Noised:
     """Return draws at the same x_t that are made of other samples ``x0 (B, *)``."""
-    ratio = noised.alpha.double() / noised.sigma.double()
-    shift = x0.double() - noised.x0.double()
-    noise = noised.noise.double() - expand(ratio, shift) * shift
+    ratio = _precise(noised.alpha) / _precise(noised.sigma)
+    shift = _precise(x0) - _precise(noised.x0)
+    noise = _precise(noised.noise) - expand(ratio, shift) * shift
     return replace(noised, x0=x0.to(noised.x0), noise=noise.to(noised.noise))
 
 
@@ -182,7 +183,7 @@ def _differences(losses: Losses, noised: Noised) -> list[Tensor]:
     They are taken along a line of samples that the same x_t is made of.
     """
     shift, squared = _shift(noised)
-    values = [losses(made_of(noised, noised.x0 + k * shift)).double() for k in (-1, 0, 1, 2)]
+    values = [_precise(losses(made_of(noised, noised.x0 + k * shift))) for k in (-1, 0, 1, 2)]
     second = values[0] - 2 * values[1] + values[2]
     third = values[3] - 3 * values[2] + 3 * values[1] - values[0]
     size = torch.stack(values).abs().sum(dim=0)
@@ -204,14 +205,18 @@ def _check_squared(differences: Tensor) -> None:
 def _shift(noised: Noised) -> tuple[Tensor, Tensor]:
     """Return a change of x0 beside which neither sample nor noise is small, and its square."""
     source = noised.noise.flip(0) if len(noised.t) > 1 else noised.noise
-    spread = noised.x0.double().square().mean().sqrt().clamp(min=1e-12)
-    scale = noised.sigma.double() * spread
-    scale = scale / torch.hypot(noised.sigma.double(), noised.alpha.double() * spread)
-    shift = (expand(scale, source) * source.double()).to(noised.x0)
-    return shift, shift.flatten(1).double().square().sum(dim=1)
+    alpha, sigma = _precise(noised.alpha), _precise(noised.sigma)
+    spread = _precise(noised.x0).square().mean().sqrt().clamp(min=1e-12)
+    scale = sigma * spread / torch.hypot(sigma, alpha * spread)
+    shift = expand(scale, source) * source
+    return shift, shift.flatten(1).square().sum(dim=1)
 
 
 def _rounding(noised: Noised) -> Tensor:
     """Return ``‖x0_hat - D‖²`` that rounding alone makes ``(B,)``."""
     unit = _ROUNDING * torch.finfo(noised.x0.dtype).eps
-    return unit**2 * noised.x0.flatten(1).double().square().sum(dim=1)
+    return unit**2 * _precise(noised.x0).flatten(1).square().sum(dim=1)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(widest_float(x.device))
