@@ -150,7 +150,9 @@ class Convergence(Callback):
                 f"pass a function (module, x0, noise, t) -> squared error of each sample, and the "
                 f"schedule that it trains with, as in Convergence(loss=..., schedule=VP())."
             )
-        self.records, self._final = [], []
+        # a second fit of the same trainer goes on
+        self.records = self.records + self._final if trainer.global_step > 0 else []
+        self._final = []
         self._loss = self._measurement = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,13 +18,15 @@ follows from a second difference along a line of such parts; the third must be 0
 squared error.
 
 With D₁ of a subset in place of D (``optimum``) the distance is ``excess + E ‖D₁ - D‖²`` in the
-mean: an upper bound, and loss = distance + tr Cov₁ holds as before, since D₁ is unbiased.
+mean: an upper bound, and loss = distance + E ‖x0 - D₁‖² holds as before, since D₁ is unbiased.
 Held-out data have no such identity, as the network has seen the references and not them: their loss
 is measured as it is.
 
 **Standard errors** are between blocks of samples. Rare events that no draw met (x_t between two
 samples at low noise) are no part of them: where few draws make up the irreducible part, a bound by
-pairs of samples, or by the best linear denoiser, says what may be missing (``Population``).
+pairs of samples, or by the best linear denoiser, says what may be missing (``Population``). From a
+subset the scatter of ‖x0‖² among the draws is taken out by a control variate, whose mean the subset
+knows better than the draws; the error of that mean is added.
 """
 
 from collections.abc import Callable, Iterator
@@ -123,34 +125,45 @@ class ConvergenceMeasurement:
         return self.population.optimum(noised, is_held_out=is_held_out)
 
     def _train_rows(self, losses: Losses, scale: Callable[[Noised], Tensor] | None) -> Tensor:
-        """Keep the optima of this rank's draws, and return numbers of each ``(rows, 9)``.
+        """Keep the optima of this rank's draws, and return numbers of each ``(rows, 10)``.
 
-        They are λ / d, the parts of V, what rounding makes, two bounds of V, and the third
-        difference of the loss beside its size.
+        They are λ / d, the parts of V, what rounding makes, two bounds of V and a control variate
+        of it, and the third difference of the loss beside its size.
         """
-        found = []
+        found, population = [], self.population
         for _, noised in self._batches(self.train):
             optimum = self._optimum(noised)
             self._targets.append(optimum.x0.to("cpu", noised.x0.dtype))
             known = [scale(noised), *[torch.zeros_like(noised.t)] * 2] if scale else None
             factor, *differences = known or _differences(losses, noised)
-            bounds = [optimum.low] * 2
-            if self.population is not None and self.population.is_whole:
-                bounds = [self.population.pair_bound(noised), self.population.linear_bound(noised)]
-            rows = [factor, *optimum[1:], _rounding(noised), *bounds, *differences]
+            others = [torch.zeros_like(optimum.low)] * 3
+            if population is not None:
+                bounds = population.pair_bound(noised), population.linear_bound(noised)
+                others = [*bounds, population.control(noised)]
+            rows = [factor, *optimum[1:], _rounding(noised), *others, *differences]
             found.append(torch.stack([_precise(x) for x in rows], dim=1))
         return torch.cat(found)
 
     def _measured_floors(self, train_rows: Tensor) -> Floors:
-        found = self._scale[..., None] * train_rows[..., 1:7]
-        low, middle, high, rounding, pairs, linear = found.unbind(dim=2)
-        times = self.train.level_times
+        found = self._scale[..., None] * train_rows[..., 1:8]
+        low, middle, high, rounding, pairs, linear, control = found.unbind(dim=2)
+        population, times = self.population, self.train.level_times
+        unseen = torch.zeros_like(times.noise_levels)
+        if population is not None and population.is_whole:
+            unseen = _missing_events(low, torch.minimum(pairs.mean(dim=1), linear.mean(dim=1)))
+        elif population is not None:
+            slopes = [_slope(x, control) for x in (low, middle, high)]
+            low, middle, high = (
+                x - slope[:, None] * control
+                for x, slope in zip((low, middle, high), slopes, strict=True)
+            )
+            unseen = slopes[2].abs() * self._scale.mean(dim=1) * population.control_error
         others = () if self.held_out is None else self._held_out_floors(self.held_out)
         return Floors(
             times.noise_levels,
             times.edges,
             *(block_means(low), block_means(middle), block_means(high)),
-            _missing_events(low, torch.minimum(pairs.mean(dim=1), linear.mean(dim=1))),
+            unseen,
             rounding.mean(dim=1),
             *others,
         )
@@ -167,6 +180,13 @@ def _missing_events(low: Tensor, bound: Tensor) -> Tensor:
     effective = low.sum(dim=1) ** 2 / low.square().sum(dim=1)
     missing = (bound - low.mean(dim=1)).clamp(min=0)
     return torch.where(effective > _ENOUGH, 0, missing)
+
+
+def _slope(values: Tensor, control: Tensor) -> Tensor:
+    """Return the slopes of ``values (L, n)`` over a control variate, by least squares, ``(L,)``."""
+    centred = control - control.mean(dim=1, keepdim=True)
+    size = centred.square().sum(dim=1)
+    return torch.where(size > 0, (values * centred).sum(dim=1) / size, 0)
 
 
 def made_of(noised: Noised, x0: Tensor) -> Noised:

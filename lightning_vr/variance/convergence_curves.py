@@ -27,7 +27,8 @@ class Floors:
         low: Of the training set, or a lower bound.
         middle: The estimate between the bounds: the same as ``low`` where it is exact.
         high: An upper bound.
-        rare: What rare events that no draw met may add to ``low`` ``(L,)``.
+        unseen: Standard error that the scatter of draws does not show ``(L,)``: rare events that
+            none of them met, or the choice of a subset.
         resolution: Excess loss that may be rounding ``(L,)``.
         held_out_low: Lower bound of the irreducible loss of held-out data, or None without any.
         held_out_high: The held-out loss of the training set's own optimum, an upper bound.
@@ -38,7 +39,7 @@ class Floors:
     low: Tensor
     middle: Tensor
     high: Tensor
-    rare: Tensor
+    unseen: Tensor
     resolution: Tensor
     held_out_low: Tensor | None = None
     held_out_high: Tensor | None = None
@@ -102,9 +103,9 @@ class LossCurves(NamedTuple):
 
 
 def measured(blocks: Tensor, extra: Tensor | float = 0.0) -> MeasuredCurve:
-    """Return the mean of blocks ``(*, blocks)`` and its standard error, ``extra`` added to it."""
+    """Return the mean of blocks ``(*, blocks)`` and its standard error, with an ``extra`` part."""
     error = blocks.std(dim=-1) / math.sqrt(blocks.shape[-1])
-    return MeasuredCurve(blocks.mean(dim=-1), error + extra)
+    return MeasuredCurve(blocks.mean(dim=-1), torch.hypot(error, torch.as_tensor(extra).to(error)))
 
 
 def loss_curves(floors: Floors, record: Record, *, in_all: bool = False) -> LossCurves:
@@ -120,16 +121,17 @@ def loss_curves(floors: Floors, record: Record, *, in_all: bool = False) -> Loss
         return blocks.mean(dim=0, keepdim=True) if in_all else blocks
 
     low, middle, high = (part(getattr(floors, name)) for name in BOUNDS)
-    direct, rare, resolution = (part(x) for x in (record.direct, floors.rare, floors.resolution))
+    direct, unseen = part(record.direct), part(floors.unseen)
+    resolution = part(floors.resolution)
     loss, held_out = direct + low, None if record.held_out is None else part(record.held_out)
     others = [None if x is None else part(x) for x in (floors.held_out_low, floors.held_out_high)]
     excess = measured(direct + (low - middle), resolution)
     upper = measured(direct, resolution)
     return LossCurves(
-        measured(loss, rare),
-        measured(middle, rare),
-        measured(low, rare),
-        _smaller(measured(high, rare), measured(loss, rare)),
+        measured(loss, unseen),
+        measured(middle, unseen),
+        measured(low, unseen),
+        _smaller(measured(high, unseen), measured(loss, unseen)),
         _smaller(_not_negative(excess), upper),
         _not_negative(measured(direct + (low - high), resolution)),
         upper,

@@ -11,18 +11,20 @@ together, and D_S their own posterior mean, which leaves x0 out. Then
 * **Exact** where S holds all others: D₁ = D, and the mean of tr Cov₁ is V, averaged over x0 given
   x_t already.
 * **From a subset of n of the N - 1 others, a bracket.** D₁ is unbiased for D given x_t (it is a
-  stable target, arXiv 2302.00670), so ``E tr Cov₁ = V - E ‖D₁ - D‖² <= V``: the self-included
-  estimate is the lower bound. D_S is a predictor that knows nothing of x0 but x_t, so
-  ``E ‖x0 - D_S‖² >= V``: the estimate that leaves the own sample out (self-normalised importance
-  sampling) is the upper bound, as is the loss of any network.
+  stable target, arXiv 2302.00670), so ``E ‖x0 - D₁‖² = E tr Cov₁ = V - E ‖D₁ - D‖² <= V``: the
+  self-included estimate is the lower bound. D_S is a predictor that knows nothing of x0 but x_t,
+  so ``E ‖x0 - D_S‖² >= V``: the estimate that leaves the own sample out (self-normalised importance
+  sampling) is the upper bound, as is the loss of any network. All draws share S. Through the
+  residuals ``x0 - D`` its choice counts to second order; tr Cov₁ at high noise is the variance of S
+  itself, whose error no comparison of draws shows, and is used as a difference alone.
 * **Between them** each other sample stands for C = (N - 1) / n, so that f becomes
   ``f_C = C f / (1 + (C - 1) f)``, consistent as n grows; C = 1 is the lower bound, C → ∞ the upper.
   ``E ‖x0 - D_C‖²`` is then too large and ``E tr Cov_C`` too small by about as much (both equal V
   for C = 1 and n = N - 1): their mean is the estimate. It lies below V at noise so low that the
   subset lacks the neighbours which mix.
 * **Held-out samples** come from the data's distribution, of which the training set is a part of
-  unknown size. Both bounds hold for it, averaged over training sets: tr Cov₁ with the held-out
-  sample among the training set, and the held-out loss of the training set's own optimum D_S.
+  unknown size. Both bounds hold for it, averaged over training sets: ``E ‖x0 - D₁‖²`` with the
+  held-out sample among the training set, and the held-out loss of the training set's own optimum.
 
 Conditions: own sample and references must be exchangeable, so references of another class are
 masked. A sample whose condition nobody shares is its own optimum: V is known to be at least 0.
@@ -49,7 +51,7 @@ class Optimum(NamedTuple):
 
     Attributes:
         x0: The posterior mean with the own sample, D₁, ``(B, *)``.
-        low: tr Cov₁ ``(B,)``: its mean is V, or a lower bound of it.
+        low: tr Cov₁, or from a subset ‖x0 - D₁‖², ``(B,)``: its mean is V, or a lower bound of it.
         middle: The estimate between the bounds ``(B,)``; NaN where there is none.
         high: ‖x0 - D_S‖² ``(B,)``: its mean is an upper bound; NaN where there is none.
     """
@@ -80,7 +82,9 @@ class Population:
         x0, index = references.x0, references.index
         assert index is not None
         flat = x0.flatten(1).to(widest_float(x0.device))
-        return cls(References.prepare(flat, references.labels), index.to(x0.device), size)
+        return cls(
+            References.prepare(flat, references.labels), index.to(x0.device).contiguous(), size
+        )
 
     @property
     def is_whole(self) -> bool:
@@ -100,21 +104,21 @@ class Population:
         own = None if is_held_out else self.positions(noised)
         included = self._posterior(noised, own, noised.x0)
         target = included.mean.reshape(noised.x0.shape)
-        low = included.spread
         if self.is_whole and not is_held_out:
-            return Optimum(target, low, low, low)
+            return Optimum(target, *[included.spread] * 3)
 
         excluded = self._posterior(noised, own, None)
-        residual = (_flat(noised.x0) - excluded.mean).square().sum(dim=1)
-        shift = (_flat(noised.x0) - included.mean).square().sum(dim=1)
+        high = (_flat(noised.x0) - excluded.mean).square().sum(dim=1)
+        low = (_flat(noised.x0) - included.mean).square().sum(dim=1)
         if is_held_out:
-            return Optimum(target, low, torch.full_like(low, math.nan), residual)
+            return Optimum(target, low, torch.full_like(low, math.nan), high)
         used = len(self.bank) - (0 if own is None else (own >= 0).to(low))
         factor = (self.size - 1) / used
-        others = torch.where(residual > 0, torch.sqrt(shift / residual), 0)
+        others = torch.where(high > 0, torch.sqrt(low / high), 0)
         others = factor * others / (1 + (factor - 1) * others)
-        spread = others * excluded.spread + others * (1 - others) * residual
-        return Optimum(target, low, (spread + others**2 * residual) / 2, residual)
+        spread = others * excluded.spread + others * (1 - others) * high
+        middle = (others**2 * high + low + spread - included.spread) / 2
+        return Optimum(target, low, middle, high)
 
     def pair_bound(self, noised: Noised) -> Tensor:
         """Return what the mean of V over draws is at most, by pairs of samples, ``(B,)``.
@@ -152,11 +156,26 @@ class Population:
         mean = self.bank.squared_norms.mean() / self.bank.rows.shape[1]
         return noised.x0[0].numel() * mean / (1 + mean * (noised.alpha / noised.sigma) ** 2)
 
+    def control(self, noised: Noised) -> Tensor:
+        """Return ``‖x0‖²`` of draws around the centre, less its mean over the references ``(B,)``.
+
+        Of samples that are no references it has mean 0 up to a fraction 2 / n of that mean.
+        """
+        squared = (_flat(noised.x0) - self.bank.centre).square().sum(dim=1)
+        return squared - self.bank.squared_norms.mean()
+
+    @property
+    def control_error(self) -> float:
+        """Standard error of the mean that ``control`` subtracts."""
+        return float(self.bank.squared_norms.std() / math.sqrt(len(self.bank)))
+
     def _posterior(self, noised: Noised, own: Tensor | None, x0: Tensor | None) -> Posterior:
         """Return the posterior under the others, and the own samples ``x0`` if given."""
         labels = None if self.bank.group is None else noised.labels
         if labels is not None and x0 is None:
-            labels = torch.where(self._has_other(labels, own), labels.T, UNLABELLED).T
+            is_alone = ~self._has_other(labels, own)
+            labels = labels.clone()
+            labels[is_alone] = UNLABELLED
         precise = self.bank.rows.dtype
         xt = _flat(noised.x0) * noised.alpha[:, None] + _flat(noised.noise) * noised.sigma[:, None]
         return posterior_mean(
