@@ -100,16 +100,17 @@ def _trend(floors: Floors, records: list[Record]) -> list[str]:
     before = earlier[-1]
     if before.step == last.step or bool(_is_near(floors, loss_curves(floors, last)).all()):
         return []
-    change = measured((last.direct - before.direct).mean(dim=0))
-    whole = (before.direct + (floors.low - floors.middle)).mean()
-    start = f"Since step {before.step} it has"
-    if abs(float(change.mean)) <= _ERRORS * float(change.error):
+    change = (last.direct - before.direct).mean(dim=0)
+    whole = (before.direct + (floors.low - floors.middle)).mean(dim=0)
+    start, verb = f"Since step {before.step} it has", "fallen" if change.mean() < 0 else "risen"
+    if not bool(_is_positive(change.mean().sign() * change)):
         return [f"{start} not changed beyond its standard error."]
-    if not float(whole) > 0:
-        return [f"{start} {'fallen' if float(change.mean) < 0 else 'risen'}."]
-    verb = "fallen" if float(change.mean) < 0 else "risen"
-    part, error = (100 * abs(float(x / whole)) for x in change)
-    return [f"{start} {verb} by {part:.0f} ± {max(error, 1):.0f} %."]
+    if not float(whole.mean()) > 0:
+        return [f"{start} {verb}."]
+    ratio = change.mean() / whole.mean()
+    error = measured(change - ratio * whole).error / whole.mean()
+    part = 100 * abs(float(ratio))
+    return [f"{start} {verb} by {part:.0f} ± {max(100 * float(error), 1):.0f} %."]
 
 
 def _held_out(floors: Floors, records: list[Record]) -> list[str]:

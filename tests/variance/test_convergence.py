@@ -131,10 +131,10 @@ def test_an_offset_adds_its_weighted_square_whatever_the_network_predicts(settin
 def test_the_direct_distance_has_the_mean_of_the_difference_and_a_smaller_error():
     x, offset = points("normal"), torch.tensor([0.1, 0.0, 0.0]).double()
     losses = squared_error(posterior_of(x, offset), EDM(), "x0")
-    found = measurement(x, losses, samples=1024)
+    found = measurement(x, losses, samples=512)
     direct = found.measure(0, losses).direct
     plain = torch.stack(
-        [losses(noised) for _, noised in found.train.batches(1024, torch.device("cpu"))]
+        [losses(noised) for _, noised in found.train.batches(512, torch.device("cpu"))]
     )
     difference = plain.reshape(LEVELS, -1, 16).mean(dim=1) - found.floors.low
     z = (difference - direct).mean(dim=1) / ((difference - direct).std(dim=1) / 4)
