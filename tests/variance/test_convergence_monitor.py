@@ -20,9 +20,9 @@ def loss(model, x0, noise, t):
     return (predicted - noise).square().flatten(1).mean(dim=1)
 
 
-def monitor(**settings):
+def monitor(images=IMAGES, **settings):
     options = {"schedule": SCHEDULER, "every_n_steps": 2, "noise_levels": 3, "samples": 16}
-    return ConvergenceMonitor(IMAGES[:16], IMAGES[16:], loss=loss, **(options | settings))
+    return ConvergenceMonitor(images[:16], images[16:], loss=loss, **(options | settings))
 
 
 def train(steps=4, watch=None):
@@ -56,7 +56,7 @@ def test_a_loop_is_bitwise_the_same_with_and_without_it():
 def test_what_is_measured_is_the_mean_of_the_loss_at_its_draws():
     """The training loss is averaged over x0 given x_t: the mean is that of the loss itself."""
     model = small_unet()
-    watch = monitor(samples=512, noise_levels=2, batch_size=512)
+    watch = monitor(0.05 * IMAGES, samples=512, noise_levels=2, batch_size=512)
     record = watch.measure(0, model)
 
     def plain(draws):
