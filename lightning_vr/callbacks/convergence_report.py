@@ -69,7 +69,7 @@ def draw(floors: Floors, records: list[Record], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
-    by_level, over_run = figure.subplots(1, 2)
+    by_level, over_run = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     _draw_levels(by_level, floors, loss_curves(floors, records[-1]))
     _draw_run(over_run, floors, records)
     figure.suptitle("\n".join(textwrap.wrap(summarize(floors, records), 130)), fontsize=9)
