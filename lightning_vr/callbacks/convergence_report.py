@@ -72,7 +72,7 @@ def draw(floors: Floors, records: list[Record], path: Path) -> None:
     by_level, over_run = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     _draw_levels(by_level, floors, loss_curves(floors, records[-1]))
     _draw_run(over_run, floors, records)
-    figure.suptitle("\n".join(textwrap.wrap(summarize(floors, records), 130)), fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(summarize(floors, records), 125)), fontsize=10)
     save_figure(figure, path)
 
 
@@ -90,7 +90,7 @@ def _draw_levels(axes: "Axes", floors: Floors, curves: LossCurves) -> None:
         if getattr(curves, name) is not None:
             _draw_band(axes, levels, curves, name)
     axes.grid(which="major", alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
 
 
 def _draw_band(axes: "Axes", levels: object, curves: LossCurves, name: str) -> None:

@@ -91,7 +91,7 @@ def _distance(floors: Floors, last: Record) -> list[str]:
         return []  # the bracket leaves open where it lies
     share = excess[inside].mean(dim=1).sum() / excess.mean(dim=1).sum()
     where = _name(floors, found)
-    return [f"{100 * float(share):.0f} % of the distance lies {where}."]
+    return [f"{100 * float(share):.0f} % of the distance lies at noise levels {where}."]
 
 
 def _trend(floors: Floors, records: list[Record]) -> list[str]:

@@ -47,7 +47,7 @@ def test_a_network_stopped_early_at_low_noise_is_said_to_be():
     said = monitor.summary()
     assert said.startswith("At step 1000 the training loss is")
     assert "At noise levels above 1 it is at its floor." in said
-    assert re.search(r"\d\d % of the distance lies below 0\.\d+\.", said)
+    assert re.search(r"\d\d % of the distance lies at noise levels below 0\.\d+\.", said)
     assert "Since step 500 it has fallen by 75 ± 1 %." in said
 
     exact = ConvergenceMonitor(
@@ -81,7 +81,7 @@ def run(*steps):
 
 def test_where_the_distance_lies_is_the_shortest_range_that_holds_most_of_it():
     said = summarize(floors(), run(([0.01, 0.3, 0.4, 0.01, 0.01], None)))
-    assert "96 % of the distance lies between 0.2 and 2." in said
+    assert "96 % of the distance lies at noise levels between 0.2 and 2." in said
     assert "at its floor" not in said
 
 
@@ -100,7 +100,7 @@ def test_a_bracket_that_leaves_open_where_the_distance_lies_says_nothing_of_it()
     direct = [0.05, 0.05, 0.3, 0.05, 0.05]
     known = summarize(floors(high=[0.11] * 5), run((direct, None)))
     assert "between" in known.split(".", 2)[1] + known
-    assert "% of the distance lies between" in known
+    assert "% of the distance lies at noise levels between" in known
     unknown = summarize(floors(high=[0.1, 0.1, 0.5, 0.1, 0.1]), run((direct, None)))
     assert "% of the distance" not in unknown
 
