@@ -96,7 +96,7 @@ def main() -> None:
         callbacks=[
             TargetVariance(schedule=SCHEDULE, clean=lambda batch: batch["image"]),
             GradientVariance(every_n_steps=10, loss=loss, schedule=SCHEDULE),
-            Convergence(every_n_steps=55, loss=loss, schedule=SCHEDULE),
+            Convergence(samples=32, loss=loss, schedule=SCHEDULE),
             SampleGrid(samples=64, sample=sample),
             FrechetDistance(
                 DigitFeatures(),

@@ -37,7 +37,8 @@ def train(steps: int, monitor: ConvergenceMonitor | None, images: torch.Tensor) 
     """Train as the script does; the monitor is one line of it."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-    model = UNet2DModel(8, 1, 1, block_out_channels=[16, 32], norm_num_groups=8, **blocks)
+    shape = {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8}
+    model = UNet2DModel(8, 1, 1, **shape, **blocks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(steps):
         if monitor is not None:

@@ -39,7 +39,7 @@ from lightning_vr.core.devices import widest_float
 from lightning_vr.core.types import Noised
 from lightning_vr.process.schedules import expand
 from lightning_vr.variance.convergence_curves import Floors, Record
-from lightning_vr.variance.fixed_draws import FixedDraws, block_means
+from lightning_vr.variance.fixed_draws import FixedDraws, block_means, time_numbers
 from lightning_vr.variance.optimum import Optimum, Population, own_optimum
 
 Losses = Callable[[Noised], Tensor]
@@ -91,11 +91,8 @@ class ConvergenceMeasurement:
         self.train, self.held_out, self.population = train, held_out, population
         self.batch_size, self.device = batch_size, device
         self._targets: list[Tensor] = []
-        train_rows = train.gathered(self._train_rows(losses, scale))
-        self._scale = train_rows[..., 0]
-        self.floors = self._measured_floors(train_rows)
-        if scale is None:
-            _check_squared(train_rows[..., -2:].sum(dim=(0, 1)))
+        self._scale = self._measured_scale(losses, scale)
+        self.floors = self._measured_floors(train.gathered(self._train_rows()))
 
     def measure(self, step: int, losses: Losses) -> Record:
         """Return what a validation finds; ``losses`` in evaluation mode and without gradient."""
@@ -124,28 +121,36 @@ class ConvergenceMeasurement:
             return own_optimum(noised)
         return self.population.optimum(noised, is_held_out=is_held_out)
 
-    def _train_rows(self, losses: Losses, scale: Callable[[Noised], Tensor] | None) -> Tensor:
-        """Keep the optima of this rank's draws, and return numbers of each ``(rows, 10)``.
+    def _measured_scale(self, losses: Losses, scale: Callable[[Noised], Tensor] | None) -> Tensor:
+        """Return λ / d of each draw ``(L, n)``, which depends on its time alone."""
+        draws, found = self.train.one_of_each_time(), []
+        for _, noised in self._batches(draws):
+            known = None if scale is None else scale(noised)[:, None]
+            found.append(_differences(losses, noised) if known is None else known)
+        numbers = draws.gathered(torch.cat(found))
+        if scale is None:
+            _check_squared(numbers[..., 1:].sum(dim=(0, 1)))
+        return numbers[:, time_numbers(self.train.samples), 0]
 
-        They are λ / d, the parts of V, what rounding makes, two bounds of V and a control variate
-        of it, and the third difference of the loss beside its size.
+    def _train_rows(self) -> Tensor:
+        """Keep the optima of this rank's draws, and return numbers of each ``(rows, 7)``.
+
+        They are the parts of V, what rounding makes, two bounds of V and a control variate of it.
         """
         found, population = [], self.population
         for _, noised in self._batches(self.train):
             optimum = self._optimum(noised)
             self._targets.append(optimum.x0.to("cpu", noised.x0.dtype))
-            known = [scale(noised), *[torch.zeros_like(noised.t)] * 2] if scale else None
-            factor, *differences = known or _differences(losses, noised)
             others = [torch.zeros_like(optimum.low)] * 3
             if population is not None:
                 bounds = population.pair_bound(noised), population.linear_bound(noised)
                 others = [*bounds, population.control(noised)]
-            rows = [factor, *optimum[1:], _rounding(noised), *others, *differences]
+            rows = [*optimum[1:], _rounding(noised), *others]
             found.append(torch.stack([_precise(x) for x in rows], dim=1))
         return torch.cat(found)
 
     def _measured_floors(self, train_rows: Tensor) -> Floors:
-        found = self._scale[..., None] * train_rows[..., 1:8]
+        found = self._scale[..., None] * train_rows
         low, middle, high, rounding, pairs, linear, control = found.unbind(dim=2)
         population, times = self.population, self.train.level_times
         unseen = torch.zeros_like(times.noise_levels)
@@ -197,8 +202,8 @@ def made_of(noised: Noised, x0: Tensor) -> Noised:
     return replace(noised, x0=x0.to(noised.x0), noise=noise.to(noised.noise))
 
 
-def _differences(losses: Losses, noised: Noised) -> list[Tensor]:
-    """Return λ / d of each draw ``(B,)``, the third difference of the loss, and its size.
+def _differences(losses: Losses, noised: Noised) -> Tensor:
+    """Return λ / d of each draw, the third difference of the loss, and its size ``(B, 3)``.
 
     They are taken along a line of samples that the same x_t is made of.
     """
@@ -207,7 +212,7 @@ def _differences(losses: Losses, noised: Noised) -> list[Tensor]:
     second = values[0] - 2 * values[1] + values[2]
     third = values[3] - 3 * values[2] + 3 * values[1] - values[0]
     size = torch.stack(values).abs().sum(dim=0)
-    return [(second / (2 * squared)).clamp(min=0), third.abs(), size]
+    return torch.stack([(second / (2 * squared)).clamp(min=0), third.abs(), size], dim=1)
 
 
 def _check_squared(differences: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Times and noise that are the same in each validation: stratified by noise level, keyed.
 
 The density p(t) is split into L equally likely bins of the noise level. Each sample is noised once
-in each bin, with noise of its own, at a time of its own: the n times of a bin are stratified too.
-All of it is a function of the data alone, so that a difference between two steps of a run, or
-between a run and one that resumes it, is one of the network.
+in each bin, with noise of its own, at one of 16 times, which are stratified too. All of it is a
+function of the data alone, so that a difference between two steps of a run, or between a run and
+one that resumes it, is one of the network.
 
 Draws are numbered ``level · n + sample``. For standard errors the samples are split into 16 blocks,
 interleaved over the data set's order: the draws of one sample are in one block.
@@ -23,7 +23,8 @@ from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density
 
 BLOCKS = 16
-"""Independent parts of a set's samples, between which standard errors are taken."""
+"""Independent parts of a set's samples, between which standard errors are taken; also the number of
+different times in a bin."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,16 @@ class LevelTimes:
     def stratified(
         cls, schedule: Schedule, timesteps: Density, levels: int, samples: int
     ) -> "LevelTimes":
-        """Return times that are stratified in each of ``levels`` equally likely bins."""
+        """Return times that are stratified in each of ``levels`` equally likely bins.
+
+        The first 16 of a bin are all that it has; each block of draws has others of them in turn.
+        """
         source = generator("fixed draws", "times")
-        order = torch.rand(levels, samples, generator=source, dtype=torch.float64).argsort(dim=1)
-        inner = torch.rand(levels, samples, generator=source, dtype=torch.float64)
+        order = torch.rand(levels, BLOCKS, generator=source, dtype=torch.float64).argsort(dim=1)
+        inner = torch.rand(levels, BLOCKS, generator=source, dtype=torch.float64)
         bins = torch.arange(levels, dtype=torch.float64)
         middles, edges = (bins + 0.5) / levels, bins[1:] / levels
-        u = (bins[:, None] + (order + inner) / samples) / levels
+        u = (bins[:, None] + (order + inner) / BLOCKS) / levels
 
         def level(u: Tensor) -> Tensor:
             return schedule.noise_level(timesteps.icdf(u))
@@ -60,7 +64,8 @@ class LevelTimes:
         if float(level(middles[:1])) > float(level(middles[-1:])):
             u, middles, edges = 1 - u, 1 - middles, 1 - edges
         times = timesteps.icdf(u.clamp(2.0**-54, 1 - 2.0**-53))
-        return cls(times.float().cpu(), level(middles).double().cpu(), level(edges).double().cpu())
+        times = times.float().cpu()[:, time_numbers(samples)]
+        return cls(times, level(middles).double().cpu(), level(edges).double().cpu())
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,12 @@ class FixedDraws:
                     self._noised(clean, noise[part], level, part, device),
                 )
 
+    def one_of_each_time(self) -> "FixedDraws":
+        """Return as many draws at each level as it has times."""
+        times = self.level_times
+        first = LevelTimes(times.times[:, :BLOCKS], times.noise_levels, times.edges)
+        return FixedDraws(self.name, self.clean, first, self.schedule)
+
     def gathered(self, values: Tensor) -> Tensor:
         """Return numbers of this rank's draws ``(rows, k)`` as those of all ``(L, n, k)``."""
         order = all_gather_rows(self.local_rows.to(values.device)).argsort()
@@ -139,6 +150,12 @@ class FixedDraws:
             clean.index,
             cond_group=clean.cond_group,
         )
+
+
+def time_numbers(samples: int) -> Tensor:
+    """Return which of its level's times each of so many draws has ``(n,)``."""
+    draws = torch.arange(samples)
+    return (draws // BLOCKS + draws) % BLOCKS
 
 
 def block_means(values: Tensor) -> Tensor:

@@ -178,8 +178,9 @@ def test_times_are_stratified_in_equally_likely_bins_of_increasing_noise():
     for schedule in (EDM(), VP(), RectifiedFlow()):
         density = schedule.default_timesteps()
         times = LevelTimes.stratified(schedule, density, 5, 32)
-        u = density.cdf(times.times.double()).sort(dim=1).values.flatten()
-        assert ((u * 160).floor() - torch.arange(160)).abs().max() <= 1  # float32 may cross an edge
+        u = density.cdf(times.times.double()).sort(dim=1).values[:, ::2].flatten()
+        assert ((u * 80).floor() - torch.arange(80)).abs().max() <= 1  # float32 may cross an edge
+        assert len(u.unique()) == 80
         assert (times.noise_levels.diff() > 0).all()
         assert (times.noise_levels[:-1] < times.edges).all()
         assert (times.edges < times.noise_levels[1:]).all()
