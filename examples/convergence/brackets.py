@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one set of few points")
     options = parser.parse_args()
     for name, draw in SETS.items():
-        report(name, draw, *((1, 320) if options.quick else (20, 2000)))
+        report(name, draw, *((1, 320) if options.quick else (20, 1500)))
     two_points()
 
 

@@ -82,8 +82,7 @@ class Convergence(Callback):
         loss: ``(module, x0, noise, t) -> squared error of each sample (B,)``, whatever its weight
             and what the network predicts, of a module that is not a DiffusionModule.
         schedule: The schedule that ``loss`` trains with.
-        clean: A function from a batch of such a module to clean samples ``(B, *)``, or to ``Clean``
-            with the labels that its network sees.
+        clean: A function from a batch of such a module to clean samples ``(B, *)``.
 
     Attributes:
         records: The validations so far.

@@ -58,7 +58,8 @@ def measured_loss(
             return given_losses(given, module, noised)
 
     def samples(batch: Any) -> Clean:
-        return Clean.from_batch(batch if clean is None else clean(batch))
+        # the loss sees no labels: samples of all classes are exchangeable
+        return Clean(Clean.from_batch(batch if clean is None else clean(batch)).x0)
 
     return MeasuredLoss(losses, samples, schedule, schedule.default_timesteps())
 

@@ -48,7 +48,7 @@ class ConvergenceMonitor:
     It changes neither the model's weights, gradients and mode nor the global random state.
 
     Args:
-        train: The training samples ``(N, *)``, or ``Clean`` with the labels that the network sees.
+        train: The training samples ``(N, *)``.
         held_out: Samples that are not trained on, or None.
         loss: Squared error of each sample, whatever its weight and what the network predicts.
         schedule: Scales of sample and noise: a schedule, or a scheduler of diffusers.
@@ -70,8 +70,8 @@ class ConvergenceMonitor:
 
     def __init__(
         self,
-        train: Tensor | Clean,
-        held_out: Tensor | Clean | None = None,
+        train: Tensor,
+        held_out: Tensor | None = None,
         *,
         loss: GivenLossFunction,
         schedule: Any,
@@ -95,15 +95,16 @@ class ConvergenceMonitor:
         schedule = as_schedule(schedule)
         density = timesteps or schedule.default_timesteps()
         times = LevelTimes.stratified(schedule, density, noise_levels, whole_blocks(samples))
-        sets = [_checked(name, x) for name, x in (("train", train), ("held_out", held_out))]
-        self._draws = [
-            None
-            if clean is None
-            else FixedDraws(name, evenly_spaced(clean, samples), times, schedule)
-            for name, clean in zip(("train", "held-out"), sets, strict=True)
-        ]
-        assert sets[0] is not None
-        self._references, self._size = evenly_spaced(sets[0], max_data), len(sets[0].x0)
+        check_samples("train", train)
+        check_finite("train", train)
+        self._train = FixedDraws("train", evenly_spaced(train, samples), times, schedule)
+        self._held_out: FixedDraws | None = None
+        if held_out is not None:
+            check_samples("held_out", held_out)
+            check_finite("held_out", held_out)
+            clean = evenly_spaced(held_out, samples)
+            self._held_out = FixedDraws("held-out", clean, times, schedule)
+        self._references, self._size = evenly_spaced(train, max_data), len(train)
 
     def update(self, step: int, model: nn.Module) -> bool:
         """Measure if ``step`` is due, and return whether it was.
@@ -121,6 +122,7 @@ class ConvergenceMonitor:
     def measure(self, step: int, model: nn.Module) -> Record:
         """Measure whatever the step, and return what was found."""
         device = device_of(model)
+        self._train.schedule.to(device)
         with torch.no_grad(), evaluating(model), preserve_global_rng():
 
             def losses(noised: Noised) -> Tensor:
@@ -147,11 +149,13 @@ class ConvergenceMonitor:
         """Continue from validations of the same data and settings."""
         self.records = records_from(state)
 
-    def _made(self, losses: Callable[[Noised], Tensor], device: torch.device) -> Any:
-        train, held_out = self._draws
-        assert train is not None
+    def _made(
+        self, losses: Callable[[Noised], Tensor], device: torch.device
+    ) -> ConvergenceMeasurement:
         population = Population.prepare(moved(self._references, device), self._size)
-        return ConvergenceMeasurement(train, held_out, population, losses, self.batch_size, device)
+        return ConvergenceMeasurement(
+            self._train, self._held_out, population, losses, self.batch_size, device
+        )
 
 
 def given_losses(loss: GivenLossFunction, model: Any, noised: Noised) -> Tensor:
@@ -171,17 +175,8 @@ def whole_blocks(samples: int) -> int:
     return samples // BLOCKS * BLOCKS
 
 
-def evenly_spaced(clean: Clean, count: int) -> Clean:
-    """Return at most ``count`` samples, with their positions as indices."""
-    size = len(clean.x0)
-    at = torch.arange(min(count, size)) * size // min(count, size)
-    return Clean(clean.x0[at], None if clean.group is None else clean.group[at], index=at)
-
-
-def _checked(name: str, x: Tensor | Clean | None) -> Clean | None:
-    if x is None:
-        return None
-    clean = Clean.from_batch(x)
-    check_samples(name, clean.x0)
-    check_finite(name, clean.x0)
-    return Clean(clean.x0.cpu(), None if clean.group is None else clean.group.cpu())
+def evenly_spaced(x: Tensor, count: int) -> Clean:
+    """Return at most ``count`` samples on the CPU, with their positions as indices."""
+    count = min(count, len(x))
+    at = torch.arange(count) * len(x) // count
+    return Clean(x[at.to(x.device)].detach().cpu(), index=at)

@@ -17,7 +17,8 @@ from support.points import Points, normal_points, two_classes
 from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader
 
-from lightning_vr import VP, Convergence, DiffusionModule
+from lightning_vr import VP, Clean, Convergence, DiffusionModule
+from lightning_vr.callbacks.convergence_losses import measured_loss
 from lightning_vr.posterior.posterior_mean import posterior_mean
 from lightning_vr.process.predictions import prediction
 
@@ -217,6 +218,14 @@ def test_by_default_it_takes_about_two_percent_of_the_time(tmp_path):
     # 128 forward passes of a sample; a step of 8 costs 24
     assert watch._every == 267
     assert [record.step for record in watch.records] == [0]
+
+
+def test_labels_that_a_given_loss_does_not_see_mask_no_references():
+    trainer = quiet_trainer()
+    found = measured_loss(trainer, DDPM(), ddpm_loss, VP(), lambda batch: Clean(*batch))
+    clean = found.clean((torch.zeros(3, 2), torch.arange(3)))
+    assert clean.group is None
+    assert clean.x0.shape == (3, 2)
 
 
 @pytest.mark.parametrize(

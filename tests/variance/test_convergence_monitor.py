@@ -8,7 +8,6 @@ from support.comparisons import assert_equal
 from support.networks import small_unet
 
 from lightning_vr import VP, ConvergenceMonitor
-from lightning_vr.core.types import Clean
 
 IMAGES = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 SCHEDULER = DDPMScheduler(num_train_timesteps=100)
@@ -65,9 +64,8 @@ def test_what_is_measured_is_the_mean_of_the_loss_at_its_draws():
             found = [loss(model, n.x0, n.noise, n.t).double() for _, n in batches]
         return torch.stack(found).reshape(2, -1, 16).mean(dim=1)
 
-    train_draws, held_out = watch._draws
-    torch.testing.assert_close(record.held_out, plain(held_out), rtol=1e-4, atol=1e-6)
-    difference = plain(train_draws) - (record.direct + watch.floors.low)
+    torch.testing.assert_close(record.held_out, plain(watch._held_out), rtol=1e-4, atol=1e-6)
+    difference = plain(watch._train) - (record.direct + watch.floors.low)
     error = difference.std(dim=1) / 4
     assert (difference.mean(dim=1).abs() < 4 * error + 1e-6).all()
     assert float(error.max()) > 1e-4
@@ -110,8 +108,6 @@ def test_samples_that_are_not_finite_are_refused():
 
 
 def test_a_loss_that_is_one_number_is_refused():
-    watch = ConvergenceMonitor(
-        Clean(torch.randn(20, 2)), loss=lambda *_: torch.zeros(()), schedule=VP()
-    )
+    watch = ConvergenceMonitor(torch.randn(20, 2), loss=lambda *_: torch.zeros(()), schedule=VP())
     with pytest.raises(ValueError, match="`loss` must return one number for each of the"):
         watch.update(0, torch.nn.Linear(2, 2))
