@@ -92,7 +92,7 @@ class ConvergenceMeasurement:
         self.batch_size, self.device = batch_size, device
         self._targets: list[Tensor] = []
         self._scale = self._measured_scale(losses, scale)
-        self.floors = self._measured_floors(train.gathered(self._train_rows()))
+        self.floors = self._measured_floors(train.gathered(self._train_rows(), 7, device))
 
     def measure(self, step: int, losses: Losses) -> Record:
         """Return what a validation finds; ``losses`` in evaluation mode and without gradient."""
@@ -103,9 +103,8 @@ class ConvergenceMeasurement:
         held_out = None
         if self.held_out is not None:
             found = [losses(noised) for _, noised in self._batches(self.held_out)]
-            held_out = block_means(self.held_out.gathered(torch.cat(found)[:, None])[..., 0])
-        own = self.train.gathered(torch.cat(direct)[:, None])[..., 0]
-        return Record(step, block_means(own), held_out)
+            held_out = self._block_losses(self.held_out, found)
+        return Record(step, self._block_losses(self.train, direct), held_out)
 
     @property
     def evaluations(self) -> int:
@@ -116,6 +115,10 @@ class ConvergenceMeasurement:
     def _batches(self, draws: FixedDraws) -> Iterator[tuple[Tensor, Noised]]:
         return draws.batches(self.batch_size, self.device)
 
+    def _block_losses(self, draws: FixedDraws, parts: list[Tensor]) -> Tensor:
+        losses = draws.gathered([part[:, None] for part in parts], 1, self.device)
+        return block_means(losses[..., 0])
+
     def _optimum(self, noised: Noised, *, is_held_out: bool = False) -> Optimum:
         if self.population is None:
             return own_optimum(noised)
@@ -123,17 +126,18 @@ class ConvergenceMeasurement:
 
     def _measured_scale(self, losses: Losses, scale: Callable[[Noised], Tensor] | None) -> Tensor:
         """Return λ / d of each draw ``(L, n)``, which depends on its time alone."""
-        draws, found = self.train.one_of_each_time(), []
-        for _, noised in self._batches(draws):
-            known = None if scale is None else scale(noised)[:, None]
-            found.append(_differences(losses, noised) if known is None else known)
-        numbers = draws.gathered(torch.cat(found))
+        draws = self.train.one_of_each_time()
+        found = [
+            _differences(losses, noised) if scale is None else scale(noised)[:, None]
+            for _, noised in self._batches(draws)
+        ]
+        numbers = draws.gathered(found, 3 if scale is None else 1, self.device)
         if scale is None:
             _check_squared(numbers[..., 1:].sum(dim=(0, 1)))
         return numbers[:, time_numbers(self.train.samples), 0]
 
-    def _train_rows(self) -> Tensor:
-        """Keep the optima of this rank's draws, and return numbers of each ``(rows, 7)``.
+    def _train_rows(self) -> list[Tensor]:
+        """Keep the optima of this rank's draws, and return numbers of each batch ``(rows, 7)``.
 
         They are the parts of V, what rounding makes, two bounds of V and a control variate of it.
         """
@@ -147,7 +151,7 @@ class ConvergenceMeasurement:
                 others = [*bounds, population.control(noised)]
             rows = [*optimum[1:], _rounding(noised), *others]
             found.append(torch.stack([_precise(x) for x in rows], dim=1))
-        return torch.cat(found)
+        return found
 
     def _measured_floors(self, train_rows: Tensor) -> Floors:
         found = self._scale[..., None] * train_rows
@@ -175,8 +179,9 @@ class ConvergenceMeasurement:
 
     def _held_out_floors(self, held_out: FixedDraws) -> tuple[Tensor, Tensor]:
         optima = [self._optimum(noised, is_held_out=True) for _, noised in self._batches(held_out)]
-        bounds = torch.cat([torch.stack([each.low, each.high], dim=1) for each in optima])
-        low, high = (self._scale[..., None] * held_out.gathered(bounds)).unbind(dim=2)
+        bounds = [torch.stack([each.low, each.high], dim=1) for each in optima]
+        found = self._scale[..., None] * held_out.gathered(bounds, 2, self.device)
+        low, high = found.unbind(dim=2)
         return block_means(low), block_means(high)
 
 

@@ -9,12 +9,13 @@ Draws are numbered ``level · n + sample``. For standard errors the samples are 
 interleaved over the data set's order: the draws of one sample are in one block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_vr.core.devices import widest_float
 from lightning_vr.core.distributed import all_gather_rows, rank, world_size
 from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import mapped, tensors
@@ -97,7 +98,7 @@ class FixedDraws:
     @property
     def local_rows(self) -> Tensor:
         """Numbers of the draws of this rank, in the order of ``batches``."""
-        mine = torch.arange(rank(), self.samples, world_size())
+        mine = self._local_samples
         return (torch.arange(self.levels)[:, None] * self.samples + mine).flatten()
 
     def batches(self, size: int, device: torch.device) -> Iterator[tuple[Tensor, Noised]]:
@@ -107,11 +108,11 @@ class FixedDraws:
         """
         x0 = self.clean.x0
         dtype = x0.dtype if x0.dtype == torch.float64 else torch.float32
-        mine = torch.arange(rank(), self.samples, world_size())
+        mine = self._local_samples
         for level in range(self.levels):
             source = generator("fixed draws", self.name, level)
             noise = torch.randn(self.samples, *x0.shape[1:], generator=source, dtype=dtype)
-            for part in torch.split(mine, size):
+            for part in torch.split(mine, size) if len(mine) else ():
                 clean = self.clean.rows(part * len(x0) // self.samples)
                 yield (
                     level * self.samples + part,
@@ -124,11 +125,24 @@ class FixedDraws:
         first = LevelTimes(times.times[:, :BLOCKS], times.noise_levels, times.edges)
         return FixedDraws(self.name, self.clean, first, self.schedule)
 
-    def gathered(self, values: Tensor) -> Tensor:
-        """Return numbers of this rank's draws ``(rows, k)`` as those of all ``(L, n, k)``."""
-        order = all_gather_rows(self.local_rows.to(values.device)).argsort()
-        found = all_gather_rows(values)[order].cpu().double()
-        return found.reshape(self.levels, self.samples, -1)
+    def gathered(self, parts: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
+        """Return numbers of this rank's draws as those of all ``(L, n, width)``, on the CPU.
+
+        Args:
+            parts: Numbers of each of its batches ``(rows, width)``; none where it has no draws.
+            width: How many there are of each draw.
+            device: Where ranks exchange them.
+        """
+        dtype = widest_float(device)
+        own = torch.cat([torch.empty(0, width, dtype=dtype, device=device), *parts]).to(dtype)
+        order = all_gather_rows(self.local_rows.to(device)).argsort()
+        found = all_gather_rows(own)[order].cpu().double()
+        return found.reshape(self.levels, self.samples, width)
+
+    @property
+    def _local_samples(self) -> Tensor:
+        """Numbers of this rank's draws within each level."""
+        return torch.arange(self.samples)[rank() :: world_size()]
 
     def _noised(
         self, clean: Clean, noise: Tensor, level: int, part: Tensor, device: torch.device

@@ -10,6 +10,7 @@ from lightning_vr.posterior.posterior_mean import posterior_mean
 from lightning_vr.process.predictions import prediction
 from lightning_vr.process.schedules import EDM, VP, RectifiedFlow
 from lightning_vr.process.timesteps import LogUniform
+from lightning_vr.variance import fixed_draws
 from lightning_vr.variance.convergence import ConvergenceMeasurement, made_of
 from lightning_vr.variance.convergence_curves import loss_curves, records_from, records_state
 from lightning_vr.variance.fixed_draws import FixedDraws, LevelTimes
@@ -196,6 +197,15 @@ def test_draws_are_the_same_each_time_and_others_for_another_set():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.abs().unique().numel() == first.numel()
+
+
+def test_a_rank_beyond_the_number_of_draws_has_none(monkeypatch):
+    x = points("normal")
+    found = measurement(x, squared_error(posterior_of(x), EDM(), "edm"))
+    monkeypatch.setattr(fixed_draws, "rank", lambda: 70)
+    monkeypatch.setattr(fixed_draws, "world_size", lambda: 80)
+    assert not list(found.train.batches(8, torch.device("cpu")))
+    assert not len(found.train.local_rows)
 
 
 def test_the_floor_of_two_points_is_the_closed_form_rare_events_included():
