@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_vr.callbacks import (
         Evaluation,
         FrechetDistance,
+        GradientSignal,
         GradientVariance,
         SampleGrid,
         TargetVariance,
@@ -105,6 +106,7 @@ __all__ = [
     "Euler",
     "Evaluation",
     "FrechetDistance",
+    "GradientSignal",
     "GradientVariance",
     "Heun",
     "InDtype",

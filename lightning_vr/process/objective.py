@@ -8,10 +8,9 @@ The residual is formed in the network's own space, where the squared error carri
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from lightning_vr.core.devices import widest_float
+from lightning_vr.core.devices import device_of
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.predictions import Prediction, PredictionType, prediction
 from lightning_vr.process.schedules import Schedule
@@ -53,9 +52,7 @@ class Objective:
 
     def times(self, count: int) -> Tensor:
         """Return the time in the middle of each of ``count`` equally likely bins ``(count,)``."""
-        device = next(self.schedule.buffers(), torch.zeros(0)).device
-        middles = (torch.arange(count, device=device, dtype=widest_float(device)) + 0.5) / count
-        return self.timesteps.icdf(middles)
+        return self.timesteps.middles(count, device_of(self.schedule))
 
     def noise_levels(self, count: int) -> Tensor:
         """Return the noise level at each of ``times(count)``, ``(count,)``."""
