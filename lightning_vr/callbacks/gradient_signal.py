@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
 from lightning_vr.callbacks import gradient_signal_report as report
@@ -65,8 +65,8 @@ class GradientSignal(Callback):
             DiffusionModule.
         schedule: The schedule that ``loss`` trains with, for the times of its draws.
         clean: A function from a batch of such a module to clean samples ``(B, *)``.
-        draw: ``(x0, t, generator) -> corruption (B, *)``, which ``loss`` gets as ``noise``; standard
-            normal noise if not given.
+        draw: ``(x0, t, generator) -> corruption (B, *)``, which ``loss`` gets as ``noise``;
+            standard normal noise if not given.
         timesteps: Density of t that ``loss`` trains with; that of ``schedule`` if not given, or
             uniform on (0, 1) without one.
 
@@ -94,7 +94,7 @@ class GradientSignal(Callback):
         self.noise_levels = noise_levels
         self.given = GivenTraining(loss, schedule, clean, draw, timesteps)
         self.statistics: SignalStatistics | None = None
-        self._state: dict[str, Any] = {}
+        self._state: Any = None
         self._trainable: list[str] = []
         self._seed = 0
         self._batch = 0
@@ -191,7 +191,7 @@ class GradientSignal(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments so far."""
-        statistics = None if self.statistics is None else self.statistics.state()
+        statistics = self._state if self.statistics is None else self.statistics.state()
         return {
             "statistics": statistics,
             "trainable": self._trainable,
@@ -202,21 +202,25 @@ class GradientSignal(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the moments of a checkpoint."""
-        self._state = dict(state_dict)
+        self._state, self._trainable = state_dict["statistics"], state_dict["trainable"]
         self.cadence.period, self._batch = state_dict["period"], state_dict["batch"]
         self._logged_step = state_dict["logged_step"]
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         training = noisy_training(trainer, module, self.given, self.noise_levels)
         assert training is not None, "setup has refused a module without a loss"
-        self._training, self._trainable = training, trainable_names(module)
         groups = parameter_groups(module)[1]
         self._measurement = GradientMeasurement(training.loss, self._source(trainer), groups)
-        state, self._state = self._state, {}
-        is_same = state.get("trainable") == self._trainable
-        self.statistics = SignalStatistics(
-            training.noise_levels, self.given.axis("time"), state["statistics"] if is_same else None
-        )
+        names, state = trainable_names(module), self._state
+        if state is not None and self._trainable != names:
+            rank_zero_warn(
+                "GradientSignal: the checkpoint's moments are of other parameters than are trained "
+                "now: they are dropped, and measuring starts anew."
+            )
+            state = None
+        self._training, self._trainable, self._state = training, names, None
+        axis = self.given.axis("time")
+        self.statistics = SignalStatistics(training.noise_levels, axis, state)
 
     def _measure(self, trainer: Trainer, batch: Any, half: int) -> None:
         assert self._training is not None
@@ -237,15 +241,7 @@ class GradientSignal(Callback):
         """Return what gives generators of this run, step and key, and of each rank its own."""
 
         def source(*key: int | str) -> torch.Generator:
-            place = rank() if own else -1
-            module = trainer.lightning_module
-            return generator(
-                self._seed,
-                place,
-                "gradient signal",
-                trainer.global_step,
-                *key,
-                device=module.device,
-            )
+            key = (self._seed, rank() if own else -1, "gradient signal", trainer.global_step, *key)
+            return generator(*key, device=trainer.lightning_module.device)
 
         return source
