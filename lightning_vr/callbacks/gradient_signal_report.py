@@ -75,20 +75,21 @@ def rows(statistics: SignalStatistics) -> list[list[float | str]]:
 
 @frees_figure
 def draw(statistics: SignalStatistics, path: Path) -> None:
-    """Draw the cosines of all pairs of bins; those that are not resolved stay empty."""
+    """Draw the cosines of all pairs of bins; those that are not resolved are grey."""
     from matplotlib.figure import Figure
 
     names = ["all", *level_names(statistics.noise_levels)]
     cosines, errors = statistics.cosines
     size = 2.5 + 0.55 * len(names)
     figure = Figure(figsize=(size + 1.0, size), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(facecolor="lightgrey")
     image = axes.imshow(cosines.numpy(), cmap="RdBu", vmin=-1, vmax=1)
     for i in range(len(names)):
         for j in range(len(names)):
             if i != j and math.isfinite(cosines[i, j]):
                 text = f"{float(cosines[i, j]):.2f}\n±{float(errors[i, j]):.2f}"
-                axes.text(j, i, text, ha="center", va="center", fontsize=7)
+                color = "white" if abs(cosines[i, j]) > 0.6 else "black"
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(f"{axis_label(statistics.axis)}, in the middle of equally likely bins")
@@ -182,7 +183,7 @@ def conflict_sentence(statistics: SignalStatistics) -> str:
         for start, stop in (found.low, found.high)
     )
     return (
-        f"At {statistics.axis}s {low} the gradient pulls against that at {high}: cosine "
+        f"At {statistics.axis} {low} the gradient pulls against that at {high}: cosine "
         f"{found.cosine:.2f} ± {found.error:.2g} ({count})."
     )
 
@@ -215,6 +216,5 @@ def _scale(statistics: SignalStatistics, i: int) -> str:
 def _with_error(value: float | Tensor, error: float | Tensor) -> str:
     if math.isnan(value):
         return ""
-    return (
-        f"{float(value):.3g}" if math.isnan(error) else f"{float(value):.3g} ± {float(error):.1g}"
-    )
+    text = f"{float(value):.3g}"
+    return text if math.isnan(error) else f"{text} ± {float(error):.1g}"
