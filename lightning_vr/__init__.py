@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         LearnedVariance,
         TableProposal,
         TaylorCV,
+        TimestepSampler,
         WeightProposal,
         distillation_loss,
     )
@@ -135,6 +136,7 @@ __all__ = [
     "TargetEstimate",
     "TargetVariance",
     "TaylorCV",
+    "TimestepSampler",
     "Uniform",
     "UnitWeighting",
     "VariationalBound",

@@ -7,6 +7,7 @@ The residual is formed in the network's own space, where the squared error carri
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor
 
@@ -16,6 +17,21 @@ from lightning_vr.process.predictions import Prediction, PredictionType, predict
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density, Truncated
 from lightning_vr.process.weightings import Weighting
+
+
+class WeightedTimes(Protocol):
+    """What a proposal needs to know of a loss: its density of times and its weight."""
+
+    @property
+    def timesteps(self) -> Density:
+        """The density p(t) that the loss is an expectation over."""
+
+    @property
+    def parent(self) -> "WeightedTimes | None":
+        """What this is a part of, or None."""
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Return the weight of the loss at times ``t (B,)``."""
 
 
 @dataclass(frozen=True)
