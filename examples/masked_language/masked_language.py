@@ -26,7 +26,7 @@ from lightning_vr.core.rng import generator
 
 ALPHABET = "0123456789+="
 MASK, LENGTH, ANSWER = len(ALPHABET), 8, slice(5, 8)
-RATES = Uniform(1e-3, 1.0)
+RATES = Uniform(0.02, 1.0)
 BATCH = 64
 COMPONENTS = ("data", "mask rate", "mask pattern")
 
@@ -166,6 +166,7 @@ def train(
         accelerator="cpu",
         callbacks=[*callbacks],
         logger=logger,
+        log_every_n_steps=min(50, steps),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -253,16 +254,16 @@ def draw(path: Path, early: dict[str, Any], late: dict[str, Any], runs: dict[str
     for offset, found, label in ((-0.2, early, "early"), (0.2, late, "late")):
         values = torch.tensor([found["variances"][name] for name in WAYS])
         at = torch.arange(len(WAYS)) + offset
-        value, error = (values / values[0, 0]).unbind(1)
-        ratios.barh(at, value, 0.4, xerr=error, label=label)
+        value, error = (values / values[0, 0]).numpy().T
+        ratios.barh(at.numpy(), value, 0.4, xerr=error, label=label)
     ratios.set_yticks(range(len(WAYS)), list(WAYS))
     ratios.set(title="variance of the batch's gradient, over plain")
     ratios.invert_yaxis()
     ratios.legend()
     for name, each in runs.items():
-        loss = each[..., 1]
-        error = loss.std(0) / len(loss) ** 0.5
-        losses.errorbar(each[0, :, 0], loss.mean(0), error, label=name, capsize=2)
+        steps, loss = each[0, :, 0].numpy(), each[..., 1].numpy()
+        error = loss.std(0, ddof=1) / len(loss) ** 0.5
+        losses.errorbar(steps, loss.mean(0), error, label=name, capsize=2)
     losses.set(title="held-out loss, nats a character", xlabel="steps", yscale="log")
     losses.legend()
     figure.savefig(path, dpi=100)
@@ -270,7 +271,7 @@ def draw(path: Path, early: dict[str, Any], late: dict[str, Any], runs: dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each run")
     parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--batches", type=int, default=300, help="gradients for each variance")

@@ -64,7 +64,8 @@ class GivenTraining:
                 f"{callback} needs the `loss` that `draw` and `timesteps` belong to: pass it, a "
                 f"function (module, x0, noise, t) -> loss of each sample."
             )
-        if self.loss is not None and self.schedule is None and self.draw is None:
+        times = (self.schedule, self.draw, self.timesteps)
+        if self.loss is not None and all(each is None for each in times):
             raise MisconfigurationException(
                 f"{callback} needs the `schedule` that `loss` trains with: pass it, as in "
                 f"{callback}(loss=..., schedule=VP()), or `draw` for a corruption that is no "

@@ -150,13 +150,15 @@ class GradientSignal(Callback):
         Raises:
             MisconfigurationException: If the first batch has only one sample on a rank.
         """
-        half = least(batch_size(batch)) // 2
-        if batch_idx == 0 and trainer.current_epoch == 0 and half == 0:
+        if batch_idx == 0 and trainer.current_epoch == 0 and batch_size(batch) < 2:
             raise MisconfigurationException(
                 "GradientSignal needs two samples in a batch, got a batch of 1: use a larger batch."
             )
         starts_step = batch_idx % trainer.accumulate_grad_batches == 0
-        if not starts_step or not self.cadence.is_due(trainer.global_step) or half == 0:
+        if not starts_step or not self.cadence.is_due(trainer.global_step):
+            return
+        half = least(batch_size(batch)) // 2
+        if half == 0:
             return
         if self._trainable != trainable_names(pl_module):
             rank_zero_info("GradientSignal starts again: other parameters are trained.")

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
-from torch import Tensor
 
-from lightning_vr.callbacks.gradient_variance_report import axis_label
+from lightning_vr.callbacks.gradient_variance_report import axis_label, with_error
 from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
 from lightning_vr.lifecycle.loggers import (
@@ -30,8 +29,8 @@ _MEASURED = ("product", "cosine", "variance", "noise_scale")
 COLUMNS = ("of", "name", "other", *(name + e for name in _MEASURED for e in ("", "_error")))
 """Columns of ``gradient_signal.csv`` after ``step``."""
 
-_BATCHES = (0.25, 0.5, 2.0, 4.0, 16.0)
-"""Batch sizes that are compared with the present one, in its unit."""
+_BATCHES = (0.25, 0.5, 1.0, 2.0, 4.0, 16.0)
+"""Batch sizes that are compared, in units of the present one."""
 
 
 def open_log(trainer: Trainer, logged_step: int) -> CurveLog:
@@ -123,8 +122,8 @@ def scales_table(statistics: SignalStatistics) -> "Table":
         shown.add_column(header, justify="left" if header == statistics.axis else "right")
     products, cosines = statistics.products, statistics.cosines
     for i, name in enumerate(["all", *level_names(statistics.noise_levels)]):
-        cells = [_with_error(products[0][i, i], products[1][i, i]), _scale(statistics, i)]
-        cells.append(_with_error(cosines[0][0, i], cosines[1][0, i]) if i else "")
+        cells = [with_error(products[0][i, i], products[1][i, i]), _scale(statistics, i)]
+        cells.append(with_error(cosines[0][0, i], cosines[1][0, i]) if i else "")
         shown.add_row(name, *cells)
     return shown
 
@@ -141,7 +140,7 @@ def batch_table(noise_scale: float, batch: int) -> "Table":
     headers = ("batch", "steps", "samples", "learning rate, SGD", "learning rate, Adam")
     for header in headers:
         shown.add_column(header, justify="right")
-    sizes = sorted({*(max(1, round(batch * x)) for x in (*_BATCHES, 1.0)), _critical(noise_scale)})
+    sizes = sorted({*(max(1, round(batch * x)) for x in _BATCHES), _critical(noise_scale)})
     for size in sizes:
         found = batch_scaling(noise_scale, batch, size)
         ratios = (found.steps, found.samples, found.sgd, found.adam)
@@ -160,7 +159,7 @@ def batch_sentence(statistics: SignalStatistics, batch: int) -> str:
         )
     critical = _critical(scale)
     found = batch_scaling(scale, batch, critical)
-    text = f"Noise scale: {_with_error(scales, errors)} samples; a step has {batch}. "
+    text = f"Noise scale: {with_error(scales, errors)} samples; a step has {batch}. "
     change = (
         f"A batch of {critical} would take {found.steps:.2g} times the steps and "
         f"{found.samples:.2g} times the samples, at {found.sgd:.2g} times the learning rate with "
@@ -208,13 +207,6 @@ def _critical(noise_scale: float) -> int:
 def _scale(statistics: SignalStatistics, i: int) -> str:
     scale, error = (float(x[i]) for x in statistics.noise_scales)
     if math.isfinite(scale):
-        return _with_error(scale, error)
+        return with_error(scale, error)
     bound = float(statistics.least_noise_scales[i])
     return f"above {bound:.2g}" if math.isfinite(bound) else ""
-
-
-def _with_error(value: float | Tensor, error: float | Tensor) -> str:
-    if math.isnan(value):
-        return ""
-    text = f"{float(value):.3g}"
-    return text if math.isnan(error) else f"{text} ± {float(error):.1g}"

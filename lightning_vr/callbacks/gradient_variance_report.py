@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
@@ -163,7 +164,7 @@ def table(statistics: GradientStatistics) -> "Table":
 
 def _table_cells(statistics: GradientStatistics) -> Iterator[tuple[str, str, dict[str, str]]]:
     for i, (kind, name, values, errors, share) in enumerate(_rows(statistics)):
-        cells = {"total": "" if math.isnan(values[3]) else _with_error(values[3], errors[3])}
+        cells = {"total": with_error(values[3], errors[3])}
         for part, value in zip(statistics.parts, values, strict=False):
             cells[f"{part} %"] = _percent(value / values[3]) if values[3] else ""
         cells["share %"] = _percent(share)
@@ -198,8 +199,12 @@ def _at(components: Components, i: int) -> list[float]:
     return [float(values[i]) for values in components]
 
 
-def _with_error(value: float, error: float) -> str:
-    return f"{value:.3g}" if math.isnan(error) else f"{value:.3g} ± {error:.1g}"
+def with_error(value: float | Tensor, error: float | Tensor) -> str:
+    """Return a number and its standard error as text, "" for one that is not known."""
+    if math.isnan(value):
+        return ""
+    text = f"{float(value):.3g}"
+    return text if math.isnan(error) else f"{text} ± {float(error):.1g}"
 
 
 def axis_label(axis: str) -> str:
