@@ -5,10 +5,12 @@ The draws of ``CARV`` for losses that are no ``Objective``, such as that of a ma
     E_{t ~ p, u} [ loss(x0, corruption(u, t), t) ] ≈ mean of  weight · loss,    weight = p/q.
 
 Antithetic pairs have one time, and uniform numbers u and 1 - u. Where a token is masked if u < t,
-the two masks are as complementary as t allows: at t = 1/2 one masks what the other shows (MIRROR in
-"Bringing stability to diffusion", 2025, arXiv 2511.18159; Owen 2013, "Monte Carlo theory, methods
-and examples", section 8.2). Each draw has the density q and uniform u: the estimate is unbiased for
-all combinations.
+the two masks are as complementary as t allows: at t = 1/2 one masks what the other shows (MIRROR:
+Jia et al. 2025, arXiv 2511.18159; Owen 2013, "Monte Carlo theory, methods and examples", section
+8.2). Each draw has the density q and uniform u: the estimate is unbiased for all combinations.
+
+At equal numbers of draws a pair pays only if its noise is anticorrelated enough to make up for half
+as many samples: if ρ V_noise < -(V_data + V_time), with ρ the correlation of a pair's noise.
 """
 
 from collections.abc import Callable, Sequence
