@@ -250,7 +250,7 @@ def draw(path: Path, early: dict[str, Any], late: dict[str, Any], runs: dict[str
     statistics = late["statistics"]
     names = [f"{float(t):.2f}" for t in statistics.noise_levels]
     draw_components(parts, statistics.levels, names, statistics.levels_error, COMPONENTS)
-    parts.set(title="variance of one string's gradient", xlabel="mask rate t", yscale="log")
+    parts.set(title="variance of one string's gradient", xlabel="mask rate t")
     for offset, found, label in ((-0.2, early, "early"), (0.2, late, "late")):
         values = torch.tensor([found["variances"][name] for name in WAYS])
         at = torch.arange(len(WAYS)) + offset

@@ -35,6 +35,9 @@ from lightning_vr.variance.gradient_measurement import GradientMeasurement
 from lightning_vr.variance.level_gradients import level_products
 from lightning_vr.variance.signal_statistics import SignalStatistics
 
+_COST = 1.6
+"""Cost of the gradients of two halves of a batch over a training step, as measured on a U-Net."""
+
 _MEMORY = 0.99
 """Factor on the weight of all earlier measurements at each new one: nearly equal weights."""
 
@@ -46,8 +49,8 @@ class GradientSignal(Callback):
     (negative transfer), and at which batch size the noise of the gradient is as large as the
     gradient, for all times and for each bin. ``GradientVariance`` tells what the noise consists of.
 
-    Both halves of a batch are measured in each bin: that costs as much as one training step for
-    each bin and one more. A half counts as a batch of its own, with strata and drawn references of
+    Both halves of a batch are measured in each bin: that costs about one and a half training steps
+    for each bin and for all times. A half counts as a batch of its own, with strata and drawn references of
     its size. Only trained parameters count: those of an adapter, where one is trained.
 
     Each measurement adds rows to ``gradient_signal.csv`` in the run's folder. The end of ``fit``
@@ -137,7 +140,7 @@ class GradientSignal(Callback):
         seed = getattr(pl_module, "run_seed", torch.initial_seed() % 2**63)
         # ranks that were not seeded alike must sketch alike
         self._seed = int(broadcast(torch.tensor(seed, device=pl_module.device)))
-        self.cadence.set_cost(self.noise_levels + 1)
+        self.cadence.set_cost(_COST * (self.noise_levels + 1))
         self._start(trainer, pl_module)
         self._display.open(trainer)
         self._curves = report.open_log(trainer, self._logged_step)

@@ -33,6 +33,8 @@ def sketched(gradients: Sequence[Tensor], size: int, source: torch.Generator) ->
     found = torch.zeros(size, dtype=dtype, device=gradients[0].device)
     for gradient in gradients:
         for part in torch.split(gradient.flatten(), _CHUNK):
-            drawn = torch.randint(2 * size, part.shape, generator=source, device=part.device)
+            drawn = torch.randint(
+                2 * size, part.shape, generator=source, device=part.device, dtype=torch.int32
+            )
             found.index_add_(0, drawn // 2, part.to(dtype) * (2 * (drawn % 2) - 1))
     return found
