@@ -50,8 +50,9 @@ class GradientSignal(Callback):
     gradient, for all times and for each bin. ``GradientVariance`` tells what the noise consists of.
 
     Both halves of a batch are measured in each bin: that costs about one and a half training steps
-    for each bin and for all times. A half counts as a batch of its own, with strata and drawn references of
-    its size. Only trained parameters count: those of an adapter, where one is trained.
+    for each bin and for all times. A half counts as a batch of its own, with strata and drawn
+    references of its size. Only trained parameters count: those of an adapter, where one is
+    trained.
 
     Each measurement adds rows to ``gradient_signal.csv`` in the run's folder. The end of ``fit``
     leaves a map of the cosines there, ``gradient_signal.png``, and prints noise scales, what other
