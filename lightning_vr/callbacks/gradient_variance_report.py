@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_RESERVED = {"step", "of", "name", "total", "squared_mean", "share", "whole", "group"}
+"""Names of columns and rows of their own, which no part may have."""
+
+
 def columns(parts: Sequence[str]) -> list[str]:
     """Return the columns of ``gradient_variance.csv`` after ``step``."""
     names = (*_keys(parts), "total", "squared_mean")
@@ -38,10 +42,9 @@ def check_parts(parts: Sequence[str]) -> None:
     Raises:
         ValueError: If there are more or fewer, two are alike, or one has other signs.
     """
-    names = [parts] if isinstance(parts, str) else list(parts)
-    reserved = {"total", "squared mean", "share", "name", "of", "step"}
-    are_plain = all(re.fullmatch(r"[A-Za-z][A-Za-z0-9_ -]*", name) for name in names)
-    if len(set(names)) != 3 or len(names) != 3 or not are_plain or reserved & set(names):
+    names = _keys([parts] if isinstance(parts, str) else parts)
+    are_plain = all(re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) for name in names)
+    if len(set(names)) != 3 or len(names) != 3 or not are_plain or _RESERVED & set(names):
         raise ValueError(
             f"`components` must be three different names of letters, digits and spaces, got "
             f"{parts!r}: use the parts of the noise, outermost first, such as {PARTS}."

@@ -89,7 +89,15 @@ def test_names_of_components_are_the_users_in_files_numbers_and_tables(
 
 
 @pytest.mark.parametrize(
-    "names", [("a", "b"), ("a", "b", "b"), ("a", "b", "total"), ("a", "b", "c/d"), "abc"]
+    "names",
+    [
+        ("a", "b"),
+        ("a", "b", "b"),
+        ("a", "b", "total"),
+        ("a", "b c", "b_c"),
+        ("a", "b", "c/d"),
+        "abc",
+    ],
 )
 def test_names_that_files_and_loggers_do_not_take_are_refused(names):
     with pytest.raises(ValueError, match="`components` must be three different names"):
