@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_vr.callbacks import (
         Evaluation,
         FrechetDistance,
+        GradientSignal,
         GradientVariance,
         SampleGrid,
         TargetVariance,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         LearnedVariance,
         TableProposal,
         TaylorCV,
+        TimestepSampler,
         WeightProposal,
         distillation_loss,
     )
@@ -116,6 +118,7 @@ __all__ = [
     "Euler",
     "Evaluation",
     "FrechetDistance",
+    "GradientSignal",
     "GradientVariance",
     "Heun",
     "InDtype",
@@ -147,6 +150,7 @@ __all__ = [
     "TargetEstimate",
     "TargetVariance",
     "TaylorCV",
+    "TimestepSampler",
     "TotalWeighting",
     "UncertaintyWeighting",
     "Uniform",
