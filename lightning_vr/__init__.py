@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_vr.auditing import Audit, Candidate, audit, error_budget
     from lightning_vr.callbacks import (
+        Convergence,
         Evaluation,
         FrechetDistance,
         GradientSignal,
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
         LatentDiffusionModule,
         cache_latents,
     )
+    from lightning_vr.variance import ConvergenceMonitor
 
 __all__ = [
     "CARV",
@@ -105,6 +107,8 @@ __all__ = [
     "Beta",
     "Candidate",
     "Clean",
+    "Convergence",
+    "ConvergenceMonitor",
     "Cosine",
     "DPMSolver2M",
     "DiffusersSchedule",
@@ -172,6 +176,7 @@ _ROOMS = (
     "process",
     "posterior",
     "estimators",
+    "variance",
     "training",
     "lifecycle",
     "pipelines",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_vr.core.rows import Rows, tensors
 from lightning_vr.core.types import Clean, Times
+from lightning_vr.core.validation import check_one_per_sample
 from lightning_vr.estimators.draws import open_uniform
 from lightning_vr.process.timesteps import Density, Truncated
 from lightning_vr.training.diffusion import Diffusion
@@ -113,9 +114,5 @@ class GivenLoss(NoisyLoss):
     def forward(self, rows: Rows) -> Tensor:
         with self.precision():
             losses = self.function(self.module, rows["x0"], rows["noise"], rows["t"])
-        if losses.shape != rows["t"].shape:
-            raise ValueError(
-                f"`loss` must return one number for each of the {len(rows['t'])} samples, got a "
-                f"tensor of shape {tuple(losses.shape)}: average over all dimensions but the first."
-            )
+        check_one_per_sample("loss", losses, len(rows["t"]))
         return losses
