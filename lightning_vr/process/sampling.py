@@ -101,7 +101,14 @@ class Sampler:
     @property
     def evaluations(self) -> int | None:
         """Calls of the network for each sample; None if the solver finds out on the way."""
-        return self._solver.evaluations(self._steps)
+        return self._solver.evaluations(self.step_count)
+
+    @property
+    def step_count(self) -> int:
+        """Number of noise levels, also where they are given or left out."""
+        if not isinstance(self.grid, str):
+            return len(self.grid)
+        return USUAL_STEPS if self.steps is None else self.steps
 
     def noise_levels(self, schedule: Schedule) -> Tensor:
         """Return the decreasing grid ``(steps,)``, float64, without the final 0.
@@ -110,13 +117,13 @@ class Sampler:
             ValueError: If the bounds are not 0 < min < max, or outside the schedule's, or if the
                 solver has levels of its own that are not for this schedule.
         """
-        own = self._solver.own_noise_levels(schedule, self._steps)
+        own = self._solver.own_noise_levels(schedule, self.step_count)
         if own is not None:
             return own
         if not isinstance(self.grid, str):
             return given(self.grid, schedule)
         low, high = self.noise_level_min, self.noise_level_max
-        return spaced(self.grid, self._steps, self.rho, low, high, schedule)
+        return spaced(self.grid, self.step_count, self.rho, low, high, schedule)
 
     def solve(
         self,
@@ -212,7 +219,7 @@ class Sampler:
                 problem = Problem(
                     counted,
                     schedule,
-                    self._steps,
+                    self.step_count,
                     levels,
                     row_noise,
                     noise.dtype,
@@ -225,12 +232,6 @@ class Sampler:
     @property
     def _solver(self) -> Solver:
         return self.solver or Heun()
-
-    @property
-    def _steps(self) -> int:
-        if not isinstance(self.grid, str):
-            return len(self.grid)
-        return USUAL_STEPS if self.steps is None else self.steps
 
     def _check_unused(self) -> None:
         defaults = {field.name: field.default for field in fields(self)}
