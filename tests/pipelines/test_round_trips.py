@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from diffusers import CogVideoXDDIMScheduler
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from round_trips import expected, models, sampled_abroad, trained
@@ -12,19 +13,23 @@ from safetensors.torch import load_file
 from support.networks import small_mlp, small_unet
 
 from lightning_vr import (
+    DDPM,
     VE,
     VP,
     Cosine,
     DiffusersSchedule,
     DiffusionModule,
     RectifiedFlow,
+    Sampler,
     export,
 )
 from lightning_vr.pipelines.outgoing_schedulers import outgoing_scheduler
 
+UNET = small_unet()
 STOCK = {"epsilon": "DDIMPipeline", "v": "DDIMPipeline", "x0": "DDIMPipeline"}
-STOCK |= {"flow": "DDPMPipeline"}
+STOCK |= dict.fromkeys(["flow", "variance", "beta", "beta_tilde"], "DDPMPipeline")
 OTHERS = ["edm", "edm_1000", "ve", "euler", "classes", "dit", "latents"]
+OTHERS += ["exponential", "given", "guided variance"]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,15 @@ def test_a_card_says_how_to_load_the_folder_and_what_is_in_it(trip):
         loaded,
     )
     assert type(loaded["pipeline"]).__name__ == "DDPMPipeline"
+
+
+def test_a_card_says_what_of_the_sampler_its_pipeline_does_not_follow(trip, tmp_path):
+    folder, *_ = trip
+    assert "does not follow" not in (folder / "given" / "README.md").read_text()
+    sampler = Sampler(grid=[5.0, 1.0], guidance_rescale=0.5)
+    export(DiffusionModule(UNET, schedule=VP(), prediction="v", sampler=sampler), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "does not follow `grid` and `guidance_rescale` of the model's sampler." in card
 
 
 @pytest.mark.parametrize("schedule", [VP(), Cosine()])
@@ -166,13 +180,18 @@ class OwnCall(DiffusionModule):
         return self.network(x, noised.t).sample
 
 
-UNET = small_unet()
 REFUSED = {
     "`prediction` must be 'edm'": {"schedule": VE(), "prediction": "epsilon"},
     "`prediction` must be 'velocity'": {"schedule": RectifiedFlow(), "prediction": "v"},
     "`prediction` must be 'epsilon' or": {"schedule": VP(), "prediction": "score"},
     "`t_min` and `t_max` of Cosine": {"schedule": Cosine(t_max=0.9), "prediction": "v"},
     "got Own, for which": {"schedule": Own(), "prediction": "v"},
+    "must have the table of a DDPMScheduler": {
+        "schedule": CogVideoXDDIMScheduler(rescale_betas_zero_snr=False),
+        "prediction": "epsilon",
+        "sampler": Sampler(DDPM("beta")),
+    },
+    "or twice as many, to be exported": {"network": small_unet(out_channels=3)},
     "must be a model of diffusers": {"network": small_mlp()},
     "`sample_size` of the network": {"network": small_unet(sample_size=None)},
 }
