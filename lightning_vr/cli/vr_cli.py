@@ -18,8 +18,7 @@ import lightning_vr.data
 import lightning_vr.estimators
 import lightning_vr.lifecycle
 import lightning_vr.metrics
-import lightning_vr.process
-import lightning_vr.training.latents  # noqa: F401
+import lightning_vr.process  # noqa: F401
 from lightning_vr.cli.checkpoint_path import checkpoint_path
 from lightning_vr.cli.checkpoint_settings import (
     Change,
@@ -46,6 +45,7 @@ from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.pipelines.incoming_folder import IncomingFolder
+from lightning_vr.training.latents import LatentDiffusionModule
 from lightning_vr.training.module import DiffusionModule
 
 _LOADERS = {
@@ -265,9 +265,12 @@ class VRCLI(LightningCLI):
     def _begin_with_pretrained(self, args: ArgsType) -> None:
         """Parse with the network of a folder as the default."""
         self._pretrained = IncomingFolder.read(self._settings.pretrained)
-        class_path = f"{self._model_class.__module__}.{self._model_class.__qualname__}"
-        settings = {"class_path": class_path, "init_args": self._pretrained.settings}
-        self._set_default("model", settings)
+        kind, arguments = self._model_class, self._pretrained.settings
+        autoencoder = self._pretrained.autoencoder
+        if autoencoder and isinstance(kind, type) and issubclass(LatentDiffusionModule, kind):
+            kind, arguments = LatentDiffusionModule, arguments | {"autoencoder": autoencoder}
+        class_path = f"{kind.__module__}.{kind.__qualname__}"
+        self._set_default("model", {"class_path": class_path, "init_args": arguments})
         self._parse(args)
         configured = self._settings.model.as_dict()["init_args"]
         for name, saved in self._pretrained.others.items():

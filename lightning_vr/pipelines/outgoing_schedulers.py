@@ -90,7 +90,7 @@ def outgoing_scheduler(objective: Objective, sampler: Sampler) -> OutgoingSchedu
         if isinstance(sampler.solver, DDPM):
             return OutgoingScheduler(_ddpm(schedule, sampler.solver))
         own: Any = schedule.scheduler
-        return OutgoingScheduler(type(own).from_config(own.config))
+        return OutgoingScheduler(_rebuilt(type(own), own.config))
     if isinstance(schedule, EDM | VE):
         _check(schedule, prediction, ("edm",))
         return _edm(schedule, objective.sigma_data, sampler)
@@ -144,17 +144,16 @@ def _ddpm(schedule: DiffusersSchedule, solver: DDPM) -> Any:
     import diffusers  # which takes seconds
 
     own: Any = schedule.scheduler
-    known = inspect.signature(diffusers.DDPMScheduler).parameters
-    settings = {name: value for name, value in own.config.items() if name in known}
-    settings |= {
-        "variance_type": _VARIANCE_TYPES[solver.variance],
-        "clip_sample": solver.clip_sample,
-        "clip_sample_range": 1.0,
-        "thresholding": False,
-        "timestep_spacing": "linspace",
-        "steps_offset": 0,
-    }
-    found = _new("DDPMScheduler", **settings)
+    found = _rebuilt(
+        diffusers.DDPMScheduler,
+        own.config,
+        variance_type=_VARIANCE_TYPES[solver.variance],
+        clip_sample=solver.clip_sample,
+        clip_sample_range=1.0,
+        thresholding=False,
+        timestep_spacing="linspace",
+        steps_offset=0,
+    )
     live = DiffusersSchedule(found)
     if live.prediction == schedule.prediction and live.is_same_process(schedule):
         return found
@@ -163,6 +162,13 @@ def _ddpm(schedule: DiffusersSchedule, solver: DDPM) -> Any:
         f"got a {type(own).__name__} whose settings give that another one: use another solver, or "
         f"the format safetensors."
     )
+
+
+def _rebuilt(kind: Any, config: Any, **changes: Any) -> Any:
+    """Return a scheduler of a configuration: ``from_config`` loses what was given by place."""
+    known = inspect.signature(kind).parameters
+    kept = {name: value for name, value in config.items() if name in known}
+    return kind(**(kept | changes))
 
 
 def _edm(schedule: EDM | VE, sigma_data: float, sampler: Sampler) -> OutgoingScheduler:

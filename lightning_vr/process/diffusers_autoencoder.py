@@ -94,7 +94,8 @@ class Autoencoder(nn.Module):
 
     def model(self, dtype: torch.dtype) -> Any:
         """Return a copy of the ``AutoencoderKL`` itself, which knows neither shift nor scale."""
-        return copy.deepcopy(self._shared.model).to(dtype)
+        # past diffusers, which warns of each change of a dtype
+        return nn.Module.to(copy.deepcopy(self._shared.model), dtype)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:

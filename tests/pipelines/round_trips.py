@@ -9,9 +9,11 @@ from functools import partial
 from unittest import mock
 
 import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel, EulerDiscreteScheduler
 from lightning.pytorch import seed_everything
 from safetensors.torch import load_file
 from support.gaussian_reverse import scheduler
+from support.latents import save_autoencoder
 from support.networks import small_unet
 from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,11 +23,13 @@ from lightning_vr import (
     EDM,
     VE,
     VP,
+    AutoencoderFolder,
     Cosine,
     DiffusersSchedule,
     DiffusersSolver,
     DiffusionModule,
     Euler,
+    LatentDiffusionModule,
     LearnedVariance,
     RectifiedFlow,
     Sampler,
@@ -56,10 +60,15 @@ for name in names:
     asked = {"num_inference_steps": STEPS, "generator": generator, "output_type": "pt"}
     kind = type(pipeline).__name__
     if kind == "DenoisingPipeline":
-        asked["output_type"] = "latent"
+        asked["output_type"] = "latent" if pipeline.vae is None else "pt"
         if pipeline.config.num_classes:
             asked["class_labels"] = [0, 1, 2, 0]
-    images = pipeline(COUNT, **asked).images
+    if kind == "DiTPipeline":
+        assert pipeline.get_label_ids(["999"]) == [999]
+        del asked["output_type"]
+        images = pipeline([0, 1, 2, 0], guidance_scale=2.5, output_type="pt", **asked).images
+    else:
+        images = pipeline(COUNT, **asked).images
     save_file({"images": images}, f"{folder}/{name}.safetensors", {"kind": kind})
     print(json.dumps([name, kind]))
 """
@@ -95,10 +104,26 @@ def trained(module, steps=2, *callbacks, channels=1):
     return module
 
 
-def models():
-    """Models that go out, by name."""
-    from diffusers import DiTTransformer2DModel, EulerDiscreteScheduler
+def latent_dit(folder, **settings):
+    """A DiT of twice the channels, as those that are published, of latents of pictures."""
+    if not folder.exists():
+        save_autoencoder(folder)
+    network = DiTTransformer2DModel(
+        num_attention_heads=1,
+        attention_head_dim=8,
+        in_channels=2,
+        out_channels=4,
+        num_layers=1,
+        sample_size=4,
+        norm_num_groups=1,
+    )
+    options = {"schedule": scheduler(100), "prediction": "epsilon", "num_classes": 1000}
+    options |= {"autoencoder": AutoencoderFolder(str(folder)), "label_dropout": 0.3}
+    return LatentDiffusionModule(network, **(options | settings))
 
+
+def models(folder):
+    """Models that go out, by name."""
     sampler = Sampler(Euler(), STEPS)
     dit = DiTTransformer2DModel(
         num_attention_heads=1,
@@ -141,6 +166,15 @@ def models():
     for name, grid in (("exponential", "exponential"), ("given", GIVEN)):
         drawn = Sampler(Euler(), None if grid is GIVEN else STEPS, grid=grid)
         found[name] = trained(DiffusionModule(small_unet(), schedule=EDM(), sampler=drawn))
+    drawn = Sampler(Euler(), STEPS, guidance=2.5)
+    own = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    # settings by place are those that diffusers forgets
+    ddim = DDIMScheduler(80, clip_sample=False, timestep_spacing="trailing", **own)
+    drawn = {"sampler": drawn, "schedule": ddim, "prediction": "v"}
+    found["latent dit"] = trained(latent_dit(folder, **drawn))
+    drawn = Sampler(DDPM(), STEPS, guidance=2.5)
+    learned = {"sampler": drawn, "variance": LearnedVariance()}
+    found["latent dit, variance"] = trained(latent_dit(folder, **learned))
     return found | with_steps_of_ddpm()
 
 
@@ -167,7 +201,7 @@ def with_steps_of_ddpm():
 
 
 def expected(module):
-    """Return ``module.sample`` at the noise levels of its pipeline's scheduler."""
+    """Return ``module.sample`` at the noise levels of its pipeline's scheduler, decoded latents."""
     source = torch.Generator().manual_seed(SEED)
     abroad = module.to_pipeline().scheduler
     with warnings.catch_warnings():  # of diffusers, on numpy 2
@@ -192,7 +226,8 @@ def expected(module):
     # diffusers draws the noise of later steps from the generator of the first
     draw = partial(torch.randn, generator=source)
     with mock.patch.object(RowNoise, "like", lambda _, x: draw(x.shape).to(x.dtype)):
-        return module.sample(COUNT, group=group, sampler=sampler, source=source)
+        x0 = module.sample(COUNT, group=group, sampler=sampler, source=source)
+    return module.decode(x0) if isinstance(module, LatentDiffusionModule) else x0
 
 
 def sampled_abroad(folder, modules):
