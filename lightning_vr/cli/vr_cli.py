@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from argparse import SUPPRESS
 from importlib.metadata import version
 from typing import Any
 
@@ -111,7 +112,11 @@ class VRCLI(LightningCLI):
         first = next(iter(self._arguments), None)
         if first in self.subcommands() and first != subcommand:
             return self.init_parser(**kwargs)
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for name in {"ckpt_path", "weights_only"} - set(parser.get_defaults().keys()):
+            # nothing is done with them, but the config.yaml of a run has them
+            parser.add_argument(f"--{name}", default=None, help=SUPPRESS)
+        return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data; a checkpoint may stand in for the last two."""
