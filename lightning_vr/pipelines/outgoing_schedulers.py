@@ -132,6 +132,7 @@ def _table(schedule: Schedule, prediction_type: str) -> Any:
         prediction_type=prediction_type,
         clip_sample=False,
         timestep_spacing="trailing",  # the only one that begins at the last timestep
+        steps_offset=1,  # which it does without, and StableDiffusionPipeline not
     )
 
 

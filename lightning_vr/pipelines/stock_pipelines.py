@@ -73,7 +73,9 @@ def is_part_of_stable_diffusion(model: Diffusion, network: Any, found: Any) -> b
     has_latents = autoencoder is not None and _is_scaled_alone(autoencoder)
     # it would guide the variance too; and EDM's scheduler begins with other noise there
     takes_output = not _doubles(network) and type(found).__name__ != "EDMEulerScheduler"
-    return has_latents and takes_output and hasattr(found, "scale_model_input")
+    # it sets both of these, whatever they were
+    own = found.config.get("steps_offset", 1) == 1 and not found.config.get("clip_sample", False)
+    return has_latents and takes_output and own and hasattr(found, "scale_model_input")
 
 
 def samples_pictures(model: Diffusion, shape: tuple[int, ...]) -> bool:

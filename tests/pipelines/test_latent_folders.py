@@ -38,6 +38,7 @@ WORDS = ["one", "two"]
 STEPS = 5
 TABLE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
 V = {"prediction_type": "v_prediction", "clip_sample": False, "timestep_spacing": "trailing"}
+V |= {"steps_offset": 1}
 
 
 class OfText(LatentDiffusionModule):
@@ -231,6 +232,14 @@ def test_a_stock_dit_comes_in_on_the_command_line_trains_and_goes_out_again(tmp_
     images = pipeline([3, 5], num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 1, 8, 8)
     assert images.isfinite().all()
+
+
+def test_a_scheduler_that_stable_diffusion_would_change_is_not_said_to_be_its_part(tmp_path):
+    scheduler = DDPMScheduler(100, clip_sample=True, steps_offset=1)
+    module = of_text(tmp_path, schedule=scheduler, prediction="epsilon")
+    module.sample_shape = (2, 4, 4)
+    export(module, tmp_path / "out")
+    assert "StableDiffusionPipeline" not in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize(
