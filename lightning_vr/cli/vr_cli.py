@@ -21,12 +21,7 @@ import lightning_vr.lifecycle
 import lightning_vr.metrics
 import lightning_vr.process  # noqa: F401
 from lightning_vr.cli.checkpoint_path import checkpoint_path
-from lightning_vr.cli.checkpoint_settings import (
-    Change,
-    changed_network,
-    changed_optimization,
-    model_settings,
-)
+from lightning_vr.cli.checkpoint_settings import check_changes, model_settings, saved_seed
 from lightning_vr.cli.class_names import monitored_plateau
 from lightning_vr.cli.comments import comments_as_text
 from lightning_vr.cli.nested_values import values_as_written
@@ -41,7 +36,6 @@ from lightning_vr.cli.yaml_files import check_yaml_files
 from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
 from lightning_vr.lifecycle.checkpoints import check_weights, read_checkpoint
 from lightning_vr.lifecycle.configuration import imported
-from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
@@ -163,22 +157,26 @@ class VRCLI(LightningCLI):
             if missing is not None:
                 raise missing
             return
+        self._take_from_checkpoint(args, path, has_model=missing is None)
+        self._settings.ckpt_path = path
+
+    def _take_from_checkpoint(self, args: ArgsType, path: Any, *, has_model: bool) -> None:
+        """Read the checkpoint, and parse with what it says where that is not configured."""
         self._checkpoint = read_checkpoint(path)
         check_version(self._checkpoint, path)
         if self.config.subcommand == "fit":
             check_training_state(self._checkpoint, path)
         defaults: dict[str, Any] = {}
-        if missing is not None:
+        if not has_model:
             trust = Trust(path, self._settings.trust)
             defaults["model"] = model_settings(self._checkpoint, self._model_class, trust)
-        seed = self._checkpoint_seed()
+        seed = saved_seed(self._checkpoint)
         if self.config.subcommand == "fit" and seed is not None:
             defaults["seed_everything"] = seed
         for name, value in defaults.items():
             self._set_default(name, value)
         if defaults:
             self._parse(args)
-        self._settings.ckpt_path = path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, whose progress bar counts steps unless one is configured."""
@@ -293,30 +291,6 @@ class VRCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # here Lightning would let a checkpoint's hyperparameters override the settings
-        if self._checkpoint is None:
-            return
-        model = self._settings.model.as_dict()
-        trust = Trust(self._settings.ckpt_path, self._settings.trust)
-        for name, configured, saved in changed_network(model, self._checkpoint, trust):
-            rank_zero_warn(
-                f"Setting `{name}` is {configured}, but {saved} in {self._settings.ckpt_path}, "
-                f"whose weights were trained with it: unless you mean this, use the config.yaml of "
-                f"their run."
-            )
-        if self.config.subcommand != "fit":
-            return
-        changes = changed_optimization(model, self._checkpoint, trust)
-        seed = self._checkpoint_seed()
-        if seed is not None and self._settings.seed_everything != seed:
-            changes.append(Change("seed_everything", self._settings.seed_everything, seed))
-        if changes:
-            name, configured, saved = changes[0]
-            raise ValueError(
-                f"`{name}` must be {saved}, as in {self._settings.ckpt_path}, whose training state "
-                f"`fit` restores, got {configured}: leave it out, or train from the start without "
-                f"--ckpt_path."
-            )
-
-    def _checkpoint_seed(self) -> int | None:
-        seed = (self._checkpoint or {}).get(STATE, {}).get("seed")
-        return seed if seed is not None and seed < 2**32 else None
+        if self._checkpoint is not None:
+            is_fit = self.config.subcommand == "fit"
+            check_changes(self._settings, self._checkpoint, is_fit=is_fit)
