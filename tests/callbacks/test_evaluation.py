@@ -20,6 +20,7 @@ from lightning_vr import (
     DDPM,
     DiffusionModule,
     Evaluation,
+    FrechetDistance,
     LearnedVariance,
     Likelihood,
     Sampler,
@@ -226,6 +227,19 @@ def test_a_cached_training_set_gives_bitwise_the_same_and_is_not_read_again(tmp_
     assert reads == 1 + 16 + 200
     assert few == 1 + 16  # a check of its shape, and the probes
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_frechet_distance_takes_the_same_features_from_the_same_folder(tmp_path):
+    drawn, values, reads = normal_points(60, "drawn"), [], []
+    given = {"sample": lambda module, count: drawn, "clean": lambda batch: batch["x0"]}
+    cached(tmp_path)
+    for cache in (None, tmp_path / "cache", tmp_path / "another"):
+        callback, Reads.reads = FrechetDistance(samples=60, cache=cache, **given), 0
+        trainer = evaluated(callback, tmp_path, Sampled())
+        values.append(float(trainer.callback_metrics["frechet_distance/identity_n60"]))
+        reads.append(Reads.reads)
+    assert values == pytest.approx([values[0]] * 3, rel=1e-9)
+    assert reads == [1 + 200, 1 + 16, 1 + 16 + 200]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "text", "others", "not finite"])
