@@ -217,18 +217,3 @@ def test_a_folder_with_files_is_not_written_to(tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(ValueError, match="`output` must be a new or empty folder"):
         export(DiffusionModule(UNET), tmp_path)
-
-
-def test_onnx_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_vr.pipelines.onnx_graph.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "lightning-vr\[onnx\]"'):
-        export(DiffusionModule(UNET), tmp_path / "out", "onnx")
-
-
-def test_a_graph_has_the_inputs_of_the_network(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    module = DiffusionModule(small_unet(num_class_embeds=4), num_classes=3)
-    module.sample_shape = (1, 8, 8)
-    export(module, tmp_path / "out", "onnx")
-    graph = onnx.load(tmp_path / "out/model.onnx").graph
-    assert [x.name for x in graph.input] == ["sample", "timestep", "class_labels"]
