@@ -41,7 +41,8 @@ def to_pipeline(model: Diffusion) -> Any:
     """
     network = network_to_export(model)
     _check_network(model, network)
-    found = outgoing_scheduler(model.objective, model.sampler)
+    learns = model.variance is not None
+    found = outgoing_scheduler(model.objective, model.sampler, learns_variance=learns)
     shape = _shape(model, network)
     autoencoder = autoencoder_of(model)
     stock = stock_pipeline(model, network, found, shape)

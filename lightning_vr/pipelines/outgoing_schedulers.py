@@ -68,13 +68,16 @@ class OutgoingScheduler:
         return self.time_scale == 1 and self.time_shift == 0
 
 
-def outgoing_scheduler(objective: Objective, sampler: Sampler) -> OutgoingScheduler:
+def outgoing_scheduler(
+    objective: Objective, sampler: Sampler, *, learns_variance: bool = False
+) -> OutgoingScheduler:
     """Return the scheduler that samples from a network of this objective.
 
     Args:
         objective: What the network was trained for.
         sampler: How samples are drawn: EDM's scheduler takes over the grid of noise levels, a
             table's the variance of the solver ``DDPM``.
+        learns_variance: Whether the network was trained with ``LearnedVariance``.
 
     Raises:
         ValueError: If none samples rightly.
@@ -88,7 +91,9 @@ def outgoing_scheduler(objective: Objective, sampler: Sampler) -> OutgoingSchedu
         )
     if isinstance(schedule, DiffusersSchedule):
         if isinstance(sampler.solver, DDPM):
-            return OutgoingScheduler(_ddpm(schedule, sampler.solver))
+            return OutgoingScheduler(_ddpm(schedule, **_settings(sampler.solver)))
+        if learns_variance and sampler.solver is None:
+            return OutgoingScheduler(_ddpm(schedule, variance_type=_VARIANCE_TYPES["learned"]))
         own: Any = schedule.scheduler
         return OutgoingScheduler(_rebuilt(type(own), own.config))
     if isinstance(schedule, EDM | VE):
@@ -136,8 +141,20 @@ def _table(schedule: Schedule, prediction_type: str) -> Any:
     )
 
 
-def _ddpm(schedule: DiffusersSchedule, solver: DDPM) -> Any:
-    """Return the DDPMScheduler that makes the steps of a solver.
+def _settings(solver: DDPM) -> dict[str, Any]:
+    """Return the settings of a DDPMScheduler that makes the steps of a solver."""
+    return {
+        "variance_type": _VARIANCE_TYPES[solver.variance],
+        "clip_sample": solver.clip_sample,
+        "clip_sample_range": 1.0,
+        "thresholding": False,
+        "timestep_spacing": "linspace",
+        "steps_offset": 0,
+    }
+
+
+def _ddpm(schedule: DiffusersSchedule, **changes: Any) -> Any:
+    """Return a DDPMScheduler with the settings of a schedule's own scheduler but for some.
 
     Raises:
         ValueError: If it cannot have the schedule's table or prediction.
@@ -145,23 +162,14 @@ def _ddpm(schedule: DiffusersSchedule, solver: DDPM) -> Any:
     import diffusers  # which takes seconds
 
     own: Any = schedule.scheduler
-    found = _rebuilt(
-        diffusers.DDPMScheduler,
-        own.config,
-        variance_type=_VARIANCE_TYPES[solver.variance],
-        clip_sample=solver.clip_sample,
-        clip_sample_range=1.0,
-        thresholding=False,
-        timestep_spacing="linspace",
-        steps_offset=0,
-    )
+    found = _rebuilt(diffusers.DDPMScheduler, own.config, **changes)
     live = DiffusersSchedule(found)
     if live.prediction == schedule.prediction and live.is_same_process(schedule):
         return found
     raise ValueError(
-        f"`schedule` must have the table of a DDPMScheduler to be exported with the solver DDPM, "
-        f"got a {type(own).__name__} whose settings give that another one: use another solver, or "
-        f"the format safetensors."
+        f"`schedule` must have the table of a DDPMScheduler to be exported with a variance, got a "
+        f"{type(own).__name__} whose settings give that another one: use a solver other than DDPM, "
+        f"or the format safetensors."
     )
 
 

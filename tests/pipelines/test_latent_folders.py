@@ -268,6 +268,22 @@ def test_a_shift_of_latents_goes_out_with_our_own_pipeline(tmp_path, shifted):
     torch.testing.assert_close(found, module.decode(x) / 2 + 0.5)
 
 
+def test_a_learned_variance_goes_out_with_the_scheduler_where_no_solver_is_chosen(tmp_path):
+    schedule = DDPMScheduler(50, clip_sample_range=0.7)
+    options = {"schedule": schedule, "prediction": "epsilon", "variance": LearnedVariance()}
+    pipeline = DiffusionModule(small_unet(out_channels=2), **options).to_pipeline()
+    assert type(pipeline) is DDPMPipeline
+    found, own = (
+        {name: value for name, value in each.config.items() if name[0] != "_"}
+        for each in (pipeline.scheduler, schedule)
+    )
+    assert found == own | {"variance_type": "learned_range"}
+    options["sampler"] = Sampler(Euler())
+    pipeline = DiffusionModule(small_unet(out_channels=2), **options).to_pipeline()
+    assert type(pipeline).__name__ == "DenoisingPipeline"  # which leaves the variance out
+    assert pipeline.scheduler.config.variance_type == "fixed_small"
+
+
 def test_a_variance_that_a_folder_has_learned_is_learned_further(tmp_path):
     network, scheduler = small_unet(out_channels=2), DDPMScheduler(variance_type="learned_range")
     DDPMPipeline(network, scheduler).save_pretrained(tmp_path / "stock")
