@@ -32,6 +32,7 @@ class DenoisingPipeline(_Pipeline):  # type: ignore[misc]
         shape: Shape of one sample, channels first.
         num_classes: Number of classes, or None. The label of that number stands for no class.
         label_dropout: Fraction of labels that training dropped; without it each sample has a class.
+        null_is_zeros: Whether zeros stand for further arguments of the network that are left out.
         is_latent: Whether samples are no pictures in [-1, 1], but what a decoder of one's own
             takes.
         latent_shift: What is added to latents, after their scale, for the autoencoder: a number, or
@@ -55,6 +56,7 @@ class DenoisingPipeline(_Pipeline):  # type: ignore[misc]
         shape: list[int] | None = None,
         num_classes: int | None = None,
         label_dropout: float = 0.0,
+        null_is_zeros: bool = False,
         is_latent: bool = False,
         latent_shift: list[float] | None = None,
         latent_scale: list[float] | None = None,
@@ -70,6 +72,7 @@ class DenoisingPipeline(_Pipeline):  # type: ignore[misc]
             shape=shape,
             num_classes=num_classes,
             label_dropout=label_dropout,
+            null_is_zeros=null_is_zeros,
             is_latent=is_latent,
             latent_shift=latent_shift,
             latent_scale=latent_scale,
@@ -100,7 +103,8 @@ class DenoisingPipeline(_Pipeline):  # type: ignore[misc]
             batch_size: Number of samples.
             class_labels: A class for each sample, or None for samples without a class.
             cond: Further arguments of the network, of ``batch_size`` rows each.
-            null_cond: What stands for them in guidance, of as many rows.
+            null_cond: What stands for them in guidance, of as many rows; zeros where training had
+                zeros.
             guidance_scale: Scale of classifier-free guidance; 1 is none.
             num_inference_steps: Number of steps of the scheduler.
             generator: Generator of the noise.
@@ -112,7 +116,7 @@ class DenoisingPipeline(_Pipeline):  # type: ignore[misc]
         labels, device = self._labels(class_labels, batch_size), self._execution_device
         asked, null = (labels, cond), None
         if guidance != 1:
-            null = (self._null_labels(batch_size), cond if null_cond is None else null_cond)
+            null = (self._null_labels(batch_size), self._null_cond(cond, null_cond))
         self._set_timesteps(num_inference_steps or self.config.num_inference_steps, device)
         takes = inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if "generator" in takes else {}
@@ -129,7 +133,8 @@ class DenoisingPipeline(_Pipeline):  # type: ignore[misc]
     def _set_timesteps(self, steps: int, device: torch.device) -> None:
         self.scheduler.set_timesteps(steps, device=device)
         given = self.config.noise_levels
-        if given is None or steps != len(given):
+        is_edm = hasattr(self.scheduler, "precondition_noise")
+        if given is None or steps != len(given) or not is_edm:
             return
         # the scheduler's own `sigmas` are no noise levels, but fractions of a Karras grid
         levels = torch.tensor(given, dtype=torch.float32)
@@ -207,6 +212,16 @@ class DenoisingPipeline(_Pipeline):  # type: ignore[misc]
             )
         return torch.full((count,), classes, device=self._execution_device)
 
+    def _null_cond(self, cond: Any, given: Any) -> Any:
+        if cond is None or given is not None:
+            return given
+        if not self.config.null_is_zeros:
+            raise ValueError(
+                "`null_cond` must be given with a `guidance_scale` other than 1, to stand for "
+                "`cond`, got None: give the embedding of no text, or use 1."
+            )
+        return _zeros(cond)
+
     def _finish(self, x: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return x
@@ -221,3 +236,10 @@ class DenoisingPipeline(_Pipeline):  # type: ignore[misc]
             return images
         pixels = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return pixels if output_type == "np" else self.numpy_to_pil(pixels)
+
+
+def _zeros(cond: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _zeros(value) if isinstance(value, dict) else torch.zeros_like(value)
+        for name, value in cond.items()
+    }

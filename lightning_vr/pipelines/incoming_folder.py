@@ -77,7 +77,7 @@ class IncomingFolder:
         if own.is_file():
             saved = _json(own)
             schedule, others = _own_objective(saved, scheduler, own)
-            learned = {"variance": saved["variance"]} if saved.get("variance") else {}
+            learned = _own_variance(saved.get("variance"), own)
         else:
             schedule, others = _objective(scheduler)
             others |= _classes(network)
@@ -201,6 +201,18 @@ def _own_objective(
             f"{path} names {described.get('class_path')}: configure network and schedule."
         )
     return {"class_path": _path(kind), "init_args": described["init_args"]}, others
+
+
+def _own_variance(saved: Any, path: Path) -> dict[str, Any]:
+    """Return the argument ``variance`` as ``export`` has written it."""
+    if saved is None:
+        return {}
+    if isinstance(saved, dict) and saved.keys() <= _LEARNED.keys():
+        return {"variance": saved}
+    raise ValueError(
+        f"`pretrained` must be a folder that was exported with a LearnedVariance, but {path} says "
+        f"{saved!r:.80} of `variance`: configure network and schedule."
+    )
 
 
 def _table(scheduler: dict[str, Any]) -> dict[str, Any]:

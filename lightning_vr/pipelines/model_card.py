@@ -74,7 +74,9 @@ def _call(pipeline: Any, network: Any, model: Diffusion) -> str:
         call = f"{size}class_labels={labels}, {guidance}{call}"
     needed = "encoder_hidden_states"
     if needed in inspect.signature(network.forward).parameters:
-        call = f'cond={{"{needed}": embeddings}}, {call}'
+        null = f'null_cond={{"{needed}": embeddings_of_no_text}}, '
+        is_needed = model.sampler.guidance != 1 and not isinstance(model.null_cond, str)
+        call = f'cond={{"{needed}": embeddings}}, {null if is_needed else ""}{call}'
     return call
 
 

@@ -64,6 +64,7 @@ def to_pipeline(model: Diffusion) -> Any:
         shape=list(shape),
         num_classes=model.num_classes,
         label_dropout=model.label_dropout,
+        null_is_zeros=isinstance(model.null_cond, str),
         time_scale=found.time_scale,
         time_shift=found.time_shift,
         noise_levels=found.noise_levels,

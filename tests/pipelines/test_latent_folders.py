@@ -97,12 +97,9 @@ def test_a_model_of_text_goes_out_with_its_autoencoder_and_draws_the_same_pictur
     module, folder = text
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    cond = module.encode_condition({"prompt": WORDS})
-    null = {"encoder_hidden_states": torch.zeros(2, 3, 6)}
     images = pipeline(
         2,
-        cond=cond,
-        null_cond=null,
+        cond=module.encode_condition({"prompt": WORDS}),  # for no text stand zeros
         guidance_scale=3.0,
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(1),
@@ -111,6 +108,13 @@ def test_a_model_of_text_goes_out_with_its_autoencoder_and_draws_the_same_pictur
     torch.testing.assert_close(
         images, pictures_of(module, pipeline.scheduler, 1), rtol=0, atol=1e-4
     )
+
+
+def test_guidance_without_what_stands_for_no_text_is_refused(tmp_path):
+    null = {"encoder_hidden_states": 0.5}
+    pipeline = of_text(tmp_path, null_cond=null, sampler=Sampler(guidance=2.0)).to_pipeline()
+    with pytest.raises(ValueError, match="`null_cond` must be given with a `guidance_scale`"):
+        pipeline(2, cond={"encoder_hidden_states": torch.zeros(2, 3, 6)})
 
 
 def test_its_parts_are_those_that_stable_diffusion_is_made_of(text):
