@@ -36,7 +36,8 @@ class Measurement:
         samples: Number of samples in each repeat.
         repeats: Number of disjoint sets of samples.
         settings: What the value depends on beyond the model.
-        seconds: What it takes alone, with the drawing of the samples; not the reading of data.
+        seconds: What it takes alone, the drawing of its samples included; not the reading of those
+            that they are compared with.
         evaluations: Calls of the network for each sample; None if they are not known.
     """
 
