@@ -256,10 +256,8 @@ class VRCLI(LightningCLI):
         )
 
     def _parse_without_network(self, args: ArgsType, error: ArgumentError) -> None:
-        kind = self._model_class
         placeholder = {"network": {"class_path": "torch.nn.Identity"}}
-        class_path = f"{kind.__module__}.{kind.__qualname__}"
-        self._set_default("model", {"class_path": class_path, "init_args": placeholder})
+        self._set_default("model", self._module_of(placeholder, autoencoder={"path": "."}))
         try:
             self._parse(args)
         except ArgumentError:
@@ -268,12 +266,8 @@ class VRCLI(LightningCLI):
     def _begin_with_pretrained(self, args: ArgsType) -> None:
         """Parse with the network of a folder as the default."""
         self._pretrained = IncomingFolder.read(self._settings.pretrained)
-        kind, arguments = self._model_class, self._pretrained.settings
-        autoencoder = self._pretrained.autoencoder
-        if autoencoder and isinstance(kind, type) and issubclass(LatentDiffusionModule, kind):
-            kind, arguments = LatentDiffusionModule, arguments | {"autoencoder": autoencoder}
-        class_path = f"{kind.__module__}.{kind.__qualname__}"
-        self._set_default("model", {"class_path": class_path, "init_args": arguments})
+        found = self._pretrained
+        self._set_default("model", self._module_of(found.settings, found.autoencoder))
         self._parse(args)
         configured = self._settings.model.as_dict()["init_args"]
         for name, saved in self._pretrained.others.items():
@@ -283,6 +277,15 @@ class VRCLI(LightningCLI):
                     f"{self._settings.pretrained}, whose weights were trained with it: leave it "
                     f"out, unless you mean this."
                 )
+
+    def _module_of(
+        self, arguments: dict[str, Any], autoencoder: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Return settings of a module, of one of latents where there is an autoencoder."""
+        kind = self._model_class
+        if autoencoder and isinstance(kind, type) and issubclass(LatentDiffusionModule, kind):
+            kind, arguments = LatentDiffusionModule, arguments | {"autoencoder": autoencoder}
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
     def _set_default(self, name: str, value: Any) -> None:
         for parser in self._subcommand_parsers.values():

@@ -180,7 +180,7 @@ def test_a_stable_diffusion_pipeline_of_these_parts_draws_the_same_pictures(text
     assert pipeline("a", **asked).images.isfinite().all()  # its own encoder fits too
 
 
-def test_parts_of_stable_diffusion_come_in_train_and_go_out_again(tmp_path):
+def test_parts_of_stable_diffusion_come_in_train_and_go_out_again(tmp_path, capsys):
     stock = {
         "unet": tiny("conditional UNet"),
         "scheduler": PNDMScheduler(skip_prk_steps=True, steps_offset=1, prediction_type="epsilon"),
@@ -197,6 +197,10 @@ def test_parts_of_stable_diffusion_come_in_train_and_go_out_again(tmp_path):
     again = OfText.from_pretrained(tmp_path / "out")
     x = torch.randn(1, 2, 4, 4)
     assert torch.equal(again.decode(x), module.decode(x))
+    # on the command line too, where the module is built before data is asked for
+    with pytest.raises(SystemExit):
+        main(["fit", "--pretrained", str(tmp_path / "stock"), "--model", f"{__name__}.OfText"])
+    assert "`data` must be configured" in capsys.readouterr().err
 
 
 def test_a_stock_dit_comes_in_on_the_command_line_trains_and_goes_out_again(tmp_path, monkeypatch):
