@@ -47,6 +47,7 @@ _LOADERS = {
     "fit": "train_dataloader",
     "audit": "train_dataloader",
     "cache": "train_dataloader",
+    "error_budget": "train_dataloader",
     "validate": "val_dataloader",
     "test": "test_dataloader",
 }
@@ -96,8 +97,8 @@ class VRCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and which of their arguments the command line sets itself."""
-        own = {name: {"model", "datamodule"} for name in ("audit", "cache", "export")}
-        return {**LightningCLI.subcommands(), **own}
+        own = ("audit", "cache", "error_budget", "export")
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in own}}
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any

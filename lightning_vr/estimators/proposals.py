@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from lightning_vr.core.distributed import all_reduce_sum
 from lightning_vr.core.validation import check_at_least, check_choice
-from lightning_vr.estimators.quantile_density import TINY, QuantileDensity
 from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.process.objective import Objective
+from lightning_vr.process.quantile_density import TINY, QuantileDensity
 from lightning_vr.process.timesteps import Truncated
 
 Moment = Literal["gradient", "loss", "bound"]
@@ -199,6 +199,27 @@ class LearnedProposal(Proposal):
         is_known = (seen >= _LEAST_SEEN).all() & (size.sum() > 0)
         shape = torch.where(is_known, size / size.mean().clamp(min=TINY), torch.ones_like(size))
         return QuantileDensity.histogram((1 - self.floor) * shape + self.floor)
+
+    def second_moments(self, objective: Objective) -> tuple[Tensor, Tensor]:
+        """Return noise levels and what was learned at each, for ``Objective.split``, ``(bins,)``.
+
+        Raises:
+            ValueError: If what was learned is no gradient, or a bin has had too few draws.
+        """
+        if self.moment != "gradient":
+            raise ValueError(
+                f"`moment` must be 'gradient' for second moments of gradients, got "
+                f"{self.moment!r}: learn them by LearnedProposal(moment='gradient')."
+            )
+        sums, counts, seen = self.table.cpu()
+        if bool((seen < _LEAST_SEEN).any()):
+            raise ValueError(
+                f"Every bin must have had {_LEAST_SEEN} draws for its second moment, got "
+                f"{int(seen.min())} in one: train longer, or use fewer bins."
+            )
+        levels = objective.noise_levels(self.bins).cpu()
+        order = levels.argsort()
+        return levels[order], (sums / counts)[order]
 
     def check(self, objective: Objective) -> None:
         steps = objective.timesteps.steps

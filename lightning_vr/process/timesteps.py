@@ -22,6 +22,9 @@ class Density(nn.Module, ABC):
     steps: int | None = None
     """Number of equally likely discrete timesteps ``0 .. steps - 1``, or None."""
 
+    changes_objective: bool = False
+    """Whether it is there to train another objective than the schedule is usually trained with."""
+
     @abstractmethod
     def icdf(self, u: Tensor) -> Tensor:
         """Map uniform ``u`` in (0, 1) to times, element by element."""
@@ -37,6 +40,10 @@ class Density(nn.Module, ABC):
     def forward(self, u: Tensor) -> Tensor:
         """Return ``icdf(u)``."""
         return self.icdf(u)
+
+    def extra_repr(self) -> str:
+        """Say whether the objective is another one."""
+        return "changes the objective" if self.changes_objective else ""
 
 
 class Uniform(Density):
@@ -143,7 +150,8 @@ class Shifted(Density):
     """A density on (0, 1) whose times u become ``end shift u / (1 + (shift - 1) u)``.
 
     Under rectified flow a shift multiplies each noise level, which images of more pixels need
-    (Esser et al. 2024, arXiv 2403.03206, equation 23).
+    (Esser et al. 2024, arXiv 2403.03206, equation 23). A shift other than 1 changes the objective;
+    of ``LogitNormal`` it is ``LogitNormal(mean + log shift, std)``.
 
     Args:
         density: A density on (0, 1).
@@ -163,6 +171,7 @@ class Shifted(Density):
                 f"LogitNormal()."
             )
         self.density, self.shift, self.end = density, shift, end
+        self.changes_objective = shift != 1
 
     def icdf(self, u: Tensor) -> Tensor:
         inner = self.density.icdf(u)

@@ -6,6 +6,7 @@ The room imports ``core``, ``process``, ``posterior`` and ``estimators``, and no
 from lightning_vr.variance.accounting import CostModel, best_resamples, fixed_and_marginal
 from lightning_vr.variance.bootstrap import Interval, bootstrap
 from lightning_vr.variance.components import Components
+from lightning_vr.variance.error_budget import ErrorBudget, measure_error_budgets
 from lightning_vr.variance.excess_loss import ExcessLoss
 from lightning_vr.variance.gradient_measurement import GradientMeasurement, NoisyLoss
 from lightning_vr.variance.irreducible_variance import IrreducibleVariance
@@ -16,6 +17,7 @@ from lightning_vr.variance.target_measurement import measure_target_variance
 __all__ = [
     "Components",
     "CostModel",
+    "ErrorBudget",
     "ExcessLoss",
     "GradientMeasurement",
     "Interval",
@@ -26,5 +28,6 @@ __all__ = [
     "best_resamples",
     "bootstrap",
     "fixed_and_marginal",
+    "measure_error_budgets",
     "measure_target_variance",
 ]

@@ -9,10 +9,17 @@ import yaml
 from lightning_vr.callbacks import TargetVariance
 from lightning_vr.cli import main
 
-# two steps are too few
-pytestmark = pytest.mark.filterwarnings("ignore:GradientVariance has measured nothing")
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    # two steps are too few
+    pytest.mark.filterwarnings("ignore:GradientVariance has measured nothing"),
+]
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = [
+    # pictures of each kind are drawn once
+    pytest.param(path, marks=pytest.mark.pictures if path.stem == "digits_stf" else ())
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+]
 BASE = Path(__file__).parents[2] / "configs/eight_gaussians.yaml"
 OVERLAYS = {"wandb"}
 TINY = [

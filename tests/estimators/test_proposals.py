@@ -8,8 +8,8 @@ from lightning_vr.estimators.proposals import (
     TableProposal,
     WeightProposal,
 )
-from lightning_vr.estimators.quantile_density import QuantileDensity
 from lightning_vr.process.objective import Objective
+from lightning_vr.process.quantile_density import QuantileDensity
 from lightning_vr.process.schedules import EDM, VE, VP, RectifiedFlow
 from lightning_vr.process.timesteps import LogitNormal, LogNormal, Truncated, Uniform, UniformSteps
 from lightning_vr.process.weightings import (
