@@ -146,9 +146,12 @@ class VRCLI(LightningCLI):
             missing = error
             self._parse_without_network(args, error)
         path = checkpoint_path(self._settings)
-        if path is None and self._settings.pretrained:
+        # checkpoints of an adapter lack the network that it adapts
+        if self._settings.pretrained and (path is None or self._has_adapter):
             self._begin_with_pretrained(args)
-            return
+            missing = None
+            if path is None:
+                return
         if missing is None and self._settings.model is None:
             missing = ValueError(
                 "`model` must be configured: give a network, as in --model.network ResidualMLP, or "
@@ -266,8 +269,8 @@ class VRCLI(LightningCLI):
         """Parse with the network of a folder as the default."""
         self._pretrained = IncomingFolder.read(self._settings.pretrained)
         class_path = f"{self._model_class.__module__}.{self._model_class.__qualname__}"
-        settings = {"class_path": class_path, "init_args": self._pretrained.settings}
-        self._set_default("model", settings)
+        arguments = self._pretrained.settings(frozen=self._has_adapter)
+        self._set_default("model", {"class_path": class_path, "init_args": arguments})
         self._parse(args)
         configured = self._settings.model.as_dict()["init_args"]
         for name, saved in self._pretrained.others.items():
@@ -277,6 +280,11 @@ class VRCLI(LightningCLI):
                     f"{self._settings.pretrained}, whose weights were trained with it: leave it "
                     f"out, unless you mean this."
                 )
+
+    @property
+    def _has_adapter(self) -> bool:
+        model = self._settings.model
+        return model is not None and model.init_args.get("adapter") is not None
 
     def _set_default(self, name: str, value: Any) -> None:
         for parser in self._subcommand_parsers.values():

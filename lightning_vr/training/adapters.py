@@ -24,7 +24,7 @@ from lightning_vr.lifecycle.weight_averaging import drop_weights, update_weights
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections of attention in diffusers' networks."""
 
-_MARK, _NETWORK = ".lora_", "network."
+_MARK, _ADAPTED, _NETWORK = ".lora_", ".base_layer.", "network."
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Adapter:
         for parameter in plain.parameters():
             if parameter.requires_grad:  # 16 bits would lose small steps
                 parameter.data = parameter.data.float()
-        self.folder = _folder(plain)
+        self.folder = source_folder(plain)
         self._digest: str | None = None
 
     def keep_alone(self, network: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -137,6 +137,23 @@ def adapter_alone(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
     }
 
 
+def source_folder(network: nn.Module) -> str | None:
+    """Return the folder that a network of diffusers comes from, or None."""
+    path = dict(getattr(network, "config", {}) or {}).get("_name_or_path")
+    return str(Path(path).resolve()) if path and Path(path).is_dir() else None
+
+
+def load_base(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a network's weights, by the names that they have without its adapter.
+
+    Raises:
+        RuntimeError: If some are missing, or are others.
+    """
+    own = {name.replace(_ADAPTED, "."): name for name in _base(network)}
+    adapter = {name: x for name, x in network.state_dict().items() if _MARK in name}
+    network.load_state_dict(adapter | {own.get(name, name): x for name, x in weights.items()})
+
+
 def _check(network: nn.Module, lora: LoRA) -> None:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     names = [name for name, part in network.named_modules() if isinstance(part, kinds)]
@@ -152,12 +169,6 @@ def _check(network: nn.Module, lora: LoRA) -> None:
                 f"`targets` must name layers of the {type(network).__name__}, got {target!r}: use "
                 f"ends of names such as {', '.join(known[:8])}."
             )
-
-
-def _folder(network: nn.Module) -> str | None:
-    """Return the folder that a network of diffusers comes from, or None."""
-    path = dict(getattr(network, "config", {}) or {}).get("_name_or_path")
-    return str(Path(path).resolve()) if path and Path(path).is_dir() else None
 
 
 def _base(network: nn.Module) -> dict[str, Tensor]:
