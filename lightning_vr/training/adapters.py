@@ -81,14 +81,13 @@ class Adapter:
             if parameter.requires_grad:  # 16 bits would lose small steps
                 parameter.data = parameter.data.float()
         self.folder = source_folder(plain)
-        self._digest: str | None = None
+        # now, as a running average of weights that stay as they are rounds them
+        self._digest = None if self.folder is None else digest(_base(plain))
 
     def keep_alone(self, network: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Leave the weights of a network from a folder out of a checkpoint."""
         if self.folder is None:
             return
-        if self._digest is None:
-            self._digest = digest(_base(network))
         names = [f"{_NETWORK}{name}" for name in _base(network)]
         drop_weights(checkpoint, names)
         checkpoint[STATE][BASE] = {"folder": self.folder, "digest": self._digest}
@@ -105,14 +104,13 @@ class Adapter:
         base = checkpoint.get(STATE, {}).get(BASE)
         if base is None:
             return
-        found = _base(network)
-        if digest(found) != base["digest"]:
+        if self._digest != base["digest"]:
             raise ValueError(
                 f"`network` must have the weights that the adapter of the checkpoint was trained "
                 f"on, those of {base['folder']}, got others: give a Pretrained network from a "
                 f"folder that holds them."
             )
-        update_weights(checkpoint, {f"{_NETWORK}{name}": x for name, x in found.items()})
+        update_weights(checkpoint, {f"{_NETWORK}{name}": x for name, x in _base(network).items()})
 
 
 def merged(network: nn.Module) -> nn.Module:
