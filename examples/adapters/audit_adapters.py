@@ -1,0 +1,162 @@
+"""Where the noise of an adapter's gradients comes from, and what removing it gives.
+
+    python examples/adapters/audit_adapters.py
+
+begins with the network of ``adapt_digits.py``. For batch sizes 1 to 4 it audits an adapter halfway
+through its training. Then it trains, for the same compute, with the plain estimator, with the one
+of the largest multiplier in that audit, and with the one of the smallest. ``runs/adapters`` gets
+the audits, ``audits.json`` and ``trained.json``.
+"""
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from adapt_digits import NEW, adapted, held_out_loss, train_base, trainer
+from lightning.pytorch import Callback, Trainer, seed_everything
+from named_digits import NamedDigits
+
+from lightning_vr import GradientVariance, audit
+from lightning_vr.auditing import Candidate, save_report
+from lightning_vr.auditing.default_candidates import default_candidates
+from lightning_vr.data import Digits
+
+ARMS = ("plain", "best", "rejected")
+
+
+def halfway(base: Path, batch: int, steps: int) -> tuple[NamedDigits, Digits]:
+    """Return an adapter after half of its training with the plain estimator, and its data."""
+    seed_everything(100, verbose=False)
+    module, data = adapted(base), Digits(batch, classes=NEW)
+    trainer(steps // 2, 0.98).fit(module, data)
+    return module, data
+
+
+def candidates(module: NamedDigits, data: Digits) -> list[Candidate]:
+    data.setup()
+    return default_candidates(module, len(data.train_dataset))
+
+
+def audit_batch(base: Path, batch: int, steps: int, budget: float, folder: Path) -> dict[str, Any]:
+    """Audit one batch size, and return what training needs to know of it."""
+    module, data = halfway(base, batch, steps)
+    found = audit(module, data, candidates(module, data), budget=budget)
+    save_report(found, folder / f"audit_{batch}")
+    ranked = sorted(found.estimators[1:], key=lambda each: each.multiplier.estimate)
+    chosen = {"plain": found.current, "best": ranked[-1], "rejected": ranked[0]}
+    rows = {
+        arm: {
+            "name": each.name,
+            "multiplier": list(each.multiplier),
+            "efficiency": list(each.efficiency),
+            "saving": found.predicted_speedup(each),
+            "seconds": each.seconds,
+        }
+        for arm, each in chosen.items()
+    }
+    parts = {n: float(x[0]) for n, x in found.current.components._asdict().items()}
+    return {"arms": rows, "noise_ratio": found.noise_ratio, "parts": parts, "advice": found.advice}
+
+
+def train_arm(base: Path, batch: int, name: str, steps: int, seed: int) -> float:
+    """Train with an estimator of the audit, and return the held-out plain loss."""
+    seed_everything(seed, verbose=False)
+    module, data = adapted(base), Digits(batch, classes=NEW)
+    listed = candidates(module, data)
+    chosen = next((each for each in listed if each.name == name), Candidate("current"))
+    for slot, value in chosen.slots().items():
+        setattr(module, slot, value)
+    trainer(steps, 0.98).fit(module, data)
+    return held_out_loss(module, data)
+
+
+def train_arms(
+    base: Path, batch: int, found: dict[str, Any], steps: int, seeds: int
+) -> dict[str, Any]:
+    """Train each arm for the compute that the plain one needs for ``steps``."""
+    plain = found["arms"]["plain"]["seconds"]
+    rows = {}
+    for arm, estimator in found["arms"].items():
+        own = max(1, round(steps * plain / estimator["seconds"]))
+        losses = [train_arm(base, batch, estimator["name"], own, seed) for seed in range(seeds)]
+        rows[arm] = {"name": estimator["name"], "steps": own, "losses": losses}
+        print(f"batch {batch}, {arm}, {estimator['name']}: {own} steps, {losses}", flush=True)
+    return rows
+
+
+def report(rows: dict[str, dict[str, Any]]) -> None:
+    """Print mean losses, and differences from the plain estimator in pairs of seeds."""
+    for batch, arms in rows.items():
+        plain = np.array(arms["plain"]["losses"])
+        for arm in ARMS:
+            losses = np.array(arms[arm]["losses"])
+            difference = losses - plain
+            errors = [x.std(ddof=1) / len(x) ** 0.5 for x in (losses, difference)]
+            print(
+                f"batch {batch}, {arms[arm]['name']}: {arms[arm]['steps']} steps, "
+                f"{losses.mean():.4f} ± {errors[0]:.4f}, "
+                f"from plain {difference.mean():+.4f} ± {errors[1]:.4f}"
+            )
+
+
+class Seconds(Callback):
+    """Times the steps of a run."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *args: object) -> None:
+        self.ends.append(time.process_time())
+
+
+def measuring_seconds(base: Path, batch: int, steps: int) -> dict[str, float]:
+    """Return the CPU seconds of one measurement of ``GradientVariance`` beside those of a step."""
+    found = {}
+    for name in ("adapter", "network"):
+        for every in (None, 1):
+            seed_everything(0, verbose=False)
+            module = adapted(base) if name == "adapter" else adapted(base, adapter=None)
+            clock = Seconds()
+            watch = [] if every is None else [GradientVariance(every_n_steps=every)]
+            fit: Trainer = trainer(steps, 0.98, *watch, clock)
+            fit.fit(module, Digits(batch, classes=NEW))
+            seconds = float(np.median(np.diff(clock.ends)))
+            found[f"{name}, {'step' if every is None else 'step with measurement'}"] = seconds
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--trained", type=int, nargs="*", default=[1, 4], help="batch sizes")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds of each audit")
+    parser.add_argument("--timed_steps", type=int, default=10)
+    parser.add_argument("--base_steps", type=int, default=600)
+    parser.add_argument("--folder", type=Path, default=Path("runs/adapters"))
+    options = parser.parse_args()
+    base = options.folder / "base"
+    if not base.exists():
+        train_base(base, options.base_steps)
+    print(json.dumps(measuring_seconds(base, 4, options.timed_steps)))
+
+    audit_of = functools.partial(audit_batch, base, steps=options.steps, budget=options.budget)
+    audits = {batch: audit_of(batch, folder=options.folder) for batch in options.batch_sizes}
+    (options.folder / "audits.json").write_text(json.dumps(audits, indent=2))
+    for batch, found in audits.items():
+        print(f"batch {batch}: {found['advice']}")
+    trained = {
+        batch: train_arms(base, batch, audits[batch], options.steps, options.seeds)
+        for batch in options.trained
+    }
+    (options.folder / "trained.json").write_text(json.dumps(trained, indent=2))
+    report(trained)
+
+
+if __name__ == "__main__":
+    main()
