@@ -121,7 +121,7 @@ def draw(rows: dict[str, Tensor], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base_steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("runs/adapters"))
     options = parser.parse_args()

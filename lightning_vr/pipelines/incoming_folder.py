@@ -88,7 +88,11 @@ class IncomingFolder:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of a ``DiffusionModule`` as objects, with the network's weights."""
-        return {"network": self._saved_network(), "schedule": _rebuilt(self.schedule), **self.others}
+        return {
+            "network": self._saved_network(),
+            "schedule": _rebuilt(self.schedule),
+            **self.others,
+        }
 
     def load_weights(self, network: nn.Module) -> None:
         """Load the network's weights, beneath its adapter if it has one.
