@@ -8,6 +8,7 @@ could have written, the folder ``lora`` of the adapter, and pictures of samples 
 
 import argparse
 import functools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,7 @@ def samples(module: NamedDigits, digits: Tensor) -> Tensor:
 
 def of_diffusers(module: NamedDigits, digits: Tensor, base: Path, folder: Path) -> Tensor:
     """Return what stock diffusers samples with the adapter, in a process without this package."""
+    shutil.rmtree(folder / "lora", ignore_errors=True)  # of an earlier run
     export(module, folder / "lora", "lora")
     noise = torch.randn(len(digits), 1, 8, 8, generator=torch.Generator().manual_seed(0))
     tokens = module.encode_condition({"digit": digits.tolist()})["encoder_hidden_states"]
@@ -136,12 +138,13 @@ def main() -> None:
     counts = [sum(x.numel() for x in module.parameters() if x.requires_grad)]
     counts.append(sum(x.numel() for x in module.parameters()))
     print(f"{counts[0]} of {counts[1]} parameters train, {counts[0] / counts[1]:.1%}")
-    before, rows = held_out_loss(module, NEW), {"before": samples(module, digits)}
+    losses = [held_out_loss(module, each) for each in (NEW, KNOWN)]
+    rows = {"before": samples(module, digits)}
     trainer(options.steps).fit(module, data)
-    after, rows["after"] = held_out_loss(module, NEW), samples(module, digits)
-    print(f"validation loss of the new digits: {before:.4f} before, {after:.4f} after")
-    old = held_out_loss(module, KNOWN)
-    print(f"validation loss of the known digits: {old:.4f} after")
+    rows["after"] = samples(module, digits)
+    for name, classes, before in zip(("new", "known"), (NEW, KNOWN), losses, strict=True):
+        after = held_out_loss(module, classes)
+        print(f"validation loss of the {name} digits: {before:.4f} before, {after:.4f} after")
 
     there = of_diffusers(module, digits, base, options.folder)
     difference = ((rows["after"] / 2 + 0.5).clamp(0, 1) - there).abs().max()
