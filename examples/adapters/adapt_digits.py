@@ -64,9 +64,9 @@ def network() -> UNet2DConditionModel:
     )
 
 
-def trainer(steps: int, *callbacks: object) -> Trainer:
-    """Return a trainer that averages weights over a sixth of its steps."""
-    average = EMAWeightAveraging(decay=max(0.0, 1 - 6 / steps))
+def trainer(steps: int, *callbacks: object, decay: float | None = None) -> Trainer:
+    """Return a trainer that averages weights, by default over a sixth of its steps."""
+    average = EMAWeightAveraging(decay=max(0.0, 1 - 6 / steps) if decay is None else decay)
     return Trainer(max_steps=steps, limit_val_batches=0, callbacks=[average, *callbacks], **QUIET)
 
 

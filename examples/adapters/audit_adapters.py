@@ -25,6 +25,9 @@ from lightning_vr.auditing import Candidate, save_report
 from lightning_vr.auditing.default_candidates import default_candidates
 from lightning_vr.data import Digits
 
+DECAY = 0.97
+"""Of the averaged weights, the same for all numbers of steps."""
+
 ARMS = ("plain", "best", "rejected")
 
 
@@ -32,7 +35,7 @@ def halfway(base: Path, batch: int, steps: int) -> tuple[NamedDigits, Digits]:
     """Return an adapter after half of its training with the plain estimator, and its data."""
     seed_everything(100, verbose=False)
     module, data = adapted(base), Digits(batch, classes=NEW)
-    trainer(steps // 2).fit(module, data)
+    trainer(steps // 2, decay=DECAY).fit(module, data)
     return module, data
 
 
@@ -88,7 +91,7 @@ def train_arm(
     chosen = next((each for each in listed if each.name == name), Candidate("current"))
     for slot, value in chosen.slots().items():
         setattr(module, slot, value)
-    trainer(steps, *callbacks).fit(module, data)
+    trainer(steps, *callbacks, decay=DECAY).fit(module, data)
     return module
 
 
@@ -136,7 +139,7 @@ def measuring_seconds(base: Path, batch: int, steps: int) -> dict[str, float]:
             module = adapted(base) if name == "adapter" else adapted(base, adapter=None)
             clock = Seconds()
             watch = [] if every is None else [GradientVariance(every_n_steps=every)]
-            fit: Trainer = trainer(steps, *watch, clock)
+            fit: Trainer = trainer(steps, *watch, clock, decay=DECAY)
             fit.fit(module, Digits(batch, classes=NEW))
             what = "step" if every is None else "step with measurement"
             found[f"{name}, {what}"] = clock.of_a_step

@@ -89,6 +89,7 @@ def test_few_parameters_train_the_loss_falls_and_diffusers_samples_the_same(
     assert (here / folder / "samples.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_estimators_are_audited_and_trained_for_the_same_compute(here, monkeypatch, capsys):
     monkeypatch.setattr(
         "lightning_vr.auditing.default_candidates.default_candidates",
