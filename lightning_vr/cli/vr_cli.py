@@ -3,6 +3,7 @@
 import sys
 import warnings
 from argparse import SUPPRESS
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # a short class name resolves once its class is imported
+import lightning_vr.auditing
 import lightning_vr.callbacks
 import lightning_vr.data
 import lightning_vr.estimators
@@ -36,6 +38,7 @@ from lightning_vr.cli.yaml_files import check_yaml_files
 from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
 from lightning_vr.lifecycle.checkpoints import check_weights, read_checkpoint
 from lightning_vr.lifecycle.configuration import imported
+from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
 from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
@@ -188,7 +191,9 @@ class VRCLI(LightningCLI):
         callbacks = configured if isinstance(configured, list) else [configured]
         # asked before there is a trainer, which adds its own callbacks to the list
         has_progress_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        trainer = super().instantiate_trainer(**kwargs)
+        measures = self.subcommand in ("audit", "error_budget")
+        with quiet_trainer() if measures else nullcontext():
+            trainer = super().instantiate_trainer(**kwargs)
         check_processes(trainer)
         if not has_progress_bar:
             use_step_progress_bar(trainer)
