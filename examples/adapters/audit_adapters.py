@@ -49,16 +49,20 @@ def candidates(module: NamedDigits, data: Digits) -> list[Candidate]:
 def audit_batch(base: Path, batch: int, steps: int, budget: float, folder: Path) -> dict[str, Any]:
     """Audit one batch size, and return what training needs to know of it."""
     module, data = halfway(base, batch, steps)
-    found = audit(module, data, candidates(module, data), budget=budget)
+    listed = candidates(module, data)
+    found = audit(module, data, listed, budget=budget)
     save_report(found, folder / f"audit_{batch}")
-    ranked = sorted(found.estimators[1:], key=lambda each: each.multiplier.estimate)
+    # not those that the audit combines of them
+    named = {candidate.name for candidate in listed}
+    rivals = [each for each in found.estimators[1:] if each.name in named]
+    ranked = sorted(rivals, key=lambda each: each.multiplier.estimate)
     chosen = {"plain": found.current, "best": ranked[-1], "rejected": ranked[0]}
     rows = {
         arm: {
             "name": each.name,
             "multiplier": list(each.multiplier),
             "efficiency": list(each.efficiency),
-            "saving": found.predicted_speedup(each),
+            "predicted_speedup": list(each.predicted_speedup),
             "seconds": each.seconds,
         }
         for arm, each in chosen.items()
