@@ -149,9 +149,12 @@ class VRCLI(LightningCLI):
             missing = error
             self._parse_without_network(args, error)
         path = checkpoint_path(self._settings)
-        if path is None and self._settings.pretrained:
+        # checkpoints of an adapter lack the network that it adapts
+        if self._settings.pretrained and (path is None or self._has_adapter):
             self._begin_with_pretrained(args)
-            return
+            missing = None
+            if path is None:
+                return
         if missing is None and self._settings.model is None:
             missing = ValueError(
                 "`model` must be configured: give a network, as in --model.network ResidualMLP, or "
@@ -273,7 +276,8 @@ class VRCLI(LightningCLI):
         """Parse with the network of a folder as the default."""
         self._pretrained = IncomingFolder.read(self._settings.pretrained)
         found = self._pretrained
-        self._set_default("model", self._module_of(found.settings, found.autoencoder))
+        arguments = found.settings(frozen=self._has_adapter)
+        self._set_default("model", self._module_of(arguments, found.autoencoder))
         self._parse(args)
         configured = self._settings.model.as_dict()["init_args"]
         for name, saved in self._pretrained.others.items():
@@ -283,6 +287,11 @@ class VRCLI(LightningCLI):
                     f"{self._settings.pretrained}, whose weights were trained with it: leave it "
                     f"out, unless you mean this."
                 )
+
+    @property
+    def _has_adapter(self) -> bool:
+        model = self._settings.model
+        return model is not None and model.init_args.get("adapter") is not None
 
     def _module_of(
         self, arguments: dict[str, Any], autoencoder: dict[str, Any] | None

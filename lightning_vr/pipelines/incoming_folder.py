@@ -11,6 +11,8 @@ are those of diffusers and the schedules of this package, weights are safetensor
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from torch import nn
 
 from lightning_vr.core.devices import without_compiler
 from lightning_vr.pipelines.trained_for import TRAINED_FOR
-from lightning_vr.process.diffusers_network import load_pretrained
+from lightning_vr.process.diffusers_network import Pretrained, load_pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
+from lightning_vr.training.adapters import load_base, source_folder
 
 _NETWORKS = ("unet", "transformer")
 _AUTOENCODER = "vae"
@@ -86,31 +89,46 @@ class IncomingFolder:
         autoencoder = {"path": str(path), "subfolder": _AUTOENCODER} if has_autoencoder else None
         return cls(found[0], network, schedule, others, learned, autoencoder)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The arguments of a ``DiffusionModule`` as a configuration."""
-        return {"network": self.network, "schedule": self.schedule, **self.others, **self.learned}
+    def settings(self, *, frozen: bool) -> dict[str, Any]:
+        """Return the arguments of a ``DiffusionModule`` as a configuration.
+
+        Args:
+            frozen: Whether the network keeps its weights, so that checkpoints may leave them out
+                and the network comes from this folder each time.
+        """
+        path = {"path": str(self.network_folder.resolve())}
+        loaded = {"class_path": _path(Pretrained), "init_args": path}
+        network = loaded if frozen else self.network
+        return {"network": network, "schedule": self.schedule, **self.others, **self.learned}
 
     def arguments(self) -> dict[str, Any]:
         """Return the same with network, its weights loaded, and schedule as objects."""
-        network = _rebuilt(self.network)
-        self.load_weights(network)
-        schedule = _rebuilt(self.schedule)
+        network, schedule = self._saved_network(), _rebuilt(self.schedule)
         return {"network": network, "schedule": schedule, **self.others, **self.learned}
 
     def load_weights(self, network: nn.Module) -> None:
-        """Load the network's weights.
+        """Load the network's weights, beneath its adapter if it has one.
 
         Raises:
             ValueError: If there are none, or if they are another network's.
         """
+        plain = without_compiler(network)
+        if source_folder(plain) == str(self.network_folder.resolve()):
+            return
+        with self._named_errors():
+            load_base(plain, self._saved_network().state_dict())
+
+    def _saved_network(self) -> nn.Module:
         import diffusers
 
-        plain = without_compiler(network)
         kind = getattr(diffusers, self.network["class_path"].rpartition(".")[2])
+        with self._named_errors():
+            return load_pretrained(kind, self.network_folder, "float32", None)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
         try:
-            saved = load_pretrained(kind, self.network_folder, "float32", None)
-            plain.load_state_dict(saved.state_dict())
+            yield
         except Exception as error:  # whatever diffusers meets in a damaged folder
             reason = " ".join(f"{error}".split())[:200]
             raise ValueError(
@@ -219,7 +237,7 @@ def _table(scheduler: dict[str, Any]) -> dict[str, Any]:
     return {"class_path": _path(DiffusersSchedule), "init_args": {"scheduler": scheduler}}
 
 
-def _path(kind: type[Schedule]) -> str:
+def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
