@@ -15,8 +15,10 @@ if TYPE_CHECKING:
         error_budget,
     )
     from lightning_vr.callbacks import (
+        Convergence,
         Evaluation,
         FrechetDistance,
+        GradientSignal,
         GradientVariance,
         SampleGrid,
         TargetVariance,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         LearnedVariance,
         TableProposal,
         TaylorCV,
+        TimestepSampler,
         WeightProposal,
         distillation_loss,
     )
@@ -88,6 +91,7 @@ if TYPE_CHECKING:
         LatentDiffusionModule,
         cache_latents,
     )
+    from lightning_vr.variance import ConvergenceMonitor
 
 __all__ = [
     "CARV",
@@ -110,6 +114,8 @@ __all__ = [
     "Beta",
     "Candidate",
     "Clean",
+    "Convergence",
+    "ConvergenceMonitor",
     "Cosine",
     "DPMSolver2M",
     "DiffusersSchedule",
@@ -123,6 +129,7 @@ __all__ = [
     "Euler",
     "Evaluation",
     "FrechetDistance",
+    "GradientSignal",
     "GradientVariance",
     "Heun",
     "InDtype",
@@ -154,6 +161,7 @@ __all__ = [
     "TargetEstimate",
     "TargetVariance",
     "TaylorCV",
+    "TimestepSampler",
     "TotalWeighting",
     "UncertaintyWeighting",
     "Uniform",
@@ -175,6 +183,7 @@ _ROOMS = (
     "process",
     "posterior",
     "estimators",
+    "variance",
     "training",
     "lifecycle",
     "pipelines",

@@ -11,10 +11,11 @@ from rich.table import Table
 
 from lightning_vr.auditing.measured_estimator import MeasuredEstimator
 from lightning_vr.auditing.result import Audit
-from lightning_vr.callbacks.gradient_variance_report import PARTS, draw_components
+from lightning_vr.callbacks.gradient_variance_report import draw_components
 from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import level_names
+from lightning_vr.variance.components import PARTS
 from lightning_vr.variance.intervals import Interval
 
 if TYPE_CHECKING:

@@ -4,12 +4,15 @@ The folder may be a stock pipeline's or one of ``export``. Its network keeps its
 weights. A stock scheduler decides schedule and prediction: ``EDMEulerScheduler`` is EDM's schedule
 and preconditioning with diffusers' time embedding, every other one is a ``DiffusersSchedule``. What
 ``export`` wrote says itself what it was trained for, so that a continuous schedule comes back as
-such. Nothing is downloaded, no code of the folder is run and no pickle is read: classes are those
-of diffusers and the schedules of this package, weights are safetensors.
+such. A DiT says how many classes it embeds; a variance that the scheduler takes from the network is
+learned further. Nothing is downloaded, no code of the folder is run and no pickle is read: classes
+are those of diffusers and the schedules of this package, weights are safetensors.
 """
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,17 @@ from torch import nn
 
 from lightning_vr.core.devices import without_compiler
 from lightning_vr.pipelines.trained_for import TRAINED_FOR
-from lightning_vr.process.diffusers_network import load_pretrained
+from lightning_vr.process.diffusers_network import Pretrained, load_pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
+from lightning_vr.training.adapters import load_base, source_folder
 
 _NETWORKS = ("unet", "transformer")
+_AUTOENCODER = "vae"
 _ARGUMENTS = ("prediction", "sigma_data", "num_classes", "label_dropout")
+_LEARNED = {"weight": 0.001, "levels": None}
+"""Settings of ``LearnedVariance`` where a folder has none."""
+
 _SCHEDULES: dict[str, type[Schedule]] = {
     kind.__name__: kind for kind in (EDM, VE, VP, Cosine, RectifiedFlow, DiffusersSchedule)
 }
@@ -38,12 +46,16 @@ class IncomingFolder:
         network: Its class and arguments.
         schedule: The schedule's class and arguments.
         others: Further arguments of the module.
+        learned: Its argument ``variance``, as settings, if the network's variance is learned.
+        autoencoder: Settings of an ``AutoencoderFolder``, or None if there is none.
     """
 
     network_folder: Path
     network: dict[str, Any]
     schedule: dict[str, Any]
     others: dict[str, Any]
+    learned: dict[str, Any]
+    autoencoder: dict[str, Any] | None
 
     @classmethod
     def read(cls, folder: str | Path) -> "IncomingFolder":
@@ -66,35 +78,57 @@ class IncomingFolder:
         network = _described(_json(found[0] / "config.json"), diffusers.ModelMixin, found[0])
         scheduler = _described(_json(config), diffusers.SchedulerMixin, config.parent)
         if own.is_file():
-            schedule, others = _own_objective(_json(own), scheduler, own)
+            saved = _json(own)
+            schedule, others = _own_objective(saved, scheduler, own)
+            learned = _own_variance(saved.get("variance"), own)
         else:
             schedule, others = _objective(scheduler)
-        return cls(found[0], network, schedule, others)
+            others |= _classes(network)
+            learned = _variance(network, scheduler)
+        has_autoencoder = (path / _AUTOENCODER / "config.json").is_file()
+        autoencoder = {"path": str(path), "subfolder": _AUTOENCODER} if has_autoencoder else None
+        return cls(found[0], network, schedule, others, learned, autoencoder)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The arguments of a ``DiffusionModule`` as a configuration."""
-        return {"network": self.network, "schedule": self.schedule, **self.others}
+    def settings(self, *, frozen: bool) -> dict[str, Any]:
+        """Return the arguments of a ``DiffusionModule`` as a configuration.
+
+        Args:
+            frozen: Whether the network keeps its weights, so that checkpoints may leave them out
+                and the network comes from this folder each time.
+        """
+        path = {"path": str(self.network_folder.resolve())}
+        loaded = {"class_path": _path(Pretrained), "init_args": path}
+        network = loaded if frozen else self.network
+        return {"network": network, "schedule": self.schedule, **self.others, **self.learned}
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of a ``DiffusionModule`` as objects, with the network's weights."""
-        network = _rebuilt(self.network)
-        self.load_weights(network)
-        return {"network": network, "schedule": _rebuilt(self.schedule), **self.others}
+        """Return the same with network, its weights loaded, and schedule as objects."""
+        network, schedule = self._saved_network(), _rebuilt(self.schedule)
+        return {"network": network, "schedule": schedule, **self.others, **self.learned}
 
     def load_weights(self, network: nn.Module) -> None:
-        """Load the network's weights.
+        """Load the network's weights, beneath its adapter if it has one.
 
         Raises:
             ValueError: If there are none, or if they are another network's.
         """
+        plain = without_compiler(network)
+        if source_folder(plain) == str(self.network_folder.resolve()):
+            return
+        with self._named_errors():
+            load_base(plain, self._saved_network().state_dict())
+
+    def _saved_network(self) -> nn.Module:
         import diffusers
 
-        plain = without_compiler(network)
         kind = getattr(diffusers, self.network["class_path"].rpartition(".")[2])
+        with self._named_errors():
+            return load_pretrained(kind, self.network_folder, "float32", None)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
         try:
-            saved = load_pretrained(kind, self.network_folder, "float32", None)
-            plain.load_state_dict(saved.state_dict())
+            yield
         except Exception as error:  # whatever diffusers meets in a damaged folder
             reason = " ".join(f"{error}".split())[:200]
             raise ValueError(
@@ -154,6 +188,22 @@ def _objective(scheduler: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return schedule, {"prediction": "edm", "sigma_data": given.get("sigma_data", 0.5)}
 
 
+def _classes(network: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for the classes of a DiT, which has a label for no class besides."""
+    if network["class_path"] != "diffusers.DiTTransformer2DModel":
+        return {}
+    # the fraction that it is published with (Peebles and Xie 2023, 2212.09748)
+    count = network["init_args"].get("num_embeds_ada_norm", 1000)
+    return {"num_classes": count, "label_dropout": 0.1}
+
+
+def _variance(network: dict[str, Any], scheduler: dict[str, Any]) -> dict[str, Any]:
+    """Return the argument ``variance`` where a scheduler takes it from the network."""
+    channels, out = (network["init_args"].get(name) for name in ("in_channels", "out_channels"))
+    is_learned = scheduler["init_args"].get("variance_type") == "learned_range"
+    return {"variance": _LEARNED} if is_learned and channels and out == 2 * channels else {}
+
+
 def _own_objective(
     saved: dict[str, Any], scheduler: dict[str, Any], path: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -171,11 +221,23 @@ def _own_objective(
     return {"class_path": _path(kind), "init_args": described["init_args"]}, others
 
 
+def _own_variance(saved: Any, path: Path) -> dict[str, Any]:
+    """Return the argument ``variance`` as ``export`` has written it."""
+    if saved is None:
+        return {}
+    if isinstance(saved, dict) and saved.keys() <= _LEARNED.keys():
+        return {"variance": saved}
+    raise ValueError(
+        f"`pretrained` must be a folder that was exported with a LearnedVariance, but {path} says "
+        f"{saved!r:.80} of `variance`: configure network and schedule."
+    )
+
+
 def _table(scheduler: dict[str, Any]) -> dict[str, Any]:
     return {"class_path": _path(DiffusersSchedule), "init_args": {"scheduler": scheduler}}
 
 
-def _path(kind: type[Schedule]) -> str:
+def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

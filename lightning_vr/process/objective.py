@@ -8,11 +8,12 @@ The residual is formed in the network's own space, where the squared error carri
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_vr.core.devices import widest_float
+from lightning_vr.core.devices import device_of
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.noise_level_densities import NoiseLevelDensity
 from lightning_vr.process.noise_level_table import NoiseLevelTable
@@ -21,6 +22,21 @@ from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density, Truncated
 from lightning_vr.process.total_weight import TotalWeighting, log_level_density
 from lightning_vr.process.weightings import Weighting
+
+
+class WeightedTimes(Protocol):
+    """What a proposal needs to know of a loss: its density of times and its weight."""
+
+    @property
+    def timesteps(self) -> Density:
+        """The density p(t) that the loss is an expectation over."""
+
+    @property
+    def parent(self) -> "WeightedTimes | None":
+        """What this is a part of, or None."""
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Return the weight of the loss at times ``t (B,)``."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +73,7 @@ class Objective:
 
     def times(self, count: int) -> Tensor:
         """Return the time in the middle of each of ``count`` equally likely bins ``(count,)``."""
-        device = next(self.schedule.buffers(), torch.zeros(0)).device
-        middles = (torch.arange(count, device=device, dtype=widest_float(device)) + 0.5) / count
-        return self.timesteps.icdf(middles)
+        return self.timesteps.middles(count, device_of(self.schedule))
 
     def noise_levels(self, count: int) -> Tensor:
         """Return the noise level at each of ``times(count)``, ``(count,)``."""

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from lightning_vr.core.devices import widest_float
 from lightning_vr.core.validation import check_at_least, check_finite_number, check_positive
 
 
@@ -28,6 +29,11 @@ class Density(nn.Module, ABC):
     @abstractmethod
     def icdf(self, u: Tensor) -> Tensor:
         """Map uniform ``u`` in (0, 1) to times, element by element."""
+
+    def middles(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return the time in the middle of each of ``count`` equally likely bins ``(count,)``."""
+        dtype = widest_float(torch.device(device))
+        return self.icdf((torch.arange(count, device=device, dtype=dtype) + 0.5) / count)
 
     @abstractmethod
     def cdf(self, t: Tensor) -> Tensor:
