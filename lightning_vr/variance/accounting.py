@@ -39,6 +39,11 @@ from torch import Tensor
 from lightning_vr.core.validation import check_at_least, check_positive
 from lightning_vr.variance.intervals import Interval, jackknife, ratio
 
+_EXCESS_KURTOSIS = 1.0
+"""Of what a repetition adds to the log of a ratio of variances. With it 95 % intervals of 3 to 16
+repetitions hold in 93 to 98 % on toys whose gradients have rare large values; with 0, in 91 to 96.
+"""
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -175,7 +180,8 @@ def training_speedup(
     def log_steps(base: Tensor, own: Tensor, mean: Tensor) -> Tensor:
         return steps_ratio(base, own, mean).log()
 
-    steps = jackknife(log_steps, baseline, variance, signal, level=level)
+    samples = (baseline, variance, signal)
+    steps = jackknife(log_steps, *samples, level=level, excess_kurtosis=_EXCESS_KURTOSIS)
     return steps.plus(_log_speed(baseline_seconds, seconds, level)).exp()
 
 
@@ -213,7 +219,12 @@ def steps_ratio(baseline: Tensor, variance: Tensor, signal: Tensor) -> Tensor:
 
 
 def _log_efficiency(baseline: Tensor, variance: Tensor) -> Interval:
-    return jackknife(lambda base, own: ratio(base, own).log(), baseline, variance)
+    return jackknife(
+        lambda base, own: ratio(base, own).log(),
+        baseline,
+        variance,
+        excess_kurtosis=_EXCESS_KURTOSIS,
+    )
 
 
 def _log_speed(baseline_seconds: Tensor, seconds: Tensor, level: float) -> Interval:
