@@ -12,7 +12,7 @@ LEAST_REPETITIONS = (3, 5)
 
 MOST_FINALISTS = 5
 
-LEAST_CANDIDATES = (3, 1)
+LEAST_CANDIDATES = (3, 2)
 """Of the first and of the second look, however small the budget."""
 
 

@@ -83,8 +83,7 @@ def test_slow_timings_do_not_decide_what_is_looked_at_again(monkeypatch):
 
     monkeypatch.setattr(CandidateMeasurement, "repeat", disturbed)
     monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=clock))
-    found = audited([RIVALS[0], RIVALS[3]], budget=2)
-    # the one that is expected to save most: for the second look of others there is no time
-    (best,) = found.finalists
-    assert best.name == "all, pairs"
-    assert best.seconds == found.current.seconds
+    found = audited([RIVALS[0], RIVALS[2]], budget=2)
+    # the two that are expected to save most: for the second look of others there is no time
+    assert {each.name for each in found.finalists} == {"all", "all, strata"}
+    assert all(each.seconds == found.current.seconds for each in found.finalists)

@@ -141,7 +141,7 @@ def test_k_independent_draws_of_a_sample_have_the_kth_part_of_the_variance_withi
     found = audit(upstream(), Points(spread=0.0), rivals, budget=150, progress=False)
     efficiency = found.estimators[1].efficiency
     assert efficiency.low < 4 < efficiency.high
-    assert efficiency.high - efficiency.low < 3
+    assert efficiency.high - efficiency.low < 4
     parts, error = found.estimators[1].components, found.estimators[1].errors
     assert abs(float(parts.data[0] / error.data[0])) < 4
 
@@ -236,7 +236,7 @@ def test_a_candidate_that_surely_loses_is_not_looked_at_again(measured, counted)
     # weights of 5 in nine tenths of p: at equal seconds several times the variance
     worse = CARV(1, TableProposal([1.0, *[0.02] * 9]), scope="none")
     rivals = [Candidate("worse", draws=worse), Candidate("same", draws=CARV(1, scope="none"))]
-    found = audit(upstream(), Points(), rivals, budget=300, progress=False)
+    found = audit(upstream(), Points(), rivals, budget=150, progress=False)
     assert [each.name for each in found.finalists] in ([], ["same"])
     assert found.estimators[1].predicted_speedup.high < 0.8
     assert sum(table is not None for _, table in measured) == found.repetitions
