@@ -236,7 +236,7 @@ def test_a_candidate_that_surely_loses_is_not_looked_at_again(measured, counted)
     # weights of 5 in nine tenths of p: at equal seconds several times the variance
     worse = CARV(1, TableProposal([1.0, *[0.02] * 9]), scope="none")
     rivals = [Candidate("worse", draws=worse), Candidate("same", draws=CARV(1, scope="none"))]
-    found = audit(upstream(), Points(), rivals, budget=150, progress=False)
+    found = audit(upstream(), Points(), rivals, budget=300, progress=False)
     assert [each.name for each in found.finalists] in ([], ["same"])
     assert found.estimators[1].predicted_speedup.high < 0.8
     assert sum(table is not None for _, table in measured) == found.repetitions
