@@ -17,7 +17,7 @@ FLOORS = [
     {"estimators"},
     {"variance", "lifecycle"},
     {"training"},
-    {"callbacks", "pipelines"},
+    {"teachers", "callbacks", "pipelines"},
     {"auditing"},
     {"cli"},
 ]
@@ -26,7 +26,8 @@ TENSOR_ROOMS = ("core", "process", "posterior", "estimators", "variance", "train
 FRAMEWORKS = {"lightning", "pytorch_lightning", "diffusers", "torchmetrics", "sklearn"}
 LOGGERS = {"wandb", "tensorboard", "mlflow", "comet_ml", "neptune", "matplotlib"}
 MAY_IMPORT_DIFFUSERS = tuple(
-    f"process/diffusers_{name}.py" for name in ("autoencoder", "network", "schedule", "solver")
+    f"process/diffusers_{name}.py"
+    for name in ("autoencoder", "folder", "network", "schedule", "solver")
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -19,7 +19,8 @@ from lightning_vr.pipelines.outgoing_pipeline import (
     trained_network,
 )
 from lightning_vr.pipelines.provenance import Provenance
-from lightning_vr.pipelines.trained_for import TRAINED_FOR, described, trained_for
+from lightning_vr.pipelines.trained_for import described, trained_for
+from lightning_vr.process.diffusers_folder import TRAINED_FOR
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.training.adapters import adapter_alone
 from lightning_vr.training.diffusion import Diffusion

@@ -1,13 +1,14 @@
 """What hands a module over to diffusers, and takes one from there.
 
-How that is done the room ``pipelines`` knows, which stands above this one. It says so here when it
-is imported, as ``lightning_vr`` does for whoever asks it for ``DiffusionModule``.
+How a pipeline is made the room ``pipelines`` knows, which stands above this one. It says so here
+when it is imported, as ``lightning_vr`` does for whoever asks it for ``DiffusionModule``.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_vr.process.diffusers_folder import IncomingFolder
 from lightning_vr.training.diffusion import Diffusion
 
 _Module = TypeVar("_Module", bound="HandOver")
@@ -15,25 +16,9 @@ _Module = TypeVar("_Module", bound="HandOver")
 _functions: dict[str, Callable[[Any], Any]] = {}
 
 
-def set_hand_over(
-    to_pipeline: Callable[[Any], Any], arguments_of: Callable[[Any], dict[str, Any]]
-) -> None:
-    """Set what the methods of ``HandOver`` call.
-
-    Args:
-        to_pipeline: Makes a pipeline of a module.
-        arguments_of: Reads the arguments of a module from a folder.
-    """
-    _functions.update(to_pipeline=to_pipeline, arguments_of=arguments_of)
-
-
-def _function(name: str) -> Callable[[Any], Any]:
-    if name not in _functions:
-        raise RuntimeError(
-            "`lightning_vr.pipelines` must be imported before a module is handed over: import it, "
-            "or take DiffusionModule from `lightning_vr`."
-        )
-    return _functions[name]
+def set_to_pipeline(to_pipeline: Callable[[Any], Any]) -> None:
+    """Set what makes a pipeline of a module."""
+    _functions["to_pipeline"] = to_pipeline
 
 
 class HandOver(Diffusion):
@@ -52,7 +37,7 @@ class HandOver(Diffusion):
         Raises:
             ValueError: If the folder lacks a network or a scheduler that can be trained on.
         """
-        return cls(**(_function("arguments_of")(folder) | settings))
+        return cls(**(IncomingFolder.read(folder).arguments() | settings))
 
     def to_pipeline(self) -> Any:
         """Return a ``DiffusionPipeline`` that samples as this module does.
@@ -60,4 +45,9 @@ class HandOver(Diffusion):
         Raises:
             ValueError: If none would, with the reason.
         """
-        return _function("to_pipeline")(self)
+        if "to_pipeline" not in _functions:
+            raise RuntimeError(
+                "`lightning_vr.pipelines` must be imported before a module is handed over: import "
+                "it, or take DiffusionModule from `lightning_vr`."
+            )
+        return _functions["to_pipeline"](self)

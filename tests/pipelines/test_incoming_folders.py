@@ -19,7 +19,7 @@ from support.networks import small_unet
 
 from lightning_vr import EDM, VE, VP, DiffusersSchedule, Diffusion, DiffusionModule, Sampler, export
 from lightning_vr.cli import main
-from lightning_vr.pipelines import IncomingFolder
+from lightning_vr.process.diffusers_folder import IncomingFolder
 from lightning_vr.training import hand_over
 
 STOCK = {

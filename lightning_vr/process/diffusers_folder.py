@@ -17,10 +17,12 @@ from typing import Any
 from torch import nn
 
 from lightning_vr.core.devices import without_compiler
-from lightning_vr.pipelines.trained_for import TRAINED_FOR
 from lightning_vr.process.diffusers_network import load_pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
+
+TRAINED_FOR = "lightning_vr.json"
+"""The file in the folder of a pipeline that says what its network was trained for."""
 
 _NETWORKS = ("unet", "transformer")
 _ARGUMENTS = ("prediction", "sigma_data", "num_classes", "label_dropout")
@@ -80,7 +82,12 @@ class IncomingFolder:
         """Return the arguments of a ``DiffusionModule`` as objects, with the network's weights."""
         network = _rebuilt(self.network)
         self.load_weights(network)
-        return {"network": network, "schedule": _rebuilt(self.schedule), **self.others}
+        return {"network": network, **self.objective}
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The arguments that are not the network, as objects."""
+        return {"schedule": _rebuilt(self.schedule), **self.others}
 
     def load_weights(self, network: nn.Module) -> None:
         """Load the network's weights.
@@ -88,13 +95,9 @@ class IncomingFolder:
         Raises:
             ValueError: If there are none, or if they are another network's.
         """
-        import diffusers
-
-        plain = without_compiler(network)
-        kind = getattr(diffusers, self.network["class_path"].rpartition(".")[2])
         try:
-            saved = load_pretrained(kind, self.network_folder, "float32", None)
-            plain.load_state_dict(saved.state_dict())
+            saved = self.load_network()
+            without_compiler(network).load_state_dict(saved.state_dict())
         except Exception as error:  # whatever diffusers meets in a damaged folder
             reason = " ".join(f"{error}".split())[:200]
             raise ValueError(
@@ -102,6 +105,17 @@ class IncomingFolder:
                 f"{self.network_folder} ({reason}): save it by `save_pretrained`, and leave the "
                 f"settings of `network` out."
             ) from error
+
+    def load_network(self, dtype: str = "float32") -> nn.Module:
+        """Return the network with its weights in a dtype.
+
+        Raises:
+            ValueError: If they are not all there, or others are.
+        """
+        import diffusers
+
+        kind = getattr(diffusers, self.network["class_path"].rpartition(".")[2])
+        return load_pretrained(kind, self.network_folder, dtype, None)
 
 
 def _json(path: Path) -> dict[str, Any]:
