@@ -6,7 +6,6 @@ Draws of times and noise (``IID``, ``CARV``), targets (``DSM``, ``STF``) and con
 """
 
 from lightning_vr.estimators.carv import CARV
-from lightning_vr.estimators.distillation import distillation_loss
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.estimators.loss import ControlVariate
@@ -34,5 +33,4 @@ __all__ = [
     "Target",
     "TaylorCV",
     "WeightProposal",
-    "distillation_loss",
 ]

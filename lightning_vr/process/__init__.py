@@ -33,9 +33,11 @@ from lightning_vr.process.timesteps import (
     LogUniform,
     Shifted,
     Uniform,
+    UniformSteps,
 )
 from lightning_vr.process.variational_bound import VariationalBound
 from lightning_vr.process.weightings import (
+    DistillationWeighting,
     EDMWeighting,
     LogNormalWeighting,
     MinSNRWeighting,
@@ -58,6 +60,7 @@ __all__ = [
     "Density",
     "DiffusersSchedule",
     "DiffusersSolver",
+    "DistillationWeighting",
     "EDMStochastic",
     "EDMWeighting",
     "Euler",
@@ -79,6 +82,7 @@ __all__ = [
     "Shifted",
     "Solver",
     "Uniform",
+    "UniformSteps",
     "UnitWeighting",
     "VariationalBound",
     "Weighting",

@@ -40,12 +40,10 @@ from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import Schedule, expand
 from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
+from lightning_vr.teachers.negative_condition import NEGATIVE, split_negative
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.guidance import check_guidance
 from lightning_vr.training.upstream import NullCondition
-
-NEGATIVE = "negative_"
-"""What the names of a negative condition begin with, beside those of the condition."""
 
 _KNOWN_DROPOUT = 0.1
 """A network with an embedding for dropped labels is taken to have seen some."""
@@ -124,10 +122,7 @@ class FrozenTeacher(nn.Module):
         Raises:
             ValueError: If the model was never trained without what guidance leaves out.
         """
-        teacher = cls.__new__(cls)
-        nn.Module.__init__(teacher)
-        teacher._hold(copy.deepcopy(module), guidance, vae, dtype)
-        return teacher
+        return cls._of(copy.deepcopy(module), guidance, vae, dtype)
 
     @classmethod
     def from_checkpoint(
@@ -140,7 +135,7 @@ class FrozenTeacher(nn.Module):
         trust: Sequence[str] = (),
         **settings: Any,
     ) -> Self:
-        """Return the teacher of a checkpoint of a ``DiffusionModule``: of its average, if it has one.
+        """Return the teacher in a checkpoint of a ``DiffusionModule``: of averaged weights if any.
 
         Args:
             path: The checkpoint.
@@ -156,10 +151,7 @@ class FrozenTeacher(nn.Module):
         from lightning_vr.training.module import DiffusionModule  # which needs Lightning
 
         module = DiffusionModule.load_from_checkpoint(path, "cpu", trust=trust, **settings)
-        teacher = cls.__new__(cls)
-        nn.Module.__init__(teacher)
-        teacher._hold(module, guidance, vae, dtype)
-        return teacher
+        return cls._of(module, guidance, vae, dtype)
 
     @classmethod
     def from_pretrained(
@@ -229,9 +221,7 @@ class FrozenTeacher(nn.Module):
                 f"{high}: use (0.02, 0.98)."
             )
         model = self.model
-        return Objective(
-            model.schedule, model.timesteps.between(low, high), weighting, prediction
-        )
+        return Objective(model.schedule, model.timesteps.between(low, high), weighting, prediction)
 
     @torch.no_grad()
     def noise_residual(self, noised: Noised, guidance: float | None = None) -> Tensor:
@@ -256,6 +246,13 @@ class FrozenTeacher(nn.Module):
         """Return x0_hat ``(n, *)``; arguments as for ``noise_residual``."""
         output = self._output(noised, guidance)
         return self.model.objective.coefficients(noised.t).x0_hat(noised.xt, output)
+
+    @classmethod
+    def _of(cls, model: Diffusion, *settings: Any) -> Self:
+        teacher = cls.__new__(cls)
+        nn.Module.__init__(teacher)
+        teacher._hold(model, *settings)
+        return teacher
 
     def _hold(
         self,
@@ -308,23 +305,3 @@ class FrozenTeacher(nn.Module):
         return replace(
             noised, group=group, cond=mapped(null, lambda x: x.expand(count, *x.shape[1:]))
         )
-
-
-def split_negative(cond: Condition | None) -> tuple[Condition | None, Condition | None]:
-    """Return a condition without its negative parts, and those under the names of the others.
-
-    Raises:
-        ValueError: If some names have a negative part and others have none.
-    """
-    if cond is None:
-        return None, None
-    negative = {
-        name.removeprefix(NEGATIVE): x for name, x in cond.items() if name.startswith(NEGATIVE)
-    }
-    own = {name: x for name, x in cond.items() if not name.startswith(NEGATIVE)}
-    if negative and negative.keys() != own.keys():
-        raise ValueError(
-            f"`cond` must hold a negative part for all of its names or for none, got "
-            f"{sorted(cond)}: name each of them with {NEGATIVE!r} before it."
-        )
-    return own, negative or None
