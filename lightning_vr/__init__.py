@@ -69,7 +69,12 @@ if TYPE_CHECKING:
         UnitWeighting,
         VariationalBound,
     )
-    from lightning_vr.teachers import FrozenTeacher, ScoreDistillationLoss
+    from lightning_vr.teachers import (
+        FrozenTeacher,
+        OrbitViews,
+        ScoreDistillation,
+        ScoreDistillationLoss,
+    )
     from lightning_vr.training import (
         Diffusion,
         DiffusionModule,
@@ -124,6 +129,7 @@ __all__ = [
     "MinSNRWeighting",
     "Noised",
     "Objective",
+    "OrbitViews",
     "PredictorCorrector",
     "Pretrained",
     "RectifiedFlow",
@@ -132,6 +138,7 @@ __all__ = [
     "ResumableModule",
     "SampleGrid",
     "Sampler",
+    "ScoreDistillation",
     "ScoreDistillationLoss",
     "Shifted",
     "TableProposal",

@@ -3,8 +3,30 @@
 The room imports ``training`` and what is below. What loops of one's own need imports no Lightning.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lightning_vr.teachers.distillation import DistillationEstimate, distill
 from lightning_vr.teachers.frozen_teacher import FrozenTeacher
+from lightning_vr.teachers.orbit_views import OrbitViews
 from lightning_vr.teachers.score_distillation_loss import ScoreDistillationLoss
 
-__all__ = ["DistillationEstimate", "FrozenTeacher", "ScoreDistillationLoss", "distill"]
+if TYPE_CHECKING:
+    from lightning_vr.teachers.score_distillation import ScoreDistillation
+
+__all__ = [
+    "DistillationEstimate",
+    "FrozenTeacher",
+    "OrbitViews",
+    "ScoreDistillation",
+    "ScoreDistillationLoss",
+    "distill",
+]
+
+_WITH_LIGHTNING = {"ScoreDistillation": "score_distillation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WITH_LIGHTNING:
+        return getattr(import_module(f"{__name__}.{_WITH_LIGHTNING[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

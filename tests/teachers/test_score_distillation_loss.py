@@ -145,7 +145,7 @@ def test_the_gradient_is_that_of_each_output_against_its_mean_weighted_residual(
     directions = weight[:, None] * frozen.noise_residual(noised)
     means = directions.reshape(6, -1, 2).mean(1)
     torch.testing.assert_close(found.gradient, means, rtol=1e-6, atol=1e-9)
-    assert float(found.loss) == pytest.approx(0.5 * float(means.square().sum()) / 6)
+    assert found.loss.item() == pytest.approx(0.5 * float(means.square().sum()) / 6)
     parameters = list(upstream.parameters())
     expected = torch.autograd.grad((x * means).sum() / 6, parameters, retain_graph=True)
     torch.testing.assert_close(
@@ -301,7 +301,7 @@ def test_numbers_for_loggers_are_norms_of_gradients_and_residuals():
     assert float(numbers["residual_norm"]) == pytest.approx(
         float(found.residual.norm(dim=1).mean())
     )
-    assert float(numbers["loss"]) == float(found.loss)
+    assert float(numbers["loss"]) == found.loss.item()
     assert len(found.per_draw) == 12
     weight = loss.objective.weight(found.noised.t)
     torch.testing.assert_close(found.per_draw, weight * found.residual.square().mean(1))
