@@ -70,7 +70,9 @@ if TYPE_CHECKING:
         VariationalBound,
     )
     from lightning_vr.teachers import (
+        DistributionMatching,
         FrozenTeacher,
+        OneStepStudent,
         OrbitViews,
         ScoreDistillation,
         ScoreDistillationLoss,
@@ -107,6 +109,7 @@ __all__ = [
     "Diffusion",
     "DiffusionModule",
     "DistillationWeighting",
+    "DistributionMatching",
     "DurableCheckpointIO",
     "EDMStochastic",
     "EDMWeighting",
@@ -129,6 +132,7 @@ __all__ = [
     "MinSNRWeighting",
     "Noised",
     "Objective",
+    "OneStepStudent",
     "OrbitViews",
     "PredictorCorrector",
     "Pretrained",

@@ -8,22 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_vr.teachers.distillation import DistillationEstimate, distill
 from lightning_vr.teachers.frozen_teacher import FrozenTeacher
+from lightning_vr.teachers.one_step_student import OneStepStudent
 from lightning_vr.teachers.orbit_views import OrbitViews
 from lightning_vr.teachers.score_distillation_loss import ScoreDistillationLoss
 
 if TYPE_CHECKING:
+    from lightning_vr.teachers.distribution_matching import DistributionMatching
     from lightning_vr.teachers.score_distillation import ScoreDistillation
 
 __all__ = [
     "DistillationEstimate",
+    "DistributionMatching",
     "FrozenTeacher",
+    "OneStepStudent",
     "OrbitViews",
     "ScoreDistillation",
     "ScoreDistillationLoss",
     "distill",
 ]
 
-_WITH_LIGHTNING = {"ScoreDistillation": "score_distillation"}
+_WITH_LIGHTNING = {
+    "DistributionMatching": "distribution_matching",
+    "ScoreDistillation": "score_distillation",
+}
 
 
 def __getattr__(name: str) -> Any:

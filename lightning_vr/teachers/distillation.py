@@ -119,12 +119,25 @@ def distill(
     )
 
 
-def check_distillation(draws: Draws, objective: Objective) -> None:
+def check_distillation(
+    draws: Draws, objective: Objective, without_pilots: str | None = None
+) -> None:
     """Raise if draws would not estimate a distillation's gradient.
 
+    Args:
+        draws: The draws.
+        objective: What they are to estimate.
+        without_pilots: The class that uses them, if it runs no pilots.
+
     Raises:
-        ValueError: If a proposal is zero where the weight is not, or learns from what is not there.
+        ValueError: If a proposal is zero where the weight is not, or learns from what is not there,
+            or if nobody would choose the number of draws.
     """
+    if without_pilots is not None and getattr(draws, "resamples", None) == "auto":
+        raise ValueError(
+            f"`resamples` must be a number in a {without_pilots}, which runs no pilots, got "
+            f"'auto': use CARV(8) or another number; a ScoreDistillation runs pilots."
+        )
     draws.check(objective)
     if getattr(getattr(draws, "proposal", None), "moment", None) == "bound":
         raise ValueError(

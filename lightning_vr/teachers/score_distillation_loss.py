@@ -77,13 +77,8 @@ class ScoreDistillationLoss(nn.Module):
         self.weighting = weighting or DistillationWeighting()
         self.residual = residual or teacher.noise_residual
         self.seed, self.calls = seed, 0
-        if getattr(self.draws, "resamples", None) == "auto":
-            raise ValueError(
-                "`resamples` must be a number in a ScoreDistillationLoss, which runs no pilots, "
-                "got 'auto': use CARV(8), or a ScoreDistillation."
-            )
         self.time_range = time_range
-        check_distillation(self.draws, self.objective)
+        check_distillation(self.draws, self.objective, type(self).__name__)
 
     @property
     def time_range(self) -> tuple[float, float]:

@@ -7,14 +7,14 @@ from torch import nn
 
 from lightning_vr import CARV, VP, Clean, FrozenTeacher, LearnedProposal, OrbitViews
 from lightning_vr import ScoreDistillation as Distillation
-from lightning_vr.data import EightGaussians
+from lightning_vr.data import TwoGaussians
 
 VIEWS = OrbitViews(4, antipodal=True)
 
 
-def teacher(guidance=3.0):
+def teacher(guidance=3.0, prediction="epsilon"):
     network = small_mlp(std=1.0, num_class_embeds=3)
-    return FrozenTeacher(network, VP(), num_classes=2, guidance=guidance)
+    return FrozenTeacher(network, VP(), prediction, num_classes=2, guidance=guidance)
 
 
 class Scene(Distillation):
@@ -38,10 +38,12 @@ def scene(draws=None, **settings):
     return Scene(teacher(), draws=draws or CARV(4, LearnedProposal(bins=4)), **settings)
 
 
-def fit(module, *callbacks, seed=5, ckpt_path=None, length=24, **options):
+def fit(module, *callbacks, seed=5, ckpt_path=None, length=24, batch_size=1, **options):
     torch.manual_seed(seed)
     trainer = quiet_trainer(*callbacks, **({"max_epochs": 1, "limit_val_batches": 0} | options))
-    data = EightGaussians(1, num_samples=length, num_validation=1)  # it resumes within an epoch
+    data = TwoGaussians(
+        batch_size, 2, num_samples=length, num_validation=2
+    )  # it resumes within an epoch
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
