@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from lightning_vr.teachers import (
         DistributionMatching,
         FrozenTeacher,
+        GradientFeatures,
         OneStepStudent,
         OrbitViews,
         ScoreDistillation,
@@ -117,6 +118,7 @@ __all__ = [
     "Evaluation",
     "FrechetDistance",
     "FrozenTeacher",
+    "GradientFeatures",
     "GradientVariance",
     "Heun",
     "InDtype",

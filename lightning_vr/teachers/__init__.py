@@ -6,11 +6,18 @@ The room imports ``training`` and what is below. What loops of one's own need im
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_vr.teachers.attribution_scores import (
+    cosine_scores,
+    linear_datamodeling_score,
+    trak_scores,
+)
 from lightning_vr.teachers.distillation import DistillationEstimate, distill
 from lightning_vr.teachers.frozen_teacher import FrozenTeacher
+from lightning_vr.teachers.gradient_features import GradientFeatures
 from lightning_vr.teachers.one_step_student import OneStepStudent
 from lightning_vr.teachers.orbit_views import OrbitViews
 from lightning_vr.teachers.score_distillation_loss import ScoreDistillationLoss
+from lightning_vr.teachers.subset_retraining import SubsetModels, subset_masks
 
 if TYPE_CHECKING:
     from lightning_vr.teachers.distribution_matching import DistributionMatching
@@ -20,11 +27,17 @@ __all__ = [
     "DistillationEstimate",
     "DistributionMatching",
     "FrozenTeacher",
+    "GradientFeatures",
     "OneStepStudent",
     "OrbitViews",
     "ScoreDistillation",
     "ScoreDistillationLoss",
+    "SubsetModels",
+    "cosine_scores",
     "distill",
+    "linear_datamodeling_score",
+    "subset_masks",
+    "trak_scores",
 ]
 
 _WITH_LIGHTNING = {
