@@ -105,7 +105,7 @@ def distill(
         per_draw = weight * direction.flatten(1).square().mean(dim=1)
         gradient = expand(weight, direction) * direction
         gradient = gradient.reshape(len(x0), -1, *x0.shape[1:]).mean(dim=1)
-        target = noised.x0 + expand(objective.coefficients(noised.t).b, direction) * direction
+        target = noised.x0 + _x0_scale(noised, objective, direction) * direction
         unit = torch.ones_like(noised.t)
         value = 0.5 * gradient.square().sum() / len(x0)
     pull = (x0 * gradient.to(x0.dtype)).sum() / len(x0)
@@ -144,6 +144,12 @@ def check_distillation(
             "`moment` must be 'gradient' or 'loss' for draws of a teacher, got 'bound', which is "
             "of a learned variance: use LearnedProposal()."
         )
+
+
+def _x0_scale(noised: Noised, objective: Objective, like: Tensor) -> Tensor:
+    """Return what turns a residual into one of x0; that of noise is most often asked for."""
+    is_noise = objective.prediction == "epsilon"
+    return expand(-noised.noise_level if is_noise else objective.coefficients(noised.t).b, like)
 
 
 def _residuals(residual: Residual, noised: Noised, chunk: int) -> Tensor:

@@ -31,12 +31,12 @@ from lightning_vr.core.rows import concatenated, mapped, tensors
 from lightning_vr.core.shared_model import SharedModel
 from lightning_vr.core.types import UNLABELLED, Noised
 from lightning_vr.core.validation import check_finite_number
-from lightning_vr.estimators.loss import network_output
 from lightning_vr.process.diffusers_autoencoder import Autoencoder, AutoencoderFolder
 from lightning_vr.process.diffusers_folder import IncomingFolder
 from lightning_vr.process.network_dtype import InDtype, NetworkDtype
 from lightning_vr.process.objective import Objective
-from lightning_vr.process.predictions import PredictionType
+from lightning_vr.process.predictions import Prediction, PredictionType
+from lightning_vr.process.predictions import prediction as prediction_of
 from lightning_vr.process.schedules import Schedule, expand
 from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
@@ -235,8 +235,7 @@ class FrozenTeacher(nn.Module):
         Raises:
             ValueError: If guidance has nothing to lead away from.
         """
-        output = self._output(noised, guidance)
-        c = self.model.objective.coefficients(noised.t)
+        output, c = self._output(noised, guidance)
         exact = expand(c.p, output) * noised.x0 + expand(c.q, output) * noised.noise
         factor = -noised.alpha / noised.sigma * c.b
         return expand(factor, output) * (output - exact)
@@ -244,8 +243,8 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def denoise(self, noised: Noised, guidance: float | None = None) -> Tensor:
         """Return x0_hat ``(n, *)``; arguments as for ``noise_residual``."""
-        output = self._output(noised, guidance)
-        return self.model.objective.coefficients(noised.t).x0_hat(noised.xt, output)
+        output, coefficients = self._output(noised, guidance)
+        return coefficients.x0_hat(noised.xt, output)
 
     @classmethod
     def _of(cls, model: Diffusion, *settings: Any) -> Self:
@@ -270,18 +269,21 @@ class FrozenTeacher(nn.Module):
         self._shared = SharedModel(model.requires_grad_(False).eval())
         self.register_buffer("_device", torch.zeros(()), persistent=False)
 
-    def _output(self, noised: Noised, guidance: float | None) -> Tensor:
-        """Return the network's output ``(n, *)``, guided, in float32 or better."""
+    def _output(self, noised: Noised, guidance: float | None) -> tuple[Tensor, Prediction]:
+        """Return the network's output ``(n, *)``, guided, in float32 or better, and what it is."""
         scale = self.guidance if guidance is None else guidance
         model, (cond, negative) = self.model, split_negative(noised.cond)
+        given_by = (model.prediction, model.schedule, noised.t, model.sigma_data)
+        c, xt = prediction_of(*given_by), noised.xt
         given = replace(noised, cond=cond, group=noised.group if model.num_classes else None)
-        with torch.autocast(noised.xt.device.type, enabled=False):
+        x = expand(c.input_scale, xt) * xt
+        with torch.autocast(xt.device.type, enabled=False):
             if scale == 1:
-                return network_output(model.predict, given, model.objective)
+                return model.predict(x, given).to(xt.dtype), c
             rows = [tensors(self._null(given, negative, scale)), tensors(given)]
-            both = network_output(model.predict, Noised(**concatenated(rows)), model.objective)
+            both = model.predict(torch.cat([x, x]), Noised(**concatenated(rows))).to(xt.dtype)
         null, conditional = both.chunk(2)
-        return torch.lerp(null, conditional, scale)
+        return torch.lerp(null, conditional, scale), c
 
     def _null(self, noised: Noised, negative: Condition | None, scale: float) -> Noised:
         """Return draws without what they are conditioned on."""
