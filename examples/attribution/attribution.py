@@ -16,6 +16,7 @@ are there are not measured again.
 import argparse
 import csv
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -75,7 +76,7 @@ class Study:
         masks = torch.cat([torch.ones(1, TRAINING, dtype=torch.bool), self.masks])
         path = folder / f"{prediction}_{subsets}_{steps}.pt"
         if not path.exists():
-            models = SubsetModels(self.model, masks, lambda p: torch.optim.AdamW(p, 2e-3))
+            models = SubsetModels(self.model, masks, lambda p: torch.optim.AdamW(p, 1e-3))
             models.train(self.train, steps, batch_size=64)
             draws = CARV(256, scope="sample", antithetic=True)
             losses = torch.cat(
@@ -99,7 +100,7 @@ class Study:
         draws: CARV,
         *,
         shared: bool = False,
-        projection: int | None = 512,
+        projection: int | None = None,
         seed: int = 0,
         learn: bool = False,
     ) -> GradientFeatures:
@@ -120,7 +121,7 @@ class Study:
     def variance(self, design: str, count: int, repeats: int) -> float:
         """Return the variance of the features of a sample, of all parameters, over repetitions."""
         some = self.train.rows(torch.arange(32).repeat_interleave(repeats))
-        found = self.features(self.draws(design, count), projection=None)(some)
+        found = self.features(self.draws(design, count))(some)
         return float(found.reshape(32, repeats, -1).double().var(dim=1).sum(dim=-1).mean())
 
     def scores(
@@ -129,7 +130,7 @@ class Study:
         *,
         shared: bool,
         seed: int,
-        projection: int | None = 512,
+        projection: int | None = None,
         damping: float | None = None,
     ) -> Tensor:
         """Return scores of training digits for queries."""
@@ -149,35 +150,32 @@ def measure(results: Results, study: Study, name: str, quick: bool) -> None:
     counts, seeds = ((4,), 1) if quick else ((4, 16, 64), 5)
     for count in counts:
         for design in DESIGNS:
-            key = f"{name}/variance/{count}/{design}"
-            results.get(key, lambda: study.variance(design, count, 4 if quick else 16))  # noqa: B023
-    reference = study.scores(
-        CARV(32 if quick else 1024, scope="sample", antithetic=True), shared=True, seed=99
-    )
-    cases = [
-        (1, "uniform"),
-        (4, "uniform"),
-        (4, "strata"),
-        (16, "uniform"),
-        (16, "all"),
-        (64, "all"),
-    ]
-    for count, design in cases[:2] if quick else cases:
-        for shared in (True, False):
-            kind = "shared" if shared else "independent"
+            taken = partial(study.variance, design, count, 4 if quick else 16)
+            results.get(f"{name}/variance/{count}/{design}", taken)
+    many = CARV(32 if quick else 1024, scope="sample", antithetic=True)
+    reference = study.scores(many, shared=True, seed=99)
+    cases = [(1, "uniform"), (4, "uniform"), (4, "strata"), (16, "uniform"), (16, "all")]
+    for count, design in cases[:2] if quick else [*cases, (64, "all")]:
+        for kind in ("shared", "independent"):
             for seed in range(seeds):
                 draws = study.draws(design, count)
-                scores = study.scores(draws, shared=shared, seed=seed)
+                scores = study.scores(draws, shared=kind == "shared", seed=seed)
                 own = f"{name}/{{}}/{count} {design}/{kind}/{seed}"
-                results.get(own.format("lds"), lambda: study.lds(scores))  # noqa: B023
-                pairs = zip(scores, reference, strict=True)
-                ranks = torch.stack([spearman_corrcoef(a, b) for a, b in pairs])
-                results.get(own.format("rank"), lambda: float(ranks.mean()))  # noqa: B023
+                results.get(own.format("lds"), partial(study.lds, scores))
+                results.get(own.format("rank"), partial(rank_correlation, scores, reference))
+    draws = study.draws("all", 4 if quick else 16)
+    for size in (512, 2048):
+        scores = study.scores(draws, shared=True, seed=0, projection=size)
+        results.get(f"{name}/projected/{size}", partial(study.lds, scores))
     for damping in (0.01, 0.1, 1.0):
-        draws = study.draws("uniform", 4 if quick else 16)
-        key = f"{name}/trak/{damping}"
-        take = lambda: study.lds(study.scores(draws, shared=True, seed=0, damping=damping))  # noqa: B023, E731
-        results.get(key, take)
+        scores = study.scores(draws, shared=True, seed=0, projection=512, damping=damping)
+        results.get(f"{name}/trak/{damping}", partial(study.lds, scores))
+
+
+def rank_correlation(scores: Tensor, reference: Tensor) -> float:
+    """Return the mean over queries of the rank correlation of scores with others."""
+    pairs = zip(scores, reference, strict=True)
+    return float(torch.stack([spearman_corrcoef(a, b) for a, b in pairs]).mean())
 
 
 def mean(results: Results, prefix: str) -> tuple[float, float]:
@@ -204,6 +202,8 @@ def report(results: Results, path: Path) -> None:
                     mean(results, f"{name}/{kind}/{case}/{x}") for x in ("independent", "shared")
                 ]
                 print(f"  K = {case}: " + " → ".join(f"{m:.3f} ± {e:.3f}" for m, e in pair))
+        sizes = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "projected"}
+        print(f"{name}: LDS by number of projected features: {sizes}")
         ridge = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "trak"}
         print(f"{name}: LDS with the inverse Gram matrix, by damping: {ridge}")
         for kind in ("independent", "shared"):
