@@ -3,6 +3,7 @@
 A denoising diffusion model as people write it in Lightning, on real digits. ``TargetVariance``
 needs the schedule and a function that turns a batch into clean samples. ``GradientVariance``
 measures totals without arguments, and splits them by source if it is given the loss of each sample.
+``Convergence`` says by the same loss at which noise levels the module has learned what there is.
 ``SampleGrid`` and ``FrechetDistance`` need a function that samples from the module.
 
     python examples/attach_to_a_trainer.py --max_epochs 20
@@ -17,7 +18,15 @@ from diffusers import UNet2DModel
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_vr import VP, FrechetDistance, GradientVariance, SampleGrid, Sampler, TargetVariance
+from lightning_vr import (
+    VP,
+    Convergence,
+    FrechetDistance,
+    GradientVariance,
+    SampleGrid,
+    Sampler,
+    TargetVariance,
+)
 from lightning_vr.data import Digits
 from lightning_vr.metrics import DigitFeatures
 
@@ -87,6 +96,7 @@ def main() -> None:
         callbacks=[
             TargetVariance(schedule=SCHEDULE, clean=lambda batch: batch["image"]),
             GradientVariance(every_n_steps=10, loss=loss, schedule=SCHEDULE),
+            Convergence(samples=32, loss=loss, schedule=SCHEDULE),
             SampleGrid(samples=64, sample=sample),
             FrechetDistance(
                 DigitFeatures(),

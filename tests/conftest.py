@@ -37,6 +37,9 @@ def pytest_configure(config):
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
     # each trainer would read a file of each package that is installed
     registry.entry_points = functools.cache(registry.entry_points)
+    if not torch.cuda.is_available():
+        # each seed would wait for a GPU of each make, with the stack of its caller as text
+        torch.random._manual_seed_impl = lambda seed: torch.default_generator.manual_seed(int(seed))
     if sys.platform == "linux":
         keep_memory()
 
@@ -87,9 +90,17 @@ def marks_of(obj):
 
 
 def pytest_collection_finish():
-    """Spare the garbage collector what lives as long as the tests: modules and collected tests."""
+    """Spare the garbage collector what lives as long as the tests: modules and collected tests.
+
+    And pytest its handlers at each of torch's loggers, six times a test: they log to the root.
+    """
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch") and isinstance(logger, logging.Logger):
+            logger.propagate = True
     gc.collect()
     gc.freeze()
+    # a search takes as long as what it looks at, and little of that is circles
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -98,16 +109,10 @@ def pytest_runtest_protocol(item, nextitem):
     return in_one_piece(run_protocol, item, nextitem)
 
 
-def seed():
-    """Seed the generators; `torch.manual_seed` would queue a call, and the stack, for no device."""
-    source = torch if torch.cuda.is_available() else torch.default_generator
-    source.manual_seed(0)
-
-
 @pytest.fixture(autouse=True)
 def own_state():
     """Begin with the same seed; Lightning hands seeds and ports on through the environment."""
-    seed()
+    torch.manual_seed(0)
     with mock.patch.dict(os.environ):
         yield
 
@@ -115,7 +120,7 @@ def own_state():
 @pytest.fixture(autouse=True, scope="module")
 def own_state_of_module():
     """The same for the fixtures of a module, which come before those of a test."""
-    seed()
+    torch.manual_seed(0)
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     with mock.patch.dict(os.environ):

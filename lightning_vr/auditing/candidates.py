@@ -16,7 +16,12 @@ from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.estimators.targets import Target
 from lightning_vr.lifecycle.configuration import UndescribableError, describe
+from lightning_vr.process.timesteps import Density
+from lightning_vr.process.weightings import Weighting
 from lightning_vr.training.diffusion import Diffusion
+
+_OF_OBJECTIVE = {"timesteps", "weighting", "schedule", "prediction", "sigma_data"}
+"""Settings of a module that decide what is learned, and not how it is estimated."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,11 @@ class Candidate:
     draws: Draws | None = None
     target: Target | None = None
     control_variate: ControlVariate | Literal["none"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in SLOTS:
+            if isinstance(getattr(self, name), (Density, Weighting)):
+                raise ValueError(_changes_objective(self.name, name))
 
     def slots(self) -> dict[str, nn.Module | None]:
         """Return the slots that it fills by name; None stands for no control variate."""
@@ -87,6 +97,9 @@ def read_candidates(path: str | Path) -> list[Candidate]:
             f"`candidates` must be a file with a list, got {path} with {type(listed).__name__}: "
             f"write `- name: ...` and a slot, such as `target:`."
         )
+    for each in listed:
+        for name in _OF_OBJECTIVE & each.keys() if isinstance(each, dict) else ():
+            raise ValueError(_changes_objective(each.get("name"), name))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--candidates", type=list[Candidate])
     found = parser.instantiate(parser.parse_object({"candidates": listed})).candidates
@@ -108,6 +121,14 @@ def check_candidates(candidates: list[Candidate]) -> None:
                 f"Candidate {candidate.name!r} fills no slot: give it `draws`, `target` or "
                 f"`control_variate`."
             )
+
+
+def _changes_objective(candidate: Any, name: str) -> str:
+    return (
+        f"Candidate {candidate!r} must estimate the module's own objective, got `{name}`, which "
+        f"changes it, so that variances cannot be compared: compare trained modules by their "
+        f"held-out plain loss, as examples/objectives does."
+    )
 
 
 def settings(slot: nn.Module | None) -> Any:

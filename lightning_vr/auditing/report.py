@@ -10,11 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lightning_vr.auditing.result import Audit, MeasuredEstimator
-from lightning_vr.callbacks.gradient_variance_report import PARTS, draw_components
+from lightning_vr.callbacks.gradient_variance_report import draw_components
 from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import level_names
 from lightning_vr.variance.bootstrap import Interval
+from lightning_vr.variance.components import PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,44 +9,39 @@ precision, recall   generated samples against equally many training samples     
 memorisation        fraction of generated samples that are closer to the        ``metrics``
                     training set than 95 % of held-out samples are
 bits_per_dimension  held-out data, by the probability-flow ODE                  ``process``
+variational_bound   the same, bounded over the steps of a table of timesteps,   ``process``
+                    with a learned variance and with fixed ones
 ==================  ==========================================================  ==================
 
-All but the last are in a space of features. They are computed anew for each of ``repeats`` disjoint
-sets of samples, and the standard error is that of the mean over these sets: it holds what the draws
-of samples add, and not what another training run or training set would. That of the bits per
-dimension is over held-out samples, and holds the noise of their probes.
+All but the last two are in a space of features. They are computed anew for each of ``repeats``
+disjoint sets of samples, and the standard error is that of the mean over these sets: it holds what
+the draws of samples add, and not what another training run or training set would. That of the bits
+per dimension is over held-out samples, and holds the noise of their probes and draws.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
-from lightning_vr.callbacks.evaluation_table import (
-    COLUMNS,
-    Measurement,
-    markdown,
-    save,
-    standard_error,
+from lightning_vr.callbacks.evaluation_counts import check_counts, check_data
+from lightning_vr.callbacks.evaluation_table import COLUMNS, Measurement, markdown, save
+from lightning_vr.callbacks.feature_sets import (
+    features_of_training_set,
+    generated_features,
+    loader_features,
+    training_features,
 )
-from lightning_vr.callbacks.feature_sets import generated_features, loader_features
-from lightning_vr.callbacks.held_out_likelihood import check_precision, held_out_bits
-from lightning_vr.callbacks.real_samples import (
-    CleanFunction,
-    check_enough,
-    check_training_set,
-    default_features,
-    real_samples,
-)
-from lightning_vr.callbacks.reference_cache import cached_features
-from lightning_vr.callbacks.sample_measures import NEIGHBOURS, QUANTILE, SampleMeasures
-from lightning_vr.core.distributed import world_size
+from lightning_vr.callbacks.held_out_likelihood import bound_rows, check_precision, likelihood_rows
+from lightning_vr.callbacks.real_samples import CleanFunction
+from lightning_vr.callbacks.sample_measures import QUANTILE, SampleMeasures
+from lightning_vr.core.devices import timed
+from lightning_vr.core.distributed import gather_objects
 from lightning_vr.core.validation import check_choice, check_integer
 from lightning_vr.data.conditions import ConditionsSource
 from lightning_vr.lifecycle.loggers import (
@@ -55,15 +50,27 @@ from lightning_vr.lifecycle.loggers import (
     run_folder,
     training_goes_on,
 )
-from lightning_vr.lifecycle.training_set import held_out_loader, training_batches, training_loader
+from lightning_vr.lifecycle.training_set import held_out_loader, training_loader
 from lightning_vr.metrics import Features
 from lightning_vr.metrics.memorisation import check_held_out
 from lightning_vr.process.likelihood import Likelihood
+from lightning_vr.process.reverse_steps import check_discrete, is_discrete
+from lightning_vr.process.variational_bound import VariationalBound
 from lightning_vr.training.module import DiffusionModule
 
 Measure = Literal[
-    "frechet_distance", "kid", "precision", "recall", "memorisation", "bits_per_dimension"
+    "frechet_distance",
+    "kid",
+    "precision",
+    "recall",
+    "memorisation",
+    "bits_per_dimension",
+    "variational_bound",
 ]
+_OF_HELD_OUT = ("bits_per_dimension", "variational_bound")
+
+_LEAST = {"repeats": 1, "subsets": 1, "subset_size": 2, "likelihood_samples": 2}
+"""Smallest value of each number."""
 
 
 class Evaluation(AfterValidation):
@@ -85,7 +92,8 @@ class Evaluation(AfterValidation):
         subsets: Number of subsets that the kernel distance is averaged over.
         subset_size: Samples in each of them.
         likelihood: How bits per dimension are computed; ``Likelihood()`` if not given.
-        likelihood_samples: At most this many held-out samples for it, evenly spaced.
+        bound: How the variational bound is computed; over at most 100 timesteps if not given.
+        likelihood_samples: At most this many held-out samples for both, evenly spaced.
         cache: Folder to keep the features of the training set in; ``reference_cache`` says what is
             compared before they are used again.
         every_n_validations: Evaluate after every n-th validation run of a fit.
@@ -109,6 +117,7 @@ class Evaluation(AfterValidation):
         subset_size: int = 100,
         likelihood: Likelihood | None = None,
         likelihood_samples: int = 128,
+        bound: VariationalBound | None = None,
         cache: str | Path | None = None,
         every_n_validations: int = 1,
         sample: SampleFunction | None = None,
@@ -118,10 +127,6 @@ class Evaluation(AfterValidation):
         super().__init__(sample, every_n_validations, conditions)
         for measure in measures or ():
             check_choice("measures", measure, get_args(Measure))
-        check_integer("repeats", repeats, 1)
-        check_integer("subsets", subsets, 1)
-        check_integer("subset_size", subset_size, 2)
-        check_integer("likelihood_samples", likelihood_samples, 2)
         self.measures = measures
         self.samples = samples
         self.repeats = repeats
@@ -131,14 +136,14 @@ class Evaluation(AfterValidation):
         self.subset_size = subset_size
         self.likelihood = likelihood or Likelihood()
         self.likelihood_samples = likelihood_samples
+        self.bound = bound
         self.cache = cache
         self.clean = clean
         self.logged = ("evaluation/",)
         self.found: list[Measurement] = []
         self._features: Features | None = None
         self._real: Tensor | None = None
-        if features is not None:
-            self._check_counts(features)
+        self._check_numbers()
 
     @property
     def state_key(self) -> str:
@@ -149,13 +154,16 @@ class Evaluation(AfterValidation):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise if the module cannot be sampled, or has no likelihood that was asked for."""
         super().setup(trainer, pl_module, stage)
-        asked = "bits_per_dimension" in (self.measures or ())
+        asked = [name for name in self.measures or () if name in _OF_HELD_OUT]
         if asked and not isinstance(pl_module, DiffusionModule):
             raise MisconfigurationException(
-                f"`measures` must not hold 'bits_per_dimension' for a {type(pl_module).__name__}, "
-                f"which has no likelihood, got {list(self.measures or ())}: leave it out, or use a "
+                f"`measures` must not hold {asked[0]!r} for a {type(pl_module).__name__}, which "
+                f"has no likelihood, got {list(self.measures or ())}: leave it out, or use a "
                 f"DiffusionModule."
             )
+        wants_bound = "variational_bound" in asked or self.bound is not None
+        if wants_bound and isinstance(pl_module, DiffusionModule):
+            check_discrete(pl_module.schedule)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise if there is no validation, or there are too few data."""
@@ -174,19 +182,24 @@ class Evaluation(AfterValidation):
     def evaluate(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure, and write, log and show the table."""
         names, found = self._chosen(module), []
-        if set(names) - {"bits_per_dimension"}:
+        if set(names) - set(_OF_HELD_OUT):
             found += self._compare(trainer, module, names)
-        if "bits_per_dimension" in names and isinstance(module, DiffusionModule):
-            found.append(self._likelihood(trainer, module))
+        if isinstance(module, DiffusionModule):
+            count = self.likelihood_samples
+            if "bits_per_dimension" in names:
+                found += likelihood_rows(trainer, module, self.likelihood, count)
+            if "variational_bound" in names:
+                found += bound_rows(trainer, module, self.bound, count)
         self.found = found
         self._report(trainer)
 
     def _chosen(self, module: LightningModule) -> Sequence[str]:
         if self.measures is not None:
             return self.measures
-        is_diffusion = isinstance(module, DiffusionModule)
-        names: tuple[str, ...] = get_args(Measure)
-        return names if is_diffusion else [n for n in names if n != "bits_per_dimension"]
+        left_out = set(_OF_HELD_OUT)
+        if isinstance(module, DiffusionModule):
+            left_out = set() if is_discrete(module.schedule) else {"variational_bound"}
+        return [name for name in get_args(Measure) if name not in left_out]
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the features, by one sample on each rank, and raise if they or the data do not fit.
@@ -195,45 +208,28 @@ class Evaluation(AfterValidation):
         """
         self._features = self._real = None
         names = set(self._chosen(module))
-        if names & {"memorisation", "bits_per_dimension"}:
+        if names & {"memorisation", *_OF_HELD_OUT}:
             held_out = len(held_out_loader(trainer).dataset)  # type: ignore[arg-type]
             if "memorisation" in names:
                 check_held_out(held_out, QUANTILE)
         if "bits_per_dimension" in names and isinstance(module, DiffusionModule):
             check_precision(module)
-        if names == {"bits_per_dimension"}:
+        if names <= set(_OF_HELD_OUT):
             return
-        with torch.no_grad():
-            for _, batch in training_batches(trainer, "Checking the data", world_size()):
-                real = real_samples(module, self.clean, batch)
-                features = self.features or default_features(real)
-                features.check_images(real)
-        self._check_counts(features)
-        self._check_data(len(training_loader(trainer).dataset), features, names)  # type: ignore[arg-type]
+        features = features_of_training_set(trainer, module, self.clean, self.features)
+        check_counts(features, self.measures, *self._counts())
+        count = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        check_data(count, features, names, self.subset_size)
         self._features = features.to(trainer.strategy.root_device)
 
-    def _check_counts(self, features: Features) -> None:
-        if self.measures is None or "frechet_distance" in self.measures:
-            check_enough(features, samples=self.samples, real_samples=self.real_samples)
-        counts = [n for n in (self.samples, self.real_samples) if n is not None]
-        if (self.measures is None or "kid" in self.measures) and self.subset_size > min(counts):
-            raise ValueError(
-                f"`subset_size` must be at most {min(counts)}, the number of samples, got "
-                f"{self.subset_size}: use smaller subsets, or more `samples`."
-            )
-        for name, count in (("samples", self.samples), ("real_samples", self.real_samples)):
-            if count is not None:
-                check_integer(name, count, NEIGHBOURS + 1)
+    def _check_numbers(self) -> None:
+        for name, least in _LEAST.items():
+            check_integer(name, getattr(self, name), least)
+        if self.features is not None:
+            check_counts(self.features, self.measures, *self._counts())
 
-    def _check_data(self, count: int, features: Features, names: set[str]) -> None:
-        if "frechet_distance" in names:
-            check_training_set(count, features, "Evaluation")
-        least = max(self.subset_size if "kid" in names else 1, NEIGHBOURS + 1)
-        if count < least:
-            raise ValueError(
-                f"The training set must have at least {least} samples for `Evaluation`, got "
-                f"{count}: use more data, a smaller `subset_size`, or fewer `measures`."
-            )
+    def _counts(self) -> tuple[int, int | None, int]:
+        return self.samples, self.real_samples, self.subset_size
 
     def _compare(
         self, trainer: Trainer, module: LightningModule, names: Sequence[str]
@@ -244,43 +240,33 @@ class Evaluation(AfterValidation):
         real, held_out = self._real_features(trainer, module, features), None
         if "memorisation" in names:
             loader, title = held_out_loader(trainer), "Reading held-out data"
-            held_out = loader_features(trainer, module, loader, self.clean, features, title)
-        sets = [
-            generated_features(
-                self, trainer, module, features, self.samples, "evaluation", i * self.samples
-            )
-            for i in range(self.repeats)
-        ]
-        found = SampleMeasures(features.name, real, held_out, sets, self.subsets, self.subset_size)
+            given = (self.clean, features, title, "Evaluation")
+            held_out = loader_features(trainer, module, loader, *given)
+
+        def draw() -> list[Tensor]:
+            parts = (trainer, module, features, self.samples, "evaluation")
+            starts = range(0, self.repeats * self.samples, self.samples)
+            return [generated_features(self, *parts, start) for start in starts]
+
+        sets, seconds = timed(draw, trainer.strategy.root_device)
+        sizes = (self.subsets, self.subset_size)
+        evaluations = self._evaluations(module)
+        found = SampleMeasures(features.name, real, held_out, sets, *sizes, seconds, evaluations)
         return found.measure(names)
 
-    def _likelihood(self, trainer: Trainer, module: DiffusionModule) -> Measurement:
-        bits = held_out_bits(trainer, module, self.likelihood, self.likelihood_samples).tolist()
-        settings = {
-            name: value for name, value in vars(self.likelihood).items() if value is not None
-        }
-        value = sum(bits) / len(bits)
-        return Measurement(
-            "bits_per_dimension", value, standard_error(bits), len(bits), 1, settings
-        )
+    def _evaluations(self, module: LightningModule) -> int | None:
+        """Return the calls of the network for a sample, the most of all ranks, if known."""
+        if self.sample is not None or not isinstance(module, DiffusionModule):
+            return None
+        counts: list[int] = gather_objects(module.sample_evaluations)
+        return max(counts)
 
     def _real_features(
         self, trainer: Trainer, module: LightningModule, features: Features
     ) -> Tensor:
-        if self._real is not None:
-            return self._real
-        loader, title = training_loader(trainer), "Reading the training set"
-
-        def read(limit: int | None) -> Tensor:
-            return loader_features(trainer, module, loader, self.clean, features, title, limit)
-
-        if self.cache is None:
-            self._real = read(self.real_samples)
-        else:
-            data = loader.dataset
-            self._real = cached_features(
-                trainer, self.cache, features, data, self.real_samples, read
-            )
+        if self._real is None:
+            given = (self.clean, features, self.real_samples, self.cache, "Evaluation")
+            self._real = training_features(trainer, module, *given)
         return self._real
 
     def _report(self, trainer: Trainer) -> None:
@@ -299,4 +285,6 @@ class Evaluation(AfterValidation):
     def _key(self, found: Measurement) -> str:
         if found.measure == "bits_per_dimension":
             return f"evaluation/{found.measure}"
+        if found.measure == "variational_bound":
+            return f"evaluation/{found.measure}/{found.settings['variance']}"
         return f"evaluation/{found.measure}/{found.settings['features']}_n{found.samples}"

@@ -13,7 +13,16 @@ from typing import Any
 from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import markdown_table
 
-COLUMNS = ("measure", "value", "standard error", "samples", "repeats", "settings")
+COLUMNS = (
+    "measure",
+    "value",
+    "standard error",
+    "samples",
+    "repeats",
+    "seconds",
+    "network evaluations",
+    "settings",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,9 @@ class Measurement:
         samples: Number of samples in each repeat.
         repeats: Number of disjoint sets of samples.
         settings: What the value depends on beyond the model.
+        seconds: What it takes alone, the drawing of its samples included; not the reading of those
+            that they are compared with.
+        evaluations: Calls of the network for each sample; None if they are not known.
     """
 
     measure: str
@@ -35,6 +47,8 @@ class Measurement:
     samples: int
     repeats: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    evaluations: int | None = None
 
     @classmethod
     def of_repeats(
@@ -45,10 +59,12 @@ class Measurement:
         return cls(measure, mean(values), error, samples, len(values), settings)
 
     def row(self) -> list[float | str]:
-        """Return the cells of ``COLUMNS``; one is empty where there is no standard error."""
+        """Return the cells of ``COLUMNS``; one is empty where there is no number."""
         error = "" if self.standard_error is None else self.standard_error
         settings = ", ".join(f"{name} {_text(value)}" for name, value in self.settings.items())
-        return [self.measure, self.value, error, str(self.samples), str(self.repeats), settings]
+        counts = (str(self.samples), str(self.repeats))
+        evaluations = "" if self.evaluations is None else str(self.evaluations)
+        return [self.measure, self.value, error, *counts, self.seconds, evaluations, settings]
 
 
 def standard_error(values: Sequence[float]) -> float | None:

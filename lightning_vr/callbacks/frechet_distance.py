@@ -6,21 +6,22 @@ features and number can be compared, so both are part of the metric's name. With
 ``InceptionFeatures`` alone it is an FID.
 """
 
+from pathlib import Path
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from lightning_vr.callbacks.after_validation import AfterValidation, SampleFunction
+from lightning_vr.callbacks.feature_sets import features_of_training_set, training_features
 from lightning_vr.callbacks.real_samples import (
     CleanFunction,
     check_enough,
     check_training_set,
-    default_features,
     real_samples,
 )
 from lightning_vr.callbacks.sample_blocks import sample_blocks
 from lightning_vr.callbacks.training_samples import finite_rows
-from lightning_vr.core.distributed import world_size
+from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.data.conditions import ConditionsSource
 from lightning_vr.lifecycle.loggers import log_numbers
 from lightning_vr.lifecycle.training_set import training_batches, training_loader
@@ -42,6 +43,8 @@ class FrechetDistance(AfterValidation):
         every_n_validations: Evaluate after every n-th validation run of a fit.
         sample: A function ``(module, count) -> samples`` for modules that are no DiffusionModule.
         clean: A function from a training batch to real samples, for such modules.
+        cache: Folder to keep the features of the training set in, as for ``Evaluation``. They are
+            in memory then; without it sums over them are.
         conditions: What samples are conditioned on: a file of prompts or labels, or its columns;
             what validation data has if not given.
 
@@ -58,12 +61,14 @@ class FrechetDistance(AfterValidation):
         sample: SampleFunction | None = None,
         clean: CleanFunction | None = None,
         conditions: ConditionsSource | None = None,
+        cache: str | Path | None = None,
     ) -> None:
         super().__init__(sample, every_n_validations, conditions)
         self.features = features
         self.samples = samples
         self.real_samples = real_samples
         self.clean = clean
+        self.cache = cache
         self.logged: tuple[str, ...] = ("frechet_distance/",)
         self._metric: FrechetMetric | None = None
         if features is not None:
@@ -79,18 +84,14 @@ class FrechetDistance(AfterValidation):
         """Raise if the features do not fit the training data, by one sample on each rank."""
         super().on_train_start(trainer, pl_module)
         self._metric = None  # of an earlier fit's data
-        with torch.no_grad():
-            for _, batch in training_batches(trainer, "Checking the data", world_size()):
-                real = real_samples(pl_module, self.clean, batch)
-                features = self._features_for(real)
-                features.check_images(real)
-                self.logged = (self._name(features),)
+        features = self._features(trainer, pl_module)
+        self.logged = (self._name(features),)
         count = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
         check_training_set(count, features, "FrechetDistance")
 
     def evaluate(self, trainer: Trainer, module: LightningModule) -> None:
         """Generate samples, compare them with the training set and log the distance."""
-        metric = self._metric or self._read_training_set(trainer, module)
+        metric = self._metric or self._real_moments(trainer, module)
         self._metric = metric
         metric.reset()
         for _, samples in sample_blocks(self, trainer, module, self.samples, "frechet"):
@@ -100,24 +101,22 @@ class FrechetDistance(AfterValidation):
     def _name(self, features: Features) -> str:
         return f"frechet_distance/{features.name}_n{self.samples}"
 
-    def _read_training_set(self, trainer: Trainer, module: LightningModule) -> FrechetMetric:
-        metric = None
-        with torch.no_grad():
-            for positions, batch in training_batches(
-                trainer, "Reading the training set", self.real_samples
-            ):
-                real = real_samples(module, self.clean, batch)
-                rows = finite_rows(real, positions, module, "FrechetDistance")
-                real = real if rows is None else real[rows]
-                if metric is None:
-                    features = self._features_for(real)
-                    metric = FrechetMetric(features, reset_real_features=False)
-                    metric.to(real.device)
-                metric.update(real, real=True)
-        assert metric is not None, "a DataLoader over an empty training set yields no batch"
+    @torch.no_grad()
+    def _real_moments(self, trainer: Trainer, module: LightningModule) -> FrechetMetric:
+        metric = FrechetMetric(self._features(trainer, module), reset_real_features=False)
+        features, limit = metric.to(trainer.strategy.root_device).features, self.real_samples
+        if self.cache is not None:
+            given = (self.clean, features, limit, self.cache, "FrechetDistance")
+            values = training_features(trainer, module, *given)
+            metric.update_features(values[rank() :: world_size()], real=True)
+            return metric
+        for positions, batch in training_batches(trainer, "Reading the training set", limit):
+            real = real_samples(module, self.clean, batch)
+            rows = finite_rows(real, positions, module, "FrechetDistance")
+            metric.update(real if rows is None else real[rows], real=True)
         return metric
 
-    def _features_for(self, real: Tensor) -> Features:
-        features = self.features or default_features(real)
+    def _features(self, trainer: Trainer, module: LightningModule) -> Features:
+        features = features_of_training_set(trainer, module, self.clean, self.features)
         check_enough(features, samples=self.samples, real_samples=self.real_samples)
         return features

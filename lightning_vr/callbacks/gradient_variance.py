@@ -4,7 +4,7 @@ The theory and its sources are in ``lightning_vr.variance.components``. Each mea
 and noisy. Means over the latest are logged, older ones fading; a ratio is a ratio of means.
 """
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
@@ -14,16 +14,18 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_vr.callbacks import gradient_variance_report as report
+from lightning_vr.callbacks.cadence import Cadence
 from lightning_vr.callbacks.curve_display import CurveDisplay
+from lightning_vr.callbacks.given_training import GivenTraining
 from lightning_vr.callbacks.gradient_probes import GradientProbe, trainable_names
 from lightning_vr.callbacks.probe_choice import check_measurable, choose_probe
 from lightning_vr.core.batches import is_plain
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.curve_log import CurveLog
-from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
-from lightning_vr.training.noisy_losses import LossFunction
-from lightning_vr.variance.components import Components
+from lightning_vr.process.timesteps import Density
+from lightning_vr.training.noisy_losses import Corruption, LossFunction
+from lightning_vr.variance.components import PARTS, Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 _MEMORY = 0.9
@@ -34,9 +36,6 @@ _STEPWISE_MEMORY = 0.99
 
 _MOST_PENDING = 1000
 """Steps whose measurements may stay on the device while nothing logs them."""
-
-_TIME_BUDGET = 0.02
-"""Fraction of the training time that measuring may take by default."""
 
 
 class GradientVariance(Callback):
@@ -72,6 +71,12 @@ class GradientVariance(Callback):
             DiffusionModule.
         schedule: The schedule that ``loss`` trains with, for the times of its draws.
         clean: A function from a batch of such a module to clean samples ``(B, *)``.
+        draw: ``(x0, t, generator) -> corruption (B, *)``, which ``loss`` gets as ``noise``, such as
+            the masks of a masked language model; standard normal noise if not given.
+        timesteps: Density of t that ``loss`` trains with; that of ``schedule`` if not given, or
+            uniform on (0, 1) without one.
+        components: Names of the components, outermost first, such as ``("data", "mask rate", "mask
+            pattern")``. Without a schedule, bins are bins of t and called by the second.
 
     Attributes:
         statistics: What was measured, from the start of training on.
@@ -90,22 +95,22 @@ class GradientVariance(Callback):
         loss: LossFunction | None = None,
         schedule: Schedule | None = None,
         clean: Any = None,
+        draw: Corruption | None = None,
+        timesteps: Density | None = None,
+        components: Sequence[str] = PARTS,
     ) -> None:
-        if every_n_steps is not None:
-            check_at_least("every_n_steps", every_n_steps, 1)
         check_at_least("samples", samples, 2)
         check_at_least("noise_levels", noise_levels, 1)
-        self.every_n_steps, self.samples, self.noise_levels = every_n_steps, samples, noise_levels
-        self.loss = loss
-        self.schedule = None if schedule is None else as_schedule(schedule)
-        self.clean = clean
+        report.check_parts(components)
+        self.cadence = Cadence(every_n_steps)
+        self.samples, self.noise_levels = samples, noise_levels
+        self.given = GivenTraining(loss, schedule, clean, draw, timesteps)
+        self.components = tuple(components)
         self.statistics: GradientStatistics | None = None
         self._state: dict[str, Any] | None = None
         self._groups: list[str] = []
         self._measurements = 0
-        self._period = 0
         self._restored_batch: Any = None
-        self._every = 1
         self._is_prepared = False
         self._probe: GradientProbe | None = None
         self._pending: list[Components] = []
@@ -118,12 +123,10 @@ class GradientVariance(Callback):
     def state_key(self) -> str:
         """Key that differs between instances that measure differently."""
         return self._generate_state_key(
-            every_n_steps=self.every_n_steps,
+            every_n_steps=self.cadence.every_n_steps,
             samples=self.samples,
             noise_levels=self.noise_levels,
-            loss=getattr(self.loss, "__qualname__", None),
-            schedule=None if self.schedule is None else type(self.schedule).__name__,
-            clean=getattr(self.clean, "__qualname__", None),
+            **self.given.key(),
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -136,13 +139,14 @@ class GradientVariance(Callback):
         if stage != "fit":
             return
         self._logged_step, self._measured_step, self._has_unlogged = -1, -1, False
-        check_measurable(trainer, pl_module, self.loss, self.schedule)
+        check_measurable(trainer, pl_module, self.given)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose how to measure, and open the file."""
         self._start(trainer, pl_module)
         self._display.open(trainer)
-        self._curves = report.open_log(trainer, self._logged_step)
+        assert self.statistics is not None
+        self._curves = report.open_log(trainer, self.statistics, self._logged_step)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -152,7 +156,7 @@ class GradientVariance(Callback):
         if not self._is_prepared:
             self._prepare(batch)
         assert self._probe is not None
-        is_due = starts_step and self._is_due
+        is_due = starts_step and self.cadence.is_due(trainer.global_step)
         if (is_due or batch_idx == 0) and self._probe.trainable != trainable_names(pl_module):
             rank_zero_info("GradientVariance starts again: other parameters are trained.")
             self._probe.close()
@@ -164,7 +168,7 @@ class GradientVariance(Callback):
         found = self._probe.before_batch(batch, batch_idx, self._measurements)
         if found is None:
             return
-        self._period = self._current_period
+        self.cadence.mark(trainer.global_step)
         assert self.statistics is not None
         whole, levels = found
         self.statistics.add(whole, _MEMORY)
@@ -231,12 +235,8 @@ class GradientVariance(Callback):
         """Print the table, or warn that there is none."""
         if self.statistics is None or not trainer.is_global_zero:
             return
-        if self.statistics.is_empty and self._every > 1:
-            rank_zero_warn(
-                f"GradientVariance has measured nothing: it measures in about one step of "
-                f"{self._every}, first after {self._every // 2}, and the run had "
-                f"{trainer.global_step}. Pass `every_n_steps` for more."
-            )
+        if self.statistics.is_empty:
+            self.cadence.warn_of_none("GradientVariance", trainer.global_step)
         if not self.statistics.is_empty:
             Console().print(report.table(self.statistics))
 
@@ -250,7 +250,7 @@ class GradientVariance(Callback):
             "statistics": state,
             "groups": groups,
             "measurements": self._measurements,
-            "period": self._period,
+            "period": self.cadence.period,
             "measured_step": self._measured_step,
             "batch": self._pending_batch(),
             "logged_step": self._logged_step,
@@ -261,25 +261,17 @@ class GradientVariance(Callback):
         """Continue from the moments of a checkpoint."""
         self._state = state_dict["statistics"]
         self._groups = state_dict["groups"]
-        self._measurements, self._period = state_dict["measurements"], state_dict["period"]
+        self._measurements, self.cadence.period = state_dict["measurements"], state_dict["period"]
         self._measured_step = state_dict["measured_step"]
         self._restored_batch = state_dict["batch"]
         self._logged_step = state_dict["logged_step"]
         self._has_unlogged = state_dict["has_unlogged"]
 
-    @property
-    def _current_period(self) -> int:
-        assert self._probe is not None
-        return (self._probe.trainer.global_step + self._every - self._every // 2) // self._every
-
-    @property
-    def _is_due(self) -> bool:
-        # a step of manual optimization may count as several: none may stand for its period
-        return self._current_period not in (0, self._period)
-
     def _pending_batch(self) -> Any:
         """Return the batch that a measurement in the next step will use, if a file can hold it."""
-        if self._probe is None or not self._is_prepared or not self._is_due:
+        if self._probe is None or not self._is_prepared:
+            return None
+        if not self.cadence.is_due(self._probe.trainer.global_step):
             return None
         batch = self._probe.pending_batch()
         return move_data_to_device(batch, "cpu") if is_plain(batch) else None
@@ -287,7 +279,7 @@ class GradientVariance(Callback):
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         self._is_prepared, self._pending = False, []
         bins = {"samples": self.samples, "noise_levels": self.noise_levels}
-        probe = choose_probe(trainer, module, self.loss, self.schedule, self.clean, **bins)
+        probe = choose_probe(trainer, module, self.given, **bins)
         self._probe, state = probe, self._state if probe.names == self._groups else None
         if self._restored_batch is not None:
             probe.restore_pending_batch(self._restored_batch)
@@ -298,13 +290,16 @@ class GradientVariance(Callback):
                 f"{', '.join(map(str, self._groups))}, the module has {', '.join(probe.names)}: "
                 f"they are dropped, and measuring starts anew."
             )
-        self.statistics = GradientStatistics(probe.names, probe.noise_levels, state)
+        axis = self.given.axis(self.components[1])
+        self.statistics = GradientStatistics(
+            probe.names, probe.noise_levels, state, self.components, axis
+        )
         self._state = None
 
     def _prepare(self, batch: Any) -> None:
         assert self._probe is not None
         self._probe.prepare(batch)
-        self._every = self.every_n_steps or math.ceil(self._probe.cost / _TIME_BUDGET) or 1
+        self.cadence.set_cost(self._probe.cost)
         self._is_prepared = True
 
     def _add_pending(self) -> None:

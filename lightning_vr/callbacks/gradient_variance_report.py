@@ -1,12 +1,14 @@
 """Reports of gradient variance: names for loggers, rows of a file, a picture, a table."""
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
@@ -16,28 +18,42 @@ from lightning_vr.lifecycle.loggers import (
     log_picture,
     training_goes_on,
 )
-from lightning_vr.variance.components import Components
-from lightning_vr.variance.gradient_statistics import GradientStatistics
+from lightning_vr.variance.components import PARTS, Components
+from lightning_vr.variance.gradient_statistics import NOISE_LEVEL, GradientStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-PARTS = ("data", "timestep", "noise")
-"""The components that sum to the total, outermost first."""
 
-COLUMNS = (
-    "of",
-    "name",
-    *(name + e for name in Components._fields for e in ("", "_error")),
-    "share",
-)
-"""Columns of ``gradient_variance.csv`` after ``step``."""
+_RESERVED = {"step", "of", "name", "total", "squared_mean", "share", "whole", "group"}
+"""Names of columns and rows of their own, which no part may have."""
 
 
-def open_log(trainer: Trainer, logged_step: int) -> CurveLog:
+def columns(parts: Sequence[str]) -> list[str]:
+    """Return the columns of ``gradient_variance.csv`` after ``step``."""
+    names = (*_keys(parts), "total", "squared_mean")
+    return ["of", "name", *(name + e for name in names for e in ("", "_error")), "share"]
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Raise if there are not three names of parts that loggers and files take.
+
+    Raises:
+        ValueError: If there are more or fewer, two are alike, or one has other signs.
+    """
+    names = _keys([parts] if isinstance(parts, str) else parts)
+    are_plain = all(re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) for name in names)
+    if len(set(names)) != 3 or len(names) != 3 or not are_plain or _RESERVED & set(names):
+        raise ValueError(
+            f"`components` must be three different names of letters, digits and spaces, got "
+            f"{parts!r}: use the parts of the noise, outermost first, such as {PARTS}."
+        )
+
+
+def open_log(trainer: Trainer, statistics: GradientStatistics, logged_step: int) -> CurveLog:
     """Return the file; all ranks call it. ``logged_step`` is that of ``open_curve_log``."""
-    return open_curve_log(trainer, "gradient_variance", COLUMNS, logged_step)
+    return open_curve_log(trainer, "gradient_variance", columns(statistics.parts), logged_step)
 
 
 def log(trainer: Trainer, statistics: GradientStatistics, curves: CurveLog | None) -> None:
@@ -54,13 +70,15 @@ def show(
     with training_goes_on(trainer, "GradientVariance's report"):
         draw(statistics, path)
         if is_logged:
-            log_picture(trainer, "gradient_variance", path, (COLUMNS, rows(statistics)))
+            shown = columns(statistics.parts), rows(statistics)
+            log_picture(trainer, "gradient_variance", path, shown)
 
 
 def numbers(statistics: GradientStatistics) -> dict[str, float]:
     """Return what is known of the whole gradient by name, such as ``gradient_variance/total``."""
     whole = statistics.whole
-    found = {name: float(getattr(whole, name)[0]) for name in Components._fields}
+    names = (*_keys(statistics.parts), "total", "squared_mean")
+    found = {name: float(values[0]) for name, values in zip(names, whole, strict=True)}
     found["signal_to_noise"] = float(whole.signal_to_noise[0])
     found["noise_scale"] = float(whole.noise_scale[0])
     return _named(found)
@@ -72,11 +90,18 @@ def points(statistics: GradientStatistics) -> dict[str, float]:
     for i, group in enumerate(statistics.groups, start=1):
         found[f"total/{group}"] = float(statistics.whole.total[i])
     levels, fractions = statistics.levels, statistics.fractions
+    parts = (*_keys(statistics.parts), "total")
+    letter = "s" if statistics.axis == NOISE_LEVEL else "t"
     for i, name in enumerate(level_names(statistics.noise_levels)):
-        for part in (*PARTS, "total"):
-            found[f"{part}/s{name}"] = float(getattr(levels, part)[i])
-        found[f"share/s{name}"] = float(fractions[i])
+        for part, values in zip(parts, levels, strict=False):
+            found[f"{part}/{letter}{name}"] = float(values[i])
+        found[f"share/{letter}{name}"] = float(fractions[i])
     return _named(found)
+
+
+def _keys(parts: Sequence[str]) -> list[str]:
+    """Return parts as names that loggers and files take."""
+    return [part.replace(" ", "_") for part in parts]
 
 
 def _named(numbers: Mapping[str, float]) -> dict[str, float]:
@@ -100,15 +125,16 @@ def draw(statistics: GradientStatistics, path: Path) -> None:
     has_levels = not bool(statistics.levels.total.isnan().all())
     figure = Figure(figsize=(11 if has_levels else 6, 4.5), layout="constrained")
     left = figure.add_subplot(1, 2 if has_levels else 1, 1)
-    draw_components(left, statistics.whole, ["all", *statistics.groups])
+    draw_components(left, statistics.whole, ["all", *statistics.groups], parts=statistics.parts)
     left.set_ylabel("gradient variance of one draw  tr Cov(g)")
     left.set_title("by group of parameters")
     if has_levels:
         right = figure.add_subplot(1, 2, 2)
         names = level_names(statistics.noise_levels)
-        draw_components(right, statistics.levels, names, statistics.levels_error)
-        right.set_xlabel("noise level  s = σ / α, in the middle of equally likely bins")
-        right.set_title("by noise level")
+        errors, parts = statistics.levels_error, statistics.parts
+        draw_components(right, statistics.levels, names, errors, parts)
+        right.set_xlabel(f"{axis_label(statistics.axis)}, in the middle of equally likely bins")
+        right.set_title(f"by {statistics.axis}")
     save_figure(figure, path)
 
 
@@ -126,9 +152,9 @@ def table(statistics: GradientStatistics) -> "Table":
     )
     has_levels = not bool(statistics.levels.total.isnan().all())
     lines = [
-        {"noise level" if has_levels else "parameters": name} | cells
+        {statistics.axis if has_levels else "parameters": name} | cells
         for kind, name, cells in _table_cells(statistics)
-        if cells["total"] and kind != ("group" if has_levels else "noise level")
+        if cells["total"] and kind != ("group" if has_levels else statistics.axis)
     ]
     headers = [header for header in lines[0] if any(line[header] for line in lines)]
     shown = Table(title="Gradient variance", caption=caption, caption_justify="left")
@@ -141,12 +167,12 @@ def table(statistics: GradientStatistics) -> "Table":
 
 def _table_cells(statistics: GradientStatistics) -> Iterator[tuple[str, str, dict[str, str]]]:
     for i, (kind, name, values, errors, share) in enumerate(_rows(statistics)):
-        cells = {"total": "" if math.isnan(values[3]) else _with_error(values[3], errors[3])}
-        for part, value in zip(PARTS, values, strict=False):
+        cells = {"total": with_error(values[3], errors[3])}
+        for part, value in zip(statistics.parts, values, strict=False):
             cells[f"{part} %"] = _percent(value / values[3]) if values[3] else ""
         cells["share %"] = _percent(share)
         if bool(statistics.levels.total.isnan().all()):
-            cells["noise scale"] = "" if kind == "noise level" else _noise_scale(statistics, i)
+            cells["noise scale"] = "" if kind == statistics.axis else _noise_scale(statistics, i)
         yield kind, name, cells
 
 
@@ -169,19 +195,32 @@ def _rows(
     fractions = statistics.fractions.tolist()
     for i, name in enumerate(level_names(statistics.noise_levels)):
         values, errors = _at(statistics.levels, i), _at(statistics.levels_error, i)
-        yield "noise level", name, values, errors, fractions[i]
+        yield statistics.axis, name, values, errors, fractions[i]
 
 
 def _at(components: Components, i: int) -> list[float]:
     return [float(values[i]) for values in components]
 
 
-def _with_error(value: float, error: float) -> str:
-    return f"{value:.3g}" if math.isnan(error) else f"{value:.3g} ± {error:.1g}"
+def with_error(value: float | Tensor, error: float | Tensor) -> str:
+    """Return a number and its standard error as text, "" for one that is not known."""
+    if math.isnan(value):
+        return ""
+    text = f"{float(value):.3g}"
+    return text if math.isnan(error) else f"{text} ± {float(error):.1g}"
+
+
+def axis_label(axis: str) -> str:
+    """Return what stands at an axis of noise levels, or of times without a schedule."""
+    return f"{axis}  s = σ / α" if axis == NOISE_LEVEL else f"{axis}  t"
 
 
 def draw_components(
-    axes: "Axes", components: Components, names: list[str], error: Components | None = None
+    axes: "Axes",
+    components: Components,
+    names: list[str],
+    error: Components | None = None,
+    parts: Sequence[str] = PARTS,
 ) -> None:
     """Stack the parts, or show the total alone where the parts are unknown."""
     at = np.arange(len(names))
@@ -189,9 +228,9 @@ def draw_components(
         axes.bar(at, components.total.numpy(), color="tab:grey", label="total")
     else:
         base = np.zeros(len(names))
-        for part, color in zip(reversed(PARTS), ("tab:red", "tab:orange", "tab:blue"), strict=True):
-            height = np.nan_to_num(getattr(components, part).numpy().clip(min=0))
-            axes.bar(at, height, bottom=base, color=color, label=part)
+        for i, color in ((2, "tab:red"), (1, "tab:orange"), (0, "tab:blue")):
+            height = np.nan_to_num(components[i].numpy().clip(min=0))
+            axes.bar(at, height, bottom=base, color=color, label=parts[i])
             base += height
     if error is not None:
         total, width = components.total.numpy(), error.total.numpy()

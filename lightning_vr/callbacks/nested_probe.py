@@ -5,73 +5,17 @@ from typing import Any
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lightning_vr.callbacks.gradient_probes import GradientProbe, ProbeResult
+from lightning_vr.callbacks.noisy_training import NoisyTraining
 from lightning_vr.core.batches import batch_size, take_rows
 from lightning_vr.core.distributed import least
-from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
 from lightning_vr.core.types import Clean
-from lightning_vr.process.objective import Objective
-from lightning_vr.process.schedules import Schedule
-from lightning_vr.process.weightings import EDMWeighting
-from lightning_vr.training.module import DiffusionModule
-from lightning_vr.training.noisy_losses import DiffusionLoss, GivenLoss, LossFunction
-from lightning_vr.variance.gradient_measurement import GradientMeasurement, NoisyLoss
+from lightning_vr.variance.gradient_measurement import GradientMeasurement
 from lightning_vr.variance.nested_measurement import NestedMeasurement
 
 _PER_SAMPLE_COST = 5.0
 """Cost of a per-sample gradient over that of one draw in a batch, as measured on a U-Net."""
-
-
-def diffusion_probe(
-    trainer: Trainer, module: DiffusionModule, *, samples: int, noise_levels: int
-) -> "NestedProbe":
-    """Return a probe of the loss that a DiffusionModule trains with.
-
-    Args:
-        trainer: The trainer.
-        module: The module that it trains.
-        samples: Number of samples whose gradients are taken one by one.
-        noise_levels: Number of equally likely bins of the noise level.
-    """
-    loss = DiffusionLoss(module, trainer.precision_plugin.forward_context)
-    levels = module.objective.noise_levels(noise_levels)
-    return NestedProbe(trainer, module, loss, module.clean, samples=samples, noise_levels=levels)
-
-
-def given_probe(
-    trainer: Trainer,
-    module: LightningModule,
-    loss: LossFunction,
-    schedule: Schedule,
-    clean: Any,
-    *,
-    samples: int,
-    noise_levels: int,
-) -> "NestedProbe":
-    """Return a probe of a loss that the user gives.
-
-    Args:
-        trainer: The trainer.
-        module: The module that it trains.
-        loss: ``(module, x0, noise, t) -> loss of each sample (B,)``.
-        schedule: The schedule that the loss trains with, which may lie on another device.
-        clean: A function from a batch to clean samples ``(B, *)``, or None.
-        samples: Number of samples whose gradients are taken one by one.
-        noise_levels: Number of equally likely bins of the noise level.
-    """
-    timesteps = schedule.default_timesteps()
-    # the weight plays no part in where the bins lie
-    objective = Objective(schedule, timesteps, EDMWeighting())
-    return NestedProbe(
-        trainer,
-        module,
-        GivenLoss(module, loss, timesteps, trainer.precision_plugin.forward_context),
-        clean or Clean.from_batch,
-        samples=samples,
-        noise_levels=objective.noise_levels(noise_levels),
-    )
 
 
 class NestedProbe(GradientProbe):
@@ -80,27 +24,18 @@ class NestedProbe(GradientProbe):
     Args:
         trainer: The trainer.
         module: The module that it trains.
-        loss: Its loss.
-        clean: A function from a batch to clean samples.
+        training: Its loss.
         samples: Number of samples whose gradients are taken one by one.
-        noise_levels: Noise level in the middle of each equally likely bin.
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        loss: NoisyLoss,
-        clean: Any,
-        *,
-        samples: int,
-        noise_levels: Tensor,
+        self, trainer: Trainer, module: LightningModule, training: NoisyTraining, samples: int
     ) -> None:
         super().__init__(trainer, module)
-        self.gradients = GradientMeasurement(loss, self.source, self.groups)
-        self.clean = clean
+        self.training = training
+        self.gradients = GradientMeasurement(training.loss, self.source, self.groups)
         self.samples = samples
-        self.noise_levels = noise_levels
+        self.noise_levels = training.noise_levels
         self._measurement: NestedMeasurement | None = None
         self._pair: list[Any] = [None]
 
@@ -158,6 +93,4 @@ class NestedProbe(GradientProbe):
         return least(size)
 
     def _encode(self, batch: Any, count: int) -> Clean:
-        precision = self.trainer.precision_plugin.forward_context
-        with preserve_global_rng(), seed_global_rng(self.source("encode")), precision():
-            return Clean.from_batch(self.clean(take_rows(batch, 0, count)))
+        return self.training.encode(take_rows(batch, 0, count), self.source("encode"))

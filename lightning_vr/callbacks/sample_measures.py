@@ -1,7 +1,7 @@
 """Measures of sets of generated samples against real ones, from the features of both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_vr.callbacks.evaluation_table import Measurement
+from lightning_vr.core.devices import timed
 from lightning_vr.core.rng import generator
 from lightning_vr.metrics import (
     Memorisation,
@@ -40,6 +41,8 @@ class SampleMeasures:
         sets: Features of the generated samples of each repeat, each ``(n, f)``.
         subsets: Number of subsets of the kernel distance.
         subset_size: Samples in each of them.
+        seconds: What it took to draw the samples.
+        evaluations: Calls of the network for each sample; None if not known.
     """
 
     name: str
@@ -48,21 +51,33 @@ class SampleMeasures:
     sets: Sequence[Tensor]
     subsets: int
     subset_size: int
+    seconds: float
+    evaluations: int | None
 
     def measure(self, names: Sequence[str]) -> list[Measurement]:
         """Return the measures with these names; what is no measure of samples is left out."""
+        ways = {
+            ("frechet_distance",): self._frechet_distance,
+            ("kid",): self._kernel_distance,
+            ("precision", "recall"): self._precision_recall,
+            ("memorisation",): self._memorisation,
+        }
         found = []
-        if "frechet_distance" in names:
-            own = _moments(self.real)
-            values = [float(frechet_distance(*own, *_moments(each))) for each in self.sets]
-            found.append(self._row("frechet_distance", values, real=len(self.real)))
-        if "kid" in names:
-            found.append(self._kernel_distance())
-        if {"precision", "recall"} & set(names):
-            found += [row for row in self._precision_recall() if row.measure in names]
-        if "memorisation" in names:
-            found.append(self._memorisation())
+        for own, way in ways.items():
+            if set(own) & set(names):
+                rows, seconds = timed(way, self.real.device)
+                seconds += self.seconds
+                found += [
+                    replace(row, seconds=seconds, evaluations=self.evaluations)
+                    for row in rows
+                    if row.measure in names
+                ]
         return found
+
+    def _frechet_distance(self) -> list[Measurement]:
+        own = _moments(self.real)
+        values = [float(frechet_distance(*own, *_moments(each))) for each in self.sets]
+        return [self._row("frechet_distance", values, real=len(self.real))]
 
     def _row(
         self, measure: str, values: Sequence[float], samples: int | None = None, **settings: Any
@@ -70,13 +85,13 @@ class SampleMeasures:
         settings = {"features": self.name, **settings}
         return Measurement.of_repeats(measure, values, samples or len(self.sets[0]), **settings)
 
-    def _kernel_distance(self) -> Measurement:
+    def _kernel_distance(self) -> list[Measurement]:
         sizes = {"subsets": self.subsets, "subset_size": self.subset_size}
         values = [
             kernel_distance(self.real, each, generator("kernel distance", i), **sizes)
             for i, each in enumerate(self.sets)
         ]
-        return self._row("kid", values, real=len(self.real), **sizes)
+        return [self._row("kid", values, real=len(self.real), **sizes)]
 
     def _precision_recall(self) -> list[Measurement]:
         count = min(len(self.real), len(self.sets[0]))
@@ -88,7 +103,7 @@ class SampleMeasures:
             for name, values in zip(("precision", "recall"), zip(*pairs, strict=True), strict=True)
         ]
 
-    def _memorisation(self) -> Measurement:
+    def _memorisation(self) -> list[Measurement]:
         assert self.held_out is not None, "the check for memorisation needs held-out samples"
         found = memorisation(self.real, self.held_out, self.sets, QUANTILE)
         row = self._row(
@@ -101,7 +116,7 @@ class SampleMeasures:
             p=found.p_value,
         )
         self._warn(found, row.value)
-        return row
+        return [row]
 
     def _warn(self, found: Memorisation, fraction: float) -> None:
         if found.p_value < _SIGNIFICANT:

@@ -3,43 +3,39 @@
 V_DSM, V_STF, ESS and D are measured on the training set once, when training starts (theory, units
 and sources: ``lightning_vr.variance.target_measurement``). During training the variance that the
 target removes is read off its weights: by the law of total variance the mean of
-``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF, and costs nothing. The loss less the target's variance is
-how far the network is from its optimum (``lightning_vr.variance.excess_loss``).
+``tr Cov[x0 | x_t, S]`` is V_DSM - V_STF, and costs nothing.
 """
 
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from torch import Tensor
 
-from lightning_vr.callbacks import excess_loss
 from lightning_vr.callbacks import target_variance_report as report
-from lightning_vr.callbacks.curve_display import CurveDisplay
 from lightning_vr.callbacks.training_samples import training_samples
 from lightning_vr.core.types import LossEstimate
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.stf import STF
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
-from lightning_vr.lifecycle.loggers import log_numbers
+from lightning_vr.lifecycle.loggers import log_numbers, run_folder
 from lightning_vr.lifecycle.training_set import training_loader
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.variance.excess_loss import ExcessLoss
 from lightning_vr.variance.removed_variance import RemovedVariance
 from lightning_vr.variance.target_curves import TargetVarianceCurve
 from lightning_vr.variance.target_measurement import measure_target_variance, noise_level_grid
 
 log = logging.getLogger(__name__)
 
-_COLUMNS = {"removed_variance": ("noise_level", "removed"), "excess_loss": excess_loss.COLUMNS}
-"""Columns of the files of curves after ``step``."""
+_COLUMNS = ("noise_level", "removed")
+"""Columns of ``removed_variance.csv`` after ``step``."""
 
 _DEFAULT_REFERENCES = (16, 256)
 _TAIL = 1e-3
@@ -53,21 +49,7 @@ class TargetVariance(Callback):
     training starts, ``removed_variance.csv`` with rows at each log event of the variance that the
     target has removed, as means over all draws so far. ``fit`` ends with a table in the terminal.
 
-    On a ``DiffusionModule`` it also splits the training loss, as means over about the last five log
-    events: the irreducible loss is what the variance of the target leaves to the best network, the
-    excess loss the rest, how far the weights that train are from the optimum. Loggers get
-
-    * ``irreducible_loss/total`` and ``excess_loss/total``, means over all draws,
-    * ``target_variance/dsm_total``, the irreducible loss with the plain target,
-    * ``target_variance/removed_fraction``, the fraction of it that the module's target removes.
-
-    ``excess_loss.csv`` has both losses at each noise level at each log event, ``excess_loss.png``
-    the last of them. The optimum is that of the encoded training set as read once: augmentation
-    that changes between epochs would count as excess. Nothing of this is known with another module,
-    with ``clean``, or with a curve of a part of the data (``max_data``), which lacks some variance.
-
-    Loggers that can show pictures or tables get both of the curves, of the excess loss after each
-    validation run. Callbacks can monitor points: ``excess_loss/s<noise level>`` and so on.
+    Callbacks can monitor points, as ``target_variance/removed/s<noise level>``.
 
     On a ``DiffusionModule`` it needs no arguments; on any other module::
 
@@ -91,7 +73,7 @@ class TargetVariance(Callback):
         ValueError: If a number is out of range.
     """
 
-    logged = ("target_variance/", "excess_loss/", "irreducible_loss/")
+    logged = ("target_variance/",)
 
     def __init__(
         self,
@@ -115,13 +97,11 @@ class TargetVariance(Callback):
         self.clean = clean
         self.curve: TargetVarianceCurve | None = None
         self._removed: RemovedVariance | None = None
-        self._excess: ExcessLoss | None = None
-        self._excess_state: dict[str, Tensor] | None = None
         self._is_reported = False
         self._logged_step = -1
         self._data_size = 0
-        self._display = CurveDisplay()
-        self._logs: dict[str, CurveLog] = {}
+        self._folder = Path()
+        self._curves: CurveLog | None = None
 
     @property
     def state_key(self) -> str:
@@ -151,16 +131,12 @@ class TargetVariance(Callback):
                 f"from a batch to clean samples, as in TargetVariance(schedule=VP(), clean=...)."
             )
         self.curve, self._removed = None, None
-        self._excess, self._excess_state = None, None
         self._is_reported, self._logged_step = False, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the files, and move the sums of a checkpoint to the device, for the ranks to add."""
-        self._display.open(trainer)
-        self._logs = {
-            name: open_curve_log(trainer, name, columns, self._logged_step)
-            for name, columns in _COLUMNS.items()
-        }
+        """Open the file, and move the sums of a checkpoint to the device, for the ranks to add."""
+        self._folder = run_folder(trainer)
+        self._curves = open_curve_log(trainer, "removed_variance", _COLUMNS, self._logged_step)
         if self._removed is not None:
             self._removed.to(pl_module.device)
 
@@ -178,13 +154,11 @@ class TargetVariance(Callback):
         if self.curve is None or self._removed is None:
             return
         self._removed.to(pl_module.device)
-        if self.clean is None:
-            self._excess = excess_loss.start(trainer, pl_module, self.curve, self._excess_state)
         if not is_known:
             points = report.numbers(self.curve.noise_levels, self.curve.columns())
             log_numbers(trainer, {}, points)
         if trainer.is_global_zero:
-            report.write(trainer, self.curve, self._display.folder)
+            report.write(trainer, self.curve, self._folder)
 
     def on_train_batch_end(
         self,
@@ -194,43 +168,29 @@ class TargetVariance(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add the batch's spread and loss, and log the means at the loggers' cadence."""
+        """Add the batch's spread, and log the means at the loggers' cadence."""
         estimate = getattr(pl_module, "estimate", None)
         if self._removed is None or not isinstance(estimate, LossEstimate):
             return
         self._removed.add(estimate.noised.noise_level, estimate.target.spread)
-        if self._excess is not None and isinstance(pl_module, DiffusionModule):
-            excess_loss.add(self._excess, pl_module, estimate)
         cadence = trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_due = cadence and trainer.global_step % cadence == 0
         if is_due and self._logged_step != trainer.global_step:
             self._logged_step = trainer.global_step
-            self._log(trainer, self._removed, self._excess)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the excess loss in loggers that can show it."""
-        if self._excess is None or self._excess.is_empty:
-            return
-        if self._display.is_due(trainer):
-            excess_loss.show(trainer, self._excess, self._display.folder)
+            self._log(trainer, self._removed)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the last steps added, and show the excess loss."""
-        removed, excess = self._removed, self._excess
-        if removed is not None and self._logged_step != trainer.global_step:
-            # of copies: a run that goes on from a checkpoint has no log event here
-            removed, excess = copy.deepcopy((removed, excess))
-            self._log(trainer, removed, excess)
-        if excess is not None and trainer.is_global_zero:
-            is_logged = self._display.is_new(trainer)
-            excess_loss.show(trainer, excess, self._display.folder, is_logged=is_logged)
+        """Log what the last steps added."""
+        if self._removed is not None and self._logged_step != trainer.global_step:
+            # of a copy: a run that goes on from a checkpoint has no log event here
+            self._log(trainer, copy.deepcopy(self._removed))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
         if self.curve is None or not trainer.is_global_zero:
             return
         shown, switch, note = max(self.curve.stf), 0.0, "V_STF is not what this run trains with."
-        own = excess_loss.own_references(trainer, pl_module, self.curve.size)
+        own = own_references(trainer, pl_module, self.curve.size)
         target = getattr(pl_module, "target", None)
         if own is not None and isinstance(target, STF):
             shown, switch, note = own, target.switch, ""
@@ -241,7 +201,6 @@ class TargetVariance(Callback):
         return {
             "curve": None if self.curve is None else self.curve.state(),
             "removed": None if self._removed is None else self._removed.state(),
-            "excess": self._excess_state if self._excess is None else self._excess.state(),
             "logged_step": self._logged_step,
             "data_size": self._data_size,
         }
@@ -251,7 +210,6 @@ class TargetVariance(Callback):
         if state_dict["curve"] is not None:
             self.curve = TargetVarianceCurve.from_state(state_dict["curve"])
             self._removed = RemovedVariance(self.curve.noise_levels, state_dict["removed"])
-            self._excess_state = state_dict["excess"]
             self._data_size = state_dict["data_size"]
         self._logged_step = state_dict["logged_step"]
 
@@ -259,7 +217,7 @@ class TargetVariance(Callback):
         """Return whether the curve of a checkpoint holds what the module trains with at present."""
         if self.curve is None:
             return False
-        own = excess_loss.own_references(trainer, module, self.curve.size)
+        own = own_references(trainer, module, self.curve.size)
         size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
         changes = []
         if self._data_size != size:
@@ -274,13 +232,13 @@ class TargetVariance(Callback):
         return not changes
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
-        clean = training_samples(trainer, module, self.clean, self.max_data)
+        clean = training_samples(trainer, module, self.clean, self.max_data, "TargetVariance")
         if clean is None:
             return
         self._data_size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
         size = len(clean.x0)
         counts = list(self.references or [n for n in _DEFAULT_REFERENCES if n <= size])
-        own = excess_loss.own_references(trainer, module, size)
+        own = own_references(trainer, module, size)
         counts += [own] if own is not None else []
         labels: Any = {"group": clean.group, "cond_group": clean.cond_group}
         low, high = self._training_noise_levels(module)
@@ -294,7 +252,6 @@ class TargetVariance(Callback):
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
         self._removed = RemovedVariance(self.curve.noise_levels)
-        self._excess_state = None
 
     def _training_noise_levels(self, module: LightningModule) -> tuple[float, float]:
         if self.schedule is None and isinstance(module, DiffusionModule):
@@ -307,14 +264,20 @@ class TargetVariance(Callback):
         levels = schedule.noise_level(timesteps.icdf(tails))
         return float(levels.min()), float(levels.max())
 
-    def _log(self, trainer: Trainer, removed: RemovedVariance, excess: ExcessLoss | None) -> None:
+    def _log(self, trainer: Trainer, removed: RemovedVariance) -> None:
         levels, means = removed.noise_levels, removed.means()
-        numbers, points = {}, report.numbers(levels, {"removed": means})
         rows = torch.stack([levels, means], dim=1)[means.isfinite()]
-        log_rows(trainer, self._logs["removed_variance"], rows.tolist())
-        if excess is not None:
-            excess.advance()
-            numbers = excess_loss.totals(excess)
-            points |= excess_loss.by_level(excess)
-            log_rows(trainer, self._logs["excess_loss"], excess_loss.rows(excess))
-        log_numbers(trainer, numbers, points)
+        log_rows(trainer, self._curves, rows.tolist())
+        log_numbers(trainer, {}, report.numbers(levels, {"removed": means}))
+
+
+def own_references(trainer: Trainer, module: LightningModule, size: int) -> int | None:
+    """Return how many of ``size`` samples the module's own STF uses as references, if it does."""
+    target = getattr(module, "target", None)
+    if not isinstance(target, STF):
+        return None
+    if target.references == "all":
+        return size
+    if target.references == "batch":
+        return min(size, (training_loader(trainer).batch_size or 0) * trainer.world_size) or None
+    return int(target.references) if int(target.references) <= size else None

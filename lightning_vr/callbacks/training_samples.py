@@ -1,7 +1,8 @@
-"""The clean samples that target variance is measured on."""
+"""The clean samples of the training set that callbacks measure on."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,22 +22,25 @@ def training_samples(
     module: LightningModule,
     clean: Callable[[Any], Any] | None,
     max_data: int,
+    reader: str,
 ) -> Clean | None:
     """Return clean samples of the training set from all ranks, or None if none are exchangeable.
 
-    The bank of the module's own STF is used where it holds them all.
+    Their indices are their positions in it, in increasing order. The bank of the module's own STF
+    is used where it holds them all.
 
     Args:
         trainer: A trainer that is fitting.
         module: The module that it trains.
         clean: A function from a batch to clean samples, needed unless it is a DiffusionModule.
         max_data: Largest number of samples, evenly spaced.
+        reader: The callback that reads them, for messages.
     """
     size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
     if size > max_data and trainer.is_global_zero:
         log.warning(
-            "TargetVariance measures on %d of the %d training samples, as many as `max_data` "
-            "allows.",
+            "%s uses %d of the %d training samples, as many as `max_data` allows.",
+            reader,
             max_data,
             size,
         )
@@ -52,12 +56,14 @@ def training_samples(
     )
     if found is None:
         log.warning(
-            "TargetVariance: batches carry a condition beyond class labels, for which no "
-            "two samples are exchangeable; nothing is measured."
+            "%s: batches carry a condition beyond class labels, for which no two samples are "
+            "exchangeable; the variance of the target is not measured.",
+            reader,
         )
         return None
-    count = len(found.x0)
-    rows = finite_rows(found.x0, torch.arange(count) * size // count, module, "TargetVariance")
+    found = replace(found, index=_positions(found.x0, size))
+    assert found.index is not None
+    rows = finite_rows(found.x0, found.index, module, reader)
     return found if rows is None else found.rows(rows)
 
 
@@ -80,7 +86,7 @@ def finite_rows(
     is_finite = x.flatten(1).isfinite().all(dim=1).cpu()
     if bool(is_finite.all()):
         return None
-    wrong = positions[~is_finite].tolist()
+    wrong = positions.cpu()[~is_finite].tolist()
     others = f" (nor are {len(wrong) - 1} others)" if len(wrong) > 1 else ""
     if getattr(module, "on_nonfinite", "raise") != "skip" or not bool(is_finite.any()):
         raise ValueError(
@@ -104,10 +110,14 @@ def _clean(module: LightningModule, clean: Callable[[Any], Any] | None, batch: A
 
 
 def _evenly_spaced(bank: References, limit: int) -> Clean:
-    count = min(limit, len(bank))
-    index = torch.arange(count, device=bank.rows.device) * len(bank) // count
+    index = _positions(bank.rows[:limit], len(bank))
     group = None if bank.group is None else bank.group[index]
-    return Clean(bank.rows[index] + bank.centre, group)
+    return Clean(bank.rows[index] + bank.centre, group, index=index)
+
+
+def _positions(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Return where as many samples as ``x`` has are among ``size``, evenly spaced."""
+    return torch.arange(len(x), device=x.device) * size // len(x)
 
 
 def _has_classes_alone(bank: References) -> bool:

@@ -3,10 +3,12 @@
 import inspect
 from typing import Any, NamedTuple
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_vr.lifecycle.configuration import describe, imported
+from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.rebuilding import SavedArguments, class_to_load
 from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.process.predictions import PredictionType
@@ -36,6 +38,44 @@ class Change(NamedTuple):
     name: str
     configured: Any
     saved: Any
+
+
+def check_changes(settings: Namespace, checkpoint: dict[str, Any], *, is_fit: bool) -> None:
+    """Warn of settings that the weights of a checkpoint were not trained with.
+
+    Args:
+        settings: The settings of a command, with ``ckpt_path``.
+        checkpoint: The checkpoint.
+        is_fit: Whether its training state is restored, too.
+
+    Raises:
+        ValueError: If the training state does not go with the settings.
+    """
+    model, trust = settings.model.as_dict(), Trust(settings.ckpt_path, settings.trust)
+    for name, configured, saved in changed_network(model, checkpoint, trust):
+        rank_zero_warn(
+            f"Setting `{name}` is {configured}, but {saved} in {settings.ckpt_path}, whose weights "
+            f"were trained with it: unless you mean this, use the config.yaml of their run."
+        )
+    if not is_fit:
+        return
+    changes = changed_optimization(model, checkpoint, trust)
+    seed = saved_seed(checkpoint)
+    if seed is not None and settings.seed_everything != seed:
+        changes.append(Change("seed_everything", settings.seed_everything, seed))
+    if changes:
+        name, configured, saved = changes[0]
+        raise ValueError(
+            f"`{name}` must be {saved}, as in {settings.ckpt_path}, whose training state `fit` "
+            f"restores, got {configured}: leave it out, or train from the start without "
+            f"--ckpt_path."
+        )
+
+
+def saved_seed(checkpoint: dict[str, Any]) -> int | None:
+    """Return the seed of a checkpoint's run, or None if the command line does not take it."""
+    seed: int | None = checkpoint.get(STATE, {}).get("seed")
+    return seed if seed is not None and seed < 2**32 else None
 
 
 def model_settings(checkpoint: dict[str, Any], base: Any, trust: Trust) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class SaveRunConfig(SaveConfigCallback):
             self.config,
             path,
             skip_unset=False,
+            skip_validation=True,
             overwrite=self.overwrite,
             multifile=self.multifile,
         )

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from argparse import SUPPRESS
 from importlib.metadata import version
 from typing import Any
 
@@ -18,15 +19,9 @@ import lightning_vr.data
 import lightning_vr.estimators
 import lightning_vr.lifecycle
 import lightning_vr.metrics
-import lightning_vr.process
-import lightning_vr.training.latents  # noqa: F401
+import lightning_vr.process  # noqa: F401
 from lightning_vr.cli.checkpoint_path import checkpoint_path
-from lightning_vr.cli.checkpoint_settings import (
-    Change,
-    changed_network,
-    changed_optimization,
-    model_settings,
-)
+from lightning_vr.cli.checkpoint_settings import check_changes, model_settings, saved_seed
 from lightning_vr.cli.class_names import monitored_plateau
 from lightning_vr.cli.comments import comments_as_text
 from lightning_vr.cli.nested_values import values_as_written
@@ -41,17 +36,18 @@ from lightning_vr.cli.yaml_files import check_yaml_files
 from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
 from lightning_vr.lifecycle.checkpoints import check_weights, read_checkpoint
 from lightning_vr.lifecycle.configuration import imported
-from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.process.diffusers_folder import IncomingFolder
+from lightning_vr.training.latents import LatentDiffusionModule
 from lightning_vr.training.module import DiffusionModule
 
 _LOADERS = {
     "fit": "train_dataloader",
     "audit": "train_dataloader",
     "cache": "train_dataloader",
+    "error_budget": "train_dataloader",
     "validate": "val_dataloader",
     "test": "test_dataloader",
 }
@@ -101,8 +97,8 @@ class VRCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and which of their arguments the command line sets itself."""
-        own = {name: {"model", "datamodule"} for name in ("audit", "cache", "export")}
-        return {**LightningCLI.subcommands(), **own}
+        own = ("audit", "cache", "error_budget", "export")
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in own}}
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -111,7 +107,11 @@ class VRCLI(LightningCLI):
         first = next(iter(self._arguments), None)
         if first in self.subcommands() and first != subcommand:
             return self.init_parser(**kwargs)
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for name in {"ckpt_path", "weights_only"} - set(parser.get_defaults().keys()):
+            # nothing is done with them, but the config.yaml of a run has them
+            parser.add_argument(f"--{name}", default=None, help=SUPPRESS)
+        return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data; a checkpoint may stand in for the last two."""
@@ -158,22 +158,26 @@ class VRCLI(LightningCLI):
             if missing is not None:
                 raise missing
             return
+        self._take_from_checkpoint(args, path, has_model=missing is None)
+        self._settings.ckpt_path = path
+
+    def _take_from_checkpoint(self, args: ArgsType, path: Any, *, has_model: bool) -> None:
+        """Read the checkpoint, and parse with what it says where that is not configured."""
         self._checkpoint = read_checkpoint(path)
         check_version(self._checkpoint, path)
         if self.config.subcommand == "fit":
             check_training_state(self._checkpoint, path)
         defaults: dict[str, Any] = {}
-        if missing is not None:
+        if not has_model:
             trust = Trust(path, self._settings.trust)
             defaults["model"] = model_settings(self._checkpoint, self._model_class, trust)
-        seed = self._checkpoint_seed()
+        seed = saved_seed(self._checkpoint)
         if self.config.subcommand == "fit" and seed is not None:
             defaults["seed_everything"] = seed
         for name, value in defaults.items():
             self._set_default(name, value)
         if defaults:
             self._parse(args)
-        self._settings.ckpt_path = path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, whose progress bar counts steps unless one is configured."""
@@ -253,10 +257,8 @@ class VRCLI(LightningCLI):
         )
 
     def _parse_without_network(self, args: ArgsType, error: ArgumentError) -> None:
-        kind = self._model_class
         placeholder = {"network": {"class_path": "torch.nn.Identity"}}
-        class_path = f"{kind.__module__}.{kind.__qualname__}"
-        self._set_default("model", {"class_path": class_path, "init_args": placeholder})
+        self._set_default("model", self._module_of(placeholder, autoencoder={"path": "."}))
         try:
             self._parse(args)
         except ArgumentError:
@@ -265,9 +267,8 @@ class VRCLI(LightningCLI):
     def _begin_with_pretrained(self, args: ArgsType) -> None:
         """Parse with the network of a folder as the default."""
         self._pretrained = IncomingFolder.read(self._settings.pretrained)
-        class_path = f"{self._model_class.__module__}.{self._model_class.__qualname__}"
-        settings = {"class_path": class_path, "init_args": self._pretrained.settings}
-        self._set_default("model", settings)
+        found = self._pretrained
+        self._set_default("model", self._module_of(found.settings, found.autoencoder))
         self._parse(args)
         configured = self._settings.model.as_dict()["init_args"]
         for name, saved in self._pretrained.others.items():
@@ -278,6 +279,15 @@ class VRCLI(LightningCLI):
                     f"out, unless you mean this."
                 )
 
+    def _module_of(
+        self, arguments: dict[str, Any], autoencoder: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Return settings of a module, of one of latents where there is an autoencoder."""
+        kind = self._model_class
+        if autoencoder and isinstance(kind, type) and issubclass(LatentDiffusionModule, kind):
+            kind, arguments = LatentDiffusionModule, arguments | {"autoencoder": autoencoder}
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
     def _set_default(self, name: str, value: Any) -> None:
         for parser in self._subcommand_parsers.values():
             if name in parser.get_defaults():
@@ -285,30 +295,6 @@ class VRCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # here Lightning would let a checkpoint's hyperparameters override the settings
-        if self._checkpoint is None:
-            return
-        model = self._settings.model.as_dict()
-        trust = Trust(self._settings.ckpt_path, self._settings.trust)
-        for name, configured, saved in changed_network(model, self._checkpoint, trust):
-            rank_zero_warn(
-                f"Setting `{name}` is {configured}, but {saved} in {self._settings.ckpt_path}, "
-                f"whose weights were trained with it: unless you mean this, use the config.yaml of "
-                f"their run."
-            )
-        if self.config.subcommand != "fit":
-            return
-        changes = changed_optimization(model, self._checkpoint, trust)
-        seed = self._checkpoint_seed()
-        if seed is not None and self._settings.seed_everything != seed:
-            changes.append(Change("seed_everything", self._settings.seed_everything, seed))
-        if changes:
-            name, configured, saved = changes[0]
-            raise ValueError(
-                f"`{name}` must be {saved}, as in {self._settings.ckpt_path}, whose training state "
-                f"`fit` restores, got {configured}: leave it out, or train from the start without "
-                f"--ckpt_path."
-            )
-
-    def _checkpoint_seed(self) -> int | None:
-        seed = (self._checkpoint or {}).get(STATE, {}).get("seed")
-        return seed if seed is not None and seed < 2**32 else None
+        if self._checkpoint is not None:
+            is_fit = self.config.subcommand == "fit"
+            check_changes(self._settings, self._checkpoint, is_fit=is_fit)

@@ -14,8 +14,11 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from lightning_vr.auditing.candidates import read_candidates
+from lightning_vr.auditing.error_budget_report import save as save_error_budget
+from lightning_vr.auditing.error_budget_report import table as error_budget_table
 from lightning_vr.auditing.report import save, table
 from lightning_vr.auditing.run import audit as run_audit
+from lightning_vr.auditing.sampling_errors import error_budget as run_error_budget
 from lightning_vr.callbacks.evaluation import Evaluation
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.core.validation import check_at_least
@@ -29,6 +32,7 @@ from lightning_vr.lifecycle.loggers import run_folder
 from lightning_vr.pipelines.export_folder import ExportFormat
 from lightning_vr.pipelines.export_folder import export as export_model
 from lightning_vr.pipelines.provenance import Provenance
+from lightning_vr.process.sampling import Sampler
 from lightning_vr.training.latent_cache import CacheDtype, cache_latents
 from lightning_vr.training.latents import LatentDiffusionModule
 from lightning_vr.training.module import DiffusionModule
@@ -97,6 +101,39 @@ class VRTrainer(Trainer):
         console.print(found.config, highlight=False)
         print(f"The audit is in {folder}: audit.json, audit.md, audit.png")
 
+    def error_budget(
+        self,
+        model: DiffusionModule,
+        datamodule: LightningDataModule,
+        sampler: Sampler | None = None,
+        samples: PositiveInt = 256,
+        ckpt_path: str | Path | None = None,
+    ) -> None:
+        """Measure what sampling gets wrong: the start, the steps, or the learned score; and advise.
+
+        Writes error_budget.csv, error_budget.json, error_budget.md and error_budget.png to the
+        run's folder.
+
+        Args:
+            model: A module.
+            datamodule: Its training data.
+            sampler: What to measure, with the solver Euler or Heun; the module's own if not given.
+            samples: Number of trajectories that errors are means over.
+            ckpt_path: The checkpoint whose averaged weights, if it has any, to measure: a file, or
+                'last' for that of the newest run.
+        """
+        if ckpt_path is not None:
+            self._load_for_sampling(model, ckpt_path)
+        found = run_error_budget(model, datamodule, sampler, samples=samples, trainer=self)
+        if not self.is_global_zero:
+            return
+        folder = run_folder(self)
+        save_error_budget(found, folder)
+        console = Console()
+        console.print(error_budget_table(found))
+        console.print(found.advice, style="bold")
+        print(f"The error budget is in {folder}: error_budget.md, .png, .csv, .json")
+
     def test(
         self,
         model: LightningModule | None = None,
@@ -159,9 +196,7 @@ class VRTrainer(Trainer):
                 "`ckpt_path` must be given, as export takes a trained module, got None: name a "
                 "checkpoint file, or 'last'."
             )
-        checkpoint = read_checkpoint(ckpt_path)
-        model.on_load_checkpoint(checkpoint)
-        load_weights(model, checkpoint["state_dict"], ckpt_path, strict=model.strict_loading)
+        checkpoint = self._load_for_sampling(model, ckpt_path)
         if self.is_global_zero:
             facts = Provenance.of_checkpoint(checkpoint, ckpt_path)
             export_model(model, output, format, facts=facts)
@@ -220,6 +255,13 @@ class VRTrainer(Trainer):
             )
         finally:
             self.callbacks.remove(writer)  # type: ignore[attr-defined]
+
+    def _load_for_sampling(self, model: DiffusionModule, path: str | Path) -> dict[str, Any]:
+        """Load the weights that a run samples with, the averaged ones where it has both."""
+        checkpoint = read_checkpoint(path)
+        model.on_load_checkpoint(checkpoint)
+        load_weights(model, checkpoint["state_dict"], path, strict=model.strict_loading)
+        return checkpoint
 
 
 def _requests(conditions: Conditions | None, numbers: list[int]) -> dict[str, Any]:

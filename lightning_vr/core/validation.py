@@ -169,3 +169,16 @@ def check_saved_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
             f"`{name}` of a saved state must be a tensor of shape {shape}, got {found}: the file "
             f"is damaged or of other settings, use another checkpoint."
         )
+
+
+def check_one_per_sample(name: str, values: Tensor, count: int) -> None:
+    """Raise if what a function has returned is not one number for each of ``count`` samples.
+
+    Raises:
+        ValueError: With the shape.
+    """
+    if values.shape != (count,):
+        raise ValueError(
+            f"`{name}` must return one number for each of the {count} samples, got a tensor of "
+            f"shape {tuple(values.shape)}: average over all dimensions but the first."
+        )

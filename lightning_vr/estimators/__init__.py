@@ -1,8 +1,8 @@
 """Estimators of the diffusion loss, for the three slots of a model.
 
 Draws of times and noise (``IID``, ``CARV``), targets (``DSM``, ``STF``) and control variates
-(``TaylorCV``), and the loss that combines them. The room imports ``core``, ``process`` and
-``posterior``.
+(``TaylorCV``), and the loss that combines them; ``TimestepSampler`` draws times for other losses.
+The room imports ``core``, ``process`` and ``posterior``.
 """
 
 from lightning_vr.estimators.carv import CARV
@@ -18,6 +18,7 @@ from lightning_vr.estimators.proposals import (
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
+from lightning_vr.estimators.timestep_sampler import TimestepSampler
 
 __all__ = [
     "CARV",
@@ -32,5 +33,6 @@ __all__ = [
     "TableProposal",
     "Target",
     "TaylorCV",
+    "TimestepSampler",
     "WeightProposal",
 ]

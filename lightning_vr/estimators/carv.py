@@ -28,7 +28,7 @@ from torch import Tensor
 from lightning_vr.core.types import WHOLE_STEP, Clean, LossEstimate, Noised, StepPart, Times
 from lightning_vr.core.validation import check_at_least, check_choice
 from lightning_vr.estimators.draws import Draws, open_uniform
-from lightning_vr.estimators.proposals import Proposal
+from lightning_vr.estimators.proposals import Proposal, draw_times
 from lightning_vr.estimators.slot import warn_of_dropped_state
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.schedules import Schedule, expand
@@ -118,14 +118,7 @@ class CARV(Draws):
         count = self.draws_per_sample // copies
         u = open_uniform(len(clean.x0) * count, generator).reshape(-1, count)
         u = stratify(u, self.scope, part, generator).flatten().repeat_interleave(copies)
-        if self.proposal is None:
-            t = objective.timesteps(u).to(torch.float32)
-            return Times(t, torch.ones_like(t))
-        h = self.proposal(objective, u.device)
-        v = h.icdf(u)
-        t, weight = objective.timesteps(v), 1 / h(v)
-        product = objective.weight(t) * weight
-        return Times(*(x.to(torch.float32) for x in (t, weight, product)))
+        return draw_times(u, objective, self.proposal)
 
     def noise(
         self, clean: Clean, schedule: Schedule, times: Times, generator: torch.Generator

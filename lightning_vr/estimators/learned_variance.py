@@ -17,7 +17,7 @@ to beta~, the least there is. So STF lowers the noise of the mean's gradient, an
 learns from the same draws as it does without STF.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from lightning_vr.core.types import LossEstimate, Noised, TargetEstimate
 from lightning_vr.core.validation import check_positive
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import diffusion_loss
+from lightning_vr.process.calling_conventions import configuration
 from lightning_vr.process.network_calls import NetworkOutput
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.pixel_levels import check_levels
@@ -129,8 +130,7 @@ class LearnedVariance:
                     f"is a sum over them, got a {type(proposal).__name__} that is zero at "
                     f"{int(never[0])}: mix in some of the base density."
                 )
-        config = getattr(network, "config", None)
-        config = config if isinstance(config, Mapping) else {}
+        config = configuration(network)
         channels, out = config.get("in_channels"), config.get("out_channels")
         if channels is not None and out is not None and out != 2 * channels:
             raise ValueError(

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vr.core.distributed import all_reduce_sum
+from lightning_vr.core.types import Times
 from lightning_vr.core.validation import check_at_least, check_choice
-from lightning_vr.estimators.quantile_density import TINY, QuantileDensity
 from lightning_vr.estimators.slot import warn_of_dropped_state
-from lightning_vr.process.objective import Objective
+from lightning_vr.process.objective import Objective, WeightedTimes
+from lightning_vr.process.quantile_density import TINY, QuantileDensity
 from lightning_vr.process.timesteps import Truncated
 
 Moment = Literal["gradient", "loss", "bound"]
@@ -45,10 +46,10 @@ class Proposal(nn.Module, ABC):
     """A density q(t) to draw times from."""
 
     @abstractmethod
-    def density(self, objective: Objective, device: torch.device) -> QuantileDensity:
+    def density(self, objective: WeightedTimes, device: torch.device) -> QuantileDensity:
         """Return q/p over the quantiles of ``objective.timesteps``, in float64 on a device."""
 
-    def forward(self, objective: Objective, device: torch.device) -> QuantileDensity:
+    def forward(self, objective: WeightedTimes, device: torch.device) -> QuantileDensity:
         """Return ``density``, or that of a part of the times."""
         if objective.parent is not None:
             # times that were truncated from the start have no parent: bins and quantiles are theirs
@@ -58,7 +59,7 @@ class Proposal(nn.Module, ABC):
             return whole.between(part.low, part.high)
         return self.density(objective, device)
 
-    def check(self, objective: Objective) -> None:
+    def check(self, objective: WeightedTimes) -> None:
         """Raise if the proposal is zero where the weighted loss is not.
 
         Raises:
@@ -89,6 +90,14 @@ class Proposal(nn.Module, ABC):
             bound: Term of a learned variance of each, likewise, or None.
         """
 
+    def observe_moment(self, v: Tensor, moment: Tensor) -> None:
+        """Observe the size of the gradient of draws.
+
+        Args:
+            v: Quantiles of p at which they are ``(n,)``.
+            moment: Squared size of each gradient, without its importance weight ``(n,)``.
+        """
+
     def advance(self) -> None:
         """Learn from what all ranks have observed; all must call it, after the optimizer step."""
 
@@ -105,14 +114,14 @@ class WeightProposal(Proposal):
 
     def __init__(self) -> None:
         super().__init__()
-        self._table: tuple[Objective, torch.device, QuantileDensity] | None = None
+        self._table: tuple[WeightedTimes, torch.device, QuantileDensity] | None = None
 
-    def density(self, objective: Objective, device: torch.device) -> QuantileDensity:
+    def density(self, objective: WeightedTimes, device: torch.device) -> QuantileDensity:
         if self._table is None or self._table[:2] != (objective, device):
             self._table = objective, device, self._tabulate(objective, device)
         return self._table[2]
 
-    def _tabulate(self, objective: Objective, device: torch.device) -> QuantileDensity:
+    def _tabulate(self, objective: WeightedTimes, device: torch.device) -> QuantileDensity:
         steps = objective.timesteps.steps
         if steps is not None:
             edges = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=device)
@@ -145,7 +154,7 @@ class TableProposal(Proposal):
             )
         self.probabilities = list(probabilities)
 
-    def density(self, objective: Objective, device: torch.device) -> QuantileDensity:
+    def density(self, objective: WeightedTimes, device: torch.device) -> QuantileDensity:
         heights = torch.tensor(self.probabilities, dtype=torch.float64, device=device)
         return QuantileDensity.histogram(heights)
 
@@ -193,14 +202,35 @@ class LearnedProposal(Proposal):
         self.table = torch.zeros(3, bins, dtype=torch.float64)
         self.observed = torch.zeros(2, bins, dtype=torch.float64)
 
-    def density(self, objective: Objective, device: torch.device) -> QuantileDensity:
+    def density(self, objective: WeightedTimes, device: torch.device) -> QuantileDensity:
         sums, counts, seen = self.table.to(device)
         size = (sums / counts.clamp(min=TINY)).sqrt()
         is_known = (seen >= _LEAST_SEEN).all() & (size.sum() > 0)
         shape = torch.where(is_known, size / size.mean().clamp(min=TINY), torch.ones_like(size))
         return QuantileDensity.histogram((1 - self.floor) * shape + self.floor)
 
-    def check(self, objective: Objective) -> None:
+    def second_moments(self, objective: Objective) -> tuple[Tensor, Tensor]:
+        """Return noise levels and what was learned at each, for ``Objective.split``, ``(bins,)``.
+
+        Raises:
+            ValueError: If what was learned is no gradient, or a bin has had too few draws.
+        """
+        if self.moment != "gradient":
+            raise ValueError(
+                f"`moment` must be 'gradient' for second moments of gradients, got "
+                f"{self.moment!r}: learn them by LearnedProposal(moment='gradient')."
+            )
+        sums, counts, seen = self.table.cpu()
+        if bool((seen < _LEAST_SEEN).any()):
+            raise ValueError(
+                f"Every bin must have had {_LEAST_SEEN} draws for its second moment, got "
+                f"{int(seen.min())} in one: train longer, or use fewer bins."
+            )
+        levels = objective.noise_levels(self.bins).cpu()
+        order = levels.argsort()
+        return levels[order], (sums / counts)[order]
+
+    def check(self, objective: WeightedTimes) -> None:
         steps = objective.timesteps.steps
         if steps is not None and steps < self.bins:
             raise ValueError(
@@ -210,12 +240,14 @@ class LearnedProposal(Proposal):
         super().check(objective)
 
     def observe(self, v: Tensor, weight: Tensor, loss: Tensor, bound: Tensor | None = None) -> None:
-        self.table, self.observed = self.table.to(v.device), self.observed.to(v.device)
         if self.moment == "bound":
             assert bound is not None, "a model without a learned variance is refused"
-            moment = bound**2
+            self.observe_moment(v, bound**2)
         else:
-            moment = weight * loss if self.moment == "gradient" else loss**2
+            self.observe_moment(v, weight * loss if self.moment == "gradient" else loss**2)
+
+    def observe_moment(self, v: Tensor, moment: Tensor) -> None:
+        self.table, self.observed = self.table.to(v.device), self.observed.to(v.device)
         bins = (v * self.bins).long().clamp(0, self.bins - 1)
         moment = moment.to(self.observed)
         seen = torch.where(moment.isfinite(), torch.stack([moment, torch.ones_like(moment)]), 0)
@@ -259,11 +291,29 @@ class LearnedProposal(Proposal):
         )
 
 
-def _weights(objective: Objective, t: Tensor) -> Tensor:
+def draw_times(u: Tensor, objective: WeightedTimes, proposal: Proposal | None) -> Times:
+    """Return times at uniform numbers, with their importance weights, in float32.
+
+    Args:
+        u: Uniform numbers ``(n,)``, float64.
+        objective: The loss that they are drawn for.
+        proposal: Density to draw from; that of the loss if None.
+    """
+    if proposal is None:
+        t = objective.timesteps(u).to(torch.float32)
+        return Times(t, torch.ones_like(t))
+    h = proposal(objective, u.device)
+    v = h.icdf(u)
+    t, weight = objective.timesteps(v), 1 / h(v)
+    product = objective.weight(t) * weight
+    return Times(*(x.to(torch.float32) for x in (t, weight, product)))
+
+
+def _weights(objective: WeightedTimes, t: Tensor) -> Tensor:
     weight = objective.weight(t)
     if not bool((torch.isfinite(weight) & (weight >= 0)).all() & (weight.sum() > 0)):
         raise ValueError(
-            f"The loss weight of {type(objective.weighting).__name__} must be finite, not negative "
-            f"and not all zero for a proposal: use another weighting or proposal."
+            f"The loss weight must be finite, not negative and not all zero for a proposal, got "
+            f"{weight.min():.3g} to {weight.max():.3g}: use another weighting or proposal."
         )
     return weight

@@ -1,6 +1,6 @@
 """What Weights & Biases shows of a run before anybody has arranged its page.
 
-A page has a section for each prefix of a name, such as ``excess_loss``: numbers, picture and table
+A page has a section for each prefix of a name, such as ``convergence``: numbers, picture and table
 of one thing stand together. The table of runs has the last value of a number, and of those that
 training should make small also the smallest. Plots of ``epoch`` against the step are left out.
 """
@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lightning_vr.lifecycle.loggers import training_goes_on
 
-_SMALL = ("val/loss", "excess_loss/total", "evaluation/bits_per_dimension")
+_SMALL = ("val/loss", "convergence/excess", "evaluation/bits_per_dimension")
 _SMALL_PREFIX = "frechet_distance/"
 _STEP = "trainer/global_step"
 

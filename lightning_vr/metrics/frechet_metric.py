@@ -90,9 +90,21 @@ class FrechetMetric(FrechetInceptionDistance):
             ValueError: If images or features are complex or not finite, or of the wrong shape.
         """
         features = self.features(images)
-        side = "real" if real else "generated"
-        check_real_and_finite(f"{side} images", images)
-        check_real_and_finite(f"features {self.features.name!r} of the {side} images", features)
+        check_real_and_finite(f"{_named(real)} images", images)
+        self.update_features(features, real)
+
+    def update_features(self, features: Tensor, real: bool) -> None:
+        """Add samples to one side by their features.
+
+        Args:
+            features: ``(B, f)`` as ``features`` computes them.
+            real: Whether they are of real or of generated samples.
+
+        Raises:
+            ValueError: If they are complex or not finite.
+        """
+        name = f"features {self.features.name!r} of the {_named(real)} images"
+        check_real_and_finite(name, features)
         super().update(features.to(self.real_features_sum), real)
 
     def compute(self) -> Tensor:
@@ -160,6 +172,10 @@ class FrechetMetric(FrechetInceptionDistance):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _named(real: bool) -> str:
+    return "real" if real else "generated"
 
 
 class _Unchanged(nn.Identity):

@@ -69,12 +69,13 @@ def export(
 def _save_pipeline(model: Diffusion, folder: Path) -> str:
     pipeline = to_pipeline(model)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    index = folder / "model_index.json"
     if type(pipeline).__name__ == "DenoisingPipeline":
         # diffusers finds the class in the folder by the name of its file
-        index = folder / "model_index.json"
-        settings = json.loads(index.read_text()) | {"_class_name": [_CODE, "DenoisingPipeline"]}
-        _write(index, settings)
+        _add(index, _class_name=[_CODE, "DenoisingPipeline"])
         shutil.copyfile(Path(__file__).with_name(f"{_CODE}.py"), folder / f"{_CODE}.py")
+    if type(pipeline).__name__ == "DiTPipeline":  # which reads what it does not write
+        _add(index, id2label={str(label): name for name, label in pipeline.labels.items()})
     settings = trained_for(model)
     if isinstance(model.schedule, DiffusersSchedule):  # which the scheduler's own file describes
         settings["schedule"] = {"class_path": "DiffusersSchedule"}
@@ -123,6 +124,10 @@ def _save_network(model: Diffusion, folder: Path, format: ExportFormat) -> str:
         f"+ alpha² sigma_data²)) and the time that the schedule in config.json embeds; what its "
         f"output is `prediction` says."
     )
+
+
+def _add(path: Path, **settings: Any) -> None:
+    _write(path, json.loads(path.read_text()) | settings)
 
 
 def _write(path: Path, settings: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from lightning_vr.pipelines.provenance import Provenance
-from lightning_vr.process.sampling import USUAL_STEPS
+from lightning_vr.pipelines.stock_pipelines import is_part_of_stable_diffusion
 from lightning_vr.training.diffusion import Diffusion
 
 _PACKAGES = ("lightning-vr", "torch", "lightning", "diffusers")
@@ -43,35 +43,44 @@ def model_card(model: Diffusion, facts: Provenance, how_to_load: str, kind: str)
 
 
 def loading_a_pipeline(pipeline: Any, model: Diffusion) -> str:
-    """Return how to load the folder of a pipeline, in three lines."""
-    name = type(pipeline).__name__
-    is_own = name == "DenoisingPipeline"
-    call = f"num_inference_steps={model.sampler.steps or USUAL_STEPS}"
-    if is_own and model.num_classes is not None:
-        labels = list(range(min(4, model.num_classes)))
-        call = f"batch_size={len(labels)}, class_labels={labels}, {call}"
-    network = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
-    found = getattr(pipeline, network)
-    needed = "encoder_hidden_states"
-    if needed in inspect.signature(found.forward).parameters:
-        call = f'cond={{"{needed}": embeddings}}, {call}'
+    """Return how to load the folder of a pipeline, in three lines, and what it does not do."""
+    is_own = type(pipeline).__name__ == "DenoisingPipeline"
+    name = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+    network = getattr(pipeline, name)
     options = ", trust_remote_code=True" if is_own else ""
     text = (
         f"```python\nfrom diffusers import DiffusionPipeline\n"
         f'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{options})\n'
-        f"images = pipeline({call}).images\n```\n"
+        f"images = pipeline({_call(pipeline, network, model)}).images\n```\n"
     )
     if is_own:
         text += (
             "\nThe pipeline's code is in denoising_pipeline.py, which needs torch and diffusers "
             "alone.\n"
         )
-    kind = type(found).__name__
-    text += f'\nThe network alone: `{kind}.from_pretrained(folder, subfolder="{network}")`.'
-    return text + _parts_of_others(pipeline, found)
+    kind = type(network).__name__
+    text += f'\nThe network alone: `{kind}.from_pretrained(folder, subfolder="{name}")`.'
+    return text + _parts_of_others(pipeline, network, model) + _left_out(pipeline, model)
 
 
-def _parts_of_others(pipeline: Any, network: Any) -> str:
+def _call(pipeline: Any, network: Any, model: Diffusion) -> str:
+    """Return the arguments of a call that samples as the model does."""
+    is_own = type(pipeline).__name__ == "DenoisingPipeline"
+    call = f"num_inference_steps={model.sampler.step_count}"
+    if model.num_classes is not None:
+        labels = list(range(min(4, model.num_classes)))
+        size = f"batch_size={len(labels)}, " if is_own else ""
+        guidance = "" if is_own else f"guidance_scale={model.sampler.guidance:g}, "
+        call = f"{size}class_labels={labels}, {guidance}{call}"
+    needed = "encoder_hidden_states"
+    if needed in inspect.signature(network.forward).parameters:
+        null = f'null_cond={{"{needed}": embeddings_of_no_text}}, '
+        is_needed = model.sampler.guidance != 1 and not isinstance(model.null_cond, str)
+        call = f'cond={{"{needed}": embeddings}}, {null if is_needed else ""}{call}'
+    return call
+
+
+def _parts_of_others(pipeline: Any, network: Any, model: Diffusion) -> str:
     """Return which pipelines of diffusers take network and scheduler, beside what they need."""
     settings: Any = pipeline.config
     if settings.get("time_scale", 1.0) != 1 or settings.get("time_shift", 0.0) != 0:
@@ -79,16 +88,25 @@ def _parts_of_others(pipeline: Any, network: Any) -> str:
             " Other pipelines call it with the scheduler's timestep t, where it was trained with "
             f"{settings['time_scale']:g} t + {settings['time_shift']:g}."
         )
-    kind = type(network).__name__
-    if kind == "UNet2DConditionModel":
+    if is_part_of_stable_diffusion(model, network, pipeline.scheduler):
         return (
-            " With your own text encoder, tokenizer and autoencoder network and scheduler are "
-            "parts of a StableDiffusionPipeline."
+            " With your own text encoder and tokenizer, `unet`, `scheduler` and `vae` are the "
+            "other parts of a StableDiffusionPipeline."
         )
-    has_channels = network.config.get("out_channels") is not None  # DiTPipeline reads them
-    if kind == "DiTTransformer2DModel" and settings.get("num_classes") == 1000 and has_channels:
-        return " With your own autoencoder network and scheduler are parts of a DiTPipeline."
     return ""
+
+
+def _left_out(pipeline: Any, model: Diffusion) -> str:
+    """Return which settings of the model's sampler a pipeline does not follow, as a sentence."""
+    sampler, names = model.sampler, []
+    if type(pipeline.scheduler).__name__ != "EDMEulerScheduler" and sampler.grid != "polynomial":
+        names.append("grid")
+    names += [] if sampler.guidance_interval is None else ["guidance_interval"]
+    names += [] if sampler.guidance_rescale == 0 else ["guidance_rescale"]
+    if not names:
+        return ""
+    listed = " and ".join(f"`{name}`" for name in names)
+    return f" The pipeline does not follow {listed} of the model's sampler."
 
 
 def _training(model: Diffusion, facts: Provenance) -> str:

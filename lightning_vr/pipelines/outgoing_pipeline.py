@@ -1,9 +1,8 @@
 """A trained model as a pipeline of diffusers, in memory.
 
-The pipeline is one of diffusers' own where that samples as the model does: ``DDIMPipeline`` or
-``DDPMPipeline`` for pictures of a ``UNet2DModel`` without classes. Everything else is a
-``DenoisingPipeline``: diffusers' own give such a network no labels, or leave out a scheduler's
-scaling of its input, without an error.
+The pipeline is one of diffusers' own where that samples as the model does, see
+``stock_pipelines.py``. Everything else is a ``DenoisingPipeline``: diffusers' own give such a
+network no labels, or leave out a scheduler's scaling of its input, without an error.
 """
 
 import copy
@@ -13,10 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_vr.core.devices import without_compiler
+from lightning_vr.core.devices import dtype_of, without_compiler
 from lightning_vr.lifecycle.weight_averaging import weights_that_count
-from lightning_vr.pipelines.outgoing_schedulers import OutgoingScheduler, outgoing_scheduler
-from lightning_vr.process.sampling import USUAL_STEPS
+from lightning_vr.pipelines.outgoing_schedulers import outgoing_scheduler
+from lightning_vr.pipelines.stock_pipelines import (
+    autoencoder_of,
+    samples_pictures,
+    stock_pipeline,
+)
 from lightning_vr.training.adapters import merged
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.module import DiffusionModule
@@ -36,29 +39,36 @@ def to_pipeline(model: Diffusion) -> Any:
     Raises:
         ValueError: If no pipeline would sample as the model does, with the reason.
     """
-    import diffusers
-
     network = network_to_export(model)
     _check_network(model, network)
-    found = outgoing_scheduler(model.objective, model.sampler)
+    learns = model.variance is not None
+    found = outgoing_scheduler(model.objective, model.sampler, learns_variance=learns)
     shape = _shape(model, network)
-    is_latent = type(model).decode is not Diffusion.decode or shape[0] not in (1, 3)
-    stock = _stock_pipeline(network, found)
-    if stock is not None and model.num_classes is None and not is_latent:
-        return getattr(diffusers, stock)(unet=network, scheduler=found.scheduler)
+    autoencoder = autoencoder_of(model)
+    stock = stock_pipeline(model, network, found, shape)
+    if stock is not None:
+        return stock
 
     from lightning_vr.pipelines.denoising_pipeline import DenoisingPipeline
 
+    parts: dict[str, Any] = {component(network): network}
+    if autoencoder is None:
+        parts |= {"is_latent": not samples_pictures(model, shape)}
+    else:
+        shift, scale = autoencoder.scales
+        parts |= {"vae": autoencoder.model(dtype_of(network))}
+        parts |= {"latent_shift": shift, "latent_scale": scale}
     return DenoisingPipeline(
         found.scheduler,
-        **{component(network): network},
+        **parts,
         shape=list(shape),
         num_classes=model.num_classes,
         label_dropout=model.label_dropout,
-        is_latent=is_latent,
+        null_is_zeros=isinstance(model.null_cond, str),
         time_scale=found.time_scale,
         time_shift=found.time_shift,
-        num_inference_steps=model.sampler.steps or USUAL_STEPS,
+        noise_levels=found.noise_levels,
+        num_inference_steps=model.sampler.step_count,
         guidance_scale=model.sampler.guidance,
     )
 
@@ -106,10 +116,11 @@ def _check_network(model: Diffusion, network: Any) -> None:
             f"pipeline, got {name}: {_FORMAT}."
         )
     config = network.config
-    if config.get("out_channels") not in (None, config.get("in_channels")):
+    channels, out = config.get("in_channels"), config.get("out_channels")
+    if out not in (None, channels) and out != 2 * channels:
         raise ValueError(
-            f"`network` must return as many channels as it takes to be exported as a pipeline, got "
-            f"{config['in_channels']} and {config['out_channels']}: {_FORMAT}."
+            f"`network` must return as many channels as it takes, or twice as many, to be exported "
+            f"as a pipeline, got {channels} and {out}: {_FORMAT}."
         )
 
 
@@ -131,16 +142,3 @@ def _shape(model: Diffusion, network: Any) -> tuple[int, ...]:
         own = shape[1] if shape[1] == shape[2] else list(shape[1:])
         network.register_to_config(sample_size=own)
     return shape
-
-
-def _stock_pipeline(network: Any, found: OutgoingScheduler) -> str | None:
-    """Return the name of the pipeline of diffusers that calls network and scheduler rightly."""
-    scheduler = found.scheduler
-    name, settings = type(scheduler).__name__, network.config
-    takes_labels = settings.get("num_class_embeds") or settings.get("class_embed_type")
-    is_dynamic = scheduler.config.get("use_dynamic_shifting", False)
-    if type(network).__name__ != "UNet2DModel" or takes_labels or is_dynamic or not found.is_plain:
-        return None
-    if name == "DDIMScheduler":
-        return "DDIMPipeline"
-    return "DDPMPipeline" if name in ("DDPMScheduler", "FlowMatchEulerDiscreteScheduler") else None

@@ -1,5 +1,6 @@
 """What a network was trained for, as a file beside its weights."""
 
+from dataclasses import asdict
 from typing import Any
 
 from lightning_vr.lifecycle.configuration import UndescribableError, describe
@@ -14,6 +15,7 @@ def trained_for(model: Diffusion) -> dict[str, Any]:
         "sigma_data": model.sigma_data,
         "num_classes": model.num_classes,
         "label_dropout": model.label_dropout,
+        "variance": None if model.variance is None else asdict(model.variance),
         "sample_shape": model.sample_shape,
     }
 

@@ -4,6 +4,8 @@ Schedules and densities of t, predictions and loss weights, the objective that t
 networks, and samplers with their solvers.
 """
 
+from lightning_vr.process.asymmetric_density import Asymmetric
+from lightning_vr.process.beta_density import Beta
 from lightning_vr.process.diffusers_autoencoder import Autoencoder, AutoencoderFolder
 from lightning_vr.process.diffusers_network import Pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
@@ -11,6 +13,7 @@ from lightning_vr.process.diffusers_solver import DiffusersSolver
 from lightning_vr.process.likelihood import Likelihood
 from lightning_vr.process.network_dtype import InDtype
 from lightning_vr.process.networks import ResidualMLP
+from lightning_vr.process.noise_level_densities import EntropyRate, NoiseLevelDensity
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.sampling import Sampler
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
@@ -35,12 +38,16 @@ from lightning_vr.process.timesteps import (
     Uniform,
     UniformSteps,
 )
+from lightning_vr.process.total_weight import TotalWeighting
+from lightning_vr.process.uncertainty_weighting import UncertaintyWeighting
 from lightning_vr.process.variational_bound import VariationalBound
 from lightning_vr.process.weightings import (
     DistillationWeighting,
     EDMWeighting,
     LogNormalWeighting,
     MinSNRWeighting,
+    P2Weighting,
+    SoftMinSNRWeighting,
     UnitWeighting,
     Weighting,
 )
@@ -53,8 +60,10 @@ __all__ = [
     "VE",
     "VP",
     "Ancestral",
+    "Asymmetric",
     "Autoencoder",
     "AutoencoderFolder",
+    "Beta",
     "Cosine",
     "DPMSolver2M",
     "Density",
@@ -63,6 +72,7 @@ __all__ = [
     "DistillationWeighting",
     "EDMStochastic",
     "EDMWeighting",
+    "EntropyRate",
     "Euler",
     "Heun",
     "InDtype",
@@ -72,7 +82,9 @@ __all__ = [
     "LogUniform",
     "LogitNormal",
     "MinSNRWeighting",
+    "NoiseLevelDensity",
     "Objective",
+    "P2Weighting",
     "PredictorCorrector",
     "Pretrained",
     "RectifiedFlow",
@@ -80,7 +92,10 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Shifted",
+    "SoftMinSNRWeighting",
     "Solver",
+    "TotalWeighting",
+    "UncertaintyWeighting",
     "Uniform",
     "UniformSteps",
     "UnitWeighting",

@@ -83,8 +83,7 @@ class NetworkCall:
             ValueError: If its signature fits no convention.
         """
         network = without_compiler(network)
-        config = getattr(network, "config", None)
-        settings = config if isinstance(config, Mapping) else {}
+        settings = configuration(network)
         forward: Any = network.forward
         is_method = inspect.ismethod(forward)
         signature = _read(forward.__func__ if is_method else forward, int(is_method))
@@ -201,6 +200,12 @@ def _read(function: Callable[..., Any], own: int) -> _Signature:
     required = [x.name for x in found if x.default is x.empty and x.name in names]
     takes_any = any(x.kind == x.VAR_KEYWORD for x in found)
     return _Signature(tuple(places), tuple(names), tuple(required), takes_any)
+
+
+def configuration(network: nn.Module) -> Mapping[str, Any]:
+    """Return the settings of a model of diffusers; none of another network."""
+    config = getattr(network, "config", None)
+    return config if isinstance(config, Mapping) else {}
 
 
 def _convention(name: str, signature: _Signature) -> Convention:

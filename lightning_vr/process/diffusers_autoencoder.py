@@ -11,6 +11,7 @@ as an average of its weights is one, share it. What identifies it is a digest of
 both scales.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -86,6 +87,16 @@ class Autoencoder(nn.Module):
         """What tells it from other autoencoders, and from itself in another dtype."""
         weights = self._shared.model.state_dict()
         return digest({**weights, "shift": self._shift, "scale": self._scale})
+
+    @property
+    def scales(self) -> tuple[list[float], list[float]]:
+        """Shift and scale of latents, one number each or one for each channel."""
+        return self._shift.flatten().tolist(), self._scale.flatten().tolist()
+
+    def model(self, dtype: torch.dtype) -> Any:
+        """Return a copy of the ``AutoencoderKL`` itself, which knows neither shift nor scale."""
+        # past diffusers, which warns of each change of a dtype
+        return nn.Module.to(copy.deepcopy(self._shared.model), dtype)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,9 @@ The folder may be a stock pipeline's or one of ``export``. Its network keeps its
 weights. A stock scheduler decides schedule and prediction: ``EDMEulerScheduler`` is EDM's schedule
 and preconditioning with diffusers' time embedding, every other one is a ``DiffusersSchedule``. What
 ``export`` wrote says itself what it was trained for, so that a continuous schedule comes back as
-such. Nothing is downloaded, no code of the folder is run and no pickle is read: classes are those
-of diffusers and the schedules of this package, weights are safetensors.
+such. A DiT says how many classes it embeds; a variance that the scheduler takes from the network is
+learned further. Nothing is downloaded, no code of the folder is run and no pickle is read: classes
+are those of diffusers and the schedules of this package, weights are safetensors.
 """
 
 import inspect
@@ -25,7 +26,11 @@ TRAINED_FOR = "lightning_vr.json"
 """The file in the folder of a pipeline that says what its network was trained for."""
 
 _NETWORKS = ("unet", "transformer")
+_AUTOENCODER = "vae"
 _ARGUMENTS = ("prediction", "sigma_data", "num_classes", "label_dropout")
+_LEARNED = {"weight": 0.001, "levels": None}
+"""Settings of ``LearnedVariance`` where a folder has none."""
+
 _SCHEDULES: dict[str, type[Schedule]] = {
     kind.__name__: kind for kind in (EDM, VE, VP, Cosine, RectifiedFlow, DiffusersSchedule)
 }
@@ -40,12 +45,16 @@ class IncomingFolder:
         network: Its class and arguments.
         schedule: The schedule's class and arguments.
         others: Further arguments of the module.
+        learned: Its argument ``variance``, as settings, if the network's variance is learned.
+        autoencoder: Settings of an ``AutoencoderFolder``, or None if there is none.
     """
 
     network_folder: Path
     network: dict[str, Any]
     schedule: dict[str, Any]
     others: dict[str, Any]
+    learned: dict[str, Any]
+    autoencoder: dict[str, Any] | None
 
     @classmethod
     def read(cls, folder: str | Path) -> "IncomingFolder":
@@ -68,25 +77,31 @@ class IncomingFolder:
         network = _described(_json(found[0] / "config.json"), diffusers.ModelMixin, found[0])
         scheduler = _described(_json(config), diffusers.SchedulerMixin, config.parent)
         if own.is_file():
-            schedule, others = _own_objective(_json(own), scheduler, own)
+            saved = _json(own)
+            schedule, others = _own_objective(saved, scheduler, own)
+            learned = _own_variance(saved.get("variance"), own)
         else:
             schedule, others = _objective(scheduler)
-        return cls(found[0], network, schedule, others)
+            others |= _classes(network)
+            learned = _variance(network, scheduler)
+        has_autoencoder = (path / _AUTOENCODER / "config.json").is_file()
+        autoencoder = {"path": str(path), "subfolder": _AUTOENCODER} if has_autoencoder else None
+        return cls(found[0], network, schedule, others, learned, autoencoder)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments of a ``DiffusionModule`` as a configuration."""
-        return {"network": self.network, "schedule": self.schedule, **self.others}
+        return {"network": self.network, "schedule": self.schedule, **self.others, **self.learned}
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of a ``DiffusionModule`` as objects, with the network's weights."""
+        """Return the same with network, its weights loaded, and schedule as objects."""
         network = _rebuilt(self.network)
         self.load_weights(network)
-        return {"network": network, **self.objective}
+        return {"network": network, **self.objective, **self.learned}
 
     @property
     def objective(self) -> dict[str, Any]:
-        """The arguments that are not the network, as objects."""
+        """The schedule as an object, and what the network predicts of it."""
         return {"schedule": _rebuilt(self.schedule), **self.others}
 
     def load_weights(self, network: nn.Module) -> None:
@@ -168,6 +183,22 @@ def _objective(scheduler: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return schedule, {"prediction": "edm", "sigma_data": given.get("sigma_data", 0.5)}
 
 
+def _classes(network: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for the classes of a DiT, which has a label for no class besides."""
+    if network["class_path"] != "diffusers.DiTTransformer2DModel":
+        return {}
+    # the fraction that it is published with (Peebles and Xie 2023, 2212.09748)
+    count = network["init_args"].get("num_embeds_ada_norm", 1000)
+    return {"num_classes": count, "label_dropout": 0.1}
+
+
+def _variance(network: dict[str, Any], scheduler: dict[str, Any]) -> dict[str, Any]:
+    """Return the argument ``variance`` where a scheduler takes it from the network."""
+    channels, out = (network["init_args"].get(name) for name in ("in_channels", "out_channels"))
+    is_learned = scheduler["init_args"].get("variance_type") == "learned_range"
+    return {"variance": _LEARNED} if is_learned and channels and out == 2 * channels else {}
+
+
 def _own_objective(
     saved: dict[str, Any], scheduler: dict[str, Any], path: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,6 +214,18 @@ def _own_objective(
             f"{path} names {described.get('class_path')}: configure network and schedule."
         )
     return {"class_path": _path(kind), "init_args": described["init_args"]}, others
+
+
+def _own_variance(saved: Any, path: Path) -> dict[str, Any]:
+    """Return the argument ``variance`` as ``export`` has written it."""
+    if saved is None:
+        return {}
+    if isinstance(saved, dict) and saved.keys() <= _LEARNED.keys():
+        return {"variance": saved}
+    raise ValueError(
+        f"`pretrained` must be a folder that was exported with a LearnedVariance, but {path} says "
+        f"{saved!r:.80} of `variance`: configure network and schedule."
+    )
 
 
 def _table(scheduler: dict[str, Any]) -> dict[str, Any]:

@@ -21,12 +21,12 @@ it is the sample that gets too much contrast, and the result is the same for eac
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_vr.core.conditions import Condition
+from lightning_vr.core.conditions import Condition, condition_rows
 from lightning_vr.core.rows import concatenated
 from lightning_vr.core.types import UNLABELLED
 from lightning_vr.process.reverse_estimate import ReverseEstimate, ReverseEstimator
@@ -64,6 +64,15 @@ class Guidance:
     cond: Condition | None
     null_cond: Condition | None
     reverse: ReverseEstimator | None = None
+
+    def rows(self, index: slice) -> "Guidance":
+        """Return the denoiser of some of the rows."""
+        return replace(
+            self,
+            group=None if self.group is None else self.group[index],
+            cond=condition_rows(self.cond, index),
+            null_cond=condition_rows(self.null_cond, index),
+        )
 
     def __call__(self, xt: Tensor, t: Tensor) -> Tensor:
         """Return x0_hat; all rows are at the same time."""

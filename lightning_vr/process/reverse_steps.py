@@ -185,7 +185,7 @@ def check_discrete(schedule: Any) -> None:
     Raises:
         ValueError: If it is continuous or a flow.
     """
-    if isinstance(schedule, DiffusersSchedule) and not schedule.is_flow:
+    if is_discrete(schedule):
         return
     name = type(getattr(schedule, "scheduler", schedule)).__name__
     raise ValueError(
@@ -193,3 +193,8 @@ def check_discrete(schedule: Any) -> None:
         f"beta and beta~ depend on where each step ends, got {name}, which has no steps: use "
         f"DiffusersSchedule(DDPMScheduler())."
     )
+
+
+def is_discrete(schedule: Any) -> bool:
+    """Return whether a schedule has a table of discrete steps."""
+    return isinstance(schedule, DiffusersSchedule) and not schedule.is_flow

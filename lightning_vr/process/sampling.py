@@ -7,12 +7,13 @@ the largest level of the grid; at the smallest its estimate x0_hat is the sample
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_vr.core.conditions import Condition, condition_rows, expanded, null_condition
+from lightning_vr.core.conditions import Condition, expanded, null_condition
+from lightning_vr.core.devices import widest_float
 from lightning_vr.core.progress import progress_steps
 from lightning_vr.core.validation import (
     check_at_least,
@@ -101,7 +102,14 @@ class Sampler:
     @property
     def evaluations(self) -> int | None:
         """Calls of the network for each sample; None if the solver finds out on the way."""
-        return self._solver.evaluations(self._steps)
+        return self._solver.evaluations(self.step_count)
+
+    @property
+    def step_count(self) -> int:
+        """Number of noise levels, also where they are given or left out."""
+        if not isinstance(self.grid, str):
+            return len(self.grid)
+        return USUAL_STEPS if self.steps is None else self.steps
 
     def noise_levels(self, schedule: Schedule) -> Tensor:
         """Return the decreasing grid ``(steps,)``, float64, without the final 0.
@@ -110,13 +118,13 @@ class Sampler:
             ValueError: If the bounds are not 0 < min < max, or outside the schedule's, or if the
                 solver has levels of its own that are not for this schedule.
         """
-        own = self._solver.own_noise_levels(schedule, self._steps)
+        own = self._solver.own_noise_levels(schedule, self.step_count)
         if own is not None:
             return own
         if not isinstance(self.grid, str):
             return given(self.grid, schedule)
         low, high = self.noise_level_min, self.noise_level_max
-        return spaced(self.grid, self._steps, self.rho, low, high, schedule)
+        return spaced(self.grid, self.step_count, self.rho, low, high, schedule)
 
     def solve(
         self,
@@ -155,7 +163,7 @@ class Sampler:
         *,
         group: Tensor | None = None,
         cond: Condition | None = None,
-        null_cond: Condition | None = None,
+        null_cond: Condition | Literal["zeros"] | None = None,
         reverse: ReverseEstimator | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 256,
@@ -172,7 +180,8 @@ class Sampler:
             noise: Standard normal numbers.
             group: Class labels ``(B,)``, or None.
             cond: Further condition, nested dictionaries of tensors of B rows or of one for all.
-            null_cond: What stands for ``cond`` in the unconditional half of guidance, of one row.
+            null_cond: What stands for ``cond`` in the unconditional half of guidance, of one row,
+                as ``null_condition`` takes it.
             reverse: Estimates the same, and the variance of reverse steps, for ``DDPM``.
             generator: Source of further noise, if the solver needs any; torch's global one if not
                 given.
@@ -185,9 +194,10 @@ class Sampler:
         check_integer("batch_size", batch_size, 1)
         null = self._null(cond, null_cond)
         cond, null = (None if x is None else expanded(x, len(noise)) for x in (cond, null))
-        count, key, solver = len(noise), NoiseKey(generator), self._solver
-        # where the device has them: rounding errors add up over the steps
-        wide = torch.float32 if noise.device.type == "mps" else torch.float64
+        scale, interval, rescale = self.guidance, self.guidance_interval, self.guidance_rescale
+        guided = Guidance(denoise, schedule, scale, interval, rescale, group, cond, null, reverse)
+        count, key, steps = len(noise), NoiseKey(generator), self.step_count
+        wide = widest_float(noise.device)  # rounding errors add up over the steps
         levels = tuple(self.noise_levels(schedule).tolist())
         known, starts = self.evaluations, range(0, count, batch_size)
         total = None if known is None else known * len(starts)
@@ -196,41 +206,18 @@ class Sampler:
         with progress_steps(total, "Sampling", is_shown=progress) as advance:
             for start in starts:
                 rows = slice(start, min(start + batch_size, count))
-                guided = Guidance(
-                    denoise,
-                    schedule,
-                    self.guidance,
-                    self.guidance_interval,
-                    self.guidance_rescale,
-                    group=None if group is None else group[rows],
-                    cond=condition_rows(cond, rows),
-                    null_cond=condition_rows(null, rows),
-                    reverse=reverse,
-                )
-                counted = _Counted(guided, advance)
+                own = _Counted(guided.rows(rows), advance)
                 row_noise = RowNoise(key, rows.start, rows.stop)
                 problem = Problem(
-                    counted,
-                    schedule,
-                    self._steps,
-                    levels,
-                    row_noise,
-                    noise.dtype,
-                    counted.estimate,
+                    own, schedule, steps, levels, row_noise, noise.dtype, own.estimate
                 )
-                parts.append(solver.solve(problem, noise[rows].to(wide)).to(noise.dtype))
-                counts.append(counted.count)
+                parts.append(self._solver.solve(problem, noise[rows].to(wide)).to(noise.dtype))
+                counts.append(own.count)
         return Samples(torch.cat(parts) if parts else noise, max(counts))
 
     @property
     def _solver(self) -> Solver:
         return self.solver or Heun()
-
-    @property
-    def _steps(self) -> int:
-        if not isinstance(self.grid, str):
-            return len(self.grid)
-        return USUAL_STEPS if self.steps is None else self.steps
 
     def _check_unused(self) -> None:
         defaults = {field.name: field.default for field in fields(self)}
@@ -249,14 +236,15 @@ class Sampler:
                     f"its own noise levels, got {value}: leave it out, or use another solver."
                 )
 
-    def _null(self, cond: Condition | None, null_cond: Condition | None) -> Condition | None:
+    def _null(self, cond: Condition | None, null_cond: Any) -> Condition | None:
         """Return what stands for ``cond`` in the unconditional half, of one row, or None."""
         if self.guidance == 1 or cond is None:
             return None
         if null_cond is None:
             raise ValueError(
-                f"`guidance` must be 1 with `cond`, which needs a `null_cond` to be left out, got "
-                f"{self.guidance:g}: use Sampler(guidance=1), or give `null_cond`."
+                f"`null_cond` must be given to leave out the condition {sorted(cond)} for guidance "
+                f"{self.guidance:g}, got None: use 'zeros', what `encode_null` of a model returns, "
+                f"or Sampler(guidance=1)."
             )
         return null_condition(null_cond, cond)
 

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from lightning_vr.core.devices import widest_float
 from lightning_vr.core.validation import check_at_least, check_finite_number, check_positive
 
 
@@ -22,9 +23,17 @@ class Density(nn.Module, ABC):
     steps: int | None = None
     """Number of equally likely discrete timesteps that are drawn, or None."""
 
+    changes_objective: bool = False
+    """Whether it is there to train another objective than the schedule is usually trained with."""
+
     @abstractmethod
     def icdf(self, u: Tensor) -> Tensor:
         """Map uniform ``u`` in (0, 1) to times, element by element."""
+
+    def middles(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return the time in the middle of each of ``count`` equally likely bins ``(count,)``."""
+        dtype = widest_float(torch.device(device))
+        return self.icdf((torch.arange(count, device=device, dtype=dtype) + 0.5) / count)
 
     @abstractmethod
     def cdf(self, t: Tensor) -> Tensor:
@@ -41,6 +50,10 @@ class Density(nn.Module, ABC):
     def forward(self, u: Tensor) -> Tensor:
         """Return ``icdf(u)``."""
         return self.icdf(u)
+
+    def extra_repr(self) -> str:
+        """Say whether the objective is another one."""
+        return "changes the objective" if self.changes_objective else ""
 
 
 class Uniform(Density):
@@ -147,7 +160,8 @@ class Shifted(Density):
     """A density on (0, 1) whose times u become ``end shift u / (1 + (shift - 1) u)``.
 
     Under rectified flow a shift multiplies each noise level, which images of more pixels need
-    (Esser et al. 2024, arXiv 2403.03206, equation 23).
+    (Esser et al. 2024, arXiv 2403.03206, equation 23). A shift other than 1 changes the objective;
+    of ``LogitNormal`` it is ``LogitNormal(mean + log shift, std)``.
 
     Args:
         density: A density on (0, 1).
@@ -167,6 +181,7 @@ class Shifted(Density):
                 f"LogitNormal()."
             )
         self.density, self.shift, self.end = density, shift, end
+        self.changes_objective = shift != 1
 
     def icdf(self, u: Tensor) -> Tensor:
         inner = self.density.icdf(u)

@@ -17,7 +17,7 @@ from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import Target
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
-from lightning_vr.process.calling_conventions import NetworkCall
+from lightning_vr.process.calling_conventions import NetworkCall, configuration
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.objective import Objective
 from lightning_vr.training.denoising import Denoising
@@ -121,19 +121,7 @@ def check_estimators(
             the network couples or changes single draws where these must be independent.
     """
     draws.check(objective)
-    if variance is not None:
-        variance.check(objective, draws, without_compiler(network))
-    if variance is not None and control is not None:
-        raise ValueError(
-            f"`control_variate` must be None with `variance`, got {type(control).__name__}: its "
-            f"calls of the network leave out what that says about the variance."
-        )
-    proposal = getattr(draws, "proposal", None)
-    if variance is None and getattr(proposal, "moment", None) == "bound":
-        raise ValueError(
-            "`moment` must be 'gradient' or 'loss' without `variance`, whose term of the loss "
-            "'bound' is of, got 'bound': use another, or LearnedVariance()."
-        )
+    _check_variance(variance, draws, control, objective, network)
     normalisation = _batch_normalisation(network)
     if isinstance(control, TaylorCV) and normalisation:
         raise ValueError(
@@ -153,6 +141,29 @@ def check_estimators(
             f"`resamples` must be 1 where gradients are clipped draw by draw, as "
             f"{type(network).__name__} is prepared for: the mean of clipped draws depends on how "
             f"many there are. Clip the gradient of the whole step, or use one draw of each sample."
+        )
+
+
+def _check_variance(
+    variance: LearnedVariance | None,
+    draws: Draws,
+    control: ControlVariate | None,
+    objective: Objective,
+    network: nn.Module,
+) -> None:
+    """Raise if a learned variance does not go with the rest, or is missing where it is needed."""
+    if variance is not None:
+        variance.check(objective, draws, without_compiler(network))
+    if variance is not None and control is not None:
+        raise ValueError(
+            f"`control_variate` must be None with `variance`, got {type(control).__name__}: its "
+            f"calls of the network leave out what that says about the variance."
+        )
+    proposal = getattr(draws, "proposal", None)
+    if variance is None and getattr(proposal, "moment", None) == "bound":
+        raise ValueError(
+            "`moment` must be 'gradient' or 'loss' without `variance`, whose term of the loss "
+            "'bound' is of, got 'bound': use another, or LearnedVariance()."
         )
 
 
@@ -273,8 +284,7 @@ def _embeddings(network: nn.Module) -> tuple[str, int | None]:
 
 def _settings(network: nn.Module) -> Mapping[str, Any]:
     """Return the settings of a model of diffusers, the attributes of another network."""
-    config = getattr(network, "config", None)
-    return config if isinstance(config, Mapping) else vars(network)
+    return configuration(network) or vars(network)
 
 
 def _check_cond_group(cond_group: Tensor, count: int) -> None:

@@ -272,7 +272,7 @@ class Diffusion(Denoising):
         cond = self.encode_null() if cond is None else cond
         cond = None if cond is None else expanded(cond, count, device)
         check_guidance(guidance, self.num_classes, dropout, has_null_cond=self.has_null_cond)
-        null = self.null_condition(cond) if guidance != 1 else None
+        null = self.stated_null() if guidance != 1 and cond is not None else None
         stream = sample_arguments.source(self, source, seed, self.sample_calls)
         self.sample_calls += source is None and seed is None
         noise = torch.randn(size, generator=stream, device=device, dtype=torch.float32)

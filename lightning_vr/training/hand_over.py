@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.process.diffusers_folder import IncomingFolder
 from lightning_vr.training.diffusion import Diffusion
 
@@ -37,7 +38,10 @@ class HandOver(Diffusion):
         Raises:
             ValueError: If the folder lacks a network or a scheduler that can be trained on.
         """
-        return cls(**(IncomingFolder.read(folder).arguments() | settings))
+        found = IncomingFolder.read(folder).arguments()
+        if "variance" in found:
+            found["variance"] = LearnedVariance(**found["variance"])
+        return cls(**(found | settings))
 
     def to_pipeline(self) -> Any:
         """Return a ``DiffusionPipeline`` that samples as this module does.

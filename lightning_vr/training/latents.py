@@ -8,10 +8,12 @@ bank of the training set would hold another draw than the one that was noised, w
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_vr.core.digests import digest
 from lightning_vr.core.types import Clean
@@ -46,6 +48,12 @@ class LatentDiffusionModule(DiffusionModule):
         super().__init__(network=network, **settings)
         self._parts = {name for name, _ in self.named_children()} | {"autoencoder"}
         self.autoencoder = Autoencoder(autoencoder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **settings: Any) -> Self:
+        """Do what ``DiffusionModule`` does; the autoencoder is that in ``vae`` unless given."""
+        settings.setdefault("autoencoder", AutoencoderFolder(str(folder), "vae"))
+        return super().from_pretrained(folder, **settings)
 
     def encode(self, batch: Any) -> Clean:
         """Encode pictures; latents that are encoded already stay as they are."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_vr.core.rows import Rows, tensors
 from lightning_vr.core.types import Clean, Times
+from lightning_vr.core.validation import check_one_per_sample
 from lightning_vr.estimators.draws import open_uniform
 from lightning_vr.process.timesteps import Density, Truncated
 from lightning_vr.training.diffusion import Diffusion
@@ -20,6 +21,9 @@ from lightning_vr.variance.gradient_measurement import NoisyLoss
 
 LossFunction = Callable[[LightningModule, Tensor, Tensor, Tensor], Tensor]
 """``(module, x0 (B, *), noise (B, *), t (B,)) -> loss of each sample (B,)``."""
+
+Corruption = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""``(x0 (B, *), t (B,), generator) -> corruption (B, *)``, such as the mask of each token."""
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context that the trainer runs forward passes in."""
@@ -69,6 +73,7 @@ class GivenLoss(NoisyLoss):
         function: ``(module, x0, noise, t) -> loss of each sample (B,)``.
         timesteps: Density of t.
         precision: The trainer's precision.
+        corruption: Draws what the function gets as ``noise``; standard normal noise without it.
     """
 
     def __init__(
@@ -77,12 +82,14 @@ class GivenLoss(NoisyLoss):
         function: LossFunction,
         timesteps: Density,
         precision: Precision = nullcontext,
+        corruption: Corruption | None = None,
     ) -> None:
         super().__init__()
         self.module = module
         self.function = function
         self.timesteps = timesteps
         self.precision = precision
+        self.corruption = corruption
 
     def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
         u = open_uniform(len(clean.x0), source)
@@ -90,16 +97,22 @@ class GivenLoss(NoisyLoss):
         return Times(t, torch.ones_like(t))
 
     def draw(self, clean: Clean, times: Times, source: torch.Generator) -> Rows:
-        x0 = clean.x0
-        noise = torch.randn(x0.shape, generator=source, device=x0.device, dtype=x0.dtype)
-        return {"x0": x0, "noise": noise, "t": times.t}
+        return {"x0": clean.x0, "noise": self._noise(clean.x0, times.t, source), "t": times.t}
+
+    def _noise(self, x0: Tensor, t: Tensor, source: torch.Generator) -> Tensor:
+        if self.corruption is None:
+            return torch.randn(x0.shape, generator=source, device=x0.device, dtype=x0.dtype)
+        noise = self.corruption(x0, t, source)
+        if not isinstance(noise, Tensor) or noise.shape[:1] != x0.shape[:1]:
+            found = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+            raise ValueError(
+                f"`draw` must return a tensor with one row for each of the {len(x0)} samples, got "
+                f"{found}: draw the corruption of all samples at once."
+            )
+        return noise
 
     def forward(self, rows: Rows) -> Tensor:
         with self.precision():
             losses = self.function(self.module, rows["x0"], rows["noise"], rows["t"])
-        if losses.shape != rows["t"].shape:
-            raise ValueError(
-                f"`loss` must return one number for each of the {len(rows['t'])} samples, got a "
-                f"tensor of shape {tuple(losses.shape)}: average over all dimensions but the first."
-            )
+        check_one_per_sample("loss", losses, len(rows["t"]))
         return losses

@@ -73,6 +73,10 @@ class Upstream(KeyedModule):
         """Whether something stands for no condition."""
         return self.null_cond is not None or type(self).encode_null is not Upstream.encode_null
 
+    def stated_null(self) -> NullCondition:
+        """Return what the model says stands for no condition, as ``null_cond`` or encoded."""
+        return self.encode_null() if self.null_cond is None else self.null_cond
+
     def null_condition(self, cond: Condition | None) -> Condition | None:
         """Return what stands for no condition in the form of ``cond``, of one row.
 
@@ -81,7 +85,7 @@ class Upstream(KeyedModule):
         """
         if cond is None:
             return None
-        null = self.encode_null() if self.null_cond is None else self.null_cond
+        null = self.stated_null()
         if null is None:
             raise ValueError(
                 f"`null_cond` must be given to leave out the condition {sorted(cond)}, got None: "

@@ -186,6 +186,48 @@ def steps_ratio(noise_ratio: float, variance_ratio: float) -> float:
     return _divide(1.0, signal + (1 - signal) * variance_ratio)
 
 
+@dataclass(frozen=True)
+class BatchScaling:
+    """What changes with the batch size, as ratios of the new to the old.
+
+    Attributes:
+        batch: The new batch size.
+        steps: Optimizer steps to the same loss.
+        samples: Samples to the same loss.
+        sgd: Learning rate of stochastic gradient descent.
+        adam: Learning rate of Adam.
+    """
+
+    batch: float
+    steps: float
+    samples: float
+    sgd: float
+    adam: float
+
+
+def batch_scaling(noise_scale: float, batch: float, other: float) -> BatchScaling:
+    """Return what another batch size changes.
+
+    Steps are ``S_min (1 + B_noise / B)``, and the best learning rate of stochastic gradient descent
+    is their inverse but for a constant, ``lr ∝ B / (B + B_noise)`` (McCandlish et al. 2018, arXiv
+    1812.06162, section 2.2). That of Adam follows the square root rule, ``lr ∝ √B``
+    (Malladi et al. 2022, arXiv 2205.10287), which holds where noise dominates: below the noise
+    scale. Beyond it neither grows much.
+
+    Args:
+        noise_scale: B_noise.
+        batch: B, the present batch size.
+        other: The new one.
+
+    Raises:
+        ValueError: If a batch size is not positive, or ``noise_scale`` is negative.
+    """
+    check_positive("batch", batch)
+    check_positive("other", other)
+    faster = steps_ratio(noise_scale / batch, batch / other)
+    return BatchScaling(other, 1 / faster, other / batch / faster, faster, math.sqrt(other / batch))
+
+
 def _divide(numerator: float, denominator: float) -> float:
     pair = torch.tensor([numerator, denominator], dtype=torch.float64)
     return float(ratio(pair[0], pair[1]))

@@ -30,6 +30,9 @@ from torch import Tensor
 
 from lightning_vr.core.distributed import all_reduce_mean
 
+PARTS = ("data", "timestep", "noise")
+"""Names of the components that sum to the total, outermost first."""
+
 DRAWS_PER_UNIT = 4
 """Draws of a unit in the order (t, z), (t, z'), (t', z''), (t', z''')."""
 

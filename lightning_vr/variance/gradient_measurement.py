@@ -184,6 +184,25 @@ class GradientMeasurement:
                 sums.add([torch.stack(each) for each in zip(*passes, strict=True)])
         return sums.components().scaled(len(batches[0].x0))
 
+    def gradient_between(
+        self, clean: Clean, *key: int | str, low: float = 0.0, high: float = 1.0
+    ) -> list[Tensor]:
+        """Return the gradient of the mean loss of a batch, at times between two quantiles.
+
+        Args:
+            clean: The batch.
+            *key: Distinguishes the draws of this gradient from others.
+            low: Quantile of the density of t above which times are drawn.
+            high: Quantile below which times are drawn.
+
+        Returns:
+            For each trainable parameter, in order, its gradient.
+        """
+        with torch.set_grad_enabled(is_trained(clean)):
+            times = self.loss.times(clean, self.source(*key, "times"), low, high)
+            rows = self.loss.draw(clean, times, self.source(*key, "noise"))
+        return self.gradient(rows, *key)
+
     def gradient(self, rows: Rows, *key: int | str) -> list[Tensor]:
         """Return the gradient of the mean loss of rows, for each trainable parameter in order.
 

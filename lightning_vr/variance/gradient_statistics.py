@@ -1,12 +1,16 @@
 """Statistics of a gradient: components for the whole, for groups of parameters, by noise level."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_vr.variance.components import Components
+from lightning_vr.variance.components import PARTS, Components
 from lightning_vr.variance.moments import Moments
+
+NOISE_LEVEL = "noise level"
+"""Name of the axis that all schedules share."""
 
 
 class GradientStatistics:
@@ -16,12 +20,20 @@ class GradientStatistics:
         groups: Names of the groups of parameters.
         noise_levels: Noise level in the middle of each bin ``(L,)``; the bins are equally likely.
         state: What ``state`` has returned, to continue from there.
+        parts: Names of the three components, outermost first.
+        axis: What the bins are bins of.
     """
 
     def __init__(
-        self, groups: list[str], noise_levels: Tensor, state: dict[str, Any] | None = None
+        self,
+        groups: list[str],
+        noise_levels: Tensor,
+        state: dict[str, Any] | None = None,
+        parts: Sequence[str] = PARTS,
+        axis: str = NOISE_LEVEL,
     ) -> None:
         self.groups = groups
+        self.parts, self.axis = tuple(parts), axis
         self.noise_levels = noise_levels.detach().cpu()
         fields = len(Components._fields)
         self._whole = Moments(fields, 1 + len(groups), state=_part(state, "whole"))

@@ -12,9 +12,10 @@ from lightning_vr.estimators.proposals import WeightProposal
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import DSM
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
+from lightning_vr.process.beta_density import Beta
 from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.process.schedules import VP
-from lightning_vr.process.weightings import EDMWeighting, MinSNRWeighting
+from lightning_vr.process.weightings import EDMWeighting, MinSNRWeighting, P2Weighting
 from lightning_vr.training.module import DiffusionModule
 
 TARGETS = ['STF("batch")', "STF(256)", "STF(1024)", 'STF("all")']
@@ -147,3 +148,15 @@ def test_a_candidate_is_in_the_slots_for_a_while_only():
     with Candidate("a", target=other).in_place(module):
         assert module.target is other
     assert module.target is own
+
+
+def test_what_changes_the_objective_is_no_candidate(tmp_path):
+    path = tmp_path / "candidates.yaml"
+    for name in ("timesteps", "weighting", "prediction"):
+        path.write_text(f"- name: other\n  {name}: Beta\n")
+        with pytest.raises(ValueError, match=f"Candidate 'other' must .* got `{name}`, which chan"):
+            read_candidates(path)
+    with pytest.raises(ValueError, match=r"got `draws`, which changes it.* held-out plain loss"):
+        Candidate("other", draws=Beta(2, 1))
+    with pytest.raises(ValueError, match="got `target`, which changes it"):
+        Candidate("other", target=P2Weighting())

@@ -10,12 +10,22 @@ import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from support.gaussian_reverse import TwoHalves, scheduler
 from support.held_out import TrainAndTest
 from support.networks import small_mlp
 from support.points import Points, normal_points
 from support.trainers import quiet_trainer
 
-from lightning_vr import DiffusionModule, Evaluation, Likelihood, Sampler
+from lightning_vr import (
+    DDPM,
+    DiffusionModule,
+    Evaluation,
+    FrechetDistance,
+    LearnedVariance,
+    Likelihood,
+    Sampler,
+    VariationalBound,
+)
 from lightning_vr.callbacks import held_out_likelihood
 from lightning_vr.core.rng import generator
 from lightning_vr.metrics import (
@@ -219,6 +229,19 @@ def test_a_cached_training_set_gives_bitwise_the_same_and_is_not_read_again(tmp_
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_the_frechet_distance_takes_the_same_features_from_the_same_folder(tmp_path):
+    drawn, values, reads = normal_points(60, "drawn"), [], []
+    given = {"sample": lambda module, count: drawn, "clean": lambda batch: batch["x0"]}
+    cached(tmp_path)
+    for cache in (None, tmp_path / "cache", tmp_path / "another"):
+        callback, Reads.reads = FrechetDistance(samples=60, cache=cache, **given), 0
+        trainer = evaluated(callback, tmp_path, Sampled())
+        values.append(float(trainer.callback_metrics["frechet_distance/identity_n60"]))
+        reads.append(Reads.reads)
+    assert values == pytest.approx([values[0]] * 3, rel=1e-9)
+    assert reads == [1 + 200, 1 + 16, 1 + 16 + 200]
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "text", "others", "not finite"])
 def test_a_damaged_or_foreign_file_is_told_of_and_replaced(tmp_path, damage):
     first, _ = cached(tmp_path)
@@ -273,6 +296,57 @@ def test_too_little_data_is_refused_with_numbers_before_the_test(tmp_path):
         evaluated(by_sampling(normal), tmp_path, Sampled(), points(train=TRAIN[:15]))
     with pytest.raises(ValueError, match=r"at least 20 held-out samples .* got 10"):
         evaluated(by_sampling(normal), tmp_path, Sampled(), points(test=TEST[:10]))
+
+
+def bounded(**options):
+    """A model of a table of 20 timesteps whose network says something about the variance."""
+    sampler = Sampler(DDPM("beta"), steps=4)
+    own = {"schedule": scheduler(20), "prediction": "epsilon", "sampler": sampler}
+    return DiffusionModule(TwoHalves(), **(own | options))
+
+
+def test_the_bound_is_that_of_its_own_class_with_a_learned_variance_and_with_fixed_ones(tmp_path):
+    module, bound = bounded(variance=LearnedVariance()), VariationalBound(steps=5)
+    settings = {"likelihood_samples": 10, "bound": bound}
+    callback = Evaluation(["variational_bound"], **settings)
+    trainer = evaluated(callback, tmp_path, module)
+    x0, source = TEST[torch.arange(10) * 60 // 10], generator(module.run_seed, "bound", 0)
+    estimate = module.eval().reverse_estimate
+    expected = bound.bits_per_dimension(estimate, module.schedule, x0, source)
+    for row, (variance, values) in zip(callback.found, expected.items(), strict=True):
+        assert row.settings == {"variance": variance, "steps": 5, "clip_sample": False}
+        assert row.value == pytest.approx(float(values.mean()), rel=1e-9)
+        error = float(values.std()) / 10**0.5
+        assert row.standard_error == pytest.approx(error, rel=1e-6)
+        assert row.evaluations == 5  # one call of the network for all of them
+        logged = trainer.callback_metrics[f"evaluation/variational_bound/{variance}"]
+        assert float(logged) == pytest.approx(row.value)
+
+
+def test_a_table_of_timesteps_is_evaluated_with_the_bound_of_fixed_variances(tmp_path):
+    callback = Evaluation(**FEW)
+    evaluated(callback, tmp_path, bounded())
+    assert [row.measure for row in callback.found] == [*ALL, *["variational_bound"] * 2]
+    assert [row.settings.get("variance") for row in callback.found[-2:]] == ["beta", "beta_tilde"]
+    assert callback.found[-1].settings["steps"] == 20  # all of them
+    with pytest.raises(ValueError, match="`schedule` must be a table of timesteps"):
+        evaluated(Evaluation(["variational_bound"]), tmp_path)
+
+
+def test_each_row_says_what_it_costs(tmp_path):
+    callback = Evaluation(**FEW)
+    evaluated(callback, tmp_path)
+    *of_samples, likelihood = callback.found
+    assert {row.evaluations for row in of_samples} == {5}  # three levels by Heun's method
+    assert likelihood.evaluations > 10
+    assert all(row.seconds > 0 for row in callback.found)
+    with (tmp_path / "evaluation.csv").open() as file:
+        for line, row in zip(csv.DictReader(file), callback.found, strict=True):
+            assert float(line["seconds"]) == row.seconds
+            assert line["network evaluations"] == str(row.evaluations)
+    foreign = by_sampling(normal, measures=["kid"])
+    evaluated(foreign, tmp_path, Sampled())
+    assert foreign.found[0].evaluations is None
 
 
 def test_wrong_measures_are_refused(tmp_path):

@@ -109,7 +109,7 @@ def last_rows(folder):
     }
 
 
-OURS = ("gradient_variance", "target_variance", "excess_loss", "irreducible_loss")
+OURS = ("gradient_variance", "target_variance")
 
 
 def own_metrics(folder):

@@ -148,6 +148,11 @@ MODEL = [
         "`num_classes`",
         "set `num_classes` to 8",
     ),
+    fit(
+        "--model.num_classes=4 --model.network.num_class_embeds=9",
+        "`group`",
+        "`num_classes` to 8",
+    ),
     fit("--model.label_dropout=0.1", "`label_dropout`", "set `num_classes`"),
     fit("--model.sampler.guidance=2", "`guidance`", "set `num_classes`"),
     fit(
@@ -478,6 +483,39 @@ OTHERS = [
 
 CASES = [*MODEL, *ESTIMATORS, *OPTIMIZATION, *DATA, *TRAINER, *CALLBACKS, *FILES, *OTHERS]
 
+# what finds these also finds another: null, nan, a name misspelt or missing, a wrong type
+AGAIN = {
+    f"{CARV}resamples=null",
+    f"{ADAM}lr=null",
+    "--data.batch_size=null",
+    f"{ADAM}lr=.nan",
+    "--data.std=.nan",
+    "--trainer.gradient_clip_val=.nan",
+    "--model=DiffusionModul",
+    "--model.optimizer=Adamw",
+    "--model.optimizer=nope.Nope",
+    "--model.optimizer=torch.nn.Linear",
+    "--model.target=lightning_vr.CARV",
+    "--trainer.logger=3",
+    f"{STF}reference=16",
+    f"{ADAM}momentum=0.9",
+    "--data.num_worker=2",
+    "--trainer.gpus=1",
+    "--model.timesteps=LogUniform",
+    "--model.lr_scheduler=StepLR",
+    f"{ADAM}lr=fast",
+    "--trainer.max_steps=many",
+    f"{CARV}resamples=many",
+    f"{TAYLOR}gate=[0]",
+    f"{ADAM}betas=[0.9]",
+    f"{CARV}scope=all",
+    "--trainer.max_epochs=0",
+    f"{ADAM}eps=1e300",
+    f"{CARV}max_resamples=1000000000",
+    f"{SCHEDULER}StepLR {OF_SCHEDULER}step_size=-1",
+    "--config=utf16",
+}
+
 
 def test_there_are_at_least_130():
     assert len(set(map(str, CASES))) == len(CASES) >= 130
@@ -520,7 +558,11 @@ def arguments(bad, folder):
     return [*bad.network, *bad.data, *SHORT, *config, *shlex.split(bad.flags)]
 
 
-@pytest.mark.parametrize("bad", CASES, ids=lambda bad: f"{bad.command} {bad.flags or bad.yaml}")
+@pytest.mark.parametrize(
+    "bad",
+    [pytest.param(bad, marks=pytest.mark.slow if bad.flags in AGAIN else ()) for bad in CASES],
+    ids=lambda bad: f"{bad.command} {bad.flags or bad.yaml}",
+)
 def test_a_bad_configuration_is_one_line_that_names_the_argument_and_the_fix(bad, folder, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([bad.command, *arguments(bad, folder)])
@@ -555,9 +597,7 @@ def test_a_bad_configuration_is_one_line_that_names_the_argument_and_the_fix(bad
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_fix_that_a_line_names_makes_the_configuration_run(flags, fix, folder, capsys):
+def test_the_fix_that_a_line_names_makes_the_configuration_run(flags, fix, folder):
+    assert flags in {bad.flags for bad in CASES}  # where the line is looked at
     command = ["fit", *NETWORK, *POINTS, *SHORT, "--trainer.fast_dev_run=true", *shlex.split(flags)]
-    with pytest.raises(SystemExit):
-        main(command)
-    assert "error: " in capsys.readouterr().err
     main([*command, *fix])

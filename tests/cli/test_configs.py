@@ -6,13 +6,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_vr.callbacks import TargetVariance
+from lightning_vr.callbacks import Convergence, TargetVariance
 from lightning_vr.cli import main
 
-# two steps are too few
-pytestmark = pytest.mark.filterwarnings("ignore:GradientVariance has measured nothing")
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    # two steps are too few
+    pytest.mark.filterwarnings("ignore:GradientVariance has measured nothing"),
+]
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = [
+    # pictures of each kind are drawn once
+    pytest.param(path, marks=pytest.mark.pictures if path.stem == "digits_stf" else ())
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+]
 BASE = Path(__file__).parents[2] / "configs/eight_gaussians.yaml"
 OVERLAYS = {"wandb"}
 TINY = [
@@ -31,6 +38,8 @@ WRITTEN = {
     "config.yaml",
     "target_variance.csv",
     "target_variance.png",
+    "convergence.csv",
+    "convergence.png",
     "checkpoints/last.ckpt",
 }
 
@@ -38,10 +47,14 @@ WRITTEN = {
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Few noise levels and samples where the configurations leave them to the callback."""
-    given = inspect.signature(TargetVariance).parameters.values()
-    short = {"noise_levels": 5, "samples": 64}
-    defaults = tuple(short.get(each.name, each.default) for each in given)
-    monkeypatch.setattr(TargetVariance.__init__, "__defaults__", defaults)
+    shorter = {
+        TargetVariance: {"noise_levels": 5, "samples": 64},
+        Convergence: {"noise_levels": 2, "samples": 16},
+    }
+    for kind, short in shorter.items():
+        given = inspect.signature(kind).parameters.values()
+        defaults = tuple(short.get(each.name, each.default) for each in given)
+        monkeypatch.setattr(kind.__init__, "__defaults__", defaults)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -10,6 +10,8 @@ from support.networks import small_mlp, small_unet
 
 from lightning_vr import (
     CARV,
+    DSM,
+    STF,
     VP,
     Clean,
     Diffusion,
@@ -126,6 +128,21 @@ def test_the_variance_learns_from_the_sample_itself_whatever_the_target_of_the_m
     for name in ("variance.weight", "variance.bias"):
         assert torch.equal(found[name], expected[name])
     assert not torch.equal(found["mean.weight"], expected["mean.weight"])
+
+
+def test_with_stf_and_carv_the_variance_learns_what_it_learns_with_the_plain_target():
+    found = {}
+    for target in (DSM(), STF("batch")):
+        source = torch.Generator().manual_seed(1)
+        of = model(draws=CARV(2), target=target)
+        noised, estimate = draws(of, source)
+        assert len(noised.t) == 128
+        found[type(target)] = gradients(of, noised, estimate), estimate.x0
+    (plain, x0), (smooth, mean) = found.values()
+    assert not torch.equal(x0, mean)
+    for name in ("variance.weight", "variance.bias"):
+        assert torch.equal(smooth[name], plain[name])
+    assert not torch.equal(smooth["mean.weight"], plain["mean.weight"])
 
 
 @pytest.mark.parametrize(

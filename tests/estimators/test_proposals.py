@@ -8,8 +8,8 @@ from lightning_vr.estimators.proposals import (
     TableProposal,
     WeightProposal,
 )
-from lightning_vr.estimators.quantile_density import QuantileDensity
 from lightning_vr.process.objective import Objective
+from lightning_vr.process.quantile_density import QuantileDensity
 from lightning_vr.process.schedules import EDM, VE, VP, RectifiedFlow
 from lightning_vr.process.timesteps import LogitNormal, LogNormal, Truncated, Uniform, UniformSteps
 from lightning_vr.process.weightings import (
@@ -276,7 +276,7 @@ def test_a_table_may_be_zero_where_the_weight_is():
     ids=["infinite", "nan", "negative", "zero"],
 )
 def test_weights_that_are_not_a_density_raise(weight):
-    with pytest.raises(ValueError, match="loss weight of Weights must be finite, not neg"):
+    with pytest.raises(ValueError, match="loss weight must be finite, not neg"):
         WeightProposal().check(with_weight(weight))
 
 

@@ -61,8 +61,9 @@ def test_the_callbacks_attach_to_a_trainer_that_is_not_ours(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["attach_to_a_trainer.py", *arguments])
     runpy.run_path(str(EXAMPLES / "attach_to_a_trainer.py"), run_name="__main__")
     folder = tmp_path / "attach" / "version_0"
-    pictures = ("target_variance.png", "gradient_variance.png", "samples/step_00000011.png")
-    for name in (*pictures, "target_variance.csv", "gradient_variance.csv"):
+    curves = ("target_variance", "gradient_variance", "convergence")
+    tables = [f"{name}.{kind}" for name in curves for kind in ("png", "csv")]
+    for name in (*tables, "samples/step_00000011.png"):
         assert (folder / name).stat().st_size > 0
     header = (folder / "metrics.csv").read_text().splitlines()[0]
     assert "frechet_distance/digits_n40" in header

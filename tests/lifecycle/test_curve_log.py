@@ -12,7 +12,7 @@ from support.networks import small_mlp
 from support.stops import DieAt, StopAt, StoppedError
 from support.trainers import quiet_trainer
 
-from lightning_vr import DiffusionModule, GradientVariance, TargetVariance, TaylorCV
+from lightning_vr import Convergence, DiffusionModule, GradientVariance, TargetVariance, TaylorCV
 from lightning_vr.data import EightGaussians
 from lightning_vr.lifecycle.curve_log import CurveLog
 
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists"),
 ]
 
-CURVES = {"removed_variance", "excess_loss", "gradient_variance", "control_variate"}
+CURVES = {"removed_variance", "convergence", "gradient_variance", "control_variate"}
 
 
 def read(path):
@@ -129,6 +129,7 @@ def fit(folder, *extra, version="", ckpt_path=None, **options):
     }
     trainer = quiet_trainer(
         TargetVariance([4], noise_levels=3, samples=64),
+        Convergence(every_n_steps=2, noise_levels=3, samples=16),
         GradientVariance(every_n_steps=2, samples=2, noise_levels=2),
         *extra,
         **(defaults | options),
@@ -180,7 +181,7 @@ def test_a_run_that_is_killed_and_resumed_in_its_folder_leaves_the_files_of_one_
 def test_a_run_that_has_ended_and_goes_on_leaves_the_files_of_one_that_did_not_end(tmp_path, whole):
     trainer = fit(tmp_path, max_epochs=1)
     # 5 is no log event, but the end has rows too
-    assert curves(tmp_path)["excess_loss"][-1].startswith("5,")
+    assert curves(tmp_path)["convergence"][-1].startswith("5,")
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     fit(tmp_path, ckpt_path=tmp_path / "end.ckpt")
     assert curves(tmp_path) == whole
@@ -222,7 +223,7 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch):
     assert trainer.global_step == 10
     for name in CURVES:
         assert any(f"{name}.csv could not" in str(warning.message) for warning in told)
-    assert not os.path.exists(tmp_path / "excess_loss.csv")
+    assert not os.path.exists(tmp_path / "convergence.csv")
 
 
 @pytest.mark.filterwarnings("ignore:GradientVariance has measured nothing")
@@ -230,7 +231,7 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch):
 def test_without_a_logger_no_file_of_numbers_is_written(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     trainer = fit(tmp_path, default_root_dir=tmp_path, **options)
-    assert {"control_variate/reduction", "excess_loss/total"} <= trainer.callback_metrics.keys()
+    assert {"control_variate/reduction", "convergence/excess"} <= trainer.callback_metrics.keys()
     assert not list(tmp_path.rglob("*.csv"))
 
 

@@ -19,14 +19,14 @@ from support.networks import small_mlp
 from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader
 
-from lightning_vr import DiffusionModule, GradientVariance, TargetVariance, TaylorCV
+from lightning_vr import Convergence, DiffusionModule, GradientVariance, TargetVariance, TaylorCV
 from lightning_vr.data import EightGaussians
 from lightning_vr.lifecycle import loggers
 from lightning_vr.lifecycle.loggers import log_numbers, log_table, markdown_table, shows_pictures
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
-CURVES = ("target_variance", "excess_loss", "gradient_variance")
+CURVES = ("target_variance", "convergence", "gradient_variance")
 
 
 class Recorder(Logger):
@@ -127,6 +127,7 @@ KINDS = [Wandb, TensorBoard, MLflow]
 def fit(folder, logger, control_variate=None, **options):
     trainer = quiet_trainer(
         TargetVariance([4], noise_levels=3, samples=64),
+        Convergence(every_n_steps=2, noise_levels=3, samples=16),
         GradientVariance(every_n_steps=2, samples=2, noise_levels=2),
         logger=logger,
         default_root_dir=folder,
@@ -151,13 +152,13 @@ def test_curves_are_shown_after_each_validation_run_and_at_the_end(tmp_path, kin
 def test_a_validation_run_at_the_end_does_not_show_them_twice(tmp_path):
     logger = Wandb()
     fit(tmp_path, logger, max_steps=10)
-    assert [step for step, _ in logger.of("picture", "excess_loss/picture")] == [4, 9]
+    assert [step for step, _ in logger.of("picture", "convergence/picture")] == [4, 9]
 
 
 def test_without_validation_they_are_shown_at_the_end(tmp_path):
     logger = Wandb()
     fit(tmp_path, logger, limit_val_batches=0)
-    for name in ("excess_loss", "gradient_variance"):
+    for name in ("convergence", "gradient_variance"):
         assert [step for step, _ in logger.of("picture", f"{name}/picture")] == [14]
 
 
@@ -176,26 +177,20 @@ def test_numbers_are_those_of_a_table_of_a_few_columns(tmp_path):
     components = ("data", "timestep", "noise", "total", "squared_mean")
     ratios = ("signal_to_noise", "noise_scale")
     assert names <= {
-        "excess_loss/total",
-        "irreducible_loss/total",
-        "target_variance/dsm_total",
-        "target_variance/removed_fraction",
+        *(f"convergence/{name}" for name in ("loss", "floor", "excess", "held_out")),
         "control_variate/reduction",
         *(f"gradient_variance/{name}" for name in (*components, *ratios)),
     }
-    assert {name.split("/")[0] for name in names} == {
-        *CURVES,
-        "irreducible_loss",
-        "control_variate",
-    }
+    kinds = {name.split("/")[0] for name in names}
+    assert kinds == {"convergence", "gradient_variance", "control_variate"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_hold_the_rows_of_the_last_event(tmp_path, kind):
     logger = kind()
     trainer = fit(tmp_path, [CSVLogger(tmp_path, name="", version=""), logger])
-    _, (columns, table) = logger.of("table", "excess_loss/table")[-1]
-    lines = (tmp_path / "excess_loss.csv").read_text().splitlines()
+    _, (columns, table) = logger.of("table", "convergence/table")[-1]
+    lines = (tmp_path / "convergence.csv").read_text().splitlines()
     header, *rows = [line.split(",") for line in lines]
     last = [row[1:] for row in rows if row[0] == str(trainer.global_step)]
     assert columns == header[1:]
@@ -212,8 +207,8 @@ def test_tables_hold_the_rows_of_the_last_event(tmp_path, kind):
 def test_a_picture_and_its_table_are_one_row_of_the_history(tmp_path):
     logger = Wandb()
     fit(tmp_path, logger)
-    shown = [(step, names) for step, names in logger.calls if "excess_loss/picture" in names]
-    assert shown == [(s, {"excess_loss/picture", "excess_loss/table"}) for s in (4, 9, 14)]
+    shown = [(step, names) for step, names in logger.calls if "convergence/picture" in names]
+    assert shown == [(s, {"convergence/picture", "convergence/table"}) for s in (4, 9, 14)]
 
 
 def test_a_page_knows_the_step_and_the_smallest_value_of_what_should_be_small(tmp_path):
@@ -221,7 +216,7 @@ def test_a_page_knows_the_step_and_the_smallest_value_of_what_should_be_small(tm
     fit(tmp_path, logger, max_steps=2, limit_val_batches=1, callbacks=[OfCallback()])
     assert {each["step_metric"] for each in logger.defined.values()} == {"trainer/global_step"}
     small = {name for name, each in logger.defined.items() if each.get("summary") == "last,min"}
-    assert {"val/loss", "excess_loss/total", *OfCallback.logged} <= small
+    assert {"val/loss", "convergence/excess", *OfCallback.logged} <= small
     assert [name for name, each in logger.defined.items() if each.get("hidden")] == ["epoch"]
 
 
@@ -317,4 +312,4 @@ class Unreachable(TensorBoard):
 def test_a_logger_without_an_experiment_keeps_no_other_from_showing(tmp_path):
     good = Wandb()
     fit(tmp_path, [Unreachable(), good])
-    assert [step for step, _ in good.of("picture", "excess_loss/picture")] == [4, 9, 14]
+    assert [step for step, _ in good.of("picture", "convergence/picture")] == [4, 9, 14]

@@ -133,7 +133,7 @@ def test_a_callbacks_state_of_another_kind_is_refused(name, part, value, good, t
         (("curve", "divergence"), "`divergence` of a saved state must be a tensor"),
         (("curve", "ess", 4), "`ess` of a saved state must be a tensor"),
         (("removed", "sums"), "`sums` of a saved state must be a tensor"),
-        (("excess", "recent"), "`recent` of a saved state must be a tensor"),
+        (("removed", "recent"), "`recent` of a saved state must be a tensor"),
     ],
     ids=str,
 )

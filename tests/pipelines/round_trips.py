@@ -5,29 +5,42 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
+from unittest import mock
 
 import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel, EulerDiscreteScheduler
 from lightning.pytorch import seed_everything
 from safetensors.torch import load_file
+from support.gaussian_reverse import scheduler
+from support.latents import save_autoencoder
 from support.networks import small_unet
 from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_vr import (
+    DDPM,
     EDM,
     VE,
     VP,
+    AutoencoderFolder,
     Cosine,
     DiffusersSchedule,
     DiffusersSolver,
     DiffusionModule,
     Euler,
+    LatentDiffusionModule,
+    LearnedVariance,
     RectifiedFlow,
     Sampler,
     export,
 )
+from lightning_vr.process.solvers.row_noise import RowNoise
 
 STEPS = 8
+GIVEN = [60.0, 30.0, 12.0, 4.0, 1.5, 0.6, 0.2, 0.05]
+"""As many noise levels as steps, which no scheduler would choose."""
+
 COUNT = 4
 SEED = 3
 ABROAD = (
@@ -47,10 +60,15 @@ for name in names:
     asked = {"num_inference_steps": STEPS, "generator": generator, "output_type": "pt"}
     kind = type(pipeline).__name__
     if kind == "DenoisingPipeline":
-        asked["output_type"] = "latent"
+        asked["output_type"] = "latent" if pipeline.vae is None else "pt"
         if pipeline.config.num_classes:
             asked["class_labels"] = [0, 1, 2, 0]
-    images = pipeline(COUNT, **asked).images
+    if kind == "DiTPipeline":
+        assert pipeline.get_label_ids(["999"]) == [999]
+        del asked["output_type"]
+        images = pipeline([0, 1, 2, 0], guidance_scale=2.5, output_type="pt", **asked).images
+    else:
+        images = pipeline(COUNT, **asked).images
     save_file({"images": images}, f"{folder}/{name}.safetensors", {"kind": kind})
     print(json.dumps([name, kind]))
 """
@@ -86,15 +104,32 @@ def trained(module, steps=2, *callbacks, channels=1):
     return module
 
 
-def models():
-    """Models that go out, by name."""
-    from diffusers import DiTTransformer2DModel, EulerDiscreteScheduler
+def latent_dit(folder, **settings):
+    """A DiT of twice the channels, as those that are published, of latents of pictures."""
+    if not folder.exists():
+        save_autoencoder(folder)
+    network = DiTTransformer2DModel(
+        num_attention_heads=1,
+        attention_head_dim=8,
+        in_channels=2,
+        out_channels=4,
+        num_layers=1,
+        sample_size=4,
+        norm_num_groups=1,
+    )
+    options = {"schedule": scheduler(100), "prediction": "epsilon", "num_classes": 1000}
+    options |= {"autoencoder": AutoencoderFolder(str(folder)), "label_dropout": 0.3}
+    return LatentDiffusionModule(network, **(options | settings))
 
+
+def models(folder):
+    """Models that go out, by name."""
     sampler = Sampler(Euler(), STEPS)
     dit = DiTTransformer2DModel(
         num_attention_heads=1,
         attention_head_dim=8,
         in_channels=1,
+        out_channels=2,
         num_layers=1,
         sample_size=8,
         num_embeds_ada_norm=3,
@@ -124,34 +159,75 @@ def models():
         )
     )
     flow = {"schedule": RectifiedFlow(), "prediction": "velocity"}
+    # what it says about the variance is not trained, and left out
     found["dit"] = trained(DiffusionModule(dit, **flow, num_classes=3, sampler=sampler))
     latents = {"schedule": Cosine(), "prediction": "v", "sampler": sampler}
     found["latents"] = trained(Latents(small_unet(**wide), **latents), channels=4)
+    for name, grid in (("exponential", "exponential"), ("given", GIVEN)):
+        drawn = Sampler(Euler(), None if grid is GIVEN else STEPS, grid=grid)
+        found[name] = trained(DiffusionModule(small_unet(), schedule=EDM(), sampler=drawn))
+    drawn = Sampler(Euler(), STEPS, guidance=2.5)
+    own = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    # settings by place are those that diffusers forgets
+    ddim = DDIMScheduler(80, clip_sample=False, timestep_spacing="trailing", **own)
+    drawn = {"sampler": drawn, "schedule": ddim, "prediction": "v"}
+    found["latent dit"] = trained(latent_dit(folder, **drawn))
+    drawn = Sampler(DDPM(), STEPS, guidance=2.5)
+    learned = {"sampler": drawn, "variance": LearnedVariance()}
+    found["latent dit, variance"] = trained(latent_dit(folder, **learned))
+    return found | with_steps_of_ddpm()
+
+
+def with_steps_of_ddpm():
+    """Models whose solver is DDPM, with a learned variance and with a fixed one."""
+    learned, clipped = {"variance": LearnedVariance(weight=1.0)}, {"clip_sample": True}
+    by_class = {"num_classes": 3, "label_dropout": 0.3, "schedule": scheduler(100, "linear")}
+    kinds = {
+        "variance": (DDPM(**clipped), {"out_channels": 2}, learned),
+        "beta": (DDPM("beta", **clipped), {}, {}),
+        "beta_tilde": (DDPM("beta_tilde", **clipped), {}, {}),
+        "guided variance": (
+            DDPM(),
+            {"out_channels": 2, "num_class_embeds": 4},
+            learned | by_class | {"sampler": Sampler(DDPM(), STEPS, guidance=2.5)},
+        ),
+    }
+    found = {}
+    for name, (solver, network, options) in kinds.items():
+        own = {"schedule": scheduler(100), "sampler": Sampler(solver, STEPS)} | options
+        module = DiffusionModule(small_unet(**network), prediction="epsilon", **own)
+        found[name] = trained(module)
     return found
 
 
 def expected(module):
-    """Return ``module.sample`` at the noise levels of its pipeline's scheduler."""
+    """Return ``module.sample`` at the noise levels of its pipeline's scheduler, decoded latents."""
     source = torch.Generator().manual_seed(SEED)
-    scheduler = module.to_pipeline().scheduler
+    abroad = module.to_pipeline().scheduler
     with warnings.catch_warnings():  # of diffusers, on numpy 2
         warnings.simplefilter("ignore", DeprecationWarning)
-        scheduler.set_timesteps(STEPS)
-    times = scheduler.timesteps.double()
-    if isinstance(module.schedule, DiffusersSchedule):
+        abroad.set_timesteps(STEPS)
+    times = abroad.timesteps.double()
+    if isinstance(module.sampler.solver, DDPM):
+        levels = None
+    elif isinstance(module.schedule, DiffusersSchedule):
         levels = module.schedule.noise_level(times)
-    elif type(scheduler).__name__ == "EDMEulerScheduler":
+    elif type(abroad).__name__ == "EDMEulerScheduler":
         levels = None
     else:
         levels = module.schedule.noise_level(times / 1000)
     guidance = module.sampler.guidance
-    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
-        at = Sampler(DiffusersSolver(scheduler), STEPS, guidance=guidance)  # begins at noise alone
+    if type(abroad).__name__ == "FlowMatchEulerDiscreteScheduler":
+        at = Sampler(DiffusersSolver(abroad), STEPS, guidance=guidance)  # begins at noise alone
     else:
         at = AtLevels(Euler(), STEPS, levels=levels, guidance=guidance)
     group = None if module.num_classes is None else [0, 1, 2, 0]
     sampler = module.sampler if levels is None else at
-    return module.sample(COUNT, group=group, sampler=sampler, source=source)
+    # diffusers draws the noise of later steps from the generator of the first
+    draw = partial(torch.randn, generator=source)
+    with mock.patch.object(RowNoise, "like", lambda _, x: draw(x.shape).to(x.dtype)):
+        x0 = module.sample(COUNT, group=group, sampler=sampler, source=source)
+    return module.decode(x0) if isinstance(module, LatentDiffusionModule) else x0
 
 
 def sampled_abroad(folder, modules):

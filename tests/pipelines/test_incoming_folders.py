@@ -139,6 +139,10 @@ def broken(folder, what):
         next((folder / "unet").glob("*.safetensors")).unlink()
     if what == "scheduler":
         (folder / "scheduler" / "scheduler_config.json").unlink()
+    if what == "variance":
+        (folder / "lightning_vr.json").write_text(
+            json.dumps({"schedule": {"class_path": "DiffusersSchedule"}, "variance": [1]})
+        )
     if what in ("class", "settings"):
         path = folder / "unet" / "config.json"
         config = json.loads(path.read_text()) | {"_class_name": "DDPMPipeline"}
@@ -153,6 +157,7 @@ def broken(folder, what):
         ("scheduler", "with a `scheduler` and either"),
         ("class", "holds a DDPMPipeline"),
         ("settings", "holds no settings"),
+        ("variance", r"says \[1\] of `variance`"),
     ],
 )
 def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_line(tmp_path, what, reason):

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from diffusers import CogVideoXDDIMScheduler
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from round_trips import expected, models, sampled_abroad, trained
@@ -12,24 +13,30 @@ from safetensors.torch import load_file
 from support.networks import small_mlp, small_unet
 
 from lightning_vr import (
+    DDPM,
     VE,
     VP,
     Cosine,
     DiffusersSchedule,
     DiffusionModule,
     RectifiedFlow,
+    Sampler,
     export,
 )
 from lightning_vr.pipelines.outgoing_schedulers import outgoing_scheduler
 
+UNET = small_unet()
 STOCK = {"epsilon": "DDIMPipeline", "v": "DDIMPipeline", "x0": "DDIMPipeline"}
-STOCK |= {"flow": "DDPMPipeline"}
+STOCK |= dict.fromkeys(["flow", "variance", "beta", "beta_tilde"], "DDPMPipeline")
 OTHERS = ["edm", "edm_1000", "ve", "euler", "classes", "dit", "latents"]
+OTHERS += ["exponential", "given", "guided variance", "latent dit, variance"]
+STOCK["latent dit"] = "DiTPipeline"
 
 
 @pytest.fixture(scope="module")
 def trip(tmp_path_factory):
-    folder, modules = tmp_path_factory.mktemp("out"), models()
+    folder = tmp_path_factory.mktemp("out")
+    modules = models(tmp_path_factory.mktemp("in") / "vae")
     return folder, modules, sampled_abroad(folder, modules)
 
 
@@ -41,7 +48,7 @@ def test_a_process_without_this_package_draws_the_samples_of_the_module(trip, na
     wanted = expected(modules[name])
     # an untrained network for epsilon makes samples of size alpha^-1 at the first step
     tolerance = 1e-4 * max(1.0, float(wanted.std()))
-    if name in STOCK:
+    if name in STOCK or name.startswith("latent dit"):
         wanted = (wanted / 2 + 0.5).clamp(0, 1)
     assert wanted.std() > 0.05
     torch.testing.assert_close(images, wanted, rtol=0, atol=tolerance)
@@ -72,6 +79,15 @@ def test_a_card_says_how_to_load_the_folder_and_what_is_in_it(trip):
         loaded,
     )
     assert type(loaded["pipeline"]).__name__ == "DDPMPipeline"
+
+
+def test_a_card_says_what_of_the_sampler_its_pipeline_does_not_follow(trip, tmp_path):
+    folder, *_ = trip
+    assert "does not follow" not in (folder / "given" / "README.md").read_text()
+    sampler = Sampler(grid=[5.0, 1.0], guidance_rescale=0.5)
+    export(DiffusionModule(UNET, schedule=VP(), prediction="v", sampler=sampler), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "does not follow `grid` and `guidance_rescale` of the model's sampler." in card
 
 
 @pytest.mark.parametrize("schedule", [VP(), Cosine()])
@@ -166,13 +182,18 @@ class OwnCall(DiffusionModule):
         return self.network(x, noised.t).sample
 
 
-UNET = small_unet()
 REFUSED = {
     "`prediction` must be 'edm'": {"schedule": VE(), "prediction": "epsilon"},
     "`prediction` must be 'velocity'": {"schedule": RectifiedFlow(), "prediction": "v"},
     "`prediction` must be 'epsilon' or": {"schedule": VP(), "prediction": "score"},
     "`t_min` and `t_max` of Cosine": {"schedule": Cosine(t_max=0.9), "prediction": "v"},
     "got Own, for which": {"schedule": Own(), "prediction": "v"},
+    "must have the table of a DDPMScheduler": {
+        "schedule": CogVideoXDDIMScheduler(rescale_betas_zero_snr=False),
+        "prediction": "epsilon",
+        "sampler": Sampler(DDPM("beta")),
+    },
+    "or twice as many, to be exported": {"network": small_unet(out_channels=3)},
     "must be a model of diffusers": {"network": small_mlp()},
     "`sample_size` of the network": {"network": small_unet(sample_size=None)},
 }
@@ -196,18 +217,3 @@ def test_a_folder_with_files_is_not_written_to(tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(ValueError, match="`output` must be a new or empty folder"):
         export(DiffusionModule(UNET), tmp_path)
-
-
-def test_onnx_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_vr.pipelines.onnx_graph.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "lightning-vr\[onnx\]"'):
-        export(DiffusionModule(UNET), tmp_path / "out", "onnx")
-
-
-def test_a_graph_has_the_inputs_of_the_network(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    module = DiffusionModule(small_unet(num_class_embeds=4), num_classes=3)
-    module.sample_shape = (1, 8, 8)
-    export(module, tmp_path / "out", "onnx")
-    graph = onnx.load(tmp_path / "out/model.onnx").graph
-    assert [x.name for x in graph.input] == ["sample", "timestep", "class_labels"]

@@ -132,7 +132,7 @@ def test_one_row_of_a_condition_serves_all_samples(batch_size, source):
 @pytest.mark.parametrize(
     ("null", "message"),
     [
-        (None, r"`guidance` must be 1 with `cond`, which needs a `null_cond` .* got 2: use"),
+        (None, r"`null_cond` must be given to leave out .* for guidance 2, got None: use"),
         ({"text": NULL["text"]}, r"`null_cond` must have the names of the condition, \['added', "),
         (
             NULL | {"added": {"size": torch.ones(1, 2)}},

@@ -7,6 +7,7 @@ Cohen, Dalal, Fredman and Patton 1997, "The AETG system: an approach to testing 
 combinatorial design"), here among all rows, so that nothing is left to chance.
 """
 
+import heapq
 from collections.abc import Callable, Iterable
 from itertools import combinations, product
 from typing import Any
@@ -24,9 +25,16 @@ def covering_array(
     numbers: dict[tuple[Any, ...], int] = {}
     masks = [_mask(row, strength, numbers) for row in rows]
     missing = (1 << len(numbers)) - 1
+    # what a row would cover only shrinks: counts that are out of date are upper bounds
+    counts = [(-mask.bit_count(), i) for i, mask in enumerate(masks)]
+    heapq.heapify(counts)
     chosen = []
     while missing:
-        best = max(range(len(rows)), key=lambda i: (masks[i] & missing).bit_count())
+        count, best = heapq.heappop(counts)
+        covered = (masks[best] & missing).bit_count()
+        if covered < -count:
+            heapq.heappush(counts, (-covered, best))
+            continue
         chosen.append(rows[best])
         missing &= ~masks[best]
     return chosen

@@ -1,19 +1,7 @@
 """Runs whose pictures are not looked at: to draw them would take most of the time."""
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
-
-
-def _blank(figure, file, *_, **__):
-    Image.new("L", (1, 1)).save(file, "png")
-
-
-@pytest.fixture
-def no_pictures(request, monkeypatch):
-    """Write blank pictures, but in tests that are marked with ``pictures``."""
-    if request.node.get_closest_marker("pictures") is None:
-        monkeypatch.setattr(Figure, "savefig", _blank)
 
 
 class _NoFigure:
@@ -28,12 +16,25 @@ class _NoFigure:
     def __call__(self, *_, **__):
         return self
 
-    savefig = _blank
+    def savefig(self, file, *_, **__):
+        """Write a blank picture."""
+        Image.new("L", (1, 1)).save(file, "png")
+
+
+def _draw_nothing(patch):
+    patch.setattr("matplotlib.figure.Figure", _NoFigure)
+
+
+@pytest.fixture
+def no_pictures(request, monkeypatch):
+    """Draw nothing and write blank pictures, but in tests that are marked with ``pictures``."""
+    if request.node.get_closest_marker("pictures") is None:
+        _draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def no_pictures_in_module():
-    """Draw nothing and write blank pictures, in fixtures of the module too."""
+    """The same in fixtures of the module too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure", _NoFigure)
+        _draw_nothing(patch)
         yield

@@ -1,4 +1,6 @@
-"""What is allowed together constructs, trains a step and samples; what is not says why."""
+"""What is allowed together trains, samples and goes out to diffusers; what is not says why."""
+
+import re
 
 import pytest
 import torch
@@ -32,7 +34,9 @@ from lightning_vr import (
     RectifiedFlow,
     Sampler,
 )
+from lightning_vr.core.conditions import expanded, null_condition
 from lightning_vr.core.rng import generator
+from lightning_vr.pipelines import to_pipeline
 
 # diffusers' own, of numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
@@ -71,6 +75,18 @@ OF_DIFFUSERS = {
     "flow of diffusers": ("RectifiedFlow", "flow"),
 }
 """Schedules whose process a scheduler follows."""
+
+GOES_OUT = {
+    "EDM": ("edm",),
+    "VE": ("edm",),
+    "VP": ("epsilon", "v", "x0"),
+    "Cosine": ("epsilon", "v", "x0"),
+    "RectifiedFlow": ("velocity",),
+}
+"""What networks of a schedule predict that a scheduler of diffusers takes; those of its own all."""
+
+STAYS = {"MLP": "model of diffusers", "Flux": "samples as they are"}
+"""Kinds of networks that no pipeline calls, and what is said of them."""
 
 FACTORS = {
     "schedule": list(SCHEDULES),
@@ -117,8 +133,16 @@ class Conditional(Diffusion):
         return Clean(**batch)
 
 
+def reason_to_stay(row):
+    """Return what a combination is told that goes out as no pipeline, or None."""
+    if row["kind"] in STAYS:
+        return STAYS[row["kind"]]
+    takes = GOES_OUT.get(row["schedule"], [row["prediction"]])
+    return None if row["prediction"] in takes else "^`prediction` must be "
+
+
 def trained_and_sampled(row, count=2):
-    """Train a step on a batch, and return samples."""
+    """Train a step on a batch; return the model and samples."""
     model, kind = model_of(row), row["kind"]
     batch = {"x0": torch.randn(count, *shape_of(kind), generator=generator("x0"))}
     asked = {"group": torch.arange(count) % 3 if kind in WITH_LABELS else None}
@@ -128,13 +152,34 @@ def trained_and_sampled(row, count=2):
     loss.backward()
     optimizer.step()
     assert torch.isfinite(loss)
-    return model.sample(count, **asked, seed=0)
+    return model, model.sample(count, **asked, seed=0)
 
 
 def check(row):
-    samples = trained_and_sampled(row)
+    model, samples = trained_and_sampled(row)
     assert samples.shape == (2, *shape_of(row["kind"]))
     assert torch.isfinite(samples).all()
+    reason = reason_to_stay(row)
+    if reason is None:
+        check_pipeline(to_pipeline(model), row)
+        return
+    with pytest.raises(ValueError, match=reason) as refusal:
+        to_pipeline(model)
+    assert re.search(r"\S: \S", str(refusal.value))
+    assert "\n" not in str(refusal.value)
+
+
+def check_pipeline(pipeline, row):
+    """Draw from a pipeline what its model was asked for."""
+    pipeline.set_progress_bar_config(disable=True)
+    cond = condition(row["kind"], 2)
+    null = None if cond is None else null_condition("zeros", cond)
+    null = None if null is None else expanded(null, 2)
+    labels = [0, 2] if row["kind"] in WITH_LABELS else None
+    asked = {"cond": cond, "null_cond": null, "class_labels": labels}
+    images = pipeline(2, **asked, num_inference_steps=2, output_type="latent").images
+    assert images.shape == (2, *shape_of(row["kind"]))
+    assert torch.isfinite(images).all()
 
 
 def name(row):
@@ -142,7 +187,7 @@ def name(row):
 
 
 @pytest.mark.parametrize("row", covering_array(FACTORS, 2, is_allowed), ids=name)
-def test_what_goes_together_trains_a_step_and_samples(row):
+def test_what_goes_together_trains_a_step_samples_and_goes_out(row):
     check(row)
 
 
@@ -158,5 +203,5 @@ def test_what_does_not_go_together_is_refused_in_one_line(row):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", covering_array(FACTORS, 3, is_allowed), ids=name)
-def test_every_three_that_go_together_train_and_sample(row):
+def test_every_three_that_go_together_train_sample_and_go_out(row):
     check(row)

@@ -30,7 +30,6 @@ from lightning_vr import (
     TargetVariance,
     TaylorCV,
 )
-from lightning_vr.callbacks import excess_loss
 from lightning_vr.callbacks import gradient_variance_report as gradient_report
 from lightning_vr.callbacks import target_variance_report as target_report
 from lightning_vr.core.gradients import parameter_groups
@@ -40,10 +39,8 @@ from lightning_vr.metrics import FrechetMetric, IdentityFeatures
 from lightning_vr.process.timesteps import LogUniform
 from lightning_vr.training.noisy_losses import DiffusionLoss
 from lightning_vr.variance.components import Components
-from lightning_vr.variance.excess_loss import ExcessLoss
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
 from lightning_vr.variance.gradient_statistics import GradientStatistics
-from lightning_vr.variance.irreducible_variance import IrreducibleVariance
 from lightning_vr.variance.removed_variance import RemovedVariance
 from lightning_vr.variance.target_curves import TargetVarianceCurve
 
@@ -465,28 +462,6 @@ def test_the_target_variance_is_measured_as_on_one_process(name, ranks, run, cur
     expected = target_report.numbers(curve.noise_levels, {"removed": removed.means()})
     assert expected
     assert_logged(found, expected, "target_variance/removed/")
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize(("name", "references"), [("plain", None), ("all", POINTS)])
-def test_the_excess_loss_is_that_of_all_draws(name, references, ranks, run):
-    found, alone = run(name, ranks)
-    curve = TargetVarianceCurve.from_state(found[0]["curve"])
-    excess = ExcessLoss(IrreducibleVariance(curve, references))
-    module = alone.module
-    for number in range(WINDOW * STEPS):
-        for rank in found:
-            noised = Noised(**rank["batches"][number]["noised"])
-            scale = noised.weight * module.weighting(module.schedule, noised.t) / 2
-            excess.add(noised.noise_level, rank["batches"][number]["per_draw"], scale)
-        if number == 0:
-            excess.advance()  # numbers are logged before the first step, and at the end
-    excess.advance()
-    expected = excess_loss.totals(excess) | excess_loss.by_level(excess)
-    for prefix in ("irreducible_loss/", "excess_loss/"):
-        some = {k: v for k, v in expected.items() if k.startswith(prefix)}
-        assert f"{prefix}total" in some
-        assert_logged(found, some, prefix)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

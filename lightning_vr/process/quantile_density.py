@@ -54,6 +54,14 @@ class QuantileDensity:
         fraction = (v - self.edges[cell]) / (self.edges[cell + 1] - self.edges[cell])
         return torch.lerp(self.left[cell], self.right[cell], fraction)
 
+    def cdf(self, v: Tensor) -> Tensor:
+        """Return the integral of h from 0 to quantiles ``v``."""
+        cell = (torch.searchsorted(self.edges, v, right=True) - 1).clamp(0, len(self.left) - 1)
+        width = self.edges[cell + 1] - self.edges[cell]
+        fraction = (v - self.edges[cell]) / width
+        height = torch.lerp(self.left[cell], self.right[cell], fraction / 2)
+        return self._cumulative[cell] + width * fraction * height
+
     def between(self, low: float, high: float) -> "QuantileDensity":
         """Return the density between two quantiles of p, over the quantiles of that part."""
         ends = self.edges.new_tensor([low, high])

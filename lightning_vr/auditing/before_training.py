@@ -1,0 +1,106 @@
+"""Measuring where training would begin: a trainer sets all up, and ends before the first step."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from lightning_vr.core.rng import preserve_global_rng
+from lightning_vr.training.module import DiffusionModule
+
+_MODULE_STATE = ("seed", "estimate", "sample_shape")
+"""What a trainer sets on a module before its first step."""
+
+_Result = TypeVar("_Result")
+
+
+def measure_before_training(
+    measure: Callable[[Trainer, DiffusionModule], _Result],
+    module: DiffusionModule,
+    datamodule: LightningDataModule,
+    trainer: Trainer | None,
+) -> _Result:
+    """Return what is measured where training would begin.
+
+    Neither the module nor the global random state is changed, also if the measurement fails, as
+    long as ``measure`` leaves the module as it was.
+
+    Args:
+        measure: Measures with a trainer that is about to train the module; called on all ranks.
+        module: The module.
+        datamodule: Its training data.
+        trainer: Gives device, precision and ranks; a new one on this machine if None. Its callbacks
+            are not run, and it cannot be used again.
+
+    Raises:
+        MisconfigurationException: If the trainer starts its processes by fork or spawn.
+    """
+    if trainer is None:
+        trainer = Trainer(
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise MisconfigurationException(
+            "A measurement cannot return a result from processes that the trainer forks or spawns: "
+            "use one device, or strategy='ddp' in a script of its own."
+        )
+    callback = _Measuring(measure)
+    with _restored(module, *_MODULE_STATE), _restored_settings(trainer):
+        _set_up(trainer, callback)
+        with preserve_global_rng(), warnings.catch_warnings():
+            # nothing is validated
+            warnings.filterwarnings("ignore", "You defined a `validation_step` but")
+            trainer.fit(module, datamodule=datamodule)
+    return callback.results[0]
+
+
+class _Measuring(Callback, Generic[_Result]):
+    """Measures where training would begin, and ends training before the first step."""
+
+    def __init__(self, measure: Callable[[Trainer, DiffusionModule], _Result]) -> None:
+        self.measure = measure
+        self.results: list[_Result] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        self.results.append(self.measure(trainer, pl_module))
+        trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
+
+
+@contextmanager
+def _restored(owner: Any, *names: str) -> Iterator[None]:
+    """Put attributes back afterwards, also after an error."""
+    before = {name: getattr(owner, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+@contextmanager
+def _restored_settings(trainer: Trainer) -> Iterator[None]:
+    """Put the settings of a trainer back afterwards, also after an error."""
+    with (
+        _restored(trainer, "callbacks", "limit_val_batches"),
+        _restored(trainer.fit_loop, "max_epochs"),
+        _restored(trainer.fit_loop.epoch_loop, "max_steps"),
+    ):
+        yield
+
+
+def _set_up(trainer: Trainer, callback: Callback) -> None:
+    """Let a trainer run the callback alone, in one epoch."""
+    others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    savers = [other for other in others if isinstance(other, SaveConfigCallback)]
+    trainer.callbacks = [*savers, callback]  # type: ignore[attr-defined]
+    trainer.limit_val_batches = 0
+    trainer.fit_loop.max_epochs = 1
