@@ -77,7 +77,7 @@ class Study:
         path = folder / f"{prediction}_{subsets}_{steps}.pt"
         if not path.exists():
             models = SubsetModels(self.model, masks, lambda p: torch.optim.AdamW(p, 1e-3))
-            models.train(self.train, steps, batch_size=64)
+            models.train(self.train, steps, batch_size=TRAINING)
             draws = CARV(256, scope="sample", antithetic=True)
             losses = torch.cat(
                 [models.losses(self.query.rows([i]), draws) for i in range(QUERIES)], 1

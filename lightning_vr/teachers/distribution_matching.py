@@ -18,6 +18,7 @@ Two optimizers step in turn. Lightning's ``global_step`` and ``max_steps`` count
 """
 
 import copy
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -48,9 +49,11 @@ from lightning_vr.process.weightings import UnitWeighting, Weighting
 from lightning_vr.teachers.distillation import DistillationEstimate, check_distillation, distill
 from lightning_vr.teachers.frozen_teacher import FrozenTeacher
 from lightning_vr.teachers.negative_condition import split_negative
+from lightning_vr.teachers.noisy_distillation import NoisyDistillation
 from lightning_vr.teachers.one_step_student import OneStepStudent
 from lightning_vr.training import sample_arguments
 from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.noisy_losses import Precision
 
 
 class DistributionMatching(ResumableModule):
@@ -140,6 +143,19 @@ class DistributionMatching(ResumableModule):
         noise = torch.randn(shape, generator=source, device=device, dtype=torch.float32)
         cond, _ = split_negative(like.cond)
         return Clean(self.student(noise, like.group, cond), like.group, like.cond)
+
+    def clean(self, batch: Any) -> Clean:
+        """Return samples of the student, whose noise comes from torch's global generator."""
+        seed = int(torch.randint(2**62, ()))
+        return self.generate(self._conditions(batch), generator(seed, "z", device=self.device))
+
+    def noisy_loss(self, precision: Precision = nullcontext) -> NoisyDistillation:
+        """Return the loss with draws to draw again, of which ``GradientVariance`` finds components.
+
+        Args:
+            precision: The trainer's precision.
+        """
+        return NoisyDistillation(self, precision)
 
     def on_fit_start(self) -> None:
         """Raise if ranks would wait for gradients that never come."""

@@ -1,7 +1,6 @@
 """A distillation whose times and noise can be drawn again: what measurements of variance need."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from lightning_vr.core.rows import Rows, tensors
 from lightning_vr.core.types import Clean, Noised, Times
 from lightning_vr.estimators.loss import loss_weight
 from lightning_vr.process.schedules import expand
+from lightning_vr.training.noisy_losses import Precision
 from lightning_vr.variance.gradient_measurement import NoisyLoss
 
 
@@ -27,7 +27,7 @@ class NoisyDistillation(NoisyLoss):
     def __init__(
         self,
         module: Any,
-        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        precision: Precision = nullcontext,
     ) -> None:
         super().__init__()
         self.module = module

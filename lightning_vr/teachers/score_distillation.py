@@ -7,6 +7,7 @@ The score distillation gradient (Poole et al. 2022, arXiv 2209.14988, equation 3
 teacher is asked at K draws.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from lightning_vr.process.weightings import DistillationWeighting, Weighting
 from lightning_vr.teachers.distillation import DistillationEstimate, check_distillation, distill
 from lightning_vr.teachers.distillation_pilot import DistillationPilot, distillation_pilot
 from lightning_vr.teachers.frozen_teacher import FrozenTeacher
-from lightning_vr.teachers.orbit_views import OrbitViews
+from lightning_vr.teachers.noisy_distillation import NoisyDistillation
+from lightning_vr.teachers.orbit_views import OrbitViews, ViewBatch
 from lightning_vr.training.monitors import MonitoredSchedules
+from lightning_vr.training.noisy_losses import Precision
 from lightning_vr.training.training_checks import check_ranks
 
 _NUMBERS = ("gradient_norm", "residual_norm", "largest_weight")
@@ -128,7 +131,13 @@ class ScoreDistillation(MonitoredSchedules):
         return found
 
     def clean(self, batch: Any) -> Clean:
-        """Render a batch, and encode it by the teacher."""
+        """Render a batch, and encode it by the teacher.
+
+        Views of a batch that has none yet are drawn from torch's global generator.
+        """
+        if self.views is not None and not isinstance(batch, ViewBatch):
+            seed = int(torch.randint(2**62, ()))
+            batch = self.views.draw(generator(seed, "views", device=self.device), batch)
         rendered = self.render(batch)
         clean = rendered if isinstance(rendered, Clean) else Clean(rendered)
         if self.teacher.vae is None:
@@ -139,6 +148,14 @@ class ScoreDistillation(MonitoredSchedules):
     def residual(self, noised: Noised) -> Tensor:
         """Return the direction of each draw ``(n, *)``: the teacher's noise residual."""
         return self.teacher.noise_residual(noised)
+
+    def noisy_loss(self, precision: Precision = nullcontext) -> NoisyDistillation:
+        """Return the loss with draws to draw again, of which ``GradientVariance`` finds components.
+
+        Args:
+            precision: The trainer's precision.
+        """
+        return NoisyDistillation(self, precision)
 
     def prepare_training(self) -> None:
         """Make the pilot of draws that leave K open."""

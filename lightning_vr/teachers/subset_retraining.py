@@ -3,8 +3,8 @@
 They are the ground truth of data attribution: what a model would give that had not seen some
 samples. A few dozen small models train together in little more time than one, as each of their
 operations is one batched operation (``torch.func.stack_module_state``). All begin with the same
-weights. In a step every model has a batch of its own subset, and all have the same times and
-noises, so that models differ by their data.
+weights. In a step all have the same batch, times and noises, and each counts those samples alone
+that are in its subset, so that models differ by their data and by nothing else.
 """
 
 import copy
@@ -19,11 +19,10 @@ from torch.optim import Optimizer
 from lightning_vr.core.devices import device_of
 from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import tensors
-from lightning_vr.core.types import Clean, Noised
+from lightning_vr.core.types import Clean
 from lightning_vr.core.validation import check_at_least, check_fraction
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import Draws
-from lightning_vr.process.schedules import expand
 from lightning_vr.teachers.gradient_features import DrawOutput
 from lightning_vr.training.diffusion import Diffusion
 
@@ -78,36 +77,35 @@ class SubsetModels:
     def train(
         self, clean: Clean, steps: int, batch_size: int = 32, draws: Draws | None = None
     ) -> Tensor:
-        """Train all models, and return the mean loss of each in each step ``(steps, m)``.
+        """Train all models, and return the loss of each in each step ``(steps, m)``.
 
         Args:
             clean: The training set ``(n, *)``.
             steps: Number of further steps.
-            batch_size: Samples of each model in a step, drawn from its subset with replacement.
+            batch_size: Samples in a step, drawn from the whole set without replacement.
             draws: Times and noise; strata over the batch if not given.
         """
-        losses, draws, weights = [], draws or CARV(1), self.masks.double()
+        found, draws = [], draws or CARV(1)
+        masks = self.masks.to(clean.x0.device, torch.float32)
+        fractions = masks.mean(dim=1)
         for _ in range(steps):
-            source = generator(self.seed, "retraining", self.steps, device=device_of(self.model))
             order = generator(self.seed, "batches", self.steps)
-            index = weights.multinomial(batch_size, replacement=True, generator=order)
-            found = self._losses(clean, index.to(clean.x0.device), draws, source)
-            per_model = found.mean(dim=1)
+            index = torch.randperm(len(clean.x0), generator=order)[:batch_size].to(masks.device)
+            source = generator(self.seed, "retraining", self.steps, device=device_of(self.model))
+            losses = self._losses(clean.rows(index), draws, source).mean(dim=2)
+            per_model = (masks[:, index] * losses).mean(dim=1) / fractions
             self._optimizer.zero_grad()
             torch.autograd.backward(per_model.sum())
             self._optimizer.step()
-            losses.append(per_model.detach())
+            found.append(per_model.detach())
             self.steps += 1
-        return torch.stack(losses)
+        return torch.stack(found)
 
     @torch.no_grad()
     def losses(self, clean: Clean, draws: Draws) -> Tensor:
         """Return the loss of each model for each sample ``(m, q)``, on the same draws for all."""
-        models = len(self.masks)
         source = generator(self.seed, "losses", device=device_of(self.model))
-        index = torch.arange(len(clean.x0), device=clean.x0.device).expand(models, -1)
-        found = self._losses(clean, index, draws, source)
-        return found.reshape(models, len(clean.x0), -1).mean(dim=2)
+        return self._losses(clean, draws, source).mean(dim=2)
 
     def parameters_of(self, number: int) -> dict[str, Tensor]:
         """Return the weights of one model, as its ``state_dict`` names them."""
@@ -115,36 +113,13 @@ class SubsetModels:
             name.removeprefix("model."): p[number].detach() for name, p in self._parameters.items()
         }
 
-    def _losses(self, clean: Clean, index: Tensor, draws: Draws, source: torch.Generator) -> Tensor:
-        """Return the loss of each draw by model ``(m, K·B)``."""
-        first = clean.rows(index[0])
-        tape = draws(Clean(first.x0), self.model.objective, source)
-        copies = len(tape.t) // len(first.x0)
-        own = [clean.rows(each).repeated(copies) for each in index]
-        rows = [tensors(_noised(each, tape)) for each in own]
-        stacked = _stacked(rows)
+    def _losses(self, clean: Clean, draws: Draws, source: torch.Generator) -> Tensor:
+        """Return the loss of each model at each draw ``(m, B, K)``."""
+        rows = tensors(draws(clean, self.model.objective, source))
 
-        def one(parameters: dict[str, Tensor], row: dict[str, Any]) -> Tensor:
-            found: Tensor = functional_call(self._function, (parameters, self._buffers), (row,))
+        def one(parameters: dict[str, Tensor]) -> Tensor:
+            found: Tensor = functional_call(self._function, (parameters, self._buffers), (rows,))
             return found
 
-        losses: Tensor = vmap(one, randomness="different")(self._parameters, stacked)
-        return losses
-
-
-def _noised(clean: Clean, tape: Noised) -> Noised:
-    xt = expand(tape.alpha, tape.noise) * clean.x0 + expand(tape.sigma, tape.noise) * tape.noise
-    fixed = (tape.noise, tape.t, tape.alpha, tape.sigma, tape.weight)
-    given = (clean.group, clean.cond, clean.index, tape.loss_weight)
-    return Noised(xt, clean.x0, *fixed, *given)
-
-
-def _stacked(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        name: (
-            _stacked([each[name] for each in rows])
-            if isinstance(first, dict)
-            else torch.stack([each[name] for each in rows])
-        )
-        for name, first in rows[0].items()
-    }
+        losses: Tensor = vmap(one, randomness="different")(self._parameters)
+        return losses.reshape(len(self.masks), len(clean.x0), -1)

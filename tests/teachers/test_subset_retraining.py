@@ -23,7 +23,7 @@ def test_subsets_have_one_size_and_differ():
     assert torch.equal(masks, subset_masks(10, 6, 0.3))
 
 
-def test_each_model_is_one_that_trains_alone_on_its_subset():
+def test_each_model_is_one_that_trains_alone_on_its_part_of_the_batches():
     masks = subset_masks(10, 3)
     models = SubsetModels(model(), masks, lambda p: torch.optim.AdamW(p, 0.01), seed=2)
     losses = models.train(POINTS, 4, batch_size=6, draws=CARV(2))
@@ -32,27 +32,34 @@ def test_each_model_is_one_that_trains_alone_on_its_subset():
         alone = model().eval()
         optimizer = torch.optim.AdamW(alone.parameters(), 0.01)
         for step in range(4):
-            order = generator(2, "batches", step)
-            index = masks.double().multinomial(6, replacement=True, generator=order)
-            assert bool(masks[number][index[number]].all())
-            # all models have the draws of the first one's batch
-            first = POINTS.rows(index[0])
+            index = torch.randperm(10, generator=generator(2, "batches", step))[:6]
             source = generator(2, "retraining", step)
-            tape = CARV(2)(Clean(first.x0), alone.objective, source)
-            own = POINTS.rows(index[number]).repeated(2)
-            t, noise = tape.t, tape.noise
-            xt = VP().perturb(own.x0, noise, t)
-            coefficients = alone.objective.coefficients(t)
-            found = alone.network(coefficients.input_scale[:, None] * xt, 1000 * t, own.group)
-            target = coefficients.output(own.x0, noise, own.x0)
-            weight = alone.objective.weight(t)
-            loss = (weight * (found - target).square().mean(dim=1)).mean()
+            noised = CARV(2)(POINTS.rows(index), alone.objective, source)
+            own = masks[number][index].repeat_interleave(2)
+            c = alone.objective.coefficients(noised.t)
+            found = alone.network(c.input_scale[:, None] * noised.xt, 1000 * noised.t, noised.group)
+            error = (found - c.output(noised.x0, noised.noise, noised.x0)).square().mean(dim=1)
+            weighted = alone.objective.weight(noised.t) * error
+            # of 6 samples half are in the subset on average
+            loss = weighted[own].sum() / 12 / 0.5
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             assert float(losses[step, number]) == pytest.approx(loss.item(), rel=1e-4)
         for name, value in models.parameters_of(number).items():
             torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_outside_of_its_subset_never_counts_for_a_model():
+    masks = subset_masks(10, 1)
+    changed = Clean(torch.where(masks[0, :, None], POINTS.x0, 100.0), POINTS.group)
+    found = []
+    for clean in (POINTS, changed):
+        models = SubsetModels(model(), masks)
+        models.train(clean, 3, batch_size=10)
+        found.append(models.parameters_of(0))
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name])
 
 
 def test_losses_of_queries_are_on_the_same_draws_for_all_models():
