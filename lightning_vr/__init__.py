@@ -7,7 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_vr.auditing import Audit, Candidate, audit, error_budget
+    from lightning_vr.auditing import (
+        Audit,
+        AuditDuringTraining,
+        Candidate,
+        audit,
+        error_budget,
+    )
     from lightning_vr.callbacks import (
         Convergence,
         Evaluation,
@@ -112,6 +118,7 @@ __all__ = [
     "Ancestral",
     "Asymmetric",
     "Audit",
+    "AuditDuringTraining",
     "Autoencoder",
     "AutoencoderFolder",
     "Beta",

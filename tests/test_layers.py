@@ -26,8 +26,7 @@ TENSOR_ROOMS = ("core", "process", "posterior", "estimators", "variance", "train
 FRAMEWORKS = {"lightning", "pytorch_lightning", "diffusers", "torchmetrics", "sklearn"}
 LOGGERS = {"wandb", "tensorboard", "mlflow", "comet_ml", "neptune", "matplotlib"}
 MAY_IMPORT_DIFFUSERS = tuple(
-    f"process/diffusers_{name}.py"
-    for name in ("autoencoder", "folder", "network", "schedule", "solver")
+    f"process/diffusers_{name}.py" for name in ("autoencoder", "network", "schedule", "solver")
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -175,7 +175,7 @@ def predict(workload: str, budget: float, folder: Path) -> None:
         "references": best.config["target"]["init_args"]["references"],
         "multiplier": list(best.multiplier),
         "efficiency": list(best.efficiency),
-        "saving": found.predicted_speedup(best),
+        "saving": best.predicted_speedup.estimate,
         "noise_ratio": found.noise_ratio,
         "time_ratio": found.current.seconds / best.seconds,
     }

@@ -62,7 +62,7 @@ from lightning_vr.estimators.taylor.terms import taylor_terms
 from lightning_vr.lifecycle.weight_averaging import averaged_weights
 from lightning_vr.metrics import DigitFeatures, FrechetMetric
 from lightning_vr.process.sampling import evaluating
-from lightning_vr.variance.bootstrap import Interval, bootstrap, ratio
+from lightning_vr.variance.intervals import Interval, jackknife, ratio
 
 SCHEDULES = {"EDM": EDM, "VE": VE}
 
@@ -323,7 +323,7 @@ def reductions(
 
 
 def reduction(measured: Tensor, order: int, beta: Tensor) -> Interval:
-    return bootstrap(lambda mean: ratio(mean[:, 0, 0], variance(mean, order, beta)), measured)
+    return jackknife(lambda mean: ratio(mean[:, 0, 0], variance(mean, order, beta)), measured)
 
 
 def lost_reduction(measured: Tensor, order: int, beta: Tensor, fixed: float) -> Interval:
@@ -334,7 +334,7 @@ def lost_reduction(measured: Tensor, order: int, beta: Tensor, fixed: float) -> 
         more = variance(mean, order, beta) - variance(mean, order, other)
         return more / mean[:, 0, 0]
 
-    return bootstrap(difference, measured)
+    return jackknife(difference, measured)
 
 
 def audited(found: Audit) -> Results:

@@ -5,7 +5,7 @@ squared error) in plain torch, on real digits. Three lines are added to it: they
 call it in the loop and print its sentences. ``--check`` trains without them too, and compares the
 weights bit by bit.
 
-    python examples/convergence/watch_a_loop.py --steps 2000 --check
+    python examples/convergence/watch_a_loop.py --steps 200 --every 50 --check
     python examples/convergence/watch_a_loop.py --quick
 """
 
@@ -57,7 +57,7 @@ def train(steps: int, monitor: ConvergenceMonitor | None, images: torch.Tensor) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--every", type=int, default=250)
     parser.add_argument("--check", action="store_true", help="compare with a loop without it")
     parser.add_argument("--quick", action="store_true", help="a few steps and draws")

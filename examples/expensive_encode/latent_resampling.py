@@ -46,10 +46,9 @@ from lightning_vr.variance.accounting import (
     CostModel,
     effective_compute_multiplier,
     fixed_and_marginal,
-    relative_efficiency,
 )
-from lightning_vr.variance.bootstrap import Interval, bootstrap
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
+from lightning_vr.variance.intervals import Interval, jackknife
 
 LATENT_SIDE = 8
 LATENT_SPREAD = 0.5
@@ -321,8 +320,8 @@ def automatic(
 def summarise(options: argparse.Namespace, results: Results) -> dict[str, Any]:
     """Return predictions and realised values from the measurements."""
     pilot = torch.tensor(results["pilot"], dtype=torch.float64)
-    between = bootstrap(lambda mean: mean, pilot[:, 0])
-    within = bootstrap(lambda mean: PILOT * mean, pilot[:, 1] + pilot[:, 2])
+    between = jackknife(lambda mean: mean, pilot[:, 0])
+    within = jackknife(lambda mean: PILOT * mean, pilot[:, 1] + pilot[:, 2])
     cost = cost_model(results["seconds"], options.samples)
     shared = cost.upstream + cost.fixed / options.samples
     squared_optimum = max(0.0, within.estimate / between.estimate) / cost.denoise
@@ -374,7 +373,7 @@ def compare(
     seconds, theirs = (
         torch.tensor(results["seconds"][name]) for name in (f"{kind} {resamples}", "independent 1")
     )
-    variance = bootstrap(lambda mean: mean, total)
+    variance = jackknife(lambda mean: mean, total)
     step = float(seconds.sum(dim=1).median())
     return {
         "kind": kind,
@@ -387,7 +386,7 @@ def compare(
         "product": variance.estimate * step / samples,
         "predicted_product": predicted(resamples),
         "multiplier": effective_compute_multiplier(
-            relative_efficiency(base, total), theirs.sum(dim=1), seconds.sum(dim=1)
+            base, total, theirs.sum(dim=1), seconds.sum(dim=1)
         ),
         "predicted_multiplier": predicted(1) / predicted(resamples),
     }

@@ -2,6 +2,7 @@
 
     python -m lightning_vr audit --config configs/digits_dsm.yaml
     audit(module, datamodule).advice
+    Trainer(callbacks=[AuditDuringTraining()])
 
 The module's estimator and its rivals run side by side, at one set of weights and on the same
 batches, times and noise. Measured are the variance of the batch gradient by its source, the seconds
@@ -12,6 +13,7 @@ of a training step, and the effective compute multiplier that follows, with a co
 The room imports ``callbacks`` and every floor below.
 """
 
+from lightning_vr.auditing.audit_during_training import AuditDuringTraining
 from lightning_vr.auditing.candidates import Candidate
 from lightning_vr.auditing.error_budget_report import save as save_error_budget
 from lightning_vr.auditing.report import save as save_report
@@ -21,6 +23,7 @@ from lightning_vr.auditing.sampling_errors import SamplingErrors, error_budget
 
 __all__ = [
     "Audit",
+    "AuditDuringTraining",
     "Candidate",
     "SamplingErrors",
     "audit",

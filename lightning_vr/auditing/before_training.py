@@ -1,6 +1,5 @@
 """Measuring where training would begin: a trainer sets all up, and ends before the first step."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -11,6 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_vr.core.rng import preserve_global_rng
+from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
 from lightning_vr.training.module import DiffusionModule
 
 _MODULE_STATE = ("seed", "estimate", "sample_shape")
@@ -40,25 +40,24 @@ def measure_before_training(
     Raises:
         MisconfigurationException: If the trainer starts its processes by fork or spawn.
     """
-    if trainer is None:
-        trainer = Trainer(
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        raise MisconfigurationException(
-            "A measurement cannot return a result from processes that the trainer forks or spawns: "
-            "use one device, or strategy='ddp' in a script of its own."
-        )
     callback = _Measuring(measure)
-    with _restored(module, *_MODULE_STATE), _restored_settings(trainer):
-        _set_up(trainer, callback)
-        with preserve_global_rng(), warnings.catch_warnings():
-            # nothing is validated
-            warnings.filterwarnings("ignore", "You defined a `validation_step` but")
-            trainer.fit(module, datamodule=datamodule)
+    with quiet_trainer():
+        if trainer is None:
+            trainer = Trainer(
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise MisconfigurationException(
+                "A measurement cannot return a result from processes that the trainer forks or "
+                "spawns: use one device, or strategy='ddp' in a script of its own."
+            )
+        with _restored(module, *_MODULE_STATE), _restored_settings(trainer):
+            _set_up(trainer, callback)
+            with preserve_global_rng():
+                trainer.fit(module, datamodule=datamodule)
     return callback.results[0]
 
 

@@ -20,6 +20,9 @@ from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
 from lightning_vr.training.diffusion import Diffusion
 
+CURRENT = "current"
+"""Name of the module's own estimator."""
+
 _OF_OBJECTIVE = {"timesteps", "weighting", "schedule", "prediction", "sigma_data"}
 """Settings of a module that decide what is learned, and not how it is estimated."""
 
@@ -110,7 +113,7 @@ def read_candidates(path: str | Path) -> list[Candidate]:
 def check_candidates(candidates: list[Candidate]) -> None:
     """Raise if a candidate fills no slot, or two have the same name."""
     names = [candidate.name for candidate in candidates]
-    if len({*names, "current"}) <= len(names):
+    if len({*names, CURRENT}) <= len(names):
         raise ValueError(
             f"`candidates` must have different names, none of them 'current', got {names}: rename "
             f"some."

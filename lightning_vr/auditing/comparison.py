@@ -1,121 +1,140 @@
-"""What repetitions on equal draws say of candidates: variance, seconds, and the ECM of both.
+"""What repetitions on equal draws say of candidates: variance, seconds, and what both save.
 
-Each candidate has as many repetitions as the current estimator, or the first few of them if it has
-lost by then. Ratios are formed on common repetitions.
+A look at candidates is a number of repetitions of the current estimator and of each of them.
 """
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_vr.auditing.candidates import Candidate, settings
-from lightning_vr.auditing.result import MeasuredEstimator
+from lightning_vr.auditing.candidates import CURRENT, Candidate, settings
+from lightning_vr.auditing.measured_estimator import MeasuredEstimator
 from lightning_vr.estimators.slot import SLOTS
-from lightning_vr.estimators.targets import DSM
 from lightning_vr.lifecycle.configuration import UndescribableError
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.variance.accounting import effective_compute_multiplier, relative_efficiency
-from lightning_vr.variance.bootstrap import Interval
+from lightning_vr.variance.accounting import (
+    effective_compute_multiplier,
+    noise_ratio,
+    relative_efficiency,
+    training_speedup,
+)
 from lightning_vr.variance.components import Components
+from lightning_vr.variance.intervals import Interval, simultaneous_level
 from lightning_vr.variance.moments import Moments
 
-CURRENT = "current"
-"""Name of the module's own estimator."""
+_LEVEL = 0.95
 
-_LOST = 0.8
-"""Upper bound of the ECM below which more repetitions would only confirm that a candidate loses."""
+
+@dataclass
+class Repetitions:
+    """Repetitions of one estimator.
+
+    Attributes:
+        components: Of the batch gradient, times the batch size, ``(5, columns)`` each.
+        seconds: Of a step.
+    """
+
+    components: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def plus(self, other: "Repetitions") -> "Repetitions":
+        """Return those of both."""
+        return Repetitions(self.components + other.components, self.seconds + other.seconds)
+
+    def column(self, name: str) -> Tensor:
+        """Return one component of the whole gradient in each repetition ``(n,)``."""
+        return torch.stack(self.components)[:, Components._fields.index(name), 0]
+
+    def moments(self) -> Moments:
+        """Return means and standard errors of all components."""
+        moments = Moments(*self.components[0].shape)
+        for components in self.components:
+            moments.add(components)
+        return moments
 
 
 class Comparison:
-    """Repetitions of each candidate.
+    """One look at candidates.
 
     Args:
         module: The module that is audited.
+        batch: Samples in a training batch, over all ranks.
     """
 
-    def __init__(self, module: DiffusionModule) -> None:
-        self._module = module
-        self._components: dict[str, list[Components]] = defaultdict(list)
-        self._seconds: dict[str, list[Tensor]] = defaultdict(list)
+    def __init__(self, module: DiffusionModule, batch: int) -> None:
+        self._module, self._batch = module, batch
+        self._found: dict[str, Repetitions] = defaultdict(Repetitions)
 
-    def add(self, candidate: Candidate, components: Components, seconds: Tensor) -> None:
+    def add(self, candidate: Candidate, components: Components, seconds: float) -> None:
         """Add a repetition: components of the batch gradient, and seconds of a step."""
-        self._components[candidate.name].append(components)
-        self._seconds[candidate.name].append(seconds)
+        found = self._found[candidate.name]
+        found.components.append(torch.stack(components))
+        found.seconds.append(seconds)
+
+    def add_seconds(self, shared: float) -> None:
+        """Add the seconds that the steps of all estimators share to those of each."""
+        for found in self._found.values():
+            found.seconds = [seconds + shared for seconds in found.seconds]
 
     @property
-    def present(self) -> list[Components]:
-        """Components of the current estimator in each repetition."""
-        return self._components[CURRENT]
+    def present(self) -> Repetitions:
+        """Repetitions of the current estimator."""
+        return self._found[CURRENT]
 
-    def relative_seconds(self, candidates: list[Candidate]) -> float:
-        """Return the seconds of steps with some of the candidates over those with all."""
-        medians = {name: float(torch.stack(x).median()) for name, x in self._seconds.items()}
-        return sum(medians[candidate.name] for candidate in candidates) / sum(medians.values())
+    @property
+    def noise_ratio(self) -> float:
+        """Noise over signal of the batch gradient with the current estimator."""
+        total, squared_mean = (
+            float(self.present.column(name).mean()) for name in ("total", "squared_mean")
+        )
+        return noise_ratio(max(total, 0.0), squared_mean, self._batch)
 
-    def has_lost(self, candidate: Candidate) -> bool:
-        """Return whether no saving of time could make up for a candidate's variance.
+    def current(self, found: Repetitions) -> MeasuredEstimator:
+        """Return what repetitions of the current estimator say, also those of other looks."""
+        slots = {name: getattr(self._module, name) for name in SLOTS}
+        config = {name: settings(slot) for name, slot in slots.items() if slot is not None}
+        draws = self._module.draws.draws_per_sample
+        one = Interval(1.0, 1.0, 1.0)
+        return self._measured(CURRENT, found, one, one, one, None, config, draws)
 
-        It does not depend on the clock: the seconds of a few steps depend on what else the machine
-        does, and equal candidates must be measured equally often. A step with k draws of each
-        sample takes at least k / K of the time of one with K, unless it replaces a target or a
-        control variate that takes time itself.
+    def estimator(self, candidate: Candidate, finalists: int | None = None) -> MeasuredEstimator:
+        """Return what the repetitions of a candidate say.
+
+        Args:
+            candidate: One that was measured.
+            finalists: Number of candidates in this look, if it is the second one.
         """
-        own, replaced = self._module, candidate.slots()
-        may_be_cheaper = ("target" in replaced and not isinstance(own.target, DSM)) or (
-            "control_variate" in replaced and own.control_variate is not None
+        present, own = self.present, self._found[candidate.name]
+        base, variance = present.column("total"), own.column("total")
+        seconds = torch.tensor(present.seconds), torch.tensor(own.seconds)
+        # both estimate the same mean gradient
+        signal = self._batch * (present.column("squared_mean") + own.column("squared_mean")) / 2
+        plain, together = (
+            training_speedup(base, variance, signal, *seconds, level=level)
+            for level in (_LEVEL, simultaneous_level(_LEVEL, finalists or 1))
         )
-        if candidate.name == CURRENT or may_be_cheaper:
-            return False
-        draws = (candidate.draws or own.draws).draws_per_sample
-        speedup = max(1.0, own.draws.draws_per_sample / draws)
-        return self._efficiency(candidate).high * speedup < _LOST
-
-    def estimator(self, candidate: Candidate) -> MeasuredEstimator:
-        """Return what all repetitions of a candidate say."""
-        efficiency, multiplier = self._savings(candidate)
-        moments = Moments(*torch.stack(self.present[0]).shape)
-        for components in self._components[candidate.name]:
-            moments.add(torch.stack(components))
-        draws = candidate.draws or self._module.draws
-        return MeasuredEstimator(
+        return self._measured(
             candidate.name,
-            Components(*moments.mean),
-            Components(*moments.error),
-            float(self._seconds_of(candidate).median()),
-            efficiency,
-            multiplier,
-            self._config(candidate),
-            draws.draws_per_sample,
+            own,
+            relative_efficiency(base, variance),
+            effective_compute_multiplier(base, variance, *seconds),
+            plain,
+            together if finalists else None,
+            _config(candidate),
+            (candidate.draws or self._module.draws).draws_per_sample,
         )
 
-    def _efficiency(self, candidate: Candidate) -> Interval:
-        """Return RE, from the repetitions that both estimators have."""
-        own, base = (
-            torch.stack([components.total[0] for components in self._components[name]])
-            for name in (candidate.name, CURRENT)
-        )
-        return relative_efficiency(base[: len(own)], own)
+    def _measured(self, name: str, found: Repetitions, *others: Any) -> MeasuredEstimator:
+        moments, seconds = found.moments(), float(torch.tensor(found.seconds).median())
+        parts, errors = Components(*moments.mean), Components(*moments.error)
+        return MeasuredEstimator(name, parts, errors, seconds, *others)
 
-    def _savings(self, candidate: Candidate) -> tuple[Interval, Interval]:
-        """Return RE and ECM."""
-        if candidate.name == CURRENT:
-            return Interval(1.0, 1.0, 1.0), Interval(1.0, 1.0, 1.0)
-        efficiency, seconds = self._efficiency(candidate), self._seconds_of(candidate)
-        present = torch.stack(self._seconds[CURRENT])[: len(seconds)]
-        return efficiency, effective_compute_multiplier(efficiency, present, seconds)
 
-    def _seconds_of(self, candidate: Candidate) -> Tensor:
-        """Return the seconds of a step in each repetition."""
-        return torch.stack(self._seconds[candidate.name])
-
-    def _config(self, candidate: Candidate) -> dict[str, Any] | None:
-        if candidate.name == CURRENT:
-            slots = {name: getattr(self._module, name) for name in SLOTS}
-            return {name: settings(slot) for name, slot in slots.items() if slot is not None}
-        try:
-            return candidate.config()
-        except UndescribableError:
-            return None
+def _config(candidate: Candidate) -> dict[str, Any] | None:
+    try:
+        return candidate.config()
+    except UndescribableError:
+        return None

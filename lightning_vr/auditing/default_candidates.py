@@ -15,9 +15,6 @@ _REFERENCES = (256, 1024, 4096)
 
 _LARGEST_BANK = 100_000
 
-_COMBINED = ("strata, q learned", "pairs", "4 resamples")
-"""Draws that are also measured with STF."""
-
 _LEAST_SPREAD = 0.01
 """Relative spread of the loss weight below which its proposal is the base density."""
 
@@ -25,11 +22,9 @@ _LEAST_SPREAD = 0.01
 def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
     """Return the estimators of this package, except the module's own.
 
-    A target keeps the module's draws, and draws keep its target. If the module has no STF, some
-    draws are measured with one as well, the STF with most drawn references. Resamples are measured
-    whatever ``encode`` costs, so that the audit can say that they do not pay.
-
-    The control variate of order 0 is measured for all draws, and where its gate opens.
+    Each fills one slot; the audit combines the best of different slots. Resamples are measured
+    whatever ``encode`` costs, so that the audit can say that they do not pay. The control variate
+    of order 0 is measured for all draws, and where its gate opens.
 
     A bank of a large training set takes long to encode: list your own candidates to have one.
 
@@ -41,16 +36,7 @@ def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
     own_target, own_draws = settings(module.target), settings(module.draws)
     found = [Candidate(n, target=x) for n, x in targets.items() if settings(x) != own_target]
     found += [Candidate(n, draws=x) for n, x in draws.items() if settings(x) != own_draws]
-    found += _control_variates(module)
-    if isinstance(module.target, STF):
-        return found
-    drawn = [name for name in targets if name not in ("DSM", 'STF("batch")', 'STF("all")')]
-    with_references = drawn[-1] if drawn else list(targets)[-1]
-    # proposals learn other densities with another target: these draws are new
-    fresh = _draws(module)
-    return found + [
-        Candidate(f"{with_references}, {n}", fresh[n], targets[with_references]) for n in _COMBINED
-    ]
+    return found + _control_variates(module)
 
 
 def _targets(size: int) -> dict[str, Target]:
@@ -96,3 +82,21 @@ def _has_varying_weight(module: DiffusionModule) -> bool:
     objective = module.objective
     weight = objective.weight(objective.times(100))
     return bool(weight.max() - weight.min() > _LEAST_SPREAD * weight.mean())
+
+
+def few_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
+    """Return one for each part of the noise, to measure often: references, strata, pairs.
+
+    Args:
+        module: The module that trains.
+        size: Number of samples in its training set.
+    """
+    fitting = [n for n in _REFERENCES if n < size <= _LARGEST_BANK]
+    name = f"STF({fitting[-1]})" if fitting else 'STF("batch")'
+    found = [
+        Candidate(name, target=STF(fitting[-1] if fitting else "batch")),
+        Candidate("strata, q learned", draws=CARV(1, LearnedProposal())),
+        Candidate("pairs", draws=CARV(2, antithetic=True)),
+    ]
+    own = {name: settings(getattr(module, name)) for name in ("target", "draws")}
+    return [c for c in found if all(x != own[name] for name, x in c.config().items())]

@@ -9,18 +9,22 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lightning_vr.auditing.result import Audit, MeasuredEstimator
+from lightning_vr.auditing.measured_estimator import MeasuredEstimator
+from lightning_vr.auditing.result import Audit
 from lightning_vr.callbacks.gradient_variance_report import draw_components
 from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import level_names
-from lightning_vr.variance.bootstrap import Interval
 from lightning_vr.variance.components import PARTS
+from lightning_vr.variance.intervals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_HEADERS = ("estimator", "variance", "data", "time", "noise", "ms", "RE", "ECM")
+_HEADERS = ("estimator", "variance", "parts", "ms", "RE", "ECM", "saving")
+
+RECOMMENDED = "recommended.yaml"
+"""A second ``--config``, beside the audit of what it recommends."""
 
 
 def table(audit: Audit) -> Table:
@@ -37,12 +41,20 @@ def table(audit: Audit) -> Table:
 
 
 def save(audit: Audit, folder: str | Path) -> None:
-    """Write ``audit.json``, ``audit.md`` and ``audit.png`` to a folder, made if it is missing."""
+    """Write ``audit.json``, ``audit.md`` and ``audit.png`` to a folder, made if it is missing.
+
+    With a recommendation that a configuration can select, ``recommended.yaml`` is such a one, to be
+    given after that of the module; without, an earlier one is removed.
+    """
     folder = Path(folder)
     texts = {
         "audit.json": json.dumps(audit.to_dict(), indent=2, allow_nan=False),
         "audit.md": page(audit),
     }
+    if audit.config:
+        texts[RECOMMENDED] = audit.config
+    else:
+        (folder / RECOMMENDED).unlink(missing_ok=True)
     for name, text in texts.items():
         with replacing(folder / name, "w", encoding="utf-8") as file:
             file.write(text)
@@ -56,7 +68,9 @@ def page(audit: Audit) -> str:
     if audit.config:
         lines += ["```yaml", audit.config.rstrip(), "```", ""]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", _caption(audit), "", "![audit](audit.png)", ""]
+    lines += ["", _caption(audit), ""]
+    lines += [f"- {line}" for line in not_measured(audit)]
+    lines += ["", "![audit](audit.png)", ""]
     return "\n".join(lines)
 
 
@@ -72,7 +86,7 @@ def draw(audit: Audit, path: Path) -> None:
     draw_components(levels, audit.statistics.levels, names, audit.statistics.levels_error)
     levels.set_title("current estimator, by noise level")
     levels.set_xlabel("noise level  s = σ / α, in the middle of equally likely bins")
-    _draw_multipliers(saving, audit)
+    _draw_savings(saving, audit)
     save_figure(figure, path)
 
 
@@ -81,12 +95,13 @@ def _row(measured: MeasuredEstimator) -> list[str]:
     percent = [100 * float(getattr(measured.components, part)[0]) / total for part in PARTS]
     variance = _short(total, 3) if math.isnan(error) else f"{_short(total, 3)} ± {_short(error, 1)}"
     return [
-        measured.name,
+        f"{measured.name} *" if measured.is_finalist else measured.name,
         variance,
-        *(f"{value:.0f}%" for value in percent),
+        "/".join(f"{value:.0f}" for value in percent),
         f"{1e3 * measured.seconds:.1f}",
         f"{measured.efficiency.estimate:.2f}",
-        _interval(measured.multiplier),
+        f"{measured.multiplier.estimate:.2f}",
+        _interval(measured.predicted_speedup),
     ]
 
 
@@ -104,17 +119,34 @@ def _caption(audit: Audit) -> str:
     noise = (
         f"{audit.noise_ratio:.3g}" if math.isfinite(audit.noise_ratio) else "too large to resolve"
     )
-    skipped = "".join(f" {name} was left out: {why}." for name, why in audit.skipped.items())
+    again = f"{audit.repetitions} repetitions"
+    if audit.finalists:
+        again += (
+            f", and {audit.second_repetitions} of the finalists (*) on fresh draws, which alone "
+            f"give their numbers"
+        )
     return (
         f"Variance: that of the gradient of a batch of {audit.batch}, times the batch size, ± one "
-        f"standard error. ms: a training step. RE: variance of the current estimator over that of "
-        f"this one. ECM: RE times the current step's time over this one's, with its 95 % interval. "
-        f"{audit.repetitions} repetitions in {audit.seconds:.0f} s. Noise over signal of the batch "
-        f"gradient: {noise}. {_resamples(audit)}{skipped}"
+        f"standard error. Parts: data/time/noise in %. ms: a training step. RE: variance of the "
+        f"current estimator over that of this one. ECM: RE times the current step's time over this "
+        f"one's. Saving: how many times less compute the noise-ratio model expects for the same "
+        f"loss, with its 95 % interval; a recommendation needs the wider one that holds for all "
+        f"finalists at once. {again}, in {audit.seconds:.0f} s of a budget of {audit.budget:g}. "
+        f"Noise over signal of the batch gradient: {noise}. {_resamples(audit)}"
     )
 
 
+def not_measured(audit: Audit) -> list[str]:
+    """Return a line for each candidate that could not be measured, and why."""
+    return [f"Not measured: {name}: {why}." for name, why in audit.skipped.items()]
+
+
 def _resamples(audit: Audit) -> str:
+    if audit.resamples is None:
+        return (
+            "How many noise draws per sample are best is not resolved: passes over a quarter of "
+            "the batch and over all of it take equally long within error."
+        )
     best, gain = audit.resamples
     present = audit.current.draws_per_sample
     if best == present == 1:
@@ -138,16 +170,21 @@ def _draw_estimators(axes: "Axes", audit: Audit) -> None:
     axes.legend()
 
 
-def _draw_multipliers(axes: "Axes", audit: Audit) -> None:
+def _draw_savings(axes: "Axes", audit: Audit) -> None:
     rivals = audit.estimators[1:]
     at = np.arange(len(rivals))
     for i, measured in zip(at, rivals, strict=True):
-        multiplier = measured.multiplier
-        ends = [min(end, 10.0) for end in (multiplier.low, multiplier.high)]
-        axes.plot(ends, [i, i], color="tab:blue", linewidth=2)
-        axes.plot(min(multiplier.estimate, 10.0), i, "o", color="tab:blue")
+        kinds = (("ECM", measured.multiplier, 0.1), ("saving", measured.predicted_speedup, -0.1))
+        for color, (label, found, shift) in zip(("tab:blue", "tab:orange"), kinds, strict=True):
+            ends = [min(end, 10.0) for end in (found.low, found.high)]
+            axes.plot(
+                ends, [i + shift] * 2, color=color, linewidth=2, label=label if i == 0 else ""
+            )
+            axes.plot(min(found.estimate, 10.0), i + shift, "o", color=color)
     axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
     axes.set_yticks(at, [m.name for m in rivals])
-    axes.set_xlabel("effective compute multiplier, 95 % interval")
+    axes.set_xlabel("effective compute multiplier and predicted saving, 95 % intervals")
     axes.set_title("what each would save")
+    if rivals:
+        axes.legend()
     axes.grid(axis="x", alpha=0.3)

@@ -1,59 +1,29 @@
 """The result of an audit, and the advice that follows from it."""
 
-import inspect
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import yaml
 from torch import Tensor
 
-from lightning_vr.lifecycle.configuration import imported
-from lightning_vr.variance.accounting import (
-    CostModel,
-    best_resamples,
-    noise_ratio,
-    steps_ratio,
-    variance_times_cost,
-)
-from lightning_vr.variance.bootstrap import Interval
+from lightning_vr.auditing.measured_estimator import MeasuredEstimator
+from lightning_vr.auditing.pasted_configuration import pasted_configuration
+from lightning_vr.auditing.step_cost import StepCost
+from lightning_vr.variance.accounting import best_resamples, noise_ratio, variance_times_cost
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
-_LEAST_GAIN = 1.05
-"""Multiplier below which no configuration is worth changing, however certain it is."""
+LEAST_GAIN = 1.05
+"""Predicted speedup below which no configuration is worth changing, however certain it is."""
 
 _NO_BOTTLENECK = 0.3
 """Noise ratio below which the removal of all noise saves less than a quarter of the steps."""
 
-_PLAIN_FIELDS = ("name", "seconds", "config", "draws_per_sample")
+_CHEAP = 0.1
+"""Fraction of a step below which ``encode`` is cheap."""
 
-
-@dataclass(frozen=True)
-class MeasuredEstimator:
-    """What was measured of one estimator.
-
-    Attributes:
-        name: Its name; ``"current"`` for the module's own.
-        components: Of the variance of the batch gradient, times the batch size.
-        errors: Their standard errors.
-        seconds: Of one training step.
-        efficiency: Variance of the current estimator over its own, RE.
-        multiplier: Effective compute multiplier over the current estimator, ECM. Its interval holds
-            the uncertainty of both variance and time, as the product of their intervals.
-        config: Settings of the module that select it, or None if no configuration can; of the
-            current estimator the settings of its slots, as far as they can be described.
-        draws_per_sample: K, its draws of each sample.
-    """
-
-    name: str
-    components: Components
-    errors: Components
-    seconds: float
-    efficiency: Interval
-    multiplier: Interval
-    config: dict[str, Any] | None = None
-    draws_per_sample: int = 1
+_NAMED = 3
+"""Candidates that are named as uncertain."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +34,11 @@ class Audit:
         estimators: The current one first.
         statistics: Of the current estimator, by group of parameters and by noise level.
         batch: Samples in a training batch, over all ranks.
-        cost: Model of the seconds of a step.
-        repetitions: Measurements of each estimator; fewer of those that certainly lose.
+        cost: Seconds of a step by its size.
+        repetitions: Measurements of each estimator in the first look, over all ranks.
+        second_repetitions: Those of each finalist in the second look.
         seconds: Duration of the audit.
+        budget: Seconds that it was given.
         skipped: Candidates that could not be measured, and why.
         least_draws: Smallest number of draws of a sample in the current estimator: 2 with
             antithetic pairs.
@@ -75,9 +47,11 @@ class Audit:
     estimators: list[MeasuredEstimator]
     statistics: GradientStatistics
     batch: int
-    cost: CostModel
+    cost: StepCost
     repetitions: int
+    second_repetitions: int
     seconds: float
+    budget: float
     skipped: dict[str, str] = field(default_factory=dict)
     least_draws: int = 1
 
@@ -85,6 +59,11 @@ class Audit:
     def current(self) -> MeasuredEstimator:
         """The module's own estimator."""
         return self.estimators[0]
+
+    @property
+    def finalists(self) -> list[MeasuredEstimator]:
+        """The candidates that were measured again."""
+        return [measured for measured in self.estimators if measured.is_finalist]
 
     @property
     def noise_ratio(self) -> float:
@@ -95,123 +74,153 @@ class Audit:
 
     @property
     def recommended(self) -> MeasuredEstimator | None:
-        """Of the candidates whose ECM is certainly above 1 the one that saves most, or None.
+        """Of the finalists that are expected to save compute for certain the best one, or None.
 
-        Savings are those of ``predicted_speedup``: whatever the ECM, a longer step pays only as far
-        as noise is the bottleneck of training.
+        For certain: the interval that holds for all of them at once lies above 1. What is expected
+        follows from the noise-ratio model: whatever the ECM, a longer step pays only as far as
+        noise is the bottleneck of training.
         """
         paying = [
             measured
-            for measured in self.estimators[1:]
-            if measured.multiplier.low > 1 and measured.multiplier.estimate >= _LEAST_GAIN
+            for measured in self.finalists
+            if measured.simultaneous is not None
+            and measured.simultaneous.low > 1
+            and measured.predicted_speedup.estimate >= LEAST_GAIN
         ]
-        return max(paying, key=self.predicted_speedup, default=None)
+        return max(paying, key=lambda each: each.predicted_speedup.estimate, default=None)
 
     @property
-    def resamples(self) -> tuple[int, float]:
+    def resamples(self) -> tuple[int, float] | None:
         """Noise draws of each sample, K, at which variance times cost is least, and its ECM.
 
-        It follows from components and the cost model, relative to the K of the current estimator;
-        ``fixed`` costs are left out. It is a prediction: at K draws the components timestep and
-        noise are taken to be 1/K of those of one, as if draws did not depend on each other. Strata
-        make them smaller at the measured K, and by another factor at another K.
+        It follows from components and costs, relative to the K of the current estimator; ``fixed``
+        costs are left out. It is a prediction: at K draws the components timestep and noise are
+        taken to be 1/K of those of one, as if draws did not depend on each other. Strata make them
+        smaller at the measured K, and by another factor at another K. A component that is smaller
+        than its standard error counts as that.
+
+        None if the intervals of the costs leave open which K that is.
         """
-        parts, group = self.current.components, self.least_draws
+        parts, errors, group = self.current.components, self.current.errors, self.least_draws
         now = self.current.draws_per_sample // group
-        between = max(0.0, float(parts.data[0]))
+        error = float(errors.data[0])
+        between = max(float(parts.data[0]), 0.0 if math.isnan(error) else error)
         within = max(0.0, now * float((parts.timestep + parts.noise)[0]))
-        cost = replace(self.cost, denoise=group * self.cost.denoise)
-        best = best_resamples(between, within, cost)
+        fewest, best, most = (
+            best_resamples(between, within, replace(cost, denoise=group * cost.denoise))
+            for cost in self.cost.range()
+        )
+        # a network that costs nothing was not resolved either
+        if most > 4 * fewest or (most > 1 and self.cost.denoise.low <= 0):
+            return None
+        cost = replace(self.cost.model, denoise=group * self.cost.model.denoise)
         present, least = (variance_times_cost(between, within, cost, k) for k in (now, best))
         return group * best, present / least if least > 0 else 1.0
-
-    def predicted_speedup(self, measured: MeasuredEstimator) -> float:
-        """Return how many times less compute it needs for the same loss, by the noise-ratio model.
-
-        The ECM is this number where noise is the only bottleneck of training; here the steps saved
-        are those of ``S = S_min (1 + noise ratio)``.
-        """
-        variance_ratio = 1 / measured.efficiency.estimate if measured.efficiency.estimate else 1.0
-        steps = steps_ratio(self.noise_ratio, variance_ratio)
-        return steps * self.current.seconds / measured.seconds
 
     @property
     def advice(self) -> str:
         """One recommendation in plain words."""
         best = self.recommended
         if best is None:
-            return f"Variance reduction does not pay here. {self._why_not()}"
+            return self._why_not()
+        expected, multiplier, together = best.predicted_speedup, best.multiplier, best.simultaneous
+        assert together is not None
         text = (
-            f"Train with {best.name}: its gradient has the variance that the current estimator "
-            f"would have at {best.multiplier.estimate:.2f} times the compute (95 % interval "
-            f"{best.multiplier.low:.2f} to {best.multiplier.high:.2f})."
+            f"Train with {best.name}: the noise-ratio model of McCandlish et al. expects "
+            f"{expected.estimate:.2f} times less compute for the same loss (95 % interval "
+            f"{expected.low:.2f} to {expected.high:.2f}; {together.low:.2f} to "
+            f"{together.high:.2f} for all {len(self.finalists)} finalists at once)."
         )
         if best.efficiency.low <= 1:
             return (
                 f"Variance reduction does not pay here. {text} It saves time and no variance: its "
                 f"step takes {best.seconds / self.current.seconds:.2f} times as long."
             )
-        text += f" What is left of it is {_fractions(best.components)}."
-        text += " Training saves that at most."
-        return text + self._larger_batch(best) + self._bottleneck(best)
-
-    def _larger_batch(self, best: MeasuredEstimator) -> str:
-        """Return whether a larger batch does better than more draws of each sample."""
-        factor = best.draws_per_sample / self.current.draws_per_sample
-        is_better = best.efficiency.estimate < factor
-        if not is_better or self.resamples[0] > self.current.draws_per_sample:
-            return ""
-        return (
-            f" But encoding is cheap, and a batch of {factor:.3g} times as many samples would "
-            f"have even less variance with as many draws."
+        text += (
+            f" Its gradient has the variance that the current estimator would have at "
+            f"{multiplier.estimate:.2f} times the compute ({multiplier.low:.2f} to "
+            f"{multiplier.high:.2f}): training saves that at most. What is left of it is "
+            f"{_fractions(best.components)}."
         )
-
-    def _bottleneck(self, best: MeasuredEstimator) -> str:
-        """Return whether training has another bottleneck than noise."""
-        speedup = self.predicted_speedup(best)
-        if self.noise_ratio >= _NO_BOTTLENECK and speedup >= 1:
-            return ""
-        expected = f"{speedup:.2f} times less" if speedup >= 1 else f"{1 / speedup:.2f} times more"
-        return (
-            f" But noise is not the bottleneck of this training: the batch gradient has "
-            f"{self.noise_ratio:.2g} times as much noise as signal, and the model of "
-            f"McCandlish et al. expects {expected} compute for the same loss."
-        )
+        return text + self._larger_batch(best)
 
     @property
     def config(self) -> str:
         """The lines of a configuration that select the recommended estimator, or an empty text."""
         if self.recommended is None or self.recommended.config is None:
             return ""
-        own = self.current.config or {}
-        chosen = self.recommended.config
-        slots = {name: _pasteable(slot, own.get(name)) for name, slot in chosen.items()}
-        settings = {"model": {"init_args": slots}}
-        return str(yaml.safe_dump(settings, sort_keys=False))
+        return pasted_configuration(self.recommended.config, self.current.config or {})
+
+    def _larger_batch(self, best: MeasuredEstimator) -> str:
+        """Return whether a larger batch does better than more draws of each sample.
+
+        Compared are the draws alone: with them and with the present draws at the same target.
+        """
+        factor = best.draws_per_sample / self.current.draws_per_sample
+        encode = self.cost.upstream.estimate * self.batch / self.current.seconds
+        plain = self._with_present_draws(best)
+        if factor <= 1 or encode > _CHEAP or plain is None:
+            return ""
+        gain = best.efficiency.estimate / plain.efficiency.estimate
+        if gain >= factor:
+            return ""
+        return (
+            f" But its draws alone divide the variance by {gain:.2f}, encoding is cheap, and a "
+            f"batch of {factor:.3g} times as many samples would divide it by {factor:.3g} with as "
+            f"many draws."
+        )
+
+    def _with_present_draws(self, best: MeasuredEstimator) -> MeasuredEstimator | None:
+        """Return what differs from a finalist in its draws alone, if it is one or the current."""
+        others = {name: x for name, x in (best.config or {}).items() if name != "draws"}
+        if best.config is None:
+            return None
+        if not others:
+            return self.current
+        return next((each for each in self.finalists if each.config == others), None)
 
     def _why_not(self) -> str:
         rivals = self.estimators[1:]
         unclear = [
-            measured.name
+            measured
             for measured in rivals
-            if measured.multiplier.low <= 1 and measured.multiplier.high > _LEAST_GAIN
+            if (measured.simultaneous or measured.predicted_speedup).high > LEAST_GAIN
         ]
-        reasons = []
-        if rivals:
-            best = max(rivals, key=lambda measured: measured.efficiency.estimate)
-            removed = 1 - 1 / best.efficiency.estimate if best.efficiency.estimate > 0 else 0.0
-            reasons.append(
-                f"Of the candidates {best.name} removes most of the gradient variance, "
-                f"{100 * max(removed, 0):.0f} %, and its step takes "
-                f"{best.seconds / self.current.seconds:.2f} times as long."
-            )
+        may_pay = any(each.predicted_speedup.estimate >= LEAST_GAIN for each in unclear)
+        said = "Variance reduction does not pay here."
+        if may_pay:
+            said = "Whether variance reduction pays here is not certain."
+        reasons = [said, *([self._nearest(rivals)] if rivals else [])]
         reasons.append(f"The variance is {_fractions(self.current.components)}.")
         if unclear:
+            unclear.sort(key=lambda each: -each.predicted_speedup.estimate)
+            names = ", ".join(f'"{each.name}"' for each in unclear[:_NAMED])
+            more = f" and {len(unclear) - _NAMED} more" if len(unclear) > _NAMED else ""
             reasons.append(
-                f"This is not certain for {', '.join(unclear)}: measure longer, with a larger "
-                f"budget."
+                f"Open are {names}{more}: measure longer, with a larger budget or fewer candidates."
             )
         return " ".join(reasons)
+
+    def _nearest(self, rivals: list[MeasuredEstimator]) -> str:
+        """Return what the candidate with the largest ECM would do."""
+        best = max(rivals, key=lambda measured: measured.multiplier.estimate)
+        removed = 1 - 1 / best.efficiency.estimate if best.efficiency.estimate > 0 else 0.0
+        expected = best.predicted_speedup.estimate
+        text = (
+            f"Of the candidates {best.name} has the largest ECM, {best.multiplier.estimate:.2f}: "
+            f"it removes {100 * max(removed, 0):.0f} % of the gradient variance, and its step "
+            f"takes {best.seconds / self.current.seconds:.2f} times as long."
+        )
+        said = f"{expected:.2f} times less" if expected >= 1 else f"{1 / expected:.2f} times more"
+        text += (
+            f" The noise-ratio model of McCandlish et al. expects {said} compute for the same loss"
+        )
+        if self.noise_ratio < _NO_BOTTLENECK or expected < 1 < best.multiplier.estimate:
+            text += (
+                f", as noise is not what limits this training: the batch gradient has "
+                f"{self.noise_ratio:.2g} times as much noise as signal"
+            )
+        return f"{text}."
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in the types of JSON; numbers that are not finite are None."""
@@ -223,11 +232,13 @@ class Audit:
                 "noise_ratio": self.noise_ratio,
                 "batch": self.batch,
                 "repetitions": self.repetitions,
+                "second_repetitions": self.second_repetitions,
                 "seconds": self.seconds,
+                "budget": self.budget,
                 "resamples": self.resamples,
-                "cost": asdict(self.cost),
+                "cost": {name: x._asdict() for name, x in vars(self.cost).items()},
                 "skipped": self.skipped,
-                "estimators": [self._estimator(measured) for measured in self.estimators],
+                "estimators": [measured.to_dict() for measured in self.estimators],
                 "noise_levels": self.statistics.noise_levels,
                 "levels": self.statistics.levels._asdict(),
                 "levels_error": self.statistics.levels_error._asdict(),
@@ -236,16 +247,6 @@ class Audit:
         )
         return found
 
-    def _estimator(self, measured: MeasuredEstimator) -> dict[str, Any]:
-        fields = {name: getattr(measured, name) for name in _PLAIN_FIELDS}
-        fields |= {
-            "components": measured.components._asdict(),
-            "errors": measured.errors._asdict(),
-            "efficiency": measured.efficiency._asdict(),
-            "multiplier": measured.multiplier._asdict(),
-        }
-        return fields | {"saving": self.predicted_speedup(measured)}
-
 
 def _fractions(parts: Components) -> str:
     total = float(parts.total[0])
@@ -253,27 +254,6 @@ def _fractions(parts: Components) -> str:
         return "not resolved from zero"
     percent = {name: 100 * float(getattr(parts, name)[0]) / total for name in parts._fields[:3]}
     return ", ".join(f"{value:.0f} % {name}" for name, value in percent.items())
-
-
-def _pasteable(described: Any, present: Any = None) -> Any:
-    """Return a described object with its short name, without arguments at their defaults.
-
-    Configurations merge: an argument of a present object of the same class stays unless named.
-    """
-    if not isinstance(described, dict) or "class_path" not in described:
-        return described
-    kind: Any = imported(described["class_path"])
-    is_same = isinstance(present, dict) and present.get("class_path") == described["class_path"]
-    before = present.get("init_args", {}) if is_same else {}
-    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
-    arguments = {
-        name: _pasteable(value, before.get(name))
-        for name, value in described.get("init_args", {}).items()
-        if value != defaults.get(name) or value != before.get(name, value)
-    }
-    is_ours = described["class_path"].startswith("lightning_vr.")
-    short = {"class_path": kind.__name__ if is_ours else described["class_path"]}
-    return short | ({"init_args": arguments} if arguments else {})
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,6 @@ the candidates over its whole duration, and other work of the machine affects al
 Loading of data is left out: it is hidden behind the step where workers keep up.
 """
 
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,15 +14,15 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_vr.auditing.candidates import Candidate
+from lightning_vr.auditing.step_cost import StepCost, step_cost
 from lightning_vr.core.devices import timed
 from lightning_vr.core.rows import Rows
 from lightning_vr.core.types import Clean
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.variance.accounting import CostModel, fixed_and_marginal
 from lightning_vr.variance.components import DRAWS_PER_UNIT
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
-_ROUNDS = 15
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 15
 
 
 class TimedMeasurement(GradientMeasurement):
@@ -82,20 +81,20 @@ class StepTimer:
 
     def measure(
         self, clean: Clean, encode: Callable[[], Any], goes_on: Callable[[], bool]
-    ) -> tuple[float, CostModel]:
-        """Return the seconds of encoding and optimizer, and a cost model of the current step.
+    ) -> tuple[float, StepCost]:
+        """Return the seconds of encoding and optimizer, and the cost of the current step.
 
         Args:
             clean: An encoded batch.
             encode: Encodes it.
-            goes_on: Asked before each round except the first two.
+            goes_on: Asked before each round once there are a few.
         """
         whole = len(clean.x0)
         parts = sorted({max(1, whole // 4), whole})
         names: list[int | str] = [*parts, "encode", "optimizer"]
         times: dict[int | str, list[float]] = {name: [] for name in names}
-        for i in range(_ROUNDS + 1):
-            if i > 1 and not goes_on():
+        for i in range(_MOST_ROUNDS + 1):
+            if i > _LEAST_ROUNDS and not goes_on():
                 break
             for rows in parts:
                 step = partial(self._step, clean.rows(slice(0, rows)))
@@ -104,11 +103,11 @@ class StepTimer:
             times["optimizer"].append(self._time_optimizer())
 
         # the first round warms up
-        median = {name: statistics.median(found[1:]) for name, found in times.items()}
-        encoding, optimizer = median["encode"], median["optimizer"]
-        passes = {samples: median[samples] for samples in parts}
+        found = {name: torch.tensor(seconds[1:]).double() for name, seconds in times.items()}
+        passes = {samples: found[samples] for samples in parts}
+        shared = float(found["encode"].median() + found["optimizer"].median())
         resamples = self.module.draws.draws_per_sample
-        return encoding + optimizer, cost_model(passes, encoding, optimizer, resamples)
+        return shared, step_cost(passes, found["encode"], found["optimizer"], resamples)
 
     def _step(self, clean: Clean) -> list[Tensor]:
         loss, source = self.measurement.loss, self.measurement.source
@@ -131,22 +130,3 @@ class StepTimer:
                     parameter.copy_(value)
                     parameter.grad = None
         return seconds
-
-
-def cost_model(
-    passes: dict[int, float], encode: float, optimizer: float, resamples: int = 1
-) -> CostModel:
-    """Return a model of the seconds of a step from those of its parts.
-
-    Args:
-        passes: Seconds of forward and backward by number of samples: the whole batch, and a part
-            of it where there is one.
-        encode: Seconds to encode the whole batch.
-        optimizer: Seconds of the optimizer's step.
-        resamples: Draws of each sample in ``passes``.
-    """
-    few, many = min(passes), max(passes)
-    fixed, denoise = fixed_and_marginal(
-        few * resamples, many * resamples, passes[few], passes[many]
-    )
-    return CostModel(fixed + optimizer, encode / many, denoise)

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from argparse import SUPPRESS
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # a short class name resolves once its class is imported
+import lightning_vr.auditing
 import lightning_vr.callbacks
 import lightning_vr.data
 import lightning_vr.estimators
@@ -36,10 +38,11 @@ from lightning_vr.cli.yaml_files import check_yaml_files
 from lightning_vr.lifecycle.checkpoint_contents import check_training_state, check_version
 from lightning_vr.lifecycle.checkpoints import check_weights, read_checkpoint
 from lightning_vr.lifecycle.configuration import imported
+from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
 from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
-from lightning_vr.process.diffusers_folder import IncomingFolder
+from lightning_vr.training.incoming_folder import IncomingFolder
 from lightning_vr.training.latents import LatentDiffusionModule
 from lightning_vr.training.module import DiffusionModule
 
@@ -146,9 +149,12 @@ class VRCLI(LightningCLI):
             missing = error
             self._parse_without_network(args, error)
         path = checkpoint_path(self._settings)
-        if path is None and self._settings.pretrained:
+        # checkpoints of an adapter lack the network that it adapts
+        if self._settings.pretrained and (path is None or self._has_adapter):
             self._begin_with_pretrained(args)
-            return
+            missing = None
+            if path is None:
+                return
         if missing is None and self._settings.model is None:
             missing = ValueError(
                 "`model` must be configured: give a network, as in --model.network ResidualMLP, or "
@@ -185,7 +191,9 @@ class VRCLI(LightningCLI):
         callbacks = configured if isinstance(configured, list) else [configured]
         # asked before there is a trainer, which adds its own callbacks to the list
         has_progress_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        trainer = super().instantiate_trainer(**kwargs)
+        measures = self.subcommand in ("audit", "error_budget")
+        with quiet_trainer() if measures else nullcontext():
+            trainer = super().instantiate_trainer(**kwargs)
         check_processes(trainer)
         if not has_progress_bar:
             use_step_progress_bar(trainer)
@@ -268,7 +276,8 @@ class VRCLI(LightningCLI):
         """Parse with the network of a folder as the default."""
         self._pretrained = IncomingFolder.read(self._settings.pretrained)
         found = self._pretrained
-        self._set_default("model", self._module_of(found.settings, found.autoencoder))
+        arguments = found.settings(frozen=self._has_adapter)
+        self._set_default("model", self._module_of(arguments, found.autoencoder))
         self._parse(args)
         configured = self._settings.model.as_dict()["init_args"]
         for name, saved in self._pretrained.others.items():
@@ -278,6 +287,11 @@ class VRCLI(LightningCLI):
                     f"{self._settings.pretrained}, whose weights were trained with it: leave it "
                     f"out, unless you mean this."
                 )
+
+    @property
+    def _has_adapter(self) -> bool:
+        model = self._settings.model
+        return model is not None and model.init_args.get("adapter") is not None
 
     def _module_of(
         self, arguments: dict[str, Any], autoencoder: dict[str, Any] | None

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_vr.auditing.candidates import read_candidates
 from lightning_vr.auditing.error_budget_report import save as save_error_budget
 from lightning_vr.auditing.error_budget_report import table as error_budget_table
-from lightning_vr.auditing.report import save, table
+from lightning_vr.auditing.report import RECOMMENDED, not_measured, save, table
 from lightning_vr.auditing.run import audit as run_audit
 from lightning_vr.auditing.sampling_errors import error_budget as run_error_budget
 from lightning_vr.callbacks.evaluation import Evaluation
@@ -76,14 +76,15 @@ class VRTrainer(Trainer):
     ) -> None:
         """Measure what each estimator would save per unit of compute, and advise.
 
-        Writes audit.json, audit.md and audit.png to the run's folder.
+        Writes audit.json, audit.md and audit.png to the run's folder. If it recommends something,
+        recommended.yaml is a second --config for fit.
 
         Args:
             model: A module.
             datamodule: Its training data.
             candidates: A YAML file with a list of candidates, each with a name and the slots
                 (draws, target, control_variate) that it fills; the package's own if not given.
-            budget: Seconds to spend; more where three repetitions of each candidate need them.
+            budget: Seconds to spend; it says so if the smallest number of repetitions needs more.
             ckpt_path: The checkpoint whose weights to audit: a file, or 'last' for that of the
                 newest run.
         """
@@ -97,9 +98,14 @@ class VRTrainer(Trainer):
         save(found, folder)
         console = Console()
         console.print(table(found))
+        for line in not_measured(found):
+            console.print(line, highlight=False)
         console.print(found.advice, style="bold")
-        console.print(found.config, highlight=False)
-        print(f"The audit is in {folder}: audit.json, audit.md, audit.png")
+        names = "audit.json, audit.md, audit.png"
+        if found.config:
+            console.print(found.config, highlight=False)
+            names += f"; train with `fit --config ... --config {folder / RECOMMENDED}`"
+        print(f"The audit is in {folder}: {names}")
 
     def error_budget(
         self,

@@ -5,6 +5,8 @@ Repository, 1998 (its test set). Small enough to train on one processor core, an
 training set to serve as references.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ class Digits(SplitDataModule):
         validation_fraction: Fraction of each class to hold out; 0.2 holds out 360 of 1797 images.
         seed: Seed of the split.
         num_workers: Processes that load batches; 0 loads them in the training process.
+        classes: The digits to keep, which keep their labels; all ten if not given.
     """
 
     def __init__(
@@ -42,8 +45,15 @@ class Digits(SplitDataModule):
         validation_fraction: float = 0.2,
         seed: int = 0,
         num_workers: int = 0,
+        classes: Sequence[int] | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers)
+        kept = range(10) if classes is None else classes
+        if not kept or not set(kept) <= set(range(10)):
+            raise ValueError(
+                f"`classes` must be digits from 0 to 9, got {classes}: give a list such as [0, 1]."
+            )
+        self.classes = sorted(set(kept))
         self.validation_fraction = validation_fraction
         self.seed = seed
 
@@ -54,12 +64,14 @@ class Digits(SplitDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Ten, one per digit."""
+        """Ten, one for each digit, whichever are kept."""
         return 10
 
     def build_datasets(self) -> tuple[InMemoryDataset, InMemoryDataset]:
         """Split the digits by class."""
         images, labels = digits()
+        is_kept = torch.isin(labels, torch.tensor(self.classes))
+        images, labels = images[is_kept], labels[is_kept]
         train, validation = stratified_split(labels, self.validation_fraction, self.seed)
         return (
             self._dataset(images[train], labels[train]),

@@ -16,6 +16,7 @@ All uses of its private attributes are here (``_average_model``, ``_swap_models`
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -140,6 +141,9 @@ class AveragedWeights:
             if trainer.state.fn == TrainerFn.FITTING:
                 kind.on_load_checkpoint(callback, *args)
 
+        average: Any = callback._average_model
+        if average is not None:
+            average.update_parameters = partial(_update, average)
         patched._swap_models, patched._copy_average_to_current = swap, replace
         patched.on_load_checkpoint = load
 
@@ -230,6 +234,14 @@ def keep_learned(checkpoint: dict[str, Any]) -> None:
 def _averaging(trainer: Trainer) -> list[WeightAveraging]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+
+
+def _update(average: Any, module: torch.nn.Module) -> None:
+    """Average a module's weights; those that do not train would be rounded."""
+    type(average).update_parameters(average, module)
+    for own, weight in zip(average.module.parameters(), module.parameters(), strict=True):
+        if not weight.requires_grad:
+            own.detach().copy_(weight.detach())
 
 
 def _take_average(weights: dict[str, Any], callback: WeightAveraging) -> None:

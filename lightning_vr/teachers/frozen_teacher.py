@@ -32,7 +32,6 @@ from lightning_vr.core.shared_model import SharedModel
 from lightning_vr.core.types import UNLABELLED, Noised
 from lightning_vr.core.validation import check_finite_number
 from lightning_vr.process.diffusers_autoencoder import Autoencoder, AutoencoderFolder
-from lightning_vr.process.diffusers_folder import IncomingFolder
 from lightning_vr.process.network_dtype import InDtype, NetworkDtype
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.predictions import Prediction, PredictionType
@@ -170,6 +169,8 @@ class FrozenTeacher(nn.Module):
         Raises:
             ValueError: If there is no network or scheduler, or if weights are missing.
         """
+        from lightning_vr.training.incoming_folder import IncomingFolder  # which needs Lightning
+
         found, kind = IncomingFolder.read(folder), dtype or "float32"
         given = {name: x for name, x in found.objective.items() if name != "label_dropout"}
         if (Path(folder).expanduser() / "vae" / "config.json").is_file():

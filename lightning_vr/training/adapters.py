@@ -24,7 +24,7 @@ from lightning_vr.lifecycle.weight_averaging import drop_weights, update_weights
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections of attention in diffusers' networks."""
 
-_MARK, _NETWORK = ".lora_", "network."
+_MARK, _ADAPTED, _NETWORK = ".lora_", ".base_layer.", "network."
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,13 @@ class Adapter:
         for parameter in plain.parameters():
             if parameter.requires_grad:  # 16 bits would lose small steps
                 parameter.data = parameter.data.float()
-        self.folder = _folder(plain)
-        self._digest: str | None = None
+        self.folder = source_folder(plain)
+        self._digest = None if self.folder is None else digest(_base(plain))
 
     def keep_alone(self, network: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Leave the weights of a network from a folder out of a checkpoint."""
         if self.folder is None:
             return
-        if self._digest is None:
-            self._digest = digest(_base(network))
         names = [f"{_NETWORK}{name}" for name in _base(network)]
         drop_weights(checkpoint, names)
         checkpoint[STATE][BASE] = {"folder": self.folder, "digest": self._digest}
@@ -105,14 +103,13 @@ class Adapter:
         base = checkpoint.get(STATE, {}).get(BASE)
         if base is None:
             return
-        found = _base(network)
-        if digest(found) != base["digest"]:
+        if self._digest != base["digest"]:
             raise ValueError(
                 f"`network` must have the weights that the adapter of the checkpoint was trained "
                 f"on, those of {base['folder']}, got others: give a Pretrained network from a "
                 f"folder that holds them."
             )
-        update_weights(checkpoint, {f"{_NETWORK}{name}": x for name, x in found.items()})
+        update_weights(checkpoint, {f"{_NETWORK}{name}": x for name, x in _base(network).items()})
 
 
 def merged(network: nn.Module) -> nn.Module:
@@ -137,6 +134,23 @@ def adapter_alone(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
     }
 
 
+def source_folder(network: nn.Module) -> str | None:
+    """Return the folder that a network of diffusers comes from, or None."""
+    path = dict(getattr(network, "config", {}) or {}).get("_name_or_path")
+    return str(Path(path).resolve()) if path and Path(path).is_dir() else None
+
+
+def load_base(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a network's weights, by the names that they have without its adapter.
+
+    Raises:
+        RuntimeError: If some are missing, or are others.
+    """
+    own = {name.replace(_ADAPTED, "."): name for name in _base(network)}
+    adapter = {name: x for name, x in network.state_dict().items() if _MARK in name}
+    network.load_state_dict(adapter | {own.get(name, name): x for name, x in weights.items()})
+
+
 def _check(network: nn.Module, lora: LoRA) -> None:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     names = [name for name, part in network.named_modules() if isinstance(part, kinds)]
@@ -152,12 +166,6 @@ def _check(network: nn.Module, lora: LoRA) -> None:
                 f"`targets` must name layers of the {type(network).__name__}, got {target!r}: use "
                 f"ends of names such as {', '.join(known[:8])}."
             )
-
-
-def _folder(network: nn.Module) -> str | None:
-    """Return the folder that a network of diffusers comes from, or None."""
-    path = dict(getattr(network, "config", {}) or {}).get("_name_or_path")
-    return str(Path(path).resolve()) if path and Path(path).is_dir() else None
 
 
 def _base(network: nn.Module) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_vr.estimators.learned_variance import LearnedVariance
-from lightning_vr.process.diffusers_folder import IncomingFolder
 from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.incoming_folder import IncomingFolder
 
 _Module = TypeVar("_Module", bound="HandOver")
 

@@ -20,7 +20,11 @@ Two estimators are compared by
 Less variance is fewer steps only where noise holds the training back. A batch of B has the noise
 ratio ``ν = V / (B ‖μ‖²)``, and ``S = S_min (1 + ν)`` steps reach a given loss: ν = B_noise / B
 with B_noise = tr Cov(g) / ‖μ‖² of one sample. This is a model: gradient descent with a tuned
-learning rate on a loss of equal curvature in all directions.
+learning rate on a loss of equal curvature in all directions. It predicts
+
+    speedup = (B ‖μ‖² + V_b) T_b / ((B ‖μ‖² + V_m) T_m),
+
+the ECM where ν is large, the ratio of times where it is small.
 
 Sources: Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv 2605.21489 (Var, ECM, RE and reuse
 of a sample); McCandlish, Kaplan, Amodei and the OpenAI Dota Team 2018, arXiv 1812.06162.
@@ -33,7 +37,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.validation import check_at_least, check_positive
-from lightning_vr.variance.bootstrap import Interval, bootstrap, median_interval, ratio
+from lightning_vr.variance.intervals import Interval, jackknife, ratio
 
 
 @dataclass(frozen=True)
@@ -130,23 +134,49 @@ def relative_efficiency(baseline: Tensor, variance: Tensor) -> Interval:
         baseline: Unbiased estimates of the baseline's variance, one of each repetition ``(n,)``.
         variance: The same of the method, at the same R and K, on the same draws.
     """
-    return bootstrap(ratio, baseline, variance)
+    return _log_efficiency(baseline, variance).exp()
 
 
 def effective_compute_multiplier(
-    efficiency: Interval, baseline_seconds: Tensor, seconds: Tensor
+    baseline: Tensor, variance: Tensor, baseline_seconds: Tensor, seconds: Tensor
 ) -> Interval:
-    """Return ECM, seconds of the baseline over those of the method at equal variance.
-
-    Its interval is the product of those of RE and of the ratio of times, which is wider than 95 %.
+    """Return ECM, seconds of the baseline over those of the method at equal variance, with 95 %.
 
     Args:
-        efficiency: RE.
+        baseline: As ``relative_efficiency`` takes it.
+        variance: The same of the method.
         baseline_seconds: Seconds of steps of the baseline, in turn with the method's ``(m,)``.
         seconds: Seconds of steps of the method ``(m,)``.
     """
-    faster = median_interval(baseline_seconds / seconds)
-    return Interval(*(a * b for a, b in zip(efficiency, faster, strict=True)))
+    faster = _log_speed(baseline_seconds, seconds, 0.95)
+    return _log_efficiency(baseline, variance).plus(faster).exp()
+
+
+def training_speedup(
+    baseline: Tensor,
+    variance: Tensor,
+    signal: Tensor,
+    baseline_seconds: Tensor,
+    seconds: Tensor,
+    level: float = 0.95,
+) -> Interval:
+    """Return how many times less compute the method needs for the same loss, by the noise ratio.
+
+    Args:
+        baseline: As ``relative_efficiency`` takes it.
+        variance: The same of the method.
+        signal: Unbiased estimates of ``B ‖μ‖²`` in the same repetitions ``(n,)``. A mean of 0 or
+            less is not resolved from 0.
+        baseline_seconds: Seconds of steps of the baseline, in turn with the method's ``(m,)``.
+        seconds: Seconds of steps of the method ``(m,)``.
+        level: Probability that the interval covers the true number.
+    """
+
+    def log_steps(base: Tensor, own: Tensor, mean: Tensor) -> Tensor:
+        return steps_ratio(base, own, mean).log()
+
+    steps = jackknife(log_steps, baseline, variance, signal, level=level)
+    return steps.plus(_log_speed(baseline_seconds, seconds, level)).exp()
 
 
 def noise_ratio(variance: float, squared_mean: float, batch: int) -> float:
@@ -166,24 +196,29 @@ def noise_ratio(variance: float, squared_mean: float, batch: int) -> float:
     return _divide(variance, batch * squared_mean)
 
 
-def steps_ratio(noise_ratio: float, variance_ratio: float) -> float:
-    """Return how many times fewer optimizer steps reach the same loss: ``(1 + ν) / (1 + ν r)``.
+def steps_ratio(baseline: Tensor, variance: Tensor, signal: Tensor) -> Tensor:
+    """Return how many times fewer optimizer steps reach the same loss: ``(s + V_b) / (s + V_m)``.
 
-    From S = S_min (1 + ν). If ν >> 1 noise is the bottleneck, and steps fall as variance does,
-    by 1 / r. If ν << 1 it is not: steps are at S_min already and stay there however little variance
-    is left. The ratio is never above 1 + ν.
+    From S = S_min (1 + ν). Where noise is the bottleneck, steps fall as variance does. Where it is
+    not, steps are at S_min already and stay there however little variance is left. The ratio is
+    never above 1 + ν.
 
     Args:
-        noise_ratio: ν of the baseline.
-        variance_ratio: r, variance of the method over that of the baseline at equal batch.
-
-    Raises:
-        ValueError: If an argument is negative.
+        baseline: V_b, variance of one sample's gradient.
+        variance: V_m, the same of the method.
+        signal: s, ``B ‖μ‖²``; negative estimates count as 0.
     """
-    _check_not_negative("noise_ratio", noise_ratio)
-    _check_not_negative("variance_ratio", variance_ratio)
-    signal = 1 / (1 + noise_ratio)
-    return _divide(1.0, signal + (1 - signal) * variance_ratio)
+    signal = signal.clamp(min=0)
+    return ratio(signal + baseline, signal + variance)
+
+
+def _log_efficiency(baseline: Tensor, variance: Tensor) -> Interval:
+    return jackknife(lambda base, own: ratio(base, own).log(), baseline, variance)
+
+
+def _log_speed(baseline_seconds: Tensor, seconds: Tensor, level: float) -> Interval:
+    """Return the log of the ratio of times: its mean, as single times may be far off."""
+    return jackknife(lambda mean: mean, (baseline_seconds / seconds).log(), level=level)
 
 
 @dataclass(frozen=True)
@@ -224,7 +259,9 @@ def batch_scaling(noise_scale: float, batch: float, other: float) -> BatchScalin
     """
     check_positive("batch", batch)
     check_positive("other", other)
-    faster = steps_ratio(noise_scale / batch, batch / other)
+    _check_not_negative("noise_scale", noise_scale)
+    signal = 1 / (1 + noise_scale / batch)
+    faster = 1 / (signal + (1 - signal) * batch / other)
     return BatchScaling(other, 1 / faster, other / batch / faster, faster, math.sqrt(other / batch))
 
 

@@ -58,8 +58,8 @@ _CUBIC = 0.02
 class ConvergenceMeasurement:
     """The optimum at fixed draws of a training set and of held-out data.
 
-    Making it costs ``2 N d`` operations for each draw, once; a validation costs a forward pass for
-    each. Under DDP the ranks share out the draws, and all make and use it together.
+    Making it costs about ``6 N d`` operations for each draw, once; a validation costs a forward
+    pass for each. Under DDP the ranks share out the draws, and all make and use it together.
 
     Args:
         train: Draws of the training set.

@@ -75,7 +75,7 @@ def test_a_gate_that_stays_closed_is_left_out_and_says_why(costing):
     assert list(efficiency(found)) == ["current"]
     assert "off in all 8 bins" in found.skipped["gated"]
     assert "11.00 times as long" in found.skipped["gated"]
-    assert "gated was left out: off in all 8 bins" in page(found)
+    assert "Not measured: gated: off in all 8 bins" in page(found)
 
 
 def test_a_gate_that_opens_is_measured(costing):

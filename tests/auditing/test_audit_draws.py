@@ -21,7 +21,7 @@ from lightning_vr import (
     audit,
 )
 from lightning_vr.auditing.report import page
-from lightning_vr.auditing.step_timing import cost_model
+from lightning_vr.auditing.step_cost import step_cost
 from lightning_vr.core import devices as timing
 from lightning_vr.data import EightGaussians
 from lightning_vr.data.dataset import InMemoryDataset
@@ -56,9 +56,9 @@ class Upstream(DiffusionModule):
 class Network(nn.Module):
     """A linear map of x, so that gradients are short to take."""
 
-    def __init__(self):
+    def __init__(self, weight=(0.5, -0.5)):
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor([0.5, -0.5]))
+        self.weight = nn.Parameter(torch.tensor(weight))
 
     def forward(self, x, t):
         Work.seconds += 1e-3 * len(x)
@@ -77,8 +77,12 @@ class Points(LightningDataModule):
         return DataLoader(self.points, batch_size=32, shuffle=True)
 
 
-def upstream(draws=None, work=0):
-    module = Upstream(Network(), draws=draws)
+TRAINED = (-0.8956, -0.8948)
+"""Weights at which the gradient has mean zero, so that noise is the bottleneck."""
+
+
+def upstream(draws=None, work=0, weight=(0.5, -0.5)):
+    module = Upstream(Network(weight), draws=draws)
     module.work = work
     return module
 
@@ -114,7 +118,8 @@ def measured(monkeypatch):
 
 def test_resamples_are_recommended_where_encoding_is_dear_and_not_where_it_is_free(counted):
     rivals = [Candidate("4 resamples", draws=CARV(4))]
-    dear = audit(upstream(work=30), Points(), rivals, budget=150, progress=False)
+    trained = upstream(work=30, weight=TRAINED)
+    dear = audit(trained, Points(), rivals, budget=150, progress=False)
     assert dear.recommended.name == "4 resamples"
     assert dear.recommended.efficiency.low > 3
     assert dear.recommended.draws_per_sample == 4
@@ -124,7 +129,9 @@ def test_resamples_are_recommended_where_encoding_is_dear_and_not_where_it_is_fr
 
     free = audit(upstream(), Points(1.0), rivals, budget=150, progress=False)
     assert free.recommended is None
-    assert free.estimators[1].multiplier.high < 1
+    assert free.estimators[1].predicted_speedup.high < 1
+    assert not free.finalists
+    assert free.seconds < 150
     assert free.resamples[0] == 1
     assert "one noise draw per sample is best" in page(free)
 
@@ -134,7 +141,7 @@ def test_k_independent_draws_of_a_sample_have_the_kth_part_of_the_variance_withi
     found = audit(upstream(), Points(spread=0.0), rivals, budget=150, progress=False)
     efficiency = found.estimators[1].efficiency
     assert efficiency.low < 4 < efficiency.high
-    assert efficiency.high - efficiency.low < 2
+    assert efficiency.high - efficiency.low < 3
     parts, error = found.estimators[1].components, found.estimators[1].errors
     assert abs(float(parts.data[0] / error.data[0])) < 4
 
@@ -146,8 +153,8 @@ def test_the_best_number_of_draws_is_found_from_any_number(counted):
     )
     assert by_four.current.draws_per_sample == 4
     for found in (by_one, by_four):
-        assert found.cost.upstream == pytest.approx(30e-3)
-        assert found.cost.denoise == pytest.approx(1e-3)
+        assert found.cost.model.upstream == pytest.approx(30e-3)
+        assert found.cost.model.denoise == pytest.approx(1e-3)
     within = [
         a.current.draws_per_sample
         * float((a.current.components.timestep + a.current.components.noise)[0])
@@ -158,12 +165,20 @@ def test_the_best_number_of_draws_is_found_from_any_number(counted):
 
 def test_the_cost_of_a_draw_is_told_from_passes_of_several_draws_of_each_sample():
     # 3 s a step and 0.1 s a row, four rows for each of the samples
-    passes = {samples: 3 + 0.1 * 4 * samples for samples in (8, 16, 32)}
-    cost = cost_model(passes, encode=64.0, optimizer=1.0, resamples=4)
-    assert cost.denoise == pytest.approx(0.1)
-    assert cost.upstream == pytest.approx(2.0)
-    assert cost.fixed == pytest.approx(4.0)
-    assert cost_model({2: 1.6}, 1.0, 1.0, resamples=4).denoise == pytest.approx(0.2)
+    passes = {samples: torch.full((5,), 3 + 0.1 * 4 * samples) for samples in (8, 32)}
+    cost = step_cost(passes, torch.full((5,), 64.0), torch.ones(5), resamples=4)
+    assert cost.denoise == pytest.approx([0.1] * 3)
+    assert cost.upstream == pytest.approx([2.0] * 3)
+    assert cost.fixed == pytest.approx([4.0] * 3)
+
+
+def test_the_cost_of_a_draw_is_not_resolved_without_a_smaller_batch_or_in_noise():
+    one = step_cost({2: torch.full((5,), 1.6)}, torch.ones(5), torch.ones(5), resamples=4)
+    assert one.denoise == pytest.approx((0.2, 0.0, 0.2))
+    turns = torch.tensor([0.8, 0.9, 1.0, 1.1, 1.2])
+    noisy = step_cost({8: turns, 32: turns.flip(0)}, torch.ones(5), torch.ones(5))
+    assert noisy.denoise.low < 0 < noisy.denoise.high
+    assert noisy.denoise.estimate == pytest.approx(0, abs=1e-8)
 
 
 def test_a_proposal_has_learned_when_it_is_measured_and_the_modules_own_is_as_it_was(measured):
@@ -217,13 +232,11 @@ def test_draws_that_do_not_fit_the_network_are_left_out_and_named():
     assert "batch normalisation" in found.skipped["two"]
 
 
-def test_a_candidate_that_surely_loses_is_not_measured_to_the_end(measured, counted):
+def test_a_candidate_that_surely_loses_is_not_looked_at_again(measured, counted):
     # weights of 5 in nine tenths of p: at equal seconds several times the variance
     worse = CARV(1, TableProposal([1.0, *[0.02] * 9]), scope="none")
-    found = audit(
-        upstream(), Points(), [Candidate("worse", draws=worse)], budget=150, progress=False
-    )
-    counts = [sum(isinstance(draws, kind) for draws, _ in measured) for kind in (IID, CARV)]
-    assert counts[1] == 3
-    assert found.repetitions > 3
-    assert found.estimators[1].multiplier.high < 0.8
+    rivals = [Candidate("worse", draws=worse), Candidate("same", draws=CARV(1, scope="none"))]
+    found = audit(upstream(), Points(), rivals, budget=300, progress=False)
+    assert [each.name for each in found.finalists] in ([], ["same"])
+    assert found.estimators[1].predicted_speedup.high < 0.8
+    assert sum(table is not None for _, table in measured) == found.repetitions

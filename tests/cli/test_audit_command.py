@@ -18,7 +18,8 @@ def few(monkeypatch):
     monkeypatch.setattr("lightning_vr.auditing.default_candidates._REFERENCES", (64,))
 
 
-def test_an_audit_writes_its_findings_and_prints_advice(run, capsys):
+def test_an_audit_writes_its_findings_and_prints_advice(run, capsys, caplog):
+    caplog.set_level("INFO")
     folder = run("audit", BUDGET)
     found = json.loads((folder / "audit.json").read_text())
     # whether the gated one is measured depends on how long steps take here
@@ -26,14 +27,21 @@ def test_an_audit_writes_its_findings_and_prints_advice(run, capsys):
     names = [each["name"] for each in found["estimators"] if each["name"] not in gated]
     targets = ['STF("batch")', "STF(64)", 'STF("all")']
     draws = ["strata", "strata, q learned", "pairs", "2 resamples", "4 resamples"]
-    both = [f"STF(64), {name}" for name in ("strata, q learned", "pairs", "4 resamples")]
-    assert names == ["current", *targets, *draws, "Taylor 0, all draws", *both]
+    singles = ["current", *targets, *draws, "Taylor 0, all draws"]
+    assert names[: len(singles)] == singles
+    again = [each["name"] for each in found["estimators"] if each["simultaneous"]]
+    assert 0 < len(again) <= 5
+    assert set(names[len(singles) :]) <= set(again)
     assert set(found["skipped"]) <= gated
     assert (folder / "audit.md").read_text().startswith("# Audit")
     assert (folder / "audit.png").stat().st_size > 10_000
+    assert (folder / "recommended.yaml").exists() == bool(found["config"])
     printed = " ".join(capsys.readouterr().out.split())
     assert found["advice"] in printed
     assert "RE: variance of the current estimator" in printed
+    assert "The audit needs about" in caplog.text
+    for chatter in ("GPU available", "max_steps", "Trainable params", "litlogger"):
+        assert chatter not in printed + caplog.text
     assert (folder / "config.yaml").exists()
     assert not (folder / "metrics.csv").exists()
 
@@ -47,7 +55,7 @@ def test_candidates_come_from_a_file(run, folder):
     assert found["estimators"][1]["config"]["target"]["init_args"]["references"] == 8
 
 
-def test_the_lines_to_paste_train_with_draws_that_learn(run, folder):
+def test_what_is_recommended_trains_as_a_second_configuration(run, folder):
     draws = {"class_path": "CARV", "init_args": {"resamples": 2, "proposal": "LearnedProposal"}}
     path = folder / "candidates.yaml"
     path.write_text(json.dumps([{"name": "learned", "draws": draws}]))
@@ -56,12 +64,12 @@ def test_the_lines_to_paste_train_with_draws_that_learn(run, folder):
     arguments = {"resamples": 1, "proposal": poor, "scope": "none"}
     own = {"class_path": "CARV", "init_args": arguments}
     base = write(folder / "base.yaml", model={"init_args": {"draws": own}})
-    audited = run("audit", "--budget=4", f"--candidates={path}", f"--config={base}")
+    audited = run("audit", "--budget=8", f"--candidates={path}", f"--config={base}")
     found = json.loads((audited / "audit.json").read_text())
     assert found["recommended"] == "learned"
 
-    pasted = folder / "pasted.yaml"
-    pasted.write_text(found["config"])
+    pasted = audited / "recommended.yaml"
+    assert pasted.read_text() == found["config"]
     trained = run("fit", f"--config={base}", f"--config={pasted}")
     weights = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     # two steps of 256 samples, two draws of each

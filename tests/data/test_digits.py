@@ -44,3 +44,20 @@ def test_attributes_of_the_digits_are_known_before_setup():
 def test_split_with_an_empty_part_is_refused(fraction):
     with pytest.raises(ValueError, match=f"`validation_fraction` .* got {fraction} of 1797"):
         Digits(validation_fraction=fraction).setup()
+
+
+def test_some_digits_keep_their_labels_and_are_all_of_their_classes():
+    datamodule = Digits(classes=[7, 5])
+    datamodule.setup()
+    label = torch.cat([datamodule.train_dataset.label, datamodule.validation_dataset.label])
+    _, labels = digits()
+    assert label.bincount(minlength=10).tolist() == [
+        int((labels == digit).sum()) if digit in (5, 7) else 0 for digit in range(10)
+    ]
+    assert datamodule.num_classes == 10
+
+
+@pytest.mark.parametrize("classes", [[], [3, 10], [-1]])
+def test_classes_that_are_no_digits_are_refused(classes):
+    with pytest.raises(ValueError, match="`classes` must be digits from 0 to 9, got"):
+        Digits(classes=classes)

@@ -110,7 +110,8 @@ def test_a_command_line_of_the_pages_is_understood(arguments, monkeypatch, capsy
     with pytest.raises(SystemExit) as exit_:
         main(given if flag in given else [*given, flag])
     assert exit_.value.code == 0
-    assert "class_path: lightning_vr.DiffusionModule" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"class_path: (lightning_vr\.DiffusionModule|examples\.\w+)", printed)
 
 
 @pytest.mark.parametrize("arguments", command_lines("python examples/"), ids=" ".join)

@@ -240,3 +240,14 @@ def test_a_run_that_is_over_leaves_the_weights_of_the_run_that_it_resumes(start,
         for name, value in first[found].items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(second[found][name], value), (found, name)
+
+
+def test_weights_that_do_not_train_are_not_rounded_by_their_average():
+    model = module()
+    frozen = next(iter(model.network.parameters())).requires_grad_(False)
+    before = frozen.clone()
+    decay = 0.9  # of which 1 - decay is no power of 2
+    trainer(EMAWeightAveraging(decay=decay), limit_val_batches=0).fit(model, data())
+    assert torch.equal(frozen, before)
+    rounded = torch.optim.swa_utils.get_ema_avg_fn(decay)(before, before, torch.tensor(1))
+    assert not torch.equal(rounded, before)

@@ -1,16 +1,23 @@
 """Adapters of low rank: what trains, what checkpoints hold, and what resumes."""
 
+from functools import partial
+
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
 from support.networks import small_mlp, small_unet
+from support.stops import StopAt, StoppedError
 from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_vr import Clean, DiffusionModule, GradientVariance, Pretrained, Sampler, export
-from lightning_vr.training.adapters import LoRA
+from lightning_vr.core.gradients import aliases
+from lightning_vr.core.rng import generator
+from lightning_vr.pipelines import IncomingFolder
+from lightning_vr.training.adapters import LoRA, merged
+from lightning_vr.training.noisy_losses import DiffusionLoss
 
 pytest.importorskip("peft", reason="needs the extra 'adapters'")
 
@@ -72,6 +79,19 @@ def test_the_adapter_alone_trains_and_begins_as_the_network_itself(folder):
     assert {f"network.{name}" for name in changed} <= trained_names(model)
 
 
+def test_the_loss_falls(folder):
+    model = module(folder, optimizer=partial(torch.optim.AdamW, lr=0.02))
+
+    @torch.no_grad()
+    def loss():
+        batch = {"x0": Images.x0.repeat(20, 1, 1, 1)}
+        return float(model.loss(batch, generator("held out")).loss)
+
+    before = loss()
+    fitted(model, steps=30)
+    assert loss() < 0.98 * before
+
+
 def test_the_change_is_the_product_of_two_maps_times_alpha_over_rank(folder):
     model = DiffusionModule(Pretrained(str(folder)), adapter=LoRA(2, ["to_q"], alpha=6))
     layer = next(m for n, m in model.network.named_modules() if n.endswith("to_q"))
@@ -105,17 +125,23 @@ def test_checkpoints_hold_the_adapter_and_load_with_the_network_of_the_folder(
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(folder, averaged, tmp_path):
+def test_a_run_that_was_killed_goes_on_bitwise_as_one_that_was_not(folder, averaged, tmp_path):
     def callbacks():
-        return [EMAWeightAveraging(decay=0.5)] if averaged else []
+        return [EMAWeightAveraging(decay=0.9)] if averaged else []
 
     whole, first, second = module(folder), module(folder), module(folder)
     fitted(whole, *callbacks(), steps=4)
-    fitted(first, *callbacks()).save_checkpoint(tmp_path / "last.ckpt")
+    stop = StopAt("on_train_batch_end", 2, tmp_path / "last.ckpt")
+    with pytest.raises(StoppedError):
+        fitted(first, *callbacks(), stop, steps=4)
     resumed = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
-    fitted(second, *callbacks(), steps=4, **resumed)
+    fitted(second, *callbacks(), steps=4, **resumed).save_checkpoint(tmp_path / "end.ckpt")
     expected = whole.state_dict()
     assert all(torch.equal(x, expected[name]) for name, x in second.state_dict().items())
+    # an average rounds no weights that stay as they are
+    network = Pretrained(str(folder))
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "end.ckpt", network=network)
+    assert all(torch.equal(x, expected[name]) for name, x in again.state_dict().items())
 
 
 def test_other_weights_than_the_adapter_was_trained_on_are_refused(folder, tmp_path):
@@ -141,6 +167,24 @@ def test_gradient_variance_is_that_of_the_adapter(folder):
     fitted(model, watch)
     assert watch.statistics.groups == ["down_blocks", "up_blocks", "mid_block"]  # not conv_in
     assert (watch.statistics.whole.total > 0).any()
+    parameters, fixed = aliases(DiffusionLoss(model))  # what per-sample gradients are taken by
+    assert {name.removeprefix("module.") for name in parameters} == trained_names(model)
+    assert not fixed.keys() & parameters.keys()
+
+
+def test_a_folder_gives_the_network_beneath_an_adapter(tmp_path):
+    saved = DDPMPipeline(small_unet(**ATTENTION), DDPMScheduler())
+    torch.nn.init.normal_(saved.unet.conv_out.bias)
+    saved.save_pretrained(tmp_path / "folder")
+    model = DiffusionModule.from_pretrained(tmp_path / "folder", adapter=LoRA(2))
+    fitted(model).save_checkpoint(tmp_path / "last.ckpt")
+    weights = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(".lora_" in name for name in weights if name.startswith("network."))
+
+    other = DiffusionModule(small_unet(**ATTENTION), adapter=LoRA(2))
+    IncomingFolder.read(tmp_path / "folder").load_weights(other.network)
+    found = merged(other.network).state_dict()
+    assert all(torch.equal(x, found[name]) for name, x in saved.unet.state_dict().items())
 
 
 def test_adapters_in_other_precisions_train(folder):

@@ -14,9 +14,9 @@ from lightning_vr.variance.accounting import (
     noise_ratio,
     relative_efficiency,
     steps_ratio,
+    training_speedup,
     variance_times_cost,
 )
-from lightning_vr.variance.bootstrap import Interval
 
 LIMIT = 4.0
 """Standard errors that a statistical test allows."""
@@ -113,7 +113,8 @@ def test_the_published_savings_follow_from_two_ratios():
     for k, published in {2: 1.63, 4: 2.28, 8: 2.60, 16: 2.34}.items():
         efficiency = (between + within) / 2 / (between + within / k)
         seconds = [torch.tensor([cost.seconds(2, 1)]), torch.tensor([cost.seconds(1, k)])]
-        found = effective_compute_multiplier(Interval(*[efficiency] * 3), *seconds)
+        variances = torch.full((2,), efficiency), torch.ones(2)
+        found = effective_compute_multiplier(*variances, *(x.expand(2) for x in seconds))
         assert found.estimate == pytest.approx(published, abs=0.01)
 
 
@@ -149,24 +150,51 @@ def test_a_variance_or_cost_that_is_not_resolved_counts_as_none(
 
 def test_the_multiplier_is_the_cost_at_equal_variance():
     """The baseline needs 5 / 2 times as many batches, each at 0.3 / 0.4 of the method's seconds."""
-    efficiency = relative_efficiency(torch.full((9,), 5.0), torch.full((9,), 2.0))
-    assert efficiency == Interval(2.5, 2.5, 2.5)
+    variances = torch.full((9,), 5.0), torch.full((9,), 2.0)
+    assert relative_efficiency(*variances) == pytest.approx([2.5] * 3)
     times = torch.full((7,), 0.3), torch.full((7,), 0.4)
-    assert effective_compute_multiplier(efficiency, *times) == pytest.approx(
+    assert effective_compute_multiplier(*variances, *times) == pytest.approx(
         [5 / 2 * 0.3 / 0.4] * 3
     )
 
 
 def test_the_interval_of_the_multiplier_holds_the_doubt_of_variance_and_of_time():
-    efficiency = Interval(2.0, 1.5, 3.0)
-    turns = torch.tensor([0.8, 0.9, 1.0, 1.1, 1.2, 1.0, 1.0])
-    found = effective_compute_multiplier(efficiency, turns, torch.ones(7))
-    assert found == pytest.approx([2.0, 0.8 * 1.5, 1.2 * 3.0])
+    base, own = numbers(8, 6).exp(), numbers(9, 6).exp()
+    turns = 0.1 * numbers(10, 7)
+    found = effective_compute_multiplier(base, own, turns.exp(), torch.ones(7))
+    efficiency, faster = relative_efficiency(base, own), float(turns.mean())
+    half = 2.4469 * float(turns.std()) / 7**0.5  # Student's t of 6 degrees of freedom
+    assert found.estimate == pytest.approx(efficiency.estimate * math.exp(faster))
+    for end in ("low", "high"):
+        log = math.log(getattr(efficiency, end) / efficiency.estimate)
+        own_log = math.log(getattr(found, end) / found.estimate)
+        assert abs(own_log) == pytest.approx(math.hypot(log, half), rel=1e-4)
+
+
+def test_the_predicted_speedup_is_that_of_steps_and_of_time():
+    """ν = 40 / 20; a quarter of the variance in steps 1.5 times as long: (1 + 2) / (1 + 0.5)."""
+    found = training_speedup(
+        torch.full((3,), 40.0),
+        torch.full((3,), 10.0),
+        torch.tensor([10.0, 20.0, 30.0]),
+        torch.ones(3),
+        torch.full((3,), 1.5),
+    )
+    assert found.estimate == pytest.approx(3 / 1.5 / 1.5)
+    # what is not known is the signal alone
+    assert 1 / 1.5 < found.low < found.estimate < found.high
+    wider = training_speedup(
+        *(numbers(i, 5).exp() for i in (11, 12, 13)), torch.ones(5), torch.ones(5), level=0.99
+    )
+    narrow = training_speedup(
+        *(numbers(i, 5).exp() for i in (11, 12, 13)), torch.ones(5), torch.ones(5)
+    )
+    assert wider.low < narrow.low < narrow.high < wider.high
 
 
 def test_a_variance_that_is_nan_stays_nan():
     assert math.isnan(noise_ratio(1, math.nan, 4))
-    assert math.isnan(steps_ratio(math.nan, 0.5))
+    assert math.isnan(fewer_steps(math.nan, 0.5))
 
 
 def test_noise_ratio_is_the_relative_squared_error_of_a_batch():
@@ -185,15 +213,29 @@ def test_a_signal_that_is_not_resolved_has_an_infinite_noise_ratio():
     assert noise_ratio(0, 1, 8) == 0
 
 
+def fewer_steps(nu, r):
+    """Steps saved at noise ratio ν by variance times r: signal 1, variances ν and ν r."""
+    baseline, variance, signal = (
+        torch.tensor(x, dtype=torch.float64)
+        for x in ((1.0, r, 0.0) if math.isinf(nu) else (nu, nu * r, 1.0))
+    )
+    return float(steps_ratio(baseline, variance, signal))
+
+
 def test_steps_fall_with_variance_only_where_noise_is_the_bottleneck():
     for nu in (0.0, 0.3, 1.0, 20.0):
         for r in (0.0, 0.25, 1.0, 3.0):
-            assert steps_ratio(nu, r) == pytest.approx((1 + nu) / (1 + nu * r))
-        assert steps_ratio(nu, 0) <= 1 + nu + 1e-12
-    assert steps_ratio(1e-3, 0.1) == pytest.approx(1, abs=1e-3)
-    assert steps_ratio(1e6, 0.1) == pytest.approx(10, rel=1e-4)
-    assert steps_ratio(math.inf, 0.1) == pytest.approx(10)
-    assert steps_ratio(math.inf, 0) == math.inf
+            assert fewer_steps(nu, r) == pytest.approx((1 + nu) / (1 + nu * r))
+        assert fewer_steps(nu, 0) <= 1 + nu + 1e-12
+    assert fewer_steps(1e-3, 0.1) == pytest.approx(1, abs=1e-3)
+    assert fewer_steps(1e6, 0.1) == pytest.approx(10, rel=1e-4)
+    assert fewer_steps(math.inf, 0.1) == pytest.approx(10)
+    assert fewer_steps(math.inf, 0) == math.inf
+
+
+def test_a_signal_that_is_not_resolved_saves_what_the_variance_does():
+    numbers_of = (torch.tensor(x) for x in (10.0, 5.0, -3.0))
+    assert float(steps_ratio(*numbers_of)) == 2.0
 
 
 def test_the_rule_of_steps_is_that_of_a_tuned_step_on_a_quadratic():
@@ -205,7 +247,7 @@ def test_the_rule_of_steps_is_that_of_a_tuned_step_on_a_quadratic():
 
     for nu, r in ((0.05, 0.1), (0.5, 0.2), (4.0, 0.5), (30.0, 0.1)):
         faster = progress(nu * r) / progress(nu)
-        assert faster == pytest.approx(steps_ratio(nu, r), rel=1e-6)
+        assert faster == pytest.approx(fewer_steps(nu, r), rel=1e-6)
 
 
 UNIT_COST = CostModel(0.0, 1.0, 1.0)
@@ -223,8 +265,6 @@ UNIT_COST = CostModel(0.0, 1.0, 1.0)
         (lambda: variance_times_cost(1, 1, UNIT_COST, 0), "`resamples` must be positive .* got 0"),
         (lambda: noise_ratio(-1, 1, 1), "`variance` must be at least 0, got -1"),
         (lambda: noise_ratio(1, 1, 0), "`batch` must be at least 1, got 0"),
-        (lambda: steps_ratio(-1, 1), "`noise_ratio` must be at least 0, got -1"),
-        (lambda: steps_ratio(1, -1), "`variance_ratio` must be at least 0, got -1"),
     ],
 )
 def test_bad_input_is_refused(call, message):

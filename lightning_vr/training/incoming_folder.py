@@ -11,6 +11,8 @@ are those of diffusers and the schedules of this package, weights are safetensor
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from typing import Any
 from torch import nn
 
 from lightning_vr.core.devices import without_compiler
-from lightning_vr.process.diffusers_network import load_pretrained
+from lightning_vr.process.diffusers_network import Pretrained, load_pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
+from lightning_vr.training.adapters import load_base, source_folder
 
 TRAINED_FOR = "lightning_vr.json"
 """The file in the folder of a pipeline that says what its network was trained for."""
@@ -88,16 +91,21 @@ class IncomingFolder:
         autoencoder = {"path": str(path), "subfolder": _AUTOENCODER} if has_autoencoder else None
         return cls(found[0], network, schedule, others, learned, autoencoder)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The arguments of a ``DiffusionModule`` as a configuration."""
-        return {"network": self.network, "schedule": self.schedule, **self.others, **self.learned}
+    def settings(self, *, frozen: bool) -> dict[str, Any]:
+        """Return the arguments of a ``DiffusionModule`` as a configuration.
+
+        Args:
+            frozen: Whether the network keeps its weights, so that checkpoints may leave them out
+                and the network comes from this folder each time.
+        """
+        path = {"path": str(self.network_folder.resolve())}
+        loaded = {"class_path": _path(Pretrained), "init_args": path}
+        network = loaded if frozen else self.network
+        return {"network": network, "schedule": self.schedule, **self.others, **self.learned}
 
     def arguments(self) -> dict[str, Any]:
         """Return the same with network, its weights loaded, and schedule as objects."""
-        network = _rebuilt(self.network)
-        self.load_weights(network)
-        return {"network": network, **self.objective, **self.learned}
+        return {"network": self.load_network(), **self.objective, **self.learned}
 
     @property
     def objective(self) -> dict[str, Any]:
@@ -105,21 +113,16 @@ class IncomingFolder:
         return {"schedule": _rebuilt(self.schedule), **self.others}
 
     def load_weights(self, network: nn.Module) -> None:
-        """Load the network's weights.
+        """Load the network's weights, beneath its adapter if it has one.
 
         Raises:
             ValueError: If there are none, or if they are another network's.
         """
-        try:
-            saved = self.load_network()
-            without_compiler(network).load_state_dict(saved.state_dict())
-        except Exception as error:  # whatever diffusers meets in a damaged folder
-            reason = " ".join(f"{error}".split())[:200]
-            raise ValueError(
-                f"`pretrained` must have the weights of the network as safetensors in "
-                f"{self.network_folder} ({reason}): save it by `save_pretrained`, and leave the "
-                f"settings of `network` out."
-            ) from error
+        plain = without_compiler(network)
+        if source_folder(plain) == str(self.network_folder.resolve()):
+            return
+        with self._named_errors():
+            load_base(plain, self.load_network().state_dict())
 
     def load_network(self, dtype: str = "float32") -> nn.Module:
         """Return the network with its weights in a dtype.
@@ -130,7 +133,20 @@ class IncomingFolder:
         import diffusers
 
         kind = getattr(diffusers, self.network["class_path"].rpartition(".")[2])
-        return load_pretrained(kind, self.network_folder, dtype, None)
+        with self._named_errors():
+            return load_pretrained(kind, self.network_folder, dtype, None)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever diffusers meets in a damaged folder
+            reason = " ".join(f"{error}".split())[:200]
+            raise ValueError(
+                f"`pretrained` must have the weights of the network as safetensors in "
+                f"{self.network_folder} ({reason}): save it by `save_pretrained`, and leave the "
+                f"settings of `network` out."
+            ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -232,7 +248,7 @@ def _table(scheduler: dict[str, Any]) -> dict[str, Any]:
     return {"class_path": _path(DiffusersSchedule), "init_args": {"scheduler": scheduler}}
 
 
-def _path(kind: type[Schedule]) -> str:
+def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
