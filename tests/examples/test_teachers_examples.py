@@ -28,7 +28,7 @@ def test_score_distillation_is_measured(tmp_path, monkeypatch, capsys):
     assert "share of the oracle's reduction" in printed
     assert (tmp_path / "score_distillation.png").stat().st_size > 10_000
     rows = (tmp_path / "results.csv").read_text().splitlines()
-    assert any(row.startswith("quality/(2,1) uniform/3/0,") for row in rows)
+    assert any(row.startswith('"quality/(2,1) uniform/3/0",') for row in rows)
 
 
 @pytest.mark.parametrize("data", ["digits", "eight_gaussians"])
