@@ -1,7 +1,7 @@
 """What a run needs of its trainer's strategy: whole weights on each rank, and float64."""
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 
 def check_strategy(trainer: Trainer, module: LightningModule) -> None:
@@ -28,4 +28,20 @@ def check_strategy(trainer: Trainer, module: LightningModule) -> None:
         raise ValueError(
             "`accelerator` must have float64, in which times are drawn, got 'mps': train with "
             "--trainer.accelerator cpu, or on another device."
+        )
+
+
+def check_alternating_steps(trainer: Trainer) -> None:
+    """Raise if ranks would wait for gradients of parameters that a backward pass does not reach.
+
+    Raises:
+        ValueError: Naming the strategy to use.
+    """
+    strategy = trainer.strategy
+    # seen in Lightning 2.6; a test trains on two ranks both ways
+    if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+        raise ValueError(
+            "`strategy` must look for parameters that a backward pass does not reach, as each of "
+            "the two networks is trained in turn, got one that does not: use "
+            "'ddp_find_unused_parameters_true'."
         )
