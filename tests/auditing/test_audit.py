@@ -99,7 +99,7 @@ def test_winners_of_different_slots_are_measured_together_on_fresh_draws():
         Candidate("all", target=STF("all")),
         Candidate("pairs", draws=CARV(2, antithetic=True)),
     ]
-    found = audit(module(), data(), rivals, budget=100, progress=False)
+    found = audit(module(), data(), rivals, budget=30, progress=False)
     names = [each.name for each in found.finalists]
     assert "all, pairs" in names
     both = found.estimators[-1]
