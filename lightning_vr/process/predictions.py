@@ -79,8 +79,8 @@ def prediction(
     """
     check_choice("prediction", kind, get_args(PredictionType))
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    norm = torch.sqrt(sigma**2 + (alpha * sigma_data) ** 2)
     zero, one = torch.zeros_like(t), torch.ones_like(t)
+    input_scale = one
     if kind == "x0":
         p, q = one, zero
     elif kind == "epsilon":
@@ -92,7 +92,8 @@ def prediction(
     elif kind == "velocity":
         p, q = schedule.alpha_derivative(t), schedule.sigma_derivative(t)
     else:
+        norm = torch.sqrt(sigma**2 + (alpha * sigma_data) ** 2)
         p, q = sigma / (sigma_data * norm), -alpha * sigma_data / norm
+        input_scale = 1 / norm
     determinant = sigma * p - alpha * q
-    input_scale = 1 / norm if kind == "edm" else one
     return Prediction(p, q, -q / determinant, sigma / determinant, input_scale)
