@@ -4,7 +4,7 @@ A small diffusion model of 128 digits is retrained on half of them, again and ag
 one vmap. Scores made of gradient features should predict which query digits each model learns well.
 This measures the variance of features at 4, 16 and 64 draws, the rank correlation of scores with
 those of a thousand draws, the linear datamodeling score (LDS), with shared and with independent
-draws, and what a constant learning rate and class labels do to that score.
+draws, and what class labels, a constant learning rate and the optimizer change.
 
     python examples/attribution/attribution.py
     python examples/attribution/attribution.py --quick
@@ -18,6 +18,7 @@ import csv
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -38,6 +39,14 @@ from lightning_vr.teachers import (
 
 TRAINING, QUERIES = 128, 40
 DESIGNS = ("uniform", "strata", "learned", "pairs", "strata, pairs", "all")
+WAYS = {
+    "no labels, falling rate": {},
+    "no labels, constant rate": {"falling": False},
+    "labels, falling rate": {"labels": True},
+    "labels, constant rate": {"labels": True, "falling": False},
+    "no labels, falling rate, SGD": {"sgd": True},
+}
+"""Ways to train the models; the study has the first."""
 
 
 class Results:
@@ -78,17 +87,20 @@ class Study:
         *,
         labels: bool = False,
         falling: bool = True,
+        sgd: bool = False,
     ) -> None:
         self.train, self.query = data(labels)
         self.model = self._model(prediction, labels)
         self.masks = subset_masks(TRAINING, subsets)
         masks = torch.cat([torch.ones(1, TRAINING, dtype=torch.bool), self.masks])
-        path = folder / f"{prediction}_{subsets}_{steps}_{labels}_{falling}.pt"
+        path = folder / f"{prediction}_{subsets}_{steps}_{labels}_{falling}_{sgd}.pt"
         if not path.exists():
             decay = partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=steps)
-            adam = partial(torch.optim.AdamW, lr=1e-3)
-            models = SubsetModels(self.model, masks, adam, decay if falling else None)
-            models.train(self.train, steps)
+            optimizer: Any = partial(torch.optim.AdamW, lr=1e-3)
+            if sgd:
+                optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+            models = SubsetModels(self.model, masks, optimizer, decay if falling else None)
+            models.train(self.train, steps, batch_size=TRAINING)
             draws = CARV(256, scope="sample", antithetic=True)
             losses = torch.cat(
                 [models.losses(self.query.rows([i]), draws) for i in range(QUERIES)], 1
@@ -137,6 +149,11 @@ class Study:
         some = self.train.rows(torch.arange(32).repeat_interleave(repeats))
         found = self.features(self.draws(design, count))(some)
         return float(found.reshape(32, repeats, -1).double().var(dim=1).sum(dim=-1).mean())
+
+    def efficiency(self) -> float:
+        """Return the ECM of all at 16 draws over uniform ones."""
+        uniform, every = (self.variance(design, 16, 16) for design in ("uniform", "all"))
+        return uniform / every
 
     def scores(
         self,
@@ -187,18 +204,19 @@ def measure(results: Results, study: Study, name: str, quick: bool) -> None:
         results.get(f"{name}/trak/{damping}", partial(study.lds, scores))
 
 
-def measure_retraining(
-    results: Results, folder: Path, prediction: str, subsets: int, steps: int
-) -> None:
-    """Measure the LDS of scores of 64 draws under each way to train the models."""
-    for labels in (False, True):
-        for falling in (True, False):
-            ways = {"labels": labels, "falling": falling}
-            study = Study(prediction, folder, subsets, steps, **ways)
-            draws = study.draws("strata, pairs", 64)
-            scores = study.scores(draws, shared=False, seed=0)
-            case = f"{'labels' if labels else 'none'}, {'falling' if falling else 'constant'} rate"
-            results.get(f"{prediction}/retraining/{case}", partial(study.lds, scores))
+def measure_retraining(results: Results, folder: Path, prediction: str, quick: bool) -> None:
+    """Measure the LDS of scores of 64 draws, and the ECM of all, by how the models are trained."""
+    for way, settings in WAYS.items():
+        study = Study(prediction, folder, *size(quick), **settings)
+        study.learn()
+        scores = study.scores(study.draws("strata, pairs", 64), shared=False, seed=0)
+        results.get(f"{prediction}/retraining/{way}", partial(study.lds, scores))
+        results.get(f"{prediction}/trained ECM/{way}", study.efficiency)
+
+
+def size(quick: bool) -> tuple[int, int]:
+    """Return the number of subsets and of steps."""
+    return (4, 5) if quick else (32, 900)
 
 
 def rank_correlation(scores: Tensor, reference: Tensor) -> float:
@@ -233,8 +251,9 @@ def report(results: Results, path: Path) -> None:
                 print(f"  K = {case}: " + " → ".join(f"{m:.3f} ± {e:.3f}" for m, e in pair))
         sizes = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "projected"}
         print(f"{name}: LDS by number of projected features: {sizes}")
-        ways = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "retraining"}
-        print(f"{name}: LDS by labels and learning rate: {ways}")
+        for kind in ("retraining", "trained ECM"):
+            ways = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == kind}
+            print(f"{name}: {kind}, by the way of training: {ways}")
         ridge = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "trak"}
         print(f"{name}: LDS with the inverse Gram matrix, by damping: {ridge}")
         for kind in ("independent", "shared"):
@@ -260,9 +279,8 @@ def main() -> None:
     quick, folder = arguments.quick, arguments.folder
     results = Results(folder / "results.csv")
     for prediction in ("epsilon",) if quick else ("epsilon", "edm"):
-        subsets, steps = (4, 5) if quick else (32, 900)
-        measure(results, Study(prediction, folder, subsets, steps), prediction, quick)
-        measure_retraining(results, folder, prediction, subsets, steps)
+        measure(results, Study(prediction, folder, *size(quick)), prediction, quick)
+        measure_retraining(results, folder, prediction, quick)
     report(results, folder / "attribution.png")
 
 

@@ -70,15 +70,26 @@ class Prediction:
 
 
 def prediction(
-    kind: PredictionType, schedule: Schedule, t: Tensor, sigma_data: float = 0.5
+    kind: PredictionType,
+    schedule: Schedule,
+    t: Tensor,
+    sigma_data: float = 0.5,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Prediction:
     """Return the coefficients of prediction type ``kind`` at times ``t (B,)``.
+
+    Args:
+        kind: The prediction type.
+        schedule: The schedule.
+        t: Times ``(B,)``.
+        sigma_data: Standard deviation of the data, for ``"edm"``.
+        scales: The schedule's ``alpha`` and ``sigma`` at ``t``, if they are known.
 
     Raises:
         ValueError: If ``kind`` is no prediction type.
     """
     check_choice("prediction", kind, get_args(PredictionType))
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    alpha, sigma = scales or (schedule.alpha(t), schedule.sigma(t))
     zero, one = torch.zeros_like(t), torch.ones_like(t)
     input_scale = one
     if kind == "x0":

@@ -274,8 +274,8 @@ class FrozenTeacher(nn.Module):
         """Return the network's output ``(n, *)``, guided, in float32 or better, and what it is."""
         scale = self.guidance if guidance is None else guidance
         model, (cond, negative) = self.model, split_negative(noised.cond)
-        given_by = (model.prediction, model.schedule, noised.t, model.sigma_data)
-        c, xt = prediction_of(*given_by), noised.xt
+        kind = (model.prediction, model.schedule, noised.t, model.sigma_data)
+        c, xt = prediction_of(*kind, (noised.alpha, noised.sigma)), noised.xt
         given = replace(noised, cond=cond, group=noised.group if model.num_classes else None)
         x = expand(c.input_scale, xt) * xt
         with torch.autocast(xt.device.type, enabled=False):
