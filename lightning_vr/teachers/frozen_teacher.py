@@ -237,6 +237,8 @@ class FrozenTeacher(nn.Module):
             ValueError: If guidance has nothing to lead away from.
         """
         output, c = self._output(noised, guidance)
+        if self.model.prediction == "epsilon":
+            return output - noised.noise
         exact = expand(c.p, output) * noised.x0 + expand(c.q, output) * noised.noise
         factor = -noised.alpha / noised.sigma * c.b
         return expand(factor, output) * (output - exact)

@@ -6,8 +6,9 @@ operations is one batched operation (``torch.func.stack_module_state``). All beg
 weights. In a step all have the same batch, times and noises, and each counts those samples alone
 that are in its subset, so that models differ by their data and by nothing else.
 
-The noise of the last steps is another matter: a constant learning rate leaves each model at a
-distance from its optimum that no score of the data predicts. Let the rate fall to 0.
+A constant learning rate leaves each model at a random distance from its optimum, which no score of
+the data predicts: let it fall to 0 by ``lr_scheduler``. Cosines and products of gradients suppose
+steps along the gradient: models that SGD trains are closer to them than those of Adam.
 """
 
 import copy
