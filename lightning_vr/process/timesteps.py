@@ -208,21 +208,21 @@ class UniformSteps(Density):
     """t uniform on the integers ``low .. high - 1``, for a schedule that is a table.
 
     Args:
-        steps: Number of training timesteps of the table.
+        timesteps: Number of training timesteps of the table.
         low: First timestep that is drawn.
-        high: The timestep after the last one that is drawn; ``steps`` if not given.
+        high: The timestep after the last one that is drawn; ``timesteps`` if not given.
     """
 
-    def __init__(self, steps: int, low: int = 0, high: int | None = None) -> None:
+    def __init__(self, timesteps: int, low: int = 0, high: int | None = None) -> None:
         super().__init__()
-        check_at_least("steps", steps, 1)
-        high = steps if high is None else high
-        if not 0 <= low < high <= steps:
+        check_at_least("timesteps", timesteps, 1)
+        high = timesteps if high is None else high
+        if not 0 <= low < high <= timesteps:
             raise ValueError(
-                f"`low` and `high` must satisfy 0 <= low < high <= {steps}, the number of "
-                f"timesteps, got {low} and {high}: change one of them."
+                f"`low` and `high` must satisfy 0 <= low < high <= {timesteps}, the number "
+                f"of timesteps, got {low} and {high}: change one of them."
             )
-        self.low, self.high = low, high
+        self.timesteps, self.low, self.high = timesteps, low, high
         self.steps: int = high - low
 
     def icdf(self, u: Tensor) -> Tensor:
