@@ -38,7 +38,13 @@ if TYPE_CHECKING:
         WeightProposal,
         distillation_loss,
     )
-    from lightning_vr.lifecycle import DurableCheckpointIO, ResumableModule
+    from lightning_vr.lifecycle import (
+        EMA,
+        DurableCheckpointIO,
+        ResumableModule,
+        ShardedStrategy,
+        saved_average,
+    )
     from lightning_vr.pipelines import export, to_pipeline
     from lightning_vr.posterior import References, posterior_mean
     from lightning_vr.process import (
@@ -99,6 +105,7 @@ __all__ = [
     "DDPM",
     "DSM",
     "EDM",
+    "EMA",
     "IID",
     "RK45",
     "STF",
@@ -155,6 +162,7 @@ __all__ = [
     "ResumableModule",
     "SampleGrid",
     "Sampler",
+    "ShardedStrategy",
     "Shifted",
     "SoftMinSNRWeighting",
     "TableProposal",
@@ -174,6 +182,7 @@ __all__ = [
     "error_budget",
     "export",
     "posterior_mean",
+    "saved_average",
     "to_pipeline",
 ]
 

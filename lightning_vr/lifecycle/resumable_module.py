@@ -15,6 +15,7 @@ and what a resumed run makes up for must come last.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from typing_extensions import Self
 from lightning_vr.core.distributed import broadcast
 from lightning_vr.core.keyed_module import KeyedModule
 from lightning_vr.core.rng import set_global_rng
+from lightning_vr.core.sharding import is_sharded, whole_weights
 from lightning_vr.lifecycle.checkpoint_contents import (
     check_contents,
     check_loops,
@@ -79,6 +81,7 @@ class ResumableModule(KeyedModule, LightningModule):
         self._stop = CoordinatedStop()
         self._averages = AveragedWeights()
         self._guard = FiniteGuard("raise")
+        self._whole_weights = ExitStack()
         self._hooks_called: set[str] = set()
         self._undo_seeding: Callable[[], None] | None = None
 
@@ -187,6 +190,7 @@ class ResumableModule(KeyedModule, LightningModule):
     def on_validation_end(self) -> None:
         """Note that the validation run has ended."""
         self._resuming.marks.has_validated = not self.trainer.sanity_checking
+        self._whole_weights.close()
 
     def on_train_epoch_end(self) -> None:
         """Raise if training makes no progress."""
@@ -288,6 +292,14 @@ class ResumableModule(KeyedModule, LightningModule):
     def _begin_evaluation(self) -> None:
         if is_evaluating(self.trainer):
             self._stop.begin_evaluation(self.trainer)
+            if is_sharded(self):  # ranks may have different numbers of batches
+                self._whole_weights.enter_context(whole_weights(self))
+
+    def on_test_end(self) -> None:
+        """Shard weights again, if they are."""
+        self._whole_weights.close()
+
+    on_predict_end = on_test_end
 
     def _check_hooks_called(self) -> None:
         """Raise if a subclass has overridden a hook that a run needs without ``super()``."""
