@@ -5,6 +5,7 @@ nothing. So the backward pass of each chunk runs as in training, and gradients a
 ranks with the last chunk alone. What training has accumulated so far is put aside meanwhile.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -66,4 +67,4 @@ def _bounds(count: int, chunk: int) -> list[tuple[int, int]]:
             f"as another rank has chunks, got {count}: give all ranks batches of the same size."
         )
     ends = [i * count // number for i in range(number + 1)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))

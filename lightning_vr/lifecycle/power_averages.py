@@ -82,7 +82,8 @@ def saved_average(
         decays = states[-1].get("decays", [])
         if decay not in decays:
             raise ValueError(f"`decay` must be one of the saved {decays}, got {decay}: use one.")
-        return last["state_dict"] | states[-1]["weights"][decays.index(decay)]
+        chosen: dict[str, Tensor] = states[-1]["weights"][decays.index(decay)]
+        return {**last["state_dict"], **chosen}
     found = [
         ((length, int(state["n_averaged"])), state["weights"][len(state["decays"]) + i])
         for state in states
@@ -96,12 +97,18 @@ def saved_average(
     wanted = relative_length, int(states[-1]["n_averaged"])
     factors = combination([key for key, _ in found], wanted).tolist()
     averages = [weights for _, weights in found]
-    return last["state_dict"] | {
-        name: sum(f * each[name].double() for f, each in zip(factors, averages, strict=True)).to(
-            x.dtype
-        )
-        for name, x in averages[-1].items()
-    }
+    return {**last["state_dict"], **_combined(averages, factors)}
+
+
+def _combined(averages: Sequence[dict[str, Tensor]], factors: Sequence[float]) -> dict[str, Tensor]:
+    """Return a linear combination, summed in float64."""
+    combined = {}
+    for name, x in averages[-1].items():
+        total = torch.zeros_like(x, dtype=torch.float64)
+        for factor, each in zip(factors, averages, strict=True):
+            total += factor * each[name].double()
+        combined[name] = total.to(x.dtype)
+    return combined
 
 
 def _inner_products(powers: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -102,13 +102,14 @@ class ResumableModule(KeyedModule, LightningModule):
         reopen_csv_logs(self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Let checkpoints be read safely, before the trainer reads one."""
+        """Let checkpoints be read safely, before the trainer reads one, and check the strategy."""
+        if stage == "fit":
+            check_strategy(self.trainer, self)
         use_durable_checkpoints(self.trainer)
 
     def on_fit_start(self) -> None:
         """Install run safeguards: durable checkpoints, tolerant loggers, coordinated stopping."""
         self._hooks_called = {"on_fit_start"}
-        check_strategy(self.trainer, self)
         check_training_batches(self.trainer)
         check_optimizer_states(self.trainer)
         self._resuming.begin(self.trainer)
@@ -192,13 +193,22 @@ class ResumableModule(KeyedModule, LightningModule):
         self._resuming.marks.has_validated = not self.trainer.sanity_checking
         self._whole_weights.close()
 
+    def on_test_end(self) -> None:
+        """Shard weights again that were gathered."""
+        self._whole_weights.close()
+
+    on_predict_end = on_test_end
+
     def on_train_epoch_end(self) -> None:
         """Raise if training makes no progress."""
         self._resuming.end_epoch(self)
 
     def on_validation_start(self) -> None:
-        """Install a handler of signals, if this is no part of a fit."""
-        self._begin_evaluation()
+        """Install a handler of signals and gather weights, if this is no part of a fit."""
+        if is_evaluating(self.trainer):
+            self._stop.begin_evaluation(self.trainer)
+            if is_sharded(self):  # ranks may have different numbers of batches
+                self._whole_weights.enter_context(whole_weights(self))
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
@@ -216,20 +226,12 @@ class ResumableModule(KeyedModule, LightningModule):
         self.stop_evaluation_if_asked()
 
     def stop_evaluation_if_asked(self) -> None:
-        """End ``validate``, ``test`` or ``predict`` at once if any rank was asked to.
-
-        Raises:
-            SIGTERMException: If one was.
-        """
+        """End validate, test or predict by SIGTERMException if any rank was asked to."""
         if self._trainer is not None:
             self._stop.end_evaluation_if_asked(self._trainer)
 
     def stop_if_asked(self) -> None:
-        """End what takes long at once if any rank was asked to; all ranks call it.
-
-        Raises:
-            SIGTERMException: If one was.
-        """
+        """End what takes long by SIGTERMException if any rank was asked to; all ranks call it."""
         self._stop.synchronize(self.trainer)
         if self.trainer.received_sigterm:
             raise SIGTERMException
@@ -288,18 +290,6 @@ class ResumableModule(KeyedModule, LightningModule):
                 be built, or if the weights do not fit.
         """
         return load_module(cls, checkpoint_path, map_location, strict, kwargs, trust)
-
-    def _begin_evaluation(self) -> None:
-        if is_evaluating(self.trainer):
-            self._stop.begin_evaluation(self.trainer)
-            if is_sharded(self):  # ranks may have different numbers of batches
-                self._whole_weights.enter_context(whole_weights(self))
-
-    def on_test_end(self) -> None:
-        """Shard weights again, if they are."""
-        self._whole_weights.close()
-
-    on_predict_end = on_test_end
 
     def _check_hooks_called(self) -> None:
         """Raise if a subclass has overridden a hook that a run needs without ``super()``."""

@@ -22,6 +22,7 @@ from lightning_vr.core.devices import device_of, timed
 from lightning_vr.core.distributed import all_reduce_mean, broadcast, least
 from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
 from lightning_vr.core.rows import concatenated, leaves, tensors
+from lightning_vr.core.sharding import is_sharded
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.lifecycle.run_context import RunContext
@@ -209,6 +210,11 @@ class ResamplesPilot:
         """Run the upstream as training does: forward, and backward if it is trained."""
         clean = self.model.clean(batch)
         outputs = [x for x in (clean.x0, *leaves(clean.cond or {})) if x.requires_grad]
+        if outputs and is_sharded(self.model):
+            raise ValueError(
+                "`resamples` must be a number where `encode` is trained and weights are sharded, "
+                "got 'auto': set it, or train with 'ddp'."
+            )
         if outputs:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
             cotangents = [torch.ones_like(x) for x in outputs]

@@ -12,12 +12,30 @@ from torch.optim.lr_scheduler import OneCycleLR
 from lightning_vr.core.distributed import all_gather_numbers
 from lightning_vr.core.gradients import mean_gradients
 from lightning_vr.core.rows import row_count
+from lightning_vr.core.sharding import is_sharded
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.noisy_losses import DiffusionLoss
+
+
+def check_sharded(model: Diffusion) -> None:
+    """Raise if the weights are sharded and the control variate needs them whole.
+
+    Raises:
+        ValueError: If it takes derivatives by the input, or is fitted from gradients of each rank.
+    """
+    control = model.control_variate
+    if not is_sharded(model) or not isinstance(control, TaylorCV):
+        return
+    if control.order > 0 or not control.is_fixed:
+        raise ValueError(
+            f"`control_variate` must be TaylorCV(order=0) with a `coefficient` and a `gate` where "
+            f"weights are sharded, got order {control.order}, coefficient {control.coefficient} "
+            f"and gate {control.gate!r}: give them, leave it out, or train with 'ddp'."
+        )
 
 
 def check_derivatives(model: Diffusion, run: RunContext, clean: Clean) -> None:

@@ -672,7 +672,7 @@ class TestRefused:
         module = module_of("plain")
         module._trainer = SimpleNamespace(strategy=strategy())
         with pytest.raises(ValueError, match="`strategy` must leave all weights on each rank"):
-            module.on_fit_start()
+            module.setup("fit")
 
     def test_a_compiled_network_without_room_for_dropped_labels(self):
         network = torch.compile(ResidualMLP(2, width=8, num_class_embeds=2), backend="eager")
