@@ -313,7 +313,6 @@ class ResumableModule(KeyedModule, LightningModule):
 
     @property
     def _ckpt_path(self) -> Any:
-        """The checkpoint that is loaded, for messages."""
         return "given" if self._trainer is None else self._trainer.ckpt_path
 
     @property

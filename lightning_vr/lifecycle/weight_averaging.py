@@ -143,8 +143,8 @@ class AveragedWeights:
                 kind.on_load_checkpoint(callback, *args)
 
         average: Any = callback._average_model
-        if type(average) is AveragedModel:
-            average.update_parameters = partial(_update, average)
+        if isinstance(average, AveragedModel):
+            average.__dict__["update_parameters"] = partial(_update, average)
         patched._swap_models, patched._copy_average_to_current = swap, replace
         patched.on_load_checkpoint = load
 
