@@ -31,16 +31,17 @@ def read_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     """
     is_path = isinstance(path, (str, Path))
     is_local = is_path and "://" not in str(path)
-    is_folder = is_path and is_sharded_folder(path)
-    if is_local and not is_folder:
+    if is_path and is_sharded_folder(path):
+        checkpoint = load_folder(Path(path))
+        check_contents(checkpoint, path)
+        return checkpoint
+    if is_local:
         _check_file(Path(path))
     options = {"map_location": map_location, "weights_only": True}
-    if is_local and not is_folder:
+    if is_local:
         options["mmap"] = zipfile.is_zipfile(path)
     try:
-        if is_folder:
-            checkpoint = load_folder(Path(path))
-        elif is_local or not is_path:
+        if is_local or not is_path:
             checkpoint = torch.load(path, **options)
         else:
             with get_filesystem(str(path)).open(str(path), "rb") as file:

@@ -83,7 +83,7 @@ def load_folder(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
         mesh: The ranks to shard its tensors over as they were, in rows; whole if not given.
 
     Raises:
-        ValueError: If a file of it is missing.
+        ValueError: If a file of it is missing or damaged.
     """
     path = _recovered(path)
     meta = _read(path / _META)
@@ -151,7 +151,13 @@ def _write(state: Any, path: Path) -> None:
 
 
 def _read(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever torch meets in a damaged file
+        raise ValueError(
+            f"`ckpt_path` must be a checkpoint that loads safely, but its file {path} does not "
+            f"({type(error).__name__}): use another checkpoint."
+        ) from error
 
 
 def _replace(new: Path, path: Path) -> None:

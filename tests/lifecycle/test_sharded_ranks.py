@@ -1,0 +1,194 @@
+"""Runs whose weights are sharded over two ranks, against DDP."""
+
+import itertools
+import math
+import shutil
+
+import pytest
+import torch
+from lifecycle.sharded_runs import (
+    ESTIMATORS,
+    STEPS,
+    BreakGradient,
+    SlowToEncode,
+    averages,
+    build,
+    fit,
+    weights,
+)
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from support.ranks import launch
+from support.selections import mostly_slow
+from support.stops import StopAt, StoppedError
+from support.trainers import quiet_trainer
+from torch.utils.data import DataLoader
+
+from lightning_vr import CARV, DiffusionModule, FrechetDistance, GradientVariance, TaylorCV
+from lightning_vr.core.distributed import SynchronizedError
+from lightning_vr.lifecycle.checkpoints import read_checkpoint
+from lightning_vr.lifecycle.sharded_checkpoints import load_folder
+from lightning_vr.pipelines import to_pipeline
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+
+# sums over ranks in another order, which Adam magnifies where a gradient is close to zero
+ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
+CASES = list(itertools.product(ESTIMATORS, STEPS))
+FAST = [("composed", "windows"), ("control", "plain")]
+
+
+def weights_by_strategy(cases):
+    for name, steps in cases:
+        found = []
+        for how in ("ddp", "file"):
+            module = build(name)
+            start = weights(module)
+            fit(how, module, averages(), **STEPS[steps])
+            found.append(weights(module))
+            assert not torch.equal(found[-1], start), (name, steps)
+        torch.testing.assert_close(*found, **ROUNDING, msg=lambda x: f"{name} {steps}: {x}")  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    "cases", mostly_slow([CASES, FAST], [FAST]), ids=lambda cases: str(len(cases))
+)
+def test_averaged_weights_of_sharded_training_are_those_of_ddp(cases):
+    launch(lambda _: weights_by_strategy(cases), 2)
+
+
+def stop(how, path, hook="on_train_batch_end", count=3):
+    """Stop within a window of accumulated gradients, or elsewhere."""
+    with pytest.raises(StoppedError):
+        fit(how, build("composed"), averages(), StopAt(hook, count, path), **STEPS["windows"])
+
+
+def resume(how, path, ranks=2):
+    module = build("composed")
+    trainer = fit(how, module, averages(), ckpt_path=path, ranks=ranks, **STEPS["windows"])
+    return module, trainer
+
+
+def resumed(folder, hows):
+    whole = build("composed")
+    fit("file", whole, averages(), **STEPS["windows"])
+    expected = weights(whole)
+    for saved in ("file", "folder"):
+        for how in hows:
+            module, trainer = resume(how, folder / f"{saved}.ckpt")
+            if how == "ddp":
+                torch.testing.assert_close(weights(module), expected, **ROUNDING)
+            else:
+                assert torch.equal(weights(module), expected), (saved, how)
+        trainer.save_checkpoint(folder / f"{saved}-end.ckpt")
+    if torch.distributed.get_rank() == 0:
+        torch.save(expected, folder / "expected.pt")
+
+
+def test_a_sharded_run_resumes_exactly_from_a_file_and_from_a_folder(tmp_path):
+    for how in ("file", "folder"):
+        launch(lambda _, how=how: stop(how, tmp_path / f"{how}.ckpt"), 2)
+    assert (tmp_path / "file.ckpt").is_file()
+    names = sorted(path.name for path in (tmp_path / "folder.ckpt").iterdir())
+    assert names == ["meta.pt", "rank-0.pt", "rank-1.pt"]
+    launch(lambda _: resumed(tmp_path, ("ddp", "folder")), 2)
+
+    expected = torch.load(tmp_path / "expected.pt")
+    requests = DataLoader([{"index": torch.tensor(i)} for i in range(2)], batch_size=2)
+    for saved in ("file", "folder"):
+        path = tmp_path / f"{saved}-end.ckpt"
+        assert torch.equal(weights(DiffusionModule.load_from_checkpoint(path)), expected)
+        predicted = build("composed")
+        quiet_trainer().predict(predicted, requests, ckpt_path=path, weights_only=True)
+        assert torch.equal(weights(predicted), expected)
+
+    (tmp_path / "folder.ckpt/rank-1.pt").unlink()
+    with pytest.raises(ValueError, match=r"the folder .* lacks rank-1.pt"):
+        read_checkpoint(tmp_path / "folder.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["file", "folder"])
+def test_between_epochs_a_run_goes_on_with_another_number_of_ranks(how, tmp_path):
+    path = tmp_path / "epoch.ckpt"
+    launch(lambda _: stop(how, path, "on_train_epoch_end", 1), 2)
+    saved = read_checkpoint(path)
+    module, trainer = resume("auto", path, ranks=1)
+    assert trainer.global_step > saved["global_step"]
+    trained = torch.cat([x.flatten() for n, x in saved["state_dict"].items() if "network." in n])
+    assert trained.shape == weights(module).shape
+
+    alone = tmp_path / "alone.ckpt"
+    with pytest.raises(StoppedError):
+        fit("auto", build("composed"), averages(), StopAt("on_train_epoch_end", 1, alone), ranks=1)
+
+    def go_on(_):
+        state = read_checkpoint(alone)
+        fit(how, build("composed"), averages(), ckpt_path=alone, max_steps=state["global_step"] + 1)
+
+    launch(go_on, 2)
+
+
+def watched(rank):
+    """A run is the same with and without callbacks that sample and measure."""
+    found = []
+    measure = [FrechetDistance(samples=300), GradientVariance(every_n_steps=1, noise_levels=2)]
+    for callbacks in ([], measure):
+        module = build("chunks")
+        trainer = fit("file", module, *callbacks, limit_val_batches=1, max_steps=6)
+        found.append(weights(module))
+    assert torch.equal(*found)
+    metrics = trainer.callback_metrics
+    (distance,) = (x for name, x in metrics.items() if name.startswith("frechet_distance/"))
+    assert math.isfinite(distance), list(metrics)
+    assert metrics["gradient_variance/total"] > 0
+    requests = [{"index": torch.tensor(i)} for i in range(3)]  # ranks have other numbers of batches
+    predicted = trainer.predict(module, DataLoader(requests, batch_size=1))
+    assert all(bool(x.isfinite().all()) for x in predicted)
+    with pytest.raises(ValueError, match="save a checkpoint, and export what"):
+        to_pipeline(module)
+
+    slow = build(kind=SlowToEncode, draws=CARV("auto"))
+    fit("file", slow)
+    assert slow.draws.chosen > 1
+    with pytest.raises(SynchronizedError, match=r"the gradient of `network\.\S+`, though every"):
+        fit("file", build(), BreakGradient(rank=1))
+
+
+def test_callbacks_pilots_and_the_guard_work_on_sharded_weights():
+    launch(watched, 2)
+
+
+REFUSED = {
+    "taylor": (lambda: build(control_variate=TaylorCV()), (), r"must be TaylorCV\(order=0\) with"),
+    "copy": (build, [EMAWeightAveraging()], "must not hold EMAWeightAveraging .* lightning_vr.EMA"),
+    "compiled": (lambda: build(compile_network=True), (), "`network` must not be compiled"),
+}
+
+
+def refused(case):
+    make, callbacks, message = case
+    with pytest.raises(ValueError, match=message):
+        fit("file", make(), *callbacks)
+
+
+@pytest.mark.parametrize("name", mostly_slow(list(REFUSED), ["taylor"]))
+def test_what_needs_whole_weights_is_refused(name):
+    launch(lambda _: refused(REFUSED[name]), 2)
+
+
+def saved_twice(folder):
+    saver = ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=0)
+    fit("folder", build(), saver, enable_checkpointing=True)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    launch(lambda _: saved_twice(tmp_path), 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 4
+    # killed between the two renames
+    shutil.move(tmp_path / "last.ckpt", tmp_path / ".last.ckpt.old")
+    assert load_folder(tmp_path / "last.ckpt")["global_step"] == 4
