@@ -194,13 +194,14 @@ class EMA(WeightAveraging):
     @torch.no_grad()
     def _swap_models(self, pl_module: LightningModule) -> None:
         """Put the first average into the module, or the weights that train back."""
+        averages: Any = self._average_model
         if self._trained:
             _copy(self._trained, pl_module)
             self._trained = {}
             return
         named = pl_module.named_parameters()
         self._trained = {name: p.detach().clone() for name, p in named if p.requires_grad}
-        self._copy_average_to_current(pl_module)
+        _copy(averages.weights[0], pl_module)
 
     @torch.no_grad()
     def _copy_average_to_current(self, pl_module: LightningModule) -> None:

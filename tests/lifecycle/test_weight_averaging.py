@@ -13,7 +13,7 @@ from support.trainers import quiet_trainer
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from lightning_vr import CARV, DiffusionModule, LearnedProposal
+from lightning_vr import CARV, EMA, DiffusionModule, LearnedProposal
 from lightning_vr.data import EightGaussians
 from lightning_vr.lifecycle.checkpoints import load_training_weights, read_checkpoint
 from lightning_vr.lifecycle.weight_averaging import averaged_weights, trained_weights
@@ -29,7 +29,12 @@ STARTS = {
     "never by epoch": {"update_every_n_steps": 0, "update_starting_at_epoch": 1000},
     "late": {"update_starting_at_step": 2},
     "at once": {},
+    "ours never": NEVER,
+    "ours late": {"update_starting_at_step": 2},
+    "ours": {"update_starting_at_step": 0},
 }
+FIRST = {"late": 2, "ours late": 2, "at once": 0, "ours": 0}
+"""The first step that is averaged."""
 
 
 def module():
@@ -44,7 +49,8 @@ def data():
 
 
 def averaging(start):
-    return EMAWeightAveraging(decay=0.5, **STARTS[start])
+    kind = EMA if start.startswith("ours") else EMAWeightAveraging
+    return kind(decay=0.5, **STARTS[start])
 
 
 def trainer(*callbacks, **options):
@@ -89,7 +95,7 @@ def by_hand(start):
             seen.append(weights(module))
 
     trainer(Keep()).fit(network, data())
-    first = {"never": None, "never by epoch": None, "late": 2, "at once": 0}[start]
+    first = FIRST.get(start)
     average = None
     for x in seen if first is None else seen[first:]:
         average = x if average is None or first is None else average.lerp(x, 0.5)
@@ -149,7 +155,7 @@ def test_what_samples_after_validation_gets_the_weights_that_were_validated():
         assert torch.equal(torch.stack(kept.validated), torch.stack(sampled)), start
 
 
-@pytest.mark.parametrize("start", ["never", "late"])
+@pytest.mark.parametrize("start", ["never", "late", "ours"])
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end", "on_train_end"])
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights(start, hook, tmp_path):
     whole, stopped, again = module(), module(), module()
@@ -236,7 +242,8 @@ def test_a_run_that_is_over_leaves_the_weights_of_the_run_that_it_resumes(start,
     assert torch.equal(weights(resumed.network), weights(whole.network))
     again.save_checkpoint(tmp_path / "again.ckpt")
     first, second = (read_checkpoint(tmp_path / f"{name}.ckpt") for name in ("end", "again"))
-    for found in ("state_dict", "current_model_state"):
+    assert first.keys() == second.keys()
+    for found in {"state_dict", "current_model_state"} & first.keys():
         for name, value in first[found].items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(second[found][name], value), (found, name)
