@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -89,7 +90,11 @@ class ShardedStrategy(ModelParallelStrategy):
     ) -> None:
         """Write a checkpoint, whole or not at all; all ranks call it."""
         if not ranks_save_together():
-            return  # a rank that fails alone has a part of the weights
+            rank_zero_warn(
+                f"The checkpoint {filepath} is not written, as a rank that fails alone has only "
+                f"its part of the weights: earlier checkpoints are kept."
+            )
+            return
         path, io = self.broadcast(filepath), self.checkpoint_io
         if self._save_distributed_checkpoint:
             if storage_options is not None:

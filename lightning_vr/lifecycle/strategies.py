@@ -6,6 +6,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_vr.core.devices import without_compiler
 from lightning_vr.lifecycle.ema import EMA
 from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
 
@@ -53,10 +54,10 @@ def _check_sharded(trainer: Trainer, module: LightningModule) -> None:
                 f"as it copies the whole module: use lightning_vr.EMA."
             )
     for name, part in module.named_modules():
-        if isinstance(part, OptimizedModule):
+        if isinstance(part, OptimizedModule) or part._compiled_call_impl is not None:
             raise ValueError(
                 f"`{name}` must not be compiled with the strategy 'sharded', got a compiled "
-                f"{type(part._orig_mod).__name__}: leave compile_network out, or use 'ddp'."
+                f"{type(without_compiler(part)).__name__}: leave compile_network out, or use 'ddp'."
             )
         if isinstance(part, _NormBase) and part.track_running_stats:
             raise ValueError(

@@ -3,7 +3,6 @@
 All runs of one name start from the same weights, on the same data.
 """
 
-import functools
 import time
 
 import torch
@@ -43,10 +42,17 @@ ESTIMATORS = {
 STEPS = {"plain": {}, "windows": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}}
 
 
-def build(name="plain", kind=DiffusionModule, **options):
+def adam(parameters):
+    return torch.optim.AdamW(parameters, lr=0.02)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.5)
+
+
+def build(name="plain", kind=DiffusionModule, optimizer=adam, **options):
     torch.manual_seed(0)
     network = ResidualMLP(2, width=16, depth=2)
-    optimizer = functools.partial(torch.optim.AdamW, lr=0.02)
     slots = ESTIMATORS[name]() | options
     return kind(network, sampler=Sampler(steps=2), optimizer=optimizer, **slots)
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import shutil
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lifecycle.sharded_runs import (
     averages,
     build,
     fit,
+    sgd,
     weights,
 )
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader
 
 from lightning_vr import CARV, DiffusionModule, FrechetDistance, GradientVariance, TaylorCV
 from lightning_vr.core.distributed import SynchronizedError
+from lightning_vr.lifecycle import sharded_checkpoints
+from lightning_vr.lifecycle.checkpoint_io import UnwrittenCheckpointError
 from lightning_vr.lifecycle.checkpoints import read_checkpoint
 from lightning_vr.lifecycle.sharded_checkpoints import load_folder
 from lightning_vr.pipelines import to_pipeline
@@ -35,8 +37,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
-# sums over ranks in another order, which Adam magnifies where a gradient is close to zero
-ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
+# sums over ranks in another order
+ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 CASES = list(itertools.product(ESTIMATORS, STEPS))
 FAST = [("composed", "windows"), ("control", "plain")]
 
@@ -45,7 +47,7 @@ def weights_by_strategy(cases):
     for name, steps in cases:
         found = []
         for how in ("ddp", "file"):
-            module = build(name)
+            module = build(name, optimizer=sgd)  # Adam magnifies rounding of small gradients
             start = weights(module)
             fit(how, module, averages(), **STEPS[steps])
             found.append(weights(module))
@@ -80,7 +82,7 @@ def resumed(folder, hows):
         for how in hows:
             module, trainer = resume(how, folder / f"{saved}.ckpt")
             if how == "ddp":
-                torch.testing.assert_close(weights(module), expected, **ROUNDING)
+                torch.testing.assert_close(weights(module), expected, rtol=1e-4, atol=1e-5)
             else:
                 assert torch.equal(weights(module), expected), (saved, how)
         trainer.save_checkpoint(folder / f"{saved}-end.ckpt")
@@ -122,8 +124,9 @@ def test_between_epochs_a_run_goes_on_with_another_number_of_ranks(how, tmp_path
     assert trained.shape == weights(module).shape
 
     alone = tmp_path / "alone.ckpt"
+    at_end = StopAt("on_train_epoch_end", 1, alone)
     with pytest.raises(StoppedError):
-        fit("auto", build("composed"), averages(), StopAt("on_train_epoch_end", 1, alone), ranks=1)
+        fit("auto", build("composed"), averages(), at_end, ranks=1, max_steps=20)
 
     def go_on(_):
         state = read_checkpoint(alone)
@@ -162,10 +165,16 @@ def test_callbacks_pilots_and_the_guard_work_on_sharded_weights():
     launch(watched, 2)
 
 
+def compiled():
+    module = build()
+    module.network.compile(backend="eager")
+    return module
+
+
 REFUSED = {
     "taylor": (lambda: build(control_variate=TaylorCV()), (), r"must be TaylorCV\(order=0\) with"),
     "copy": (build, [EMAWeightAveraging()], "must not hold EMAWeightAveraging .* lightning_vr.EMA"),
-    "compiled": (lambda: build(compile_network=True), (), "`network` must not be compiled"),
+    "compiled": (compiled, (), "`network` must not be compiled"),
 }
 
 
@@ -181,14 +190,35 @@ def test_what_needs_whole_weights_is_refused(name):
 
 
 def saved_twice(folder):
-    saver = ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=0)
+    saver = ModelCheckpoint(folder, filename="{step}", save_last=True, every_n_train_steps=2)
     fit("folder", build(), saver, enable_checkpointing=True)
 
 
+def full_disk(folder):
+    """The second checkpoint cannot be written, on one rank alone."""
+    write = sharded_checkpoints._write
+
+    def write_once(state, path):
+        if "partial" in str(path) and path.name == "rank-1.pt" and (folder / "last.ckpt").exists():
+            raise OSError("no space")
+        write(state, path)
+
+    sharded_checkpoints._write = write_once
+    with pytest.raises(UnwrittenCheckpointError, match="no space") as error:
+        saved_twice(folder)
+    elsewhere = str(error.value).split("what was trained is in ")[1].split(": move")[0]
+    assert read_checkpoint(elsewhere)["global_step"] == 4
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint .* could not be written")
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
-    launch(lambda _: saved_twice(tmp_path), 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 4
+    for case in (saved_twice, full_disk):
+        launch(lambda _, case=case: case(tmp_path / case.__name__), 2)
+    names = sorted(path.name for path in (tmp_path / "saved_twice").iterdir())
+    assert names == ["last.ckpt", "step=4.ckpt"]
+    last = tmp_path / "saved_twice/last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 4
     # killed between the two renames
-    shutil.move(tmp_path / "last.ckpt", tmp_path / ".last.ckpt.old")
-    assert load_folder(tmp_path / "last.ckpt")["global_step"] == 4
+    last.rename(last.with_name(".last.ckpt.old"))
+    assert load_folder(last)["global_step"] == 4
+    assert read_checkpoint(tmp_path / "full_disk/last.ckpt")["global_step"] == 2
