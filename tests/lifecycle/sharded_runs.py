@@ -3,6 +3,7 @@
 All runs of one name start from the same weights, on the same data.
 """
 
+import functools
 import time
 
 import torch
@@ -42,15 +43,11 @@ ESTIMATORS = {
 STEPS = {"plain": {}, "windows": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}}
 
 
-def adam(parameters):
-    return torch.optim.AdamW(parameters, lr=0.02)
+ADAM = functools.partial(torch.optim.AdamW, lr=0.02)
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.5)
 
 
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.5)
-
-
-def build(name="plain", kind=DiffusionModule, optimizer=adam, **options):
+def build(name="plain", kind=DiffusionModule, optimizer=ADAM, **options):
     torch.manual_seed(0)
     network = ResidualMLP(2, width=16, depth=2)
     slots = ESTIMATORS[name]() | options
