@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_vr.core.devices import without_compiler
 from lightning_vr.lifecycle.ema import EMA
+from lightning_vr.lifecycle.precision import loss_scaler
 from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
 
 
@@ -53,6 +54,11 @@ def _check_sharded(trainer: Trainer, module: LightningModule) -> None:
                 f"`callbacks` must not hold {type(callback).__name__} with the strategy 'sharded', "
                 f"as it copies the whole module: use lightning_vr.EMA."
             )
+    if loss_scaler(trainer) is not None:
+        raise ValueError(
+            "`precision` must need no loss scale with the strategy 'sharded', whose ranks see "
+            "other overflows, got '16-mixed': use 'bf16-mixed'."
+        )
     for name, part in module.named_modules():
         if isinstance(part, OptimizedModule) or part._compiled_call_impl is not None:
             raise ValueError(

@@ -16,6 +16,7 @@ from lifecycle.sharded_runs import (
     fit,
     weights,
 )
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.ranks import launch
 from support.selections import mostly_slow
@@ -23,7 +24,14 @@ from support.stops import StopAt, StoppedError
 from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader
 
-from lightning_vr import CARV, DiffusionModule, FrechetDistance, GradientVariance, TaylorCV
+from lightning_vr import (
+    CARV,
+    AuditDuringTraining,
+    DiffusionModule,
+    FrechetDistance,
+    GradientVariance,
+    TaylorCV,
+)
 from lightning_vr.core.distributed import SynchronizedError
 from lightning_vr.lifecycle import sharded_checkpoints
 from lightning_vr.lifecycle.checkpoint_io import UnwrittenCheckpointError
@@ -173,13 +181,14 @@ def compiled():
 REFUSED = {
     "taylor": (lambda: build(control_variate=TaylorCV()), (), r"must be TaylorCV\(order=0\) with"),
     "copy": (build, [EMAWeightAveraging()], "must not hold EMAWeightAveraging .* lightning_vr.EMA"),
+    "audit": (build, [AuditDuringTraining()], "AuditDuringTraining needs whole gradients"),
     "compiled": (compiled, (), "`network` must not be compiled"),
 }
 
 
 def refused(case):
     make, callbacks, message = case
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
         fit("file", make(), *callbacks)
 
 
