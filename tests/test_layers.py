@@ -17,7 +17,7 @@ FLOORS = [
     {"estimators"},
     {"variance", "lifecycle"},
     {"training"},
-    {"callbacks", "pipelines"},
+    {"teachers", "callbacks", "pipelines"},
     {"auditing"},
     {"cli"},
 ]

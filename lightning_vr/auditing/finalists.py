@@ -45,7 +45,15 @@ def finalists(
             ranked.append((math.prod(expected[part.name] for part in parts), combined))
     # NaN, of what is not resolved, counts as least
     ranked.sort(key=lambda pair: -pair[0] if pair[0] > 0 else 0.0)
-    return [candidate for _, candidate in ranked[:MOST_FINALISTS]]
+    return _with_target_alone([c for _, c in ranked[:MOST_FINALISTS]], open_)
+
+
+def _with_target_alone(chosen: list[Candidate], open_: list[Candidate]) -> list[Candidate]:
+    """Let the target of a combination stand beside it, which tells what its draws add."""
+    combined = [c for c in chosen if c.target is not None and c.draws is not None]
+    alone = [c for c in open_ if set(c.slots()) == {"target"}]
+    missing = [c for c in alone if any(c.target is x.target for x in combined) and c not in chosen]
+    return [*chosen[: MOST_FINALISTS - len(missing)], *missing]
 
 
 def _combinations(ranked: list[Candidate]) -> Iterator[tuple[Candidate, ...]]:

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from lightning_vr.auditing.batch_pairs import batch_pairs
 from lightning_vr.auditing.candidate_measurement import CandidateMeasurement
 from lightning_vr.auditing.candidates import CURRENT, Candidate
-from lightning_vr.auditing.comparison import Comparison
+from lightning_vr.auditing.comparison import Comparison, Repetitions
 from lightning_vr.auditing.default_candidates import default_candidates
 from lightning_vr.auditing.finalists import MOST_FINALISTS, finalists
+from lightning_vr.auditing.measured_estimator import MeasuredEstimator
 from lightning_vr.auditing.preparation import least_draws, with_own_state
 from lightning_vr.auditing.result import Audit
 from lightning_vr.auditing.step_cost import StepCost
@@ -46,7 +47,7 @@ _TIMING_BUDGET = 0.05
 _LEARNING_BUDGET = 0.05
 
 _FIRST_LOOK = 0.5
-"""Fraction of the budget after which the first look ends."""
+"""Fraction of what preparation has left of the budget for the first look."""
 
 LEAST_REPETITIONS = (3, 4)
 """Of the first and of the second look, however small the budget."""
@@ -95,32 +96,37 @@ class AuditMeasurement:
                 self.measuring.names, self.module.objective.noise_levels(_LEVELS)
             )
             self._measure_levels(statistics)
-            first = self._look("first look", self.rivals, 0, _FIRST_LOOK)
-            found = {c.name: first.estimator(c) for c in self.rivals}
-            again = finalists(self.rivals, self.fresh, found)
-            new = self._prepared([c for c in again if c.name not in found], has_references=True)
-            again = [c for c in again if c.name in found or c in new]
-            present = first.present
-            repetitions = (len(present.seconds), 0)
-            if again:
-                second = self._look("second look", again, 1, 1.0)
-                found |= {c.name: second.estimator(c, len(again)) for c in again}
-                repetitions = (len(present.seconds), len(second.present.seconds))
-                present = present.plus(second.present)
-        for components in present.components:
+            first, second, found = self._look_twice()
+        present, again = first.present, second.present if second else Repetitions()
+        whole = present.plus(again)
+        for components in whole.components:
             statistics.add(Components(*components))
         return Audit(
-            [first.current(present), *found.values()],
+            [first.current(whole), *found.values()],
             statistics,
             batch=self.batch * world_size(),
             cost=cost,
-            repetitions=repetitions[0] * world_size(),
-            second_repetitions=repetitions[1] * world_size(),
+            repetitions=len(present.seconds) * world_size(),
+            second_repetitions=len(again.seconds) * world_size(),
             seconds=time.perf_counter() - self.start,
             budget=self.budget,
             skipped=self.skipped,
             least_draws=least_draws(self.module.draws),
         )
+
+    def _look_twice(self) -> tuple[Comparison, Comparison | None, dict[str, MeasuredEstimator]]:
+        """Return both looks, the second one if anything is left open, and what they say."""
+        prepared = self._progress()
+        until = prepared + _FIRST_LOOK * (1 - prepared)
+        first = self._look("first look", self.rivals, 0, until)
+        found = {c.name: first.estimator(c) for c in self.rivals}
+        again = finalists(self.rivals, self.fresh, found)
+        new = self._prepared([c for c in again if c.name not in found], has_references=True)
+        again = [c for c in again if c.name in found or c in new]
+        if not again:
+            return first, None, found
+        second = self._look("second look", again, 1, 1.0)
+        return first, second, found | {c.name: second.estimator(c, len(again)) for c in again}
 
     def _prepared(
         self, candidates: list[Candidate], *, has_references: bool = False

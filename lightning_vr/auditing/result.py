@@ -171,13 +171,13 @@ class Audit:
         )
 
     def _with_present_draws(self, best: MeasuredEstimator) -> MeasuredEstimator | None:
-        """Return what differs from an estimator in its draws alone, if it was measured."""
+        """Return what differs from a finalist in its draws alone, if it is one or the current."""
         others = {name: x for name, x in (best.config or {}).items() if name != "draws"}
         if best.config is None:
             return None
         if not others:
             return self.current
-        return next((each for each in self.estimators[1:] if each.config == others), None)
+        return next((each for each in self.finalists if each.config == others), None)
 
     def _why_not(self) -> str:
         rivals = self.estimators[1:]

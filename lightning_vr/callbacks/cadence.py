@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_vr.core.validation import check_at_least
 
-_TIME_BUDGET = 0.02
+TIME_BUDGET = 0.02
 """Fraction of the training time that measuring may take by default."""
 
 
@@ -33,7 +33,7 @@ class Cadence:
 
     def set_cost(self, cost: float) -> None:
         """Choose ``every`` by the number of training steps that one measurement costs."""
-        self.every = self.every_n_steps or math.ceil(cost / _TIME_BUDGET) or 1
+        self.every = self.every_n_steps or math.ceil(cost / TIME_BUDGET) or 1
 
     def is_due(self, step: int) -> bool:
         """Return whether a measurement is due before optimizer step ``step``."""

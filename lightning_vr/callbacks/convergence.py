@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from lightning_vr.callbacks import convergence_report as report
+from lightning_vr.callbacks.cadence import TIME_BUDGET
 from lightning_vr.callbacks.convergence_losses import MeasuredLoss, measured_loss
 from lightning_vr.callbacks.convergence_samples import held_out_samples, train_samples
 from lightning_vr.callbacks.curve_display import CurveDisplay
@@ -41,9 +42,6 @@ from lightning_vr.variance.fixed_draws import BLOCKS, FixedDraws, LevelTimes
 from lightning_vr.variance.optimum import Population
 
 log = logging.getLogger(__name__)
-
-_TIME_BUDGET = 0.02
-"""Fraction of the training time that measuring may take by default."""
 
 _PASSES = 3
 """Forward passes that a training step costs for each sample: a backward pass is two."""
@@ -236,7 +234,7 @@ class Convergence(Callback):
             )
         step = rows * trainer.accumulate_grad_batches * world_size()
         cost = self._measurement.evaluations / (_PASSES * step)
-        self._every = self.every_n_steps or math.ceil(cost / _TIME_BUDGET)
+        self._every = self.every_n_steps or math.ceil(cost / TIME_BUDGET)
         self._drop_if_of_others(trainer, size, has_held_out=others is not None)
 
     def _drop_if_of_others(self, trainer: Trainer, size: int, *, has_held_out: bool) -> None:

@@ -54,9 +54,20 @@ def noisy_training(
         loss = given.noisy_loss(module, precision)
         clean = given.clean or Clean.from_batch
         return NoisyTraining(loss, clean, given.noise_levels(levels), precision)
-    if isinstance(module, DiffusionModule):
-        noise_levels = module.objective.noise_levels(levels)
-        return NoisyTraining(
-            DiffusionLoss(module, precision), module.clean, noise_levels, precision
-        )
-    return None
+    make: Any = DiffusionLoss if isinstance(module, DiffusionModule) else None
+    if says_its_noise(module):
+        make = type(module).noisy_loss  # type: ignore[attr-defined]
+    if make is None:
+        return None
+    own: Any = module
+    noise_levels = own.objective.noise_levels(levels)
+    return NoisyTraining(make(own, precision), own.clean, noise_levels, precision)
+
+
+def says_its_noise(module: LightningModule) -> bool:
+    """Return whether a module that is no ``DiffusionModule`` says how to draw its noise again.
+
+    Those with a frozen teacher do: they have ``noisy_loss(precision)`` beside ``clean`` and
+    ``objective``.
+    """
+    return hasattr(module, "noisy_loss")

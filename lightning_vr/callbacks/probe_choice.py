@@ -9,7 +9,7 @@ from lightning_vr.callbacks.gradient_probes import GradientProbe
 from lightning_vr.callbacks.half_batch_probe import HalfBatchProbe
 from lightning_vr.callbacks.micro_batch_probe import MicroBatchProbe
 from lightning_vr.callbacks.nested_probe import NestedProbe
-from lightning_vr.callbacks.noisy_training import noisy_training
+from lightning_vr.callbacks.noisy_training import noisy_training, says_its_noise
 from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
 from lightning_vr.training.module import DiffusionModule
 
@@ -39,7 +39,7 @@ def check_measurable(trainer: Trainer, module: LightningModule, given: GivenTrai
     if not (is_nested and isinstance(trainer.strategy, ShardedStrategy)):
         check_strategy(trainer, "GradientVariance")
     given.check("GradientVariance")
-    if not is_nested and not module.automatic_optimization:
+    if not is_nested and not says_its_noise(module) and not module.automatic_optimization:
         raise MisconfigurationException(
             f"GradientVariance cannot know which gradient to measure on a "
             f"{type(module).__name__} with manual optimization: pass `loss`, a function "

@@ -42,7 +42,7 @@ from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
 from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
-from lightning_vr.pipelines.incoming_folder import IncomingFolder
+from lightning_vr.training.incoming_folder import IncomingFolder
 from lightning_vr.training.latents import LatentDiffusionModule
 from lightning_vr.training.module import DiffusionModule
 

@@ -6,7 +6,6 @@ The room imports ``core``, ``process`` and ``posterior``.
 """
 
 from lightning_vr.estimators.carv import CARV
-from lightning_vr.estimators.distillation import distillation_loss
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.estimators.loss import ControlVariate
@@ -36,5 +35,4 @@ __all__ = [
     "TaylorCV",
     "TimestepSampler",
     "WeightProposal",
-    "distillation_loss",
 ]

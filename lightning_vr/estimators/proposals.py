@@ -125,7 +125,7 @@ class WeightProposal(Proposal):
         steps = objective.timesteps.steps
         if steps is not None:
             edges = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=device)
-            heights = _weights(objective, torch.arange(steps, device=device).double())
+            heights = _weights(objective, objective.timesteps.icdf(0.5 * (edges[1:] + edges[:-1])))
             return QuantileDensity(edges, heights)
         # evenly spaced in the logit, to resolve both tails of p: weights may be unbounded there
         logits = torch.linspace(

@@ -80,7 +80,7 @@ class TimestepSampler(nn.Module):
         super().__init__()
         self.density = Uniform() if density is None else density
         self.proposal = proposal
-        self.strata, self.antithetic = strata, antithetic
+        self.strata, self.antithetic, self.weight = strata, antithetic, weight
         self._objective = _Weighted(self.density, weight)
         if proposal is not None:
             proposal.check(self._objective)

@@ -2,7 +2,7 @@
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -39,6 +39,35 @@ def check_strategy(trainer: Trainer, module: LightningModule) -> None:
         raise ValueError(
             "`accelerator` must have float64, in which times are drawn, got 'mps': train with "
             "--trainer.accelerator cpu, or on another device."
+        )
+
+
+def check_unsharded(trainer: Trainer, module: LightningModule) -> None:
+    """Raise if the weights of a module that needs them whole are sharded.
+
+    Raises:
+        ValueError: Naming the strategy to use.
+    """
+    if isinstance(trainer.strategy, ShardedStrategy):
+        raise ValueError(
+            f"`strategy` must leave all weights of a {type(module).__name__} on each rank, got "
+            f"'sharded': use 'ddp', or one device."
+        )
+
+
+def check_alternating_steps(trainer: Trainer) -> None:
+    """Raise if ranks would wait for gradients of parameters that a backward pass does not reach.
+
+    Raises:
+        ValueError: Naming the strategy to use.
+    """
+    strategy = trainer.strategy
+    # seen in Lightning 2.6; a test trains on two ranks both ways
+    if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+        raise ValueError(
+            "`strategy` must look for parameters that a backward pass does not reach, as each of "
+            "the two networks is trained in turn, got one that does not: use "
+            "'ddp_find_unused_parameters_true'."
         )
 
 

@@ -4,11 +4,10 @@ It imports ``training`` and what is below; diffusers only where a function needs
 """
 
 from lightning_vr.pipelines.export_folder import ExportFormat, export
-from lightning_vr.pipelines.incoming_folder import IncomingFolder
 from lightning_vr.pipelines.outgoing_pipeline import to_pipeline
 from lightning_vr.pipelines.provenance import Provenance
-from lightning_vr.training.hand_over import set_hand_over
+from lightning_vr.training.hand_over import set_to_pipeline
 
-__all__ = ["ExportFormat", "IncomingFolder", "Provenance", "export", "to_pipeline"]
+__all__ = ["ExportFormat", "Provenance", "export", "to_pipeline"]
 
-set_hand_over(to_pipeline, lambda folder: IncomingFolder.read(folder).arguments())
+set_to_pipeline(to_pipeline)

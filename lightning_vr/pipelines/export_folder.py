@@ -19,10 +19,11 @@ from lightning_vr.pipelines.outgoing_pipeline import (
     trained_network,
 )
 from lightning_vr.pipelines.provenance import Provenance
-from lightning_vr.pipelines.trained_for import TRAINED_FOR, described, trained_for
+from lightning_vr.pipelines.trained_for import described, trained_for
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.training.adapters import adapter_alone
 from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.incoming_folder import TRAINED_FOR
 
 ExportFormat = Literal["diffusers", "safetensors", "onnx", "lora"]
 

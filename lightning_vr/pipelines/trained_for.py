@@ -6,9 +6,6 @@ from typing import Any
 from lightning_vr.lifecycle.configuration import UndescribableError, describe
 from lightning_vr.training.diffusion import Diffusion
 
-TRAINED_FOR = "lightning_vr.json"
-"""The file's name in the folder of a pipeline."""
-
 
 def trained_for(model: Diffusion) -> dict[str, Any]:
     """Return the settings without which the weights of a model's network mean nothing."""

@@ -36,11 +36,13 @@ from lightning_vr.process.timesteps import (
     LogUniform,
     Shifted,
     Uniform,
+    UniformSteps,
 )
 from lightning_vr.process.total_weight import TotalWeighting
 from lightning_vr.process.uncertainty_weighting import UncertaintyWeighting
 from lightning_vr.process.variational_bound import VariationalBound
 from lightning_vr.process.weightings import (
+    DistillationWeighting,
     EDMWeighting,
     LogNormalWeighting,
     MinSNRWeighting,
@@ -67,6 +69,7 @@ __all__ = [
     "Density",
     "DiffusersSchedule",
     "DiffusersSolver",
+    "DistillationWeighting",
     "EDMStochastic",
     "EDMWeighting",
     "EntropyRate",
@@ -94,6 +97,7 @@ __all__ = [
     "TotalWeighting",
     "UncertaintyWeighting",
     "Uniform",
+    "UniformSteps",
     "UnitWeighting",
     "VariationalBound",
     "Weighting",

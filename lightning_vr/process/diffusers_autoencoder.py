@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vr.core.digests import digest
+from lightning_vr.core.shared_model import SharedModel
 from lightning_vr.core.validation import check_choice
 from lightning_vr.process.diffusers_network import load_pretrained, network_folder, saved_config
 from lightning_vr.process.network_dtype import DTYPES, NetworkDtype
@@ -78,7 +79,7 @@ class Autoencoder(nn.Module):
         if folder.tiling:
             model.enable_tiling()
         # no part of this module, so that it is neither trained, averaged nor saved
-        self._shared = _Shared(model)
+        self._shared = SharedModel(model)
         self.register_buffer("_device", torch.zeros(()), persistent=False)
 
     @cached_property
@@ -99,7 +100,13 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what ``posterior`` does, without a graph."""
+        return self.posterior(images)
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the latents' posterior, as x0, in float32.
+
+        Both can be differentiated by the pictures.
 
         Args:
             images: Pictures in [-1, 1] ``(B, C, H, W)``.
@@ -130,18 +137,7 @@ class Autoencoder(nn.Module):
         return pictures.clamp(-1, 1)
 
     def _on_device(self) -> Any:
-        model = self._shared.model
-        return model if model.device == self._device.device else model.to(self._device.device)
-
-
-class _Shared:
-    """A model that copies have in common, as it never changes."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
-        return self
+        return self._shared.on(self._device.device)
 
 
 def _load(given: AutoencoderFolder) -> Any:

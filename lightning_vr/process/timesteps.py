@@ -21,7 +21,7 @@ class Density(nn.Module, ABC):
     """A density p(t) on an interval, given by its inverse CDF."""
 
     steps: int | None = None
-    """Number of equally likely discrete timesteps ``0 .. steps - 1``, or None."""
+    """Number of equally likely discrete timesteps that are drawn, or None."""
 
     changes_objective: bool = False
     """Whether it is there to train another objective than the schedule is usually trained with."""
@@ -42,6 +42,10 @@ class Density(nn.Module, ABC):
     @abstractmethod
     def log_prob(self, t: Tensor) -> Tensor:
         """Return log p(t), element by element; -inf outside the support."""
+
+    def between(self, low: float, high: float) -> "Density":
+        """Return the density restricted to the times between two of its quantiles."""
+        return Truncated(self, low, high)
 
     def forward(self, u: Tensor) -> Tensor:
         """Return ``icdf(u)``."""
@@ -201,26 +205,44 @@ class Shifted(Density):
 
 
 class UniformSteps(Density):
-    """t uniform on the integers ``0 .. steps - 1``, for a schedule that is a table.
+    """t uniform on the integers ``low .. high - 1``, for a schedule that is a table.
 
     Args:
-        steps: Number of training timesteps of the table.
+        timesteps: Number of training timesteps of the table.
+        low: First timestep that is drawn.
+        high: The timestep after the last one that is drawn; ``timesteps`` if not given.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, timesteps: int, low: int = 0, high: int | None = None) -> None:
         super().__init__()
-        check_at_least("steps", steps, 1)
-        self.steps: int = steps
+        check_at_least("timesteps", timesteps, 1)
+        high = timesteps if high is None else high
+        if not 0 <= low < high <= timesteps:
+            raise ValueError(
+                f"`low` and `high` must satisfy 0 <= low < high <= {timesteps}, the number "
+                f"of timesteps, got {low} and {high}: change one of them."
+            )
+        self.timesteps, self.low, self.high = timesteps, low, high
+        self.steps: int = high - low
 
     def icdf(self, u: Tensor) -> Tensor:
-        return torch.floor(u * self.steps).clamp(max=self.steps - 1)
+        return self.low + torch.floor(u * self.steps).clamp(max=self.steps - 1)
 
     def cdf(self, t: Tensor) -> Tensor:
-        return ((torch.floor(t) + 0.5) / self.steps).clamp(0, 1)
+        return ((torch.floor(t) - self.low + 0.5) / self.steps).clamp(0, 1)
 
     def log_prob(self, t: Tensor) -> Tensor:
-        inside = (t >= 0) & (t < self.steps) & (t == torch.floor(t))
+        inside = (t >= self.low) & (t < self.high) & (t == torch.floor(t))
         return torch.where(inside, torch.full_like(t, -math.log(self.steps)), -math.inf)
+
+    def between(self, low: float, high: float) -> Density:
+        """Return the density on the timesteps from one fraction of them to another, whole ones.
+
+        That of a part that holds the middle of no timestep is the nearest one alone.
+        """
+        first = min(self.low + round(low * self.steps), self.high - 1)
+        last = max(self.low + round(high * self.steps), first + 1)
+        return UniformSteps(self.high, first, last)
 
 
 class Truncated(Density):

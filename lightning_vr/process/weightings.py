@@ -8,7 +8,7 @@ v-prediction of min-SNR wrong here.
 
 import math
 from abc import ABC, abstractmethod
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from lightning_vr.core.validation import (
 )
 from lightning_vr.process.predictions import PredictionType, prediction
 from lightning_vr.process.schedules import Schedule
+
+DistillationWeight = Literal["alpha_sigma2", "sigma2", "uniform"]
 
 
 class Weighting(nn.Module, ABC):
@@ -169,3 +171,27 @@ class LogNormalWeighting(Weighting):
         log_level = torch.log(schedule.sigma(t) / schedule.alpha(t))
         bell = torch.exp(-0.5 * ((log_level - self.mean) / self.std) ** 2)
         return bell / (self.std * math.sqrt(2 * math.pi)) * torch.exp(-2 * log_level)
+
+
+class DistillationWeighting(Weighting):
+    """The weight w(t) of score distillation on the noise residual: ``w (eps_hat - eps)``.
+
+    In x0 space it is ``λ = w alpha² / sigma²``, so that ``λ b²`` of epsilon is w again.
+
+    Args:
+        weight: ``"alpha_sigma2"`` is ``alpha sigma²``: ``w = sigma²`` and the derivative ``alpha``
+            of x_t, as DreamFusion derives it (Poole et al. 2022, arXiv 2209.14988, equation 3);
+            ``"fantasia3d"`` of threestudio. ``"sigma2"`` is ``sigma²``, threestudio's ``"sds"``.
+            ``"uniform"`` is 1.
+    """
+
+    def __init__(self, weight: DistillationWeight = "alpha_sigma2") -> None:
+        super().__init__()
+        check_choice("weight", weight, get_args(DistillationWeight))
+        self.weight: DistillationWeight = weight
+
+    def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        if self.weight == "alpha_sigma2":
+            return alpha**3
+        return alpha**2 if self.weight == "sigma2" else (alpha / sigma) ** 2

@@ -1,7 +1,7 @@
 """What hands a module over to diffusers, and takes one from there.
 
-How that is done the room ``pipelines`` knows, which stands above this one. It says so here when it
-is imported, as ``lightning_vr`` does for whoever asks it for ``DiffusionModule``.
+How a pipeline is made the room ``pipelines`` knows, which stands above this one. It says so here
+when it is imported, as ``lightning_vr`` does for whoever asks it for ``DiffusionModule``.
 """
 
 from collections.abc import Callable
@@ -10,31 +10,16 @@ from typing import Any, TypeVar
 
 from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.incoming_folder import IncomingFolder
 
 _Module = TypeVar("_Module", bound="HandOver")
 
 _functions: dict[str, Callable[[Any], Any]] = {}
 
 
-def set_hand_over(
-    to_pipeline: Callable[[Any], Any], arguments_of: Callable[[Any], dict[str, Any]]
-) -> None:
-    """Set what the methods of ``HandOver`` call.
-
-    Args:
-        to_pipeline: Makes a pipeline of a module.
-        arguments_of: Reads the arguments of a module from a folder.
-    """
-    _functions.update(to_pipeline=to_pipeline, arguments_of=arguments_of)
-
-
-def _function(name: str) -> Callable[[Any], Any]:
-    if name not in _functions:
-        raise RuntimeError(
-            "`lightning_vr.pipelines` must be imported before a module is handed over: import it, "
-            "or take DiffusionModule from `lightning_vr`."
-        )
-    return _functions[name]
+def set_to_pipeline(to_pipeline: Callable[[Any], Any]) -> None:
+    """Set what makes a pipeline of a module."""
+    _functions["to_pipeline"] = to_pipeline
 
 
 class HandOver(Diffusion):
@@ -53,7 +38,7 @@ class HandOver(Diffusion):
         Raises:
             ValueError: If the folder lacks a network or a scheduler that can be trained on.
         """
-        found = _function("arguments_of")(folder)
+        found = IncomingFolder.read(folder).arguments()
         if "variance" in found:
             found["variance"] = LearnedVariance(**found["variance"])
         return cls(**(found | settings))
@@ -64,4 +49,9 @@ class HandOver(Diffusion):
         Raises:
             ValueError: If none would, with the reason.
         """
-        return _function("to_pipeline")(self)
+        if "to_pipeline" not in _functions:
+            raise RuntimeError(
+                "`lightning_vr.pipelines` must be imported before a module is handed over: import "
+                "it, or take DiffusionModule from `lightning_vr`."
+            )
+        return _functions["to_pipeline"](self)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator, seed_global_rng
@@ -36,11 +35,11 @@ from lightning_vr.process.weightings import Weighting
 from lightning_vr.training.adapters import Adapter, LoRA
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
 from lightning_vr.training.hand_over import HandOver
-from lightning_vr.training.monitors import MonitoredSchedules, plateau_settings
+from lightning_vr.training.monitors import MonitoredSchedules
 from lightning_vr.training.reference_bank import fill_target, refill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
 from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
-from lightning_vr.training.training_checks import check_optimization, check_ranks, check_sharded
+from lightning_vr.training.training_checks import check_ranks, check_sharded
 from lightning_vr.training.upstream import NullCondition
 
 
@@ -185,18 +184,6 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
         """Do what ``Diffusion`` does; ``trainer.predict`` stops here if it was asked to."""
         self.stop_evaluation_if_asked()
         return super().reverse_estimate(*args, **kwargs)
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimizer and, if there is one, a learning-rate schedule over steps."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        schedule = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
-        check_optimization(optimizer, schedule)
-        if schedule is None:
-            return optimizer
-        settings: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
-        if isinstance(schedule, ReduceLROnPlateau):
-            settings |= plateau_settings(schedule)
-        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what rebuilds the module, and what its slots have learned."""

@@ -11,10 +11,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.lifecycle.run_context import RunContext
-from lightning_vr.training.training_checks import check_schedules
+from lightning_vr.training.training_checks import check_optimization, check_schedules
 
 _LOGGING = {"log", "log_dict", "log_numbers", "callback_metrics", "logger", "loggers"}
 """Names in the code of a method that may log."""
@@ -44,7 +46,27 @@ def plateau_settings(schedule: Any) -> dict[str, Any]:
 
 
 class MonitoredSchedules(ResumableModule):
-    """The part of a ``DiffusionModule`` that checks what is monitored, and steps such schedules."""
+    """The part of a module that makes its optimizer and steps a schedule, of a number or of steps.
+
+    Attributes:
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer, or None.
+    """
+
+    optimizer: OptimizerCallable
+    lr_scheduler: LRSchedulerCallable | None
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimizer and, if there is one, a learning-rate schedule over steps."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        schedule = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+        check_optimization(optimizer, schedule)
+        if schedule is None:
+            return optimizer
+        settings: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
+        if isinstance(schedule, ReduceLROnPlateau):
+            settings |= plateau_settings(schedule)
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def on_train_start(self) -> None:
         """Raise if a schedule ends before the run, or a monitored number is never logged."""
@@ -90,6 +112,7 @@ def check_monitors(trainer: Trainer, module: LightningModule) -> None:
     if not monitors or not _is_known(module) or not all(map(_logs_only_known, callbacks)):
         return
     names = ["train/loss", "train/skipped_steps", "control_variate/"]
+    names += [*getattr(module, "logged", ())]
     names += ["val/loss"] if trainer.enable_validation else []
     for callback in callbacks:
         names += getattr(callback, "logged", ())

@@ -13,28 +13,31 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from lightning_vr.core.devices import device_of, timed
+from lightning_vr.core.devices import timed
 from lightning_vr.core.distributed import all_reduce_mean, broadcast, least
 from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
-from lightning_vr.core.rows import concatenated, leaves, tensors
-from lightning_vr.core.sharding import is_sharded
+from lightning_vr.core.rows import concatenated, leaves, mapped, tensors
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.process.objective import Objective
 from lightning_vr.training.diffusion import Diffusion
-from lightning_vr.training.noisy_losses import DiffusionLoss
+from lightning_vr.training.noisy_losses import DiffusionLoss, Precision
 from lightning_vr.variance.accounting import (
     CostModel,
     best_resamples,
     fixed_and_marginal,
     variance_times_cost,
 )
-from lightning_vr.variance.gradient_measurement import GradientMeasurement
+from lightning_vr.variance.gradient_measurement import GradientMeasurement, NoisyLoss
 
 _LEAST_GAIN = 1.05
 """Predicted gain below which K stays as it is."""
@@ -47,6 +50,23 @@ _MEMORY = 0.5
 """Weight of all earlier pilots against a new one."""
 
 
+class SampledModel(Protocol):
+    """What a pilot knows of a model that trains."""
+
+    @property
+    def objective(self) -> Objective:
+        """The loss as an expectation."""
+
+    def clean(self, batch: Any) -> Clean:
+        """Encode a batch."""
+
+    def generator(self, *key: int | str) -> torch.Generator:
+        """Return the generator of this run, this rank and a key."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return all parameters."""
+
+
 class ResamplesPilot:
     """Chooses K while a model trains.
 
@@ -54,13 +74,23 @@ class ResamplesPilot:
         model: A model that is training with ``CARV(resamples="auto")``.
         draws: Its draws.
         run: The run that it trains in.
+        loss: Makes the model's loss, whose draws can be drawn again, from the run's precision.
+        rows: Consecutive samples of a batch that depend on each other, such as pairs of views.
 
     Attributes:
         failures: Number of times in a row that gradients were not finite.
     """
 
-    def __init__(self, model: Diffusion, draws: CARV, run: RunContext) -> None:
+    def __init__(
+        self,
+        model: SampledModel,
+        draws: CARV,
+        run: RunContext,
+        loss: Callable[[Precision], NoisyLoss],
+        rows: int = 1,
+    ) -> None:
         self.model, self.draws, self.run = model, draws, run
+        self._make_loss, self._rows = loss, rows
         self._batches: list[Any] = []
         self.failures = self._not_before = 0
 
@@ -111,7 +141,7 @@ class ResamplesPilot:
             return None
         self._batches.append(batch)
         samples = least(len(self._batches) * len(clean.x0))
-        if samples < _PILOT_UNITS:
+        if samples < _PILOT_UNITS * self._rows:
             return None
         fixed, marginal = self._mean_over_ranks(*self._pass_seconds(clean))
         cost = CostModel(0.0, encode + fixed / len(clean.x0), marginal or denoise)
@@ -129,7 +159,7 @@ class ResamplesPilot:
 
     def _apply_resamples(self, step: int, resamples: int, ratio: float, reason: str) -> None:
         """Take rank 0's K, and report why."""
-        decision = broadcast(torch.tensor(resamples, device=device_of(self.model)))
+        decision = broadcast(torch.tensor(resamples, device=self._device))
         before, self.draws.chosen = self.draws.chosen, int(decision)
         self.draws.pilot = {"step": step}
         rank_zero_info(
@@ -157,8 +187,10 @@ class ResamplesPilot:
         return fixed_and_marginal(few * size, many * size, *self._medians(smaller, larger))
 
     def _pass(self, clean: Clean) -> Callable[[], Any]:
-        """Return a function that takes the gradient of a batch's draws."""
+        """Return a function that takes the gradient of a batch's draws, not of its upstream."""
         measurement = self._measurement()
+        own = mapped(tensors(clean), lambda x: x.detach().requires_grad_(x.requires_grad))
+        clean = Clean(**own)
         source = self._source("timing")
         times = self.draws.times(clean, self.model.objective, source)
         rows = measurement.loss.draw(clean, times, source)
@@ -166,17 +198,17 @@ class ResamplesPilot:
 
     def _medians(self, *functions: Callable[[], Any], rounds: int = 3) -> list[float]:
         """Return the median seconds of calls in turn, after one of each to warm up."""
-        found = [[timed(f, device_of(self.model))[1] for f in functions] for _ in range(rounds + 1)]
+        found = [[timed(f, self._device)[1] for f in functions] for _ in range(rounds + 1)]
         return [statistics.median(times) for times in zip(*found[1:], strict=True)]
 
     def _components(self) -> tuple[float, float]:
         """Return V_B and V_W, both of one sample's gradient."""
         parts = [tensors(self.model.clean(batch)) for batch in self._batches]
         clean = Clean(**concatenated(parts))
-        size = min(len(clean.x0), _PILOT_SAMPLES) // _PILOT_UNITS
+        size = min(len(clean.x0), _PILOT_SAMPLES) // (_PILOT_UNITS * self._rows) * self._rows
         units = [clean.rows(slice(i * size, (i + 1) * size)) for i in range(_PILOT_UNITS)]
         # sums of squares need full precision; the passes enter that of the trainer again
-        precise = torch.autocast(device_of(self.model).type, enabled=False)
+        precise = torch.autocast(self._device.type, enabled=False)
         with self._taking(self._pilot_resamples), precise:
             found = self._measurement().by_differences(units, "pilot")
         within = float((found.timestep + found.noise)[0]) * self._pilot_resamples
@@ -197,11 +229,15 @@ class ResamplesPilot:
             self.draws.chosen = chosen
 
     def _measurement(self) -> GradientMeasurement:
-        loss = DiffusionLoss(self.model, self.run.precision)
+        loss = self._make_loss(self.run.precision)
         groups = [0 for p in self.model.parameters() if p.requires_grad]
         measurement = GradientMeasurement(loss, self._source, groups)
         measurement.loss_scale = self.run.loss_scale()
         return measurement
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def _source(self, *key: int | str) -> torch.Generator:
         return self.model.generator("resamples", self.run.step(), *key)
@@ -209,19 +245,23 @@ class ResamplesPilot:
     def _upstream(self, batch: Any) -> None:
         """Run the upstream as training does: forward, and backward if it is trained."""
         clean = self.model.clean(batch)
-        outputs = [x for x in (clean.x0, *leaves(clean.cond or {})) if x.requires_grad]
-        if outputs and is_sharded(self.model):
-            raise ValueError(
-                "`resamples` must be a number where `encode` is trained and weights are sharded, "
-                "got 'auto': set it, or train with 'ddp'."
-            )
+        self._backward([clean.x0, *leaves(clean.cond or {})])
+
+    def _backward(self, outputs: list[torch.Tensor]) -> None:
+        """Differentiate those of the upstream's outputs that have a graph."""
+        outputs = [x for x in outputs if x.requires_grad]
         if outputs:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
+            if any(isinstance(p, DTensor) for p in parameters):
+                raise ValueError(
+                    "`resamples` must be a number where `encode` is trained and weights are "
+                    "sharded, got 'auto': set it, or train with 'ddp'."
+                )
             cotangents = [torch.ones_like(x) for x in outputs]
             torch.autograd.grad(outputs, parameters, cotangents, allow_unused=True)
 
     def _mean_over_ranks(self, *values: float) -> list[float]:
-        device = device_of(self.model)
+        device = self._device
         mean = all_reduce_mean(torch.tensor(values, dtype=torch.float32, device=device))
         found: list[float] = mean.tolist()
         return found
@@ -231,7 +271,7 @@ def resamples_pilot(model: Diffusion, run: RunContext) -> ResamplesPilot | None:
     """Return a pilot for a model whose draws leave K open, else None."""
     draws = model.draws
     if isinstance(draws, CARV) and draws.resamples == "auto":
-        return ResamplesPilot(model, draws, run)
+        return ResamplesPilot(model, draws, run, partial(DiffusionLoss, model))
     return None
 
 

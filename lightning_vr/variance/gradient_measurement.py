@@ -154,7 +154,7 @@ class GradientMeasurement:
             chunk = _chunk(sum(p.numel() for p in parameters.values()))
             for start, stop in _slices(len(parts), size, chunk):
                 part = mapped(rows, lambda x: x[start:stop, None])  # noqa: B023
-                with _SameTensors():
+                with SameTensors():
                     taken = gradients(parameters, part)
                 found = self._unscaled(taken.values())
                 for first in range(0, stop - start, size):
@@ -272,7 +272,7 @@ class GradientMeasurement:
         return [gradient / self.loss_scale for gradient in gradients]
 
 
-class _SameTensors(TorchFunctionMode):
+class SameTensors(TorchFunctionMode):
     """Makes ``x.to(...)`` return x where nothing changes, also inside functorch.
 
     There it returns a wrapper. Some modules keep it as an attribute, such as diffusers' schedulers:

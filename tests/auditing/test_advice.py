@@ -147,14 +147,16 @@ def test_a_larger_batch_is_compared_with_draws_at_the_same_target():
     target = {"target": describe(STF(64))}
     both = target | {"draws": describe(CARV(4))}
     # 14 in all, of which STF gives 5: the draws alone give 2.8 of the 4 of a larger batch
-    stf = first_look_only(measured("STF", 5.0, config=target))
+    stf = measured("STF", 5.0, config=target)
     combined = measured("STF, 4 resamples", 14.0, config=both, draws=4)
     advice = an_audit(stf, combined, upstream=1e-6).advice
     assert "its draws alone divide the variance by 2.80" in advice
     assert "a batch of 4 times as many samples" in advice
     better = an_audit(replace(stf, efficiency=around(3.0, 0.1)), combined, upstream=1e-6)
     assert "as many samples" not in better.advice
-    assert "as many samples" not in an_audit(combined, upstream=1e-6).advice
+    # the first look chose it for its luck
+    for unknown in ([], [first_look_only(stf)]):
+        assert "as many samples" not in an_audit(*unknown, combined, upstream=1e-6).advice
 
 
 def test_antithetic_draws_are_counted_in_pairs():

@@ -27,13 +27,13 @@ def test_a_budget_that_does_not_suffice_is_said_to_be_so_after_the_first_repetit
     assert "more than its budget of 1 s: 3 repetitions of 2 estimators" in said
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        audit(module(), data(), rivals, budget=200, progress=False)
+        audit(module(), data(), rivals, budget=100, progress=False)
     assert not any("needs about" in each for each in caplog.messages)
 
 
 def test_nothing_is_said_of_a_training_that_does_not_take_place(caplog, capsys, recwarn):
     with caplog.at_level(logging.INFO):
-        audit(module(), data(), [], budget=200, progress=False)
+        audit(module(), data(), [], budget=100, progress=False)
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == ""

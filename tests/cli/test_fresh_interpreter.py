@@ -38,7 +38,7 @@ def test_importing_the_package_and_asking_for_help_is_light(done):
     """Slow imports wait until they are needed."""
     assert "imported: set()" in done.stdout, done.stderr
     assert "help: 0 set()" in done.stdout, done.stderr
-    assert "{fit,validate,test,predict,audit,cache,export}" in done.stdout
+    assert "{fit,validate,test,predict,audit,cache,error_budget,export}" in done.stdout
 
 
 def test_a_process_ends_with_the_line_and_a_status(done):

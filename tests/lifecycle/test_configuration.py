@@ -22,15 +22,20 @@ from lightning_vr import (
     VE,
     VP,
     Ancestral,
+    Asymmetric,
     Autoencoder,
+    Beta,
     Cosine,
     DiffusersSchedule,
     DiffusersSolver,
     Diffusion,
+    DistillationWeighting,
     DPMSolver2M,
     EDMStochastic,
     EDMWeighting,
+    EntropyRate,
     Euler,
+    FrozenTeacher,
     Heun,
     InDtype,
     LearnedProposal,
@@ -39,22 +44,32 @@ from lightning_vr import (
     LogNormalWeighting,
     LogUniform,
     MinSNRWeighting,
+    NoiseLevelDensity,
+    OneStepStudent,
+    P2Weighting,
     PredictorCorrector,
     Pretrained,
     RectifiedFlow,
     ResidualMLP,
     ResumableModule,
     Sampler,
+    ScoreDistillationLoss,
     Shifted,
+    SoftMinSNRWeighting,
     TableProposal,
     TaylorCV,
+    TimestepSampler,
+    TotalWeighting,
+    UncertaintyWeighting,
     Uniform,
+    UniformSteps,
     UnitWeighting,
     WeightProposal,
 )
 from lightning_vr.lifecycle.configuration import UndescribableError, describe, import_path, rebuild
 from lightning_vr.process import Solver
 
+LEVELS = [0.1, 10.0]
 UNET = {
     "sample_size": 8,
     "in_channels": 1,
@@ -115,13 +130,18 @@ def _objects():
     return [
         *(EDM(0.01, 40.0), VE(), VP(), Cosine(), RectifiedFlow()),
         *(Uniform(0.1, 0.9), LogUniform(0.1, 2.0), LogNormal(), LogitNormal()),
-        Shifted(LogitNormal(), shift=3.0, end=1000.0),
+        *(Shifted(LogitNormal(), shift=3.0, end=1000.0), UniformSteps(9, 2, 7), Beta(0.7, 2.0)),
+        *(Asymmetric(0.5), EntropyRate(VP(), LEVELS, [3.0, 1.0])),
+        NoiseLevelDensity(VP(), LEVELS, [3.0, 1.0]),
         *(IID(), DSM(), STF(5), STF("all", min_noise_level="auto")),
         *(CARV(4, antithetic=True), CARV("auto", WeightProposal(), antithetic=(0.1, 2.0))),
         *(WeightProposal(), TableProposal([1.0, 2.0]), LearnedProposal("loss", bins=8)),
         CARV(1, LearnedProposal(floor=0.2), scope="sample", chunk_size=3),
         *(TaylorCV(), TaylorCV(1, "rademacher", probes=2, gate=(0.0, 0.3), coefficient=1.0)),
         *(UnitWeighting("v", 0.5), EDMWeighting(), MinSNRWeighting(3.0), LogNormalWeighting()),
+        *(SoftMinSNRWeighting(3.0), P2Weighting(2.0), DistillationWeighting("sigma2")),
+        *(UncertaintyWeighting(LEVELS, [3.0, 1.0]), TotalWeighting(LEVELS, [3.0, 1.0], Uniform())),
+        TimestepSampler(Uniform(), LearnedProposal(), antithetic=True),
         *(DDPM("beta"), Euler(), Heun(), DDIM(0.5), Ancestral(0.3), EDMStochastic(9.0), RK45(1e-4)),
         *(PredictorCorrector(2), DPMSolver2M(), Sampler(DDIM(1.0), 4), Sampler(grid=[9.0, 1.0])),
         DiffusersSolver(diffusers.DDIMScheduler(clip_sample=False)),
@@ -159,6 +179,7 @@ def test_every_public_part_of_a_module_is_described():
         if isinstance(kind := getattr(lightning_vr, name), type)
         and issubclass(kind, (nn.Module, Sampler, Solver))
         and not issubclass(kind, (Diffusion, ResumableModule, InDtype, Pretrained, Autoencoder))
+        and not issubclass(kind, (FrozenTeacher, OneStepStudent, ScoreDistillationLoss))
     }
     assert parts <= described
 

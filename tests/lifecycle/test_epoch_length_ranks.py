@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_vr import CARV, STF, DiffusionModule, GradientVariance, TaylorCV
-from lightning_vr.callbacks import gradient_variance
+from lightning_vr.callbacks import cadence
 from lightning_vr.core.distributed import rank
 from lightning_vr.core.types import Noised
 from lightning_vr.process.timesteps import LogUniform
@@ -253,7 +253,7 @@ def test_gradients_are_measured_on_as_many_samples_as_all_ranks_have(
     every_n_steps, tmp_path, monkeypatch
 ):
     # as often as to measure in a few steps, by the cost that follows from the size of a batch
-    monkeypatch.setattr(gradient_variance, "_TIME_BUDGET", 20)
+    monkeypatch.setattr(cadence, "TIME_BUDGET", 20)
     callback = GradientVariance(every_n_steps=every_n_steps, samples=4, noise_levels=2)
     found = fit(tmp_path, build(), PerRank(LARGE_AND_SMALL), callback, max_epochs=1)
     assert_equal_weights(found)

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from lightning_vr import (
     CARV,
     STF,
+    Convergence,
     DiffusionModule,
     FrechetDistance,
     GradientVariance,
@@ -613,6 +614,7 @@ def test_a_logger_that_raises_ends_no_run_and_the_others_get_everything(tmp_path
     good = CSVLogger(tmp_path, name="good")
     fit = trainer(
         TargetVariance(references=[4], noise_levels=3, samples=64),
+        Convergence(noise_levels=3, samples=16),
         SampleGrid(4),
         logger=[Raising(), good],
         max_epochs=1,
@@ -621,7 +623,7 @@ def test_a_logger_that_raises_ends_no_run_and_the_others_get_everything(tmp_path
     assert fit.global_step == 4
     text = (tmp_path / "good/version_0/metrics.csv").read_text()
     assert "train/loss" in text
-    assert "target_variance/dsm_total" in text
+    assert "convergence/loss" in text
 
 
 def test_a_failing_logger_is_told_of_once_for_each_of_its_methods(recwarn):

@@ -19,8 +19,8 @@ from support.networks import small_unet
 
 from lightning_vr import EDM, VE, VP, DiffusersSchedule, Diffusion, DiffusionModule, Sampler, export
 from lightning_vr.cli import main
-from lightning_vr.pipelines import IncomingFolder
 from lightning_vr.training import hand_over
+from lightning_vr.training.incoming_folder import IncomingFolder
 
 STOCK = {
     "DDPM": (DDPMScheduler(prediction_type="v_prediction", clip_sample=False), "v"),

@@ -188,7 +188,7 @@ def test_bins_of_steps_hold_their_own_steps_and_all_of_them_once():
         (lambda: Shifted(Uniform(), 0.0), "`shift` must be positive and finite, got 0.0"),
         (lambda: Shifted(Uniform(), end=0.0), "`end` must be positive and finite, got 0.0"),
         (lambda: Shifted(LogNormal()), "`density` .* between 0 and 1, got LogNormal, .*Uniform()"),
-        (lambda: UniformSteps(0), "`steps` must be at least 1, got 0"),
+        (lambda: UniformSteps(0), "`timesteps` must be at least 1, got 0"),
         (lambda: Truncated(Uniform(), 0.5, 0.5), "0 <= low < high <= 1, got 0.5 and 0.5"),
         (lambda: Truncated(Uniform(), -0.1, 0.5), "0 <= low < high <= 1"),
         (lambda: Truncated(Uniform(), 0.5, 1.1), "0 <= low < high <= 1"),

@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 
+from lightning_vr.callbacks.convergence import Convergence
 from lightning_vr.callbacks.gradient_variance import GradientVariance
 from lightning_vr.callbacks.target_variance import TargetVariance
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule, as_schedule
@@ -69,7 +70,8 @@ def test_a_scheduler_is_wrapped_wherever_a_schedule_is_wanted(ddpm):
         Diffusion(ResidualMLP(), ddpm, "epsilon").objective.schedule,
         Objective(ddpm, Uniform(0, 999), UnitWeighting()).schedule,
         TargetVariance(schedule=ddpm).schedule,
-        GradientVariance(schedule=ddpm).schedule,
+        GradientVariance(schedule=ddpm).given.schedule,
+        Convergence(schedule=ddpm).schedule,
     ]
     for schedule in found:
         assert isinstance(schedule, DiffusersSchedule)

@@ -20,11 +20,13 @@ from typing import Any
 from torch import nn
 
 from lightning_vr.core.devices import without_compiler
-from lightning_vr.pipelines.trained_for import TRAINED_FOR
 from lightning_vr.process.diffusers_network import Pretrained, load_pretrained
 from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow, Schedule
 from lightning_vr.training.adapters import load_base, source_folder
+
+TRAINED_FOR = "lightning_vr.json"
+"""The file in the folder of a pipeline that says what its network was trained for."""
 
 _NETWORKS = ("unet", "transformer")
 _AUTOENCODER = "vae"
@@ -103,8 +105,12 @@ class IncomingFolder:
 
     def arguments(self) -> dict[str, Any]:
         """Return the same with network, its weights loaded, and schedule as objects."""
-        network, schedule = self._saved_network(), _rebuilt(self.schedule)
-        return {"network": network, "schedule": schedule, **self.others, **self.learned}
+        return {"network": self.load_network(), **self.objective, **self.learned}
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The schedule as an object, and what the network predicts of it."""
+        return {"schedule": _rebuilt(self.schedule), **self.others}
 
     def load_weights(self, network: nn.Module) -> None:
         """Load the network's weights, beneath its adapter if it has one.
@@ -116,14 +122,19 @@ class IncomingFolder:
         if source_folder(plain) == str(self.network_folder.resolve()):
             return
         with self._named_errors():
-            load_base(plain, self._saved_network().state_dict())
+            load_base(plain, self.load_network().state_dict())
 
-    def _saved_network(self) -> nn.Module:
+    def load_network(self, dtype: str = "float32") -> nn.Module:
+        """Return the network with its weights in a dtype.
+
+        Raises:
+            ValueError: If they are not all there, or others are.
+        """
         import diffusers
 
         kind = getattr(diffusers, self.network["class_path"].rpartition(".")[2])
         with self._named_errors():
-            return load_pretrained(kind, self.network_folder, "float32", None)
+            return load_pretrained(kind, self.network_folder, dtype, None)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:

@@ -1,0 +1,238 @@
+"""How many draws do gradient features need, and should training and query samples share them?
+
+A small diffusion model of 128 digits is retrained on half of them, again and again, all models in
+one vmap. Scores made of gradient features should predict which query digits each model learns well.
+This measures the variance of features at 4, 16 and 64 draws, the rank correlation of scores with
+those of a thousand draws, and the linear datamodeling score (LDS), with shared and with
+independent draws.
+
+    python examples/attribution/attribution.py
+    python examples/attribution/attribution.py --quick
+
+Results are rows of ``runs/attribution/results.csv``: a run that was stopped goes on, and rows that
+are there are not measured again.
+"""
+
+import argparse
+import csv
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
+
+from lightning_vr import CARV, VP, Clean, Diffusion, GradientFeatures, LearnedProposal, ResidualMLP
+from lightning_vr.core.rng import generator
+from lightning_vr.data.digits import digits
+from lightning_vr.teachers import (
+    SubsetModels,
+    cosine_scores,
+    linear_datamodeling_score,
+    subset_masks,
+    trak_scores,
+)
+
+TRAINING, QUERIES = 128, 40
+DESIGNS = ("uniform", "strata", "learned", "pairs", "strata, pairs", "all")
+
+
+class Results:
+    """Numbers by name, kept in a CSV file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.rows = path, {}
+        if path.exists():
+            self.rows = {name: float(x) for name, x in csv.reader(path.read_text().splitlines())}
+
+    def get(self, name: str, measure: Callable[[], float]) -> float:
+        """Return a number, measured if it is not there."""
+        if name not in self.rows:
+            self.rows[name] = measure()
+            with self.path.open("w", newline="") as file:
+                csv.writer(file).writerows(self.rows.items())
+        return self.rows[name]
+
+
+def data() -> tuple[Clean, Clean]:
+    """Return training digits and queries as points."""
+    images, labels = digits()
+    order = torch.randperm(len(images), generator=generator("attribution"))
+    points = images.flatten(1)
+    train, query = order[:TRAINING], order[TRAINING : TRAINING + QUERIES]
+    return Clean(points[train], labels[train]), Clean(points[query], labels[query])
+
+
+class Study:
+    """Models of one prediction type, and the features of the one that was trained on all digits."""
+
+    def __init__(self, prediction: str, folder: Path, subsets: int, steps: int) -> None:
+        self.train, self.query = data()
+        self.model = self._model(prediction)
+        self.masks = subset_masks(TRAINING, subsets)
+        masks = torch.cat([torch.ones(1, TRAINING, dtype=torch.bool), self.masks])
+        path = folder / f"{prediction}_{subsets}_{steps}.pt"
+        if not path.exists():
+            models = SubsetModels(self.model, masks, lambda p: torch.optim.AdamW(p, 1e-3))
+            models.train(self.train, steps, batch_size=TRAINING)
+            draws = CARV(256, scope="sample", antithetic=True)
+            losses = torch.cat(
+                [models.losses(self.query.rows([i]), draws) for i in range(QUERIES)], 1
+            )
+            torch.save({"weights": models.parameters_of(0), "outputs": -losses[1:]}, path)
+        saved = torch.load(path, weights_only=True)
+        self.model.load_state_dict(saved["weights"], strict=False)
+        self.outputs = saved["outputs"]
+        self.proposal = LearnedProposal(bins=16)
+        self.features(CARV(1, self.proposal), learn=True)
+
+    def _model(self, prediction: str) -> Diffusion:
+        torch.manual_seed(0)
+        network = ResidualMLP(64, width=64, depth=2, num_class_embeds=11)
+        settings = {"num_classes": 10, "label_dropout": 0.1, "sigma_data": 0.75}
+        return Diffusion(network, VP(), prediction, **settings).eval()
+
+    def features(
+        self,
+        draws: CARV,
+        *,
+        shared: bool = False,
+        projection: int | None = None,
+        seed: int = 0,
+        learn: bool = False,
+    ) -> GradientFeatures:
+        """Return features of the model, which may teach a proposal first."""
+        settings = {"shared": shared, "projection": projection}
+        found = GradientFeatures(self.model, draws, seed=seed, **settings)
+        if learn:
+            found.learn(self.train, 16)
+        return found
+
+    def draws(self, design: str, count: int) -> CARV:
+        """Return draws by name; strata are those of a sample."""
+        strata = "sample" if design in ("strata", "strata, pairs", "all") else "none"
+        proposal = self.proposal if design in ("learned", "all") else None
+        pairs = count > 1 and design in ("pairs", "strata, pairs", "all")
+        return CARV(count, proposal, scope=strata, antithetic=pairs)
+
+    def variance(self, design: str, count: int, repeats: int) -> float:
+        """Return the variance of the features of a sample, of all parameters, over repetitions."""
+        some = self.train.rows(torch.arange(32).repeat_interleave(repeats))
+        found = self.features(self.draws(design, count))(some)
+        return float(found.reshape(32, repeats, -1).double().var(dim=1).sum(dim=-1).mean())
+
+    def scores(
+        self,
+        draws: CARV,
+        *,
+        shared: bool,
+        seed: int,
+        projection: int | None = None,
+        damping: float | None = None,
+    ) -> Tensor:
+        """Return scores of training digits for queries."""
+        taken = self.features(draws, shared=shared, projection=projection, seed=seed)
+        query, train = taken(self.query, "query"), taken(self.train)
+        return (
+            cosine_scores(query, train) if damping is None else trak_scores(query, train, damping)
+        )
+
+    def lds(self, scores: Tensor) -> float:
+        """Return the mean over queries of the rank correlation with retrained models."""
+        return float(linear_datamodeling_score(scores, self.masks, self.outputs).mean())
+
+
+def measure(results: Results, study: Study, name: str, quick: bool) -> None:
+    """Measure all that the tables show for one prediction type."""
+    counts, seeds = ((4,), 1) if quick else ((4, 16, 64), 5)
+    for count in counts:
+        for design in DESIGNS:
+            taken = partial(study.variance, design, count, 4 if quick else 16)
+            results.get(f"{name}/variance/{count}/{design}", taken)
+    many = CARV(32 if quick else 1024, scope="sample", antithetic=True)
+    reference = study.scores(many, shared=True, seed=99)
+    cases = [(1, "uniform"), (4, "uniform"), (4, "strata"), (16, "uniform"), (16, "all")]
+    for count, design in cases[:2] if quick else [*cases, (64, "all")]:
+        for kind in ("shared", "independent"):
+            for seed in range(seeds):
+                draws = study.draws(design, count)
+                scores = study.scores(draws, shared=kind == "shared", seed=seed)
+                own = f"{name}/{{}}/{count} {design}/{kind}/{seed}"
+                results.get(own.format("lds"), partial(study.lds, scores))
+                results.get(own.format("rank"), partial(rank_correlation, scores, reference))
+    draws = study.draws("all", 4 if quick else 16)
+    for size in (512, 2048):
+        scores = study.scores(draws, shared=True, seed=0, projection=size)
+        results.get(f"{name}/projected/{size}", partial(study.lds, scores))
+    for damping in (0.01, 0.1, 1.0):
+        scores = study.scores(draws, shared=True, seed=0, projection=512, damping=damping)
+        results.get(f"{name}/trak/{damping}", partial(study.lds, scores))
+
+
+def rank_correlation(scores: Tensor, reference: Tensor) -> float:
+    """Return the mean over queries of the rank correlation of scores with others."""
+    pairs = zip(scores, reference, strict=True)
+    return float(torch.stack([spearman_corrcoef(a, b) for a, b in pairs]).mean())
+
+
+def mean(results: Results, prefix: str) -> tuple[float, float]:
+    """Return mean and standard error over seeds."""
+    found = torch.tensor([x for name, x in results.rows.items() if name.startswith(f"{prefix}/")])
+    return float(found.mean()), float(found.std(correction=0) / len(found) ** 0.5)
+
+
+def report(results: Results, path: Path) -> None:
+    """Print tables of all predictions, and draw LDS against draws."""
+    names = list(dict.fromkeys(name.split("/")[0] for name in results.rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.5), squeeze=False)
+    for name, panel in zip(names, axes[0], strict=True):
+        keys = [key.split("/") for key in results.rows if key.startswith(f"{name}/")]
+        print(f"\n{name}: ECM of features at equal draws, over uniform draws")
+        for count in dict.fromkeys(key[2] for key in keys if key[1] == "variance"):
+            base = results.rows[f"{name}/variance/{count}/uniform"]
+            own = {x: base / results.rows[f"{name}/variance/{count}/{x}"] for x in DESIGNS}
+            print(f"  K = {count}: " + ", ".join(f"{x} {value:.2f}" for x, value in own.items()))
+        for kind in ("lds", "rank"):
+            print(f"{name}: {kind}, independent → shared draws")
+            for case in dict.fromkeys(key[2] for key in keys if key[1] == kind):
+                pair = [
+                    mean(results, f"{name}/{kind}/{case}/{x}") for x in ("independent", "shared")
+                ]
+                print(f"  K = {case}: " + " → ".join(f"{m:.3f} ± {e:.3f}" for m, e in pair))
+        sizes = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "projected"}
+        print(f"{name}: LDS by number of projected features: {sizes}")
+        ridge = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "trak"}
+        print(f"{name}: LDS with the inverse Gram matrix, by damping: {ridge}")
+        for kind in ("independent", "shared"):
+            cases = [
+                c for c in dict.fromkeys(k[2] for k in keys if k[1] == "lds") if "strata" not in c
+            ]
+            found = [mean(results, f"{name}/lds/{case}/{kind}") for case in cases]
+            panel.errorbar(
+                cases, [m for m, _ in found], [e for _, e in found], marker="o", label=kind
+            )
+        panel.set(title=name, xlabel="draws of each sample", ylabel="linear datamodeling score")
+        panel.tick_params(axis="x", rotation=30)
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("runs/attribution"))
+    arguments = parser.parse_args()
+    quick, folder = arguments.quick, arguments.folder
+    results = Results(folder / "results.csv")
+    for prediction in ("epsilon",) if quick else ("epsilon", "edm"):
+        study = Study(prediction, folder, *((4, 5) if quick else (32, 900)))
+        measure(results, study, prediction, quick)
+    report(results, folder / "attribution.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""One estimate for all that frozen teachers distil: the upstream's gradient from K draws.
+
+An upstream (a renderer, a generator, an encoder) makes x; a teacher says for noised copies of it in
+which direction x should go. With R outputs x_r and K draws of each,
+
+    g_r = 1/K Σ_k w(t_rk) p/q(t_rk) f(x_r, t_rk, noise_rk),
+    ĝ = 1/R Σ_r J_rᵀ g_r,                      J = dx/dθ,
+
+so that the upstream runs, and is differentiated, once for each x_r on the averaged cotangent
+(Bettencourt, Wu, Atzmon, Lucas and Lorraine 2026, arXiv 2605.21489, equations 5 and 13). Its mean
+does not depend on K, strata, proposal or pairs, as all draws count alike and f is not changed by
+how likely a draw was: what is to be clipped or normalised belongs into f, before the weight p/q.
+The teacher runs without gradient and in chunks: its memory does not depend on K.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_vr.core.conditions import expanded
+from lightning_vr.core.rows import in_chunks, tensors
+from lightning_vr.core.types import (
+    WHOLE_STEP,
+    Clean,
+    LossEstimate,
+    Noised,
+    StepPart,
+    TargetEstimate,
+)
+from lightning_vr.core.validation import check_samples
+from lightning_vr.estimators.draws import Draws
+from lightning_vr.estimators.loss import loss_weight
+from lightning_vr.process.objective import Objective
+from lightning_vr.process.schedules import expand
+
+Residual = Callable[[Noised], Tensor]
+"""From draws to the direction of each ``(n, *)``, in the unit of the objective's prediction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationEstimate(LossEstimate):
+    """An unbiased estimate of the gradient that a teacher gives the outputs of an upstream.
+
+    Attributes:
+        loss: Scalar to differentiate. Its gradient is ĝ; its value is half of the mean over the
+            outputs of ``‖g_r‖²``, which tells of the size of the gradient and has no minimum.
+        per_draw: Weighted squared residual of each draw per dimension ``(K·R,)``.
+        target: The clean sample that each residual stands for.
+        gradient: g_r, the gradient by each output ``(R, *)``.
+        residual: Direction f of each draw, without weight ``(K·R, *)``.
+    """
+
+    gradient: Tensor
+    residual: Tensor
+
+    def numbers(self) -> dict[str, float | Tensor]:
+        """Return what loggers show, without waiting for the device.
+
+        ``gradient_norm`` and ``residual_norm`` are means of norms over outputs and over draws,
+        ``largest_weight`` is that of a draw over their mean.
+        """
+        norms = (x.detach().flatten(1).norm(dim=1).mean() for x in (self.gradient, self.residual))
+        weight = self.noised.weight if self.noised.loss_weight is None else self.noised.loss_weight
+        names = ("gradient_norm", "residual_norm", "largest_weight")
+        found = dict(zip(names, (*norms, weight.max() / weight.mean()), strict=True))
+        return {"loss": self.loss.detach(), **found}
+
+
+def distill(
+    clean: Clean,
+    residual: Residual,
+    draws: Draws,
+    objective: Objective,
+    source: torch.Generator,
+    part: StepPart = WHOLE_STEP,
+) -> DistillationEstimate:
+    """Return an unbiased estimate of the gradient that residuals give the upstream.
+
+    Args:
+        clean: R outputs of the upstream, with its graph; a condition of one row is for all.
+        residual: The teacher's direction; called without gradient, on chunks of draws.
+        draws: K draws of each output.
+        objective: Schedule, density of t, and the weight w(t) as ``objective.weight``.
+        source: Generator of all randomness, on the device of ``clean``.
+        part: The part of an optimizer step that the outputs are.
+
+    Raises:
+        ValueError: If an output has no graph where gradients are enabled, or if residuals have
+            another shape than draws.
+    """
+    x0 = clean.x0
+    check_samples("x0", x0)
+    if torch.is_grad_enabled() and not x0.requires_grad:
+        raise ValueError(
+            f"`x0` must have the graph of what made it, got a tensor {tuple(x0.shape)} without "
+            f"one: render with gradients enabled and without `detach`."
+        )
+    with torch.no_grad():
+        cond = None if clean.cond is None else expanded(clean.cond, len(x0))
+        noised = draws(replace(clean, x0=x0.detach(), cond=cond), objective, source, part)
+        direction = _residuals(residual, noised, draws.chunk(len(noised.t), noised.t.device))
+        weight = loss_weight(noised, objective)
+        per_draw = weight * direction.flatten(1).square().mean(dim=1)
+        gradient = expand(weight, direction) * direction
+        gradient = gradient.reshape(len(x0), -1, *x0.shape[1:]).mean(dim=1)
+        target = noised.x0 + _x0_scale(noised, objective, direction) * direction
+        unit = torch.ones_like(noised.t)
+        value = 0.5 * gradient.square().sum() / len(x0)
+    pull = (x0 * gradient.to(x0.dtype)).sum() / len(x0)
+    return DistillationEstimate(
+        value + (pull - pull.detach()),
+        per_draw,
+        noised,
+        TargetEstimate(target, unit, torch.zeros_like(unit)),
+        gradient=gradient,
+        residual=direction,
+    )
+
+
+def check_distillation(
+    draws: Draws, objective: Objective, without_pilots: str | None = None
+) -> None:
+    """Raise if draws would not estimate a distillation's gradient.
+
+    Args:
+        draws: The draws.
+        objective: What they are to estimate.
+        without_pilots: The class that uses them, if it runs no pilots.
+
+    Raises:
+        ValueError: If a proposal is zero where the weight is not, or learns from what is not there,
+            or if nobody would choose the number of draws.
+    """
+    if without_pilots is not None and getattr(draws, "resamples", None) == "auto":
+        raise ValueError(
+            f"`resamples` must be a number in a {without_pilots}, which runs no pilots, got "
+            f"'auto': use CARV(8) or another number; a ScoreDistillation runs pilots."
+        )
+    draws.check(objective)
+    if getattr(getattr(draws, "proposal", None), "moment", None) == "bound":
+        raise ValueError(
+            "`moment` must be 'gradient' or 'loss' for draws of a teacher, got 'bound', which is "
+            "of a learned variance: use LearnedProposal()."
+        )
+
+
+def _x0_scale(noised: Noised, objective: Objective, like: Tensor) -> Tensor:
+    """Return what turns a residual into one of x0; that of noise is most often asked for."""
+    is_noise = objective.prediction == "epsilon"
+    return expand(-noised.noise_level if is_noise else objective.coefficients(noised.t).b, like)
+
+
+def _residuals(residual: Residual, noised: Noised, chunk: int) -> Tensor:
+    parts = []
+    for rows in in_chunks(tensors(noised), chunk):
+        part = Noised(**rows)
+        found = residual(part)
+        if found.shape != part.x0.shape:
+            raise ValueError(
+                f"`residual` must return the shape of the draws, {tuple(part.x0.shape)}, got "
+                f"{tuple(found.shape)}: return one direction for each draw."
+            )
+        parts.append(found.to(part.x0.dtype))
+    return torch.cat(parts)

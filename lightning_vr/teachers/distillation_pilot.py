@@ -1,0 +1,58 @@
+"""How many draws of each view pay: the pilot of ``CARV(resamples="auto")`` of a distillation.
+
+It is the pilot of training (``training.resamples_pilot``) on gradients by the scene. A view costs
+``render`` and ``encode``, forward and backward, and a draw a pass of the teacher. Antipodal pairs
+of views stay together, so that what they save counts as less variance between views.
+"""
+
+from functools import partial
+from typing import Any
+
+from lightning_vr.core.types import Clean
+from lightning_vr.estimators.carv import CARV
+from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.teachers.noisy_distillation import NoisyDistillation
+from lightning_vr.training.resamples_pilot import ResamplesPilot
+
+
+class DistillationPilot(ResamplesPilot):
+    """Chooses K while a scene trains, and logs what it has measured.
+
+    Loggers get seconds of a view's ``render`` and ``encode`` and of a draw as ``pilot/render_s``,
+    ``pilot/encode_s`` and ``pilot/denoise_s``; the variance between views and within one as
+    ``pilot/between_views`` and ``pilot/within_views``; and K as ``pilot/resamples``.
+    """
+
+    def before_step(self, batch: Any) -> None:
+        """Choose anew if it is time; all ranks must call it before each optimizer step."""
+        before = self.draws.pilot
+        super().before_step(batch)
+        found = self.draws.pilot
+        if found is None or found is before:
+            return
+        names = {"between": "between_views", "within": "within_views"}
+        variances = {f"pilot/{names[x]}": found[x] for x in names if x in found}
+        numbers = {"pilot/resamples": float(self.draws.chosen), **self._costs, **variances}
+        self.run.log(numbers, {})
+
+    def _seconds(self, batch: Any, clean: Clean) -> tuple[float, float]:
+        upstream, denoise = super()._seconds(batch, clean)
+        (render,) = self._medians(lambda: self._backward([self._rendered(batch)]))
+        render /= len(clean.x0)
+        costs = {"render": render, "encode": max(0.0, upstream - render), "denoise": denoise}
+        self._costs = {f"pilot/{name}_s": value for name, value in costs.items()}
+        return upstream, denoise
+
+    def _rendered(self, batch: Any) -> Any:
+        model: Any = self.model
+        rendered = model.render(batch)
+        return rendered.x0 if isinstance(rendered, Clean) else rendered
+
+
+def distillation_pilot(module: Any, run: RunContext) -> DistillationPilot | None:
+    """Return a pilot for a ``ScoreDistillation`` whose draws leave K open, else None."""
+    draws = module.draws
+    if not isinstance(draws, CARV) or draws.resamples != "auto":
+        return None
+    rows = 1 if module.views is None else module.views.rows
+    return DistillationPilot(module, draws, run, partial(NoisyDistillation, module), rows)

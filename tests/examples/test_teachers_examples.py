@@ -1,0 +1,49 @@
+"""The studies of the teachers in their quick mode: run with ``pytest -m slow``."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+]
+
+
+def run(monkeypatch, script, *arguments):
+    monkeypatch.syspath_prepend(str((EXAMPLES / script).parent))
+    monkeypatch.setattr(sys, "argv", [script, "--quick", *arguments])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def test_score_distillation_is_measured(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "score_distillation/score_distillation.py", "--folder", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "K = 8 weight, strata, pairs: variance" in printed
+    assert "share of the oracle's reduction" in printed
+    assert (tmp_path / "score_distillation.png").stat().st_size > 10_000
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert any(row.startswith('"quality/(2,1) uniform/3/0",') for row in rows)
+
+
+@pytest.mark.parametrize("data", ["digits", "eight_gaussians"])
+def test_distribution_matching_is_measured(tmp_path, monkeypatch, capsys, data):
+    script = "distribution_matching/distribution_matching.py"
+    run(monkeypatch, script, "--data", data, "--folder", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert f"{data}/training/iid/0" in printed
+    assert ("at fixed samples" in printed) == (data == "digits")
+    assert (tmp_path / f"{data}.png").stat().st_size > 10_000
+
+
+def test_attribution_is_measured(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "attribution/attribution.py", "--folder", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "ECM of features at equal draws" in printed
+    assert "lds, independent → shared draws" in printed
+    assert (tmp_path / "attribution.png").stat().st_size > 10_000
