@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lightning_vr.core.distributed import broadcast
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 """What is called by its parts, or may be."""
@@ -70,7 +71,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, block_size: int) -> None:
                 f"is in the {type(module).__name__} itself: put it into a module that is called."
             )
     for x in [*module.parameters(), *module.buffers()]:
-        dist.broadcast(x.detach(), src=0)
+        x.detach().copy_(broadcast(x.detach().contiguous()))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     for child in module.children():
         if _trained(child):

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_vr.core.distributed import gather_objects, rank, world_size
 from lightning_vr.core.sharding import local
-from lightning_vr.lifecycle.atomic_files import replacing
+from lightning_vr.lifecycle.atomic_files import flush_folder, replacing
 
 _META = "meta.pt"
 _SHARDED = "lightning_vr.sharded"
@@ -103,12 +103,6 @@ def load_folder(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     return loaded
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a checkpoint that is a folder."""
-    for each in (path, _beside(path, _OLD), _beside(path, _NEW)):
-        shutil.rmtree(each, ignore_errors=True)
-
-
 def _mapped(
     state: Any,
     function: Callable[[Any], Any],
@@ -169,6 +163,7 @@ def _replace(new: Path, path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
     new.rename(path)
+    flush_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

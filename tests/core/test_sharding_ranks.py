@@ -26,6 +26,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(rank)  # what rank 0 draws counts
         blocks = [nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)]
+        self.register_buffer("mask", torch.tensor([True, False]))
         self.network = nn.Sequential(nn.Linear(3, 3), *blocks)
 
     def forward(self, rows):
