@@ -164,10 +164,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """Write what was trained where there is room, and return what to say; all ranks call it."""
         unwritten, self._unwritten = self._unwritten, {}
         checkpoint = gathered(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+        is_broken = any(gather_objects(first_broken_weight(trainer.lightning_module)))
         if not unwritten or rank() > 0:
             return None
         saved = None
-        if first_broken_weight(trainer.lightning_module) is None:
+        if not is_broken:
             folders = [folder for folder, (path, _) in unwritten.items() if "://" not in path]
             folders += [Path(trainer.default_root_dir), Path(tempfile.gettempdir())]
             saved = _write_to_first(checkpoint, folders)
