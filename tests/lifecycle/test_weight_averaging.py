@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.networks import small_mlp
+from support.selections import mostly_slow
 from support.stops import StopAt, StoppedError
 from support.trainers import quiet_trainer
 from torch.nn.utils import parameters_to_vector
@@ -33,6 +34,7 @@ STARTS = {
     "ours late": {"update_starting_at_step": 2},
     "ours": {"update_starting_at_step": 0},
 }
+QUICK = [start for start in STARTS if start not in ("never by epoch", "ours never")]
 FIRST = {"late": 2, "ours late": 2, "at once": 0, "ours": 0}
 """The first step that is averaged."""
 
@@ -103,7 +105,7 @@ def by_hand(start):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(list(STARTS), QUICK))
 @pytest.mark.parametrize("is_alone", [True, False], ids=["weights alone", "whole checkpoints"])
 def test_all_that_a_fit_leaves_holds_the_weights_that_count(start, is_alone, tmp_path):
     kept, network = Trained(), module()
@@ -231,7 +233,7 @@ def test_several_averages_are_refused():
         trainer(averaging("at once"), OtherAveraging()).fit(module(), data())
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(list(STARTS), QUICK))
 def test_a_run_that_is_over_leaves_the_weights_of_the_run_that_it_resumes(start, tmp_path):
     whole, run = module(), trainer(averaging(start), limit_val_batches=0)
     run.fit(whole, data())
