@@ -8,6 +8,9 @@ end, which is the mean over its last 30 %. Nothing is trained where nothing is r
     python examples/audit/recommendations.py --list
     python examples/audit/recommendations.py --only gaussians_16 gaussians_256
 
+On a machine that others use, ``--cpu-seconds`` takes those of this process for the seconds of steps
+and of budgets: let it have one thread, with ``OMP_NUM_THREADS=1``.
+
 The results are in ``runs/audit_recommendations``: what is in ``results.csv`` is not done again.
 """
 
@@ -16,8 +19,10 @@ import csv
 import json
 import logging
 import math
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import yaml
@@ -27,8 +32,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from workloads import QUIET, WORKLOADS
 
 from lightning_vr import DiffusionModule, audit
-from lightning_vr.auditing import save_report
+from lightning_vr.auditing import measurement, save_report
 from lightning_vr.auditing.candidates import read_candidates
+from lightning_vr.core import devices
 
 COLUMNS = (
     "workload",
@@ -170,8 +176,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of an audit")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the steps of each workload")
+    parser.add_argument("--cpu-seconds", action="store_true", help="as seconds of the audits")
     parser.add_argument("--folder", type=Path, default=Path("runs/audit_recommendations"))
     options = parser.parse_args()
+    if options.cpu_seconds:
+        measurement.time = devices.time = SimpleNamespace(perf_counter=time.process_time)
     if options.list:
         print("\n".join(f"{name}: {job.steps} steps" for name, job in WORKLOADS.items()))
         return

@@ -57,7 +57,9 @@ class AuditDuringTraining(Callback):
         candidates: What to compare with; by default an STF, strata with a learned proposal, and
             antithetic pairs.
         every_n_steps: Audit at one in this many optimizer steps. By default as often as takes
-            about 2 % of the training time; short runs then have none.
+            about 2 % of the training time. The first audit is taken to need as many passes as 384
+            steps (16 for each repetition of each estimator), so it comes after some 19,000 steps:
+            a shorter run has none without this argument.
         repetitions: Of each audit, each on two batches of training.
 
     Attributes:

@@ -78,6 +78,8 @@ class Candidate:
 def read_candidates(path: str | Path) -> list[Candidate]:
     """Read candidates from a YAML file: a list of names, each with the slots that it fills.
 
+    The most promising come first: where the budget is too small for all, the last ones are dropped.
+
     Raises:
         ValueError: If there is no such file, or it holds something else.
         ArgumentError: If a setting is wrong.

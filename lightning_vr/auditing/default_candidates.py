@@ -15,16 +15,20 @@ _REFERENCES = (256, 1024, 4096)
 
 _LARGEST_BANK = 100_000
 
+_SIMPLE, _LONGEST = ("DSM", "IID", "no control variate"), "4 resamples"
+
 _LEAST_SPREAD = 0.01
 """Relative spread of the loss weight below which its proposal is the base density."""
 
 
 def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
-    """Return the estimators of this package, except the module's own.
+    """Return the estimators of this package, except the module's own, the most promising first.
 
-    Each fills one slot; the audit combines the best of different slots. Resamples are measured
-    whatever ``encode`` costs, so that the audit can say that they do not pay. The control variate
-    of order 0 is measured for all draws, and where its gate opens.
+    Those are what is simpler than the module's own, and one for each part of the noise
+    (``few_candidates``). Then come other targets, draws and control variates, and four resamples,
+    whose step is the longest. Each fills one slot; the audit combines the best of different slots.
+    Resamples are measured whatever ``encode`` costs, so that the audit can say that they do not
+    pay. The control variate of order 0 is measured for all draws, and where its gate opens.
 
     A bank of a large training set takes long to encode: list your own candidates to have one.
 
@@ -36,7 +40,11 @@ def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:
     own_target, own_draws = settings(module.target), settings(module.draws)
     found = [Candidate(n, target=x) for n, x in targets.items() if settings(x) != own_target]
     found += [Candidate(n, draws=x) for n, x in draws.items() if settings(x) != own_draws]
-    return found + _control_variates(module)
+    found += _control_variates(module)
+    few = {c.name for c in few_candidates(module, size)}
+    first = [c for c in found if c.name in _SIMPLE] + [c for c in found if c.name in few]
+    rest = [c for c in found if c not in first and c.name != _LONGEST]
+    return first + rest + [c for c in found if c.name == _LONGEST]
 
 
 def _targets(size: int) -> dict[str, Target]:

@@ -9,32 +9,36 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from lightning_vr.auditing.candidates import Candidate
+from lightning_vr.auditing.least_repetitions import MOST_FINALISTS
 from lightning_vr.auditing.measured_estimator import MeasuredEstimator
 from lightning_vr.auditing.result import LEAST_GAIN
 from lightning_vr.estimators.carv import CARV
-
-MOST_FINALISTS = 5
 
 
 def finalists(
     candidates: Sequence[Candidate],
     fresh: Mapping[str, Candidate],
     measured: Mapping[str, MeasuredEstimator],
+    expected: Mapping[str, float],
 ) -> list[Candidate]:
     """Return the candidates to look at again, those that are expected to save most first.
 
-    Open is what may still save enough. The best open candidates of different slots are combined,
-    and antithetic pairs with the proposal of other draws; a combination is expected to save the
-    product of what its parts save.
+    Open is what may still save enough, by its interval or by what is expected. The best open
+    candidates of different slots are combined, and antithetic pairs with the proposal of other
+    draws; a combination is expected to save the product of what its parts save.
 
     Args:
         candidates: Those of the first look, as they were measured.
         fresh: The same by name, as they were before they learned: what draws and control variates
             learn depends on what they are combined with.
         measured: What the first look says of each, by name.
+        expected: What each is expected to save, whatever other work the machine had.
     """
-    expected = {name: found.predicted_speedup.estimate for name, found in measured.items()}
-    open_ = [c for c in candidates if measured[c.name].predicted_speedup.high > LEAST_GAIN]
+    open_ = [
+        c
+        for c in candidates
+        if max(measured[c.name].predicted_speedup.high, expected[c.name]) > LEAST_GAIN
+    ]
     open_.sort(key=lambda c: -expected[c.name])
     ranked = [(expected[c.name], c) for c in open_]
     known = {c.name for c in candidates}

@@ -4,8 +4,8 @@ The first look measures all candidates in a few repetitions. The second one meas
 open, combinations of its winners included, on fresh batches and draws: it alone gives the numbers
 of these finalists. Intervals are those of ``variance.intervals`` over repetitions.
 
-What the clock decides is how many repetitions a look has, and through the seconds of steps which
-candidates are the finalists.
+What the clock decides is how many repetitions a look has, through the seconds of steps which
+candidates are the finalists, and which the budget has no time for.
 """
 
 import time
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_vr.auditing.batch_pairs import batch_pairs
@@ -22,7 +23,8 @@ from lightning_vr.auditing.candidate_measurement import CandidateMeasurement
 from lightning_vr.auditing.candidates import CURRENT, Candidate
 from lightning_vr.auditing.comparison import Comparison, Repetitions
 from lightning_vr.auditing.default_candidates import default_candidates
-from lightning_vr.auditing.finalists import MOST_FINALISTS, finalists
+from lightning_vr.auditing.finalists import finalists
+from lightning_vr.auditing.least_repetitions import LEAST_REPETITIONS, affordable, still_needed
 from lightning_vr.auditing.measured_estimator import MeasuredEstimator
 from lightning_vr.auditing.preparation import least_draws, with_own_state
 from lightning_vr.auditing.result import Audit
@@ -48,9 +50,6 @@ _LEARNING_BUDGET = 0.05
 
 _FIRST_LOOK = 0.5
 """Fraction of what preparation has left of the budget for the first look."""
-
-LEAST_REPETITIONS = (3, 4)
-"""Of the first and of the second look, however small the budget."""
 
 
 class AuditMeasurement:
@@ -118,14 +117,15 @@ class AuditMeasurement:
         """Return both looks, the second one if anything is left open, and what they say."""
         prepared = self._progress()
         until = prepared + _FIRST_LOOK * (1 - prepared)
-        first = self._look("first look", self.rivals, 0, until)
-        found = {c.name: first.estimator(c) for c in self.rivals}
-        again = finalists(self.rivals, self.fresh, found)
+        first, rivals = self._look("first look", self.rivals, 0, until)
+        found = {c.name: first.estimator(c) for c in rivals}
+        likely = {c.name: first.likely_speedup(c) for c in rivals}
+        again = finalists(rivals, self.fresh, found, likely)
         new = self._prepared([c for c in again if c.name not in found], has_references=True)
         again = [c for c in again if c.name in found or c in new]
         if not again:
             return first, None, found
-        second = self._look("second look", again, 1, 1.0)
+        second, again = self._look("second look", again, 1, 1.0)
         return first, second, found | {c.name: second.estimator(c, len(again)) for c in again}
 
     def _prepared(
@@ -203,8 +203,14 @@ class AuditMeasurement:
             for level, components in levels.items():
                 found.add_level(level, components.over_ranks(device))
 
-    def _look(self, title: str, rivals: list[Candidate], look: int, until: float) -> Comparison:
-        """Measure candidates on the same draws until a fraction of the budget is spent."""
+    def _look(
+        self, title: str, rivals: list[Candidate], look: int, until: float
+    ) -> tuple[Comparison, list[Candidate]]:
+        """Measure candidates on the same draws until a fraction of the budget is spent.
+
+        Returns:
+            What was measured, and the candidates that the budget suffices for.
+        """
         self.bar.set_description(f"Audit: {title}")
         comparison = Comparison(self.module, self.batch * world_size())
         number, longest, least = 0, 0.0, LEAST_REPETITIONS[look]
@@ -215,30 +221,47 @@ class AuditMeasurement:
             self.measuring.repeat(comparison, candidates, pair, self.number, self.shared_seconds)
             number, self.number = number + 1, self.number + 1
             longest = max(longest, self._progress() - start)
-            if look == 0 and number == 1:
-                self._announce(longest, len(candidates))
-        return comparison
+            if number == 1:
+                rivals, longest = self._affordable(comparison, rivals, look, longest)
+        return comparison, rivals
 
-    def _announce(self, repetition: float, candidates: int) -> None:
-        """Say so if the budget does not suffice, which the first repetition tells.
+    def _affordable(
+        self, comparison: Comparison, rivals: list[Candidate], look: int, repetition: float
+    ) -> tuple[list[Candidate], float]:
+        """Drop the last candidates if the budget does not suffice, which one repetition tells.
 
         Args:
-            repetition: Fraction of the budget that a repetition of all candidates takes.
-            candidates: Their number, the current one included.
+            comparison: With one repetition of each estimator.
+            rivals: The candidates in it.
+            look: 0 for the first look, 1 for the second one.
+            repetition: Fraction of the budget that it took.
+
+        Returns:
+            The other candidates, and the fraction of the budget that a repetition of them takes.
         """
-        first, second = LEAST_REPETITIONS
-        share = min(1.0, (MOST_FINALISTS + 1) / candidates)
-        needed = self._progress() + (first - 1 + second * share) * repetition
-        if needed > 1 and candidates > 1:
+        steps = comparison.first_seconds([CURRENT, *(c.name for c in rivals)])
+        scale = repetition * self.budget / sum(steps)
+        seconds = [scale * step for step in steps]
+        left = (1 - self._progress()) * self.budget
+        count = int(self._from_rank_zero(affordable(seconds, look, left)))
+        seconds, dropped = seconds[: count + 1], [c.name for c in rivals[count:]]
+        # what the first look has measured already stays in the result
+        unknown = dropped if look == 0 else [name for name in dropped if name not in self.fresh]
+        self.skipped |= dict.fromkeys(unknown, f"the budget of {self.budget:g} s is too small")
+        needed = still_needed(seconds, look)
+        if look == 0 and needed > left:
             rank_zero_info(
-                f"The audit needs about {needed * self.budget:.0f} s, more than its budget of "
-                f"{self.budget:g} s: {first} repetitions of {candidates} estimators, and {second} "
-                f"of the finalists, take no less. Name fewer candidates for a shorter one."
+                f"The audit needs about {self.budget - left + needed:.0f} s, more than its budget "
+                f"of {self.budget:g} s, for the least repetitions of {count + 1} estimators."
             )
+        return rivals[:count], sum(seconds) / self.budget
 
     def _rank_zero_decides(self, decision: bool) -> bool:
         self.module.stop_if_asked()
-        return bool(broadcast(torch.tensor(decision, device=self.module.device)))
+        return bool(self._from_rank_zero(decision))
+
+    def _from_rank_zero(self, number: int) -> Tensor:
+        return broadcast(torch.tensor(number, device=self.module.device))
 
     def _progress(self) -> float:
         """Show and return the fraction of the budget that is spent."""

@@ -35,9 +35,11 @@ def audit(
     Args:
         module: The module to audit.
         datamodule: Its training data.
-        candidates: What to compare with; by default the estimators of this package.
-        budget: Seconds to spend; more only if the smallest number of repetitions or a proposal that
-            still has to learn needs it.
+        candidates: What to compare with, the most promising first; by default the estimators of
+            this package.
+        budget: Seconds to spend. Where it is too small for the least repetitions of all candidates,
+            the last ones are dropped, and named in the result. It is exceeded only if those of the
+            first three, or preparation, need more; the audit says so after its first repetition.
         trainer: Gives device, precision and ranks; by default a new one on this machine. Its
             callbacks are not run, and it cannot be used again.
         progress: Whether to show a progress bar.

@@ -39,6 +39,11 @@ from torch import Tensor
 from lightning_vr.core.validation import check_at_least, check_positive
 from lightning_vr.variance.intervals import Interval, jackknife, ratio
 
+_EXCESS_KURTOSIS = 1.0
+"""Of what a repetition adds to the log of a ratio of variances. With it 95 % intervals of 3 to 16
+repetitions hold in 93 to 98 % on toys whose gradients have rare large values; with 0, in 91 to 96.
+"""
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -148,7 +153,8 @@ def effective_compute_multiplier(
         baseline_seconds: Seconds of steps of the baseline, in turn with the method's ``(m,)``.
         seconds: Seconds of steps of the method ``(m,)``.
     """
-    faster = _log_speed(baseline_seconds, seconds, 0.95)
+    # single times may be far off: the mean of logs
+    faster = jackknife(lambda mean: mean, (baseline_seconds / seconds).log())
     return _log_efficiency(baseline, variance).plus(faster).exp()
 
 
@@ -167,16 +173,17 @@ def training_speedup(
         variance: The same of the method.
         signal: Unbiased estimates of ``B ‖μ‖²`` in the same repetitions ``(n,)``. A mean of 0 or
             less is not resolved from 0.
-        baseline_seconds: Seconds of steps of the baseline, in turn with the method's ``(m,)``.
-        seconds: Seconds of steps of the method ``(m,)``.
+        baseline_seconds: Seconds of steps of the baseline in the same repetitions ``(n,)``.
+        seconds: The same of the method.
         level: Probability that the interval covers the true number.
     """
 
-    def log_steps(base: Tensor, own: Tensor, mean: Tensor) -> Tensor:
-        return steps_ratio(base, own, mean).log()
+    def log_saving(base: Tensor, own: Tensor, mean: Tensor, faster: Tensor) -> Tensor:
+        return steps_ratio(base, own, mean).log() + faster
 
-    steps = jackknife(log_steps, baseline, variance, signal, level=level)
-    return steps.plus(_log_speed(baseline_seconds, seconds, level)).exp()
+    faster = (baseline_seconds / seconds).log()
+    samples = (baseline, variance, signal, faster)
+    return jackknife(log_saving, *samples, level=level, excess_kurtosis=_EXCESS_KURTOSIS).exp()
 
 
 def noise_ratio(variance: float, squared_mean: float, batch: int) -> float:
@@ -213,12 +220,12 @@ def steps_ratio(baseline: Tensor, variance: Tensor, signal: Tensor) -> Tensor:
 
 
 def _log_efficiency(baseline: Tensor, variance: Tensor) -> Interval:
-    return jackknife(lambda base, own: ratio(base, own).log(), baseline, variance)
-
-
-def _log_speed(baseline_seconds: Tensor, seconds: Tensor, level: float) -> Interval:
-    """Return the log of the ratio of times: its mean, as single times may be far off."""
-    return jackknife(lambda mean: mean, (baseline_seconds / seconds).log(), level=level)
+    return jackknife(
+        lambda base, own: ratio(base, own).log(),
+        baseline,
+        variance,
+        excess_kurtosis=_EXCESS_KURTOSIS,
+    )
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Points(LightningDataModule):
 def compared():
     """An audit of the plain target beside STF over the whole data set."""
     rivals = [Candidate("all", target=STF("all"))]
-    return audit(module(), data(), rivals, budget=200, progress=False)
+    return audit(module(), data(), rivals, budget=100, progress=False)
 
 
 def test_stf_has_less_variance_than_the_plain_target_and_the_audit_sees_it(compared):
@@ -99,7 +99,7 @@ def test_winners_of_different_slots_are_measured_together_on_fresh_draws():
         Candidate("all", target=STF("all")),
         Candidate("pairs", draws=CARV(2, antithetic=True)),
     ]
-    found = audit(module(), data(), rivals, budget=100, progress=False)
+    found = audit(module(), data(), rivals, budget=30, progress=False)
     names = [each.name for each in found.finalists]
     assert "all, pairs" in names
     both = found.estimators[-1]

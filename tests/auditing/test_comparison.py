@@ -37,6 +37,19 @@ def test_what_repetitions_share_cancels_in_the_ratios():
     assert found.predicted_speedup.estimate == pytest.approx(2 / 1.5 / 0.8)
 
 
+def test_other_work_of_the_machine_does_not_change_what_is_likely():
+    comparison, rival = compared(0.5, 0.8)
+    undisturbed = comparison.estimator(rival).predicted_speedup.estimate
+    assert comparison.likely_speedup(rival) == pytest.approx(undisturbed)
+    comparison.present.seconds[:] = [1.0, 7.0, 1.1]
+    comparison._found[rival.name].seconds[:] = [40.0, 0.8, 60.0]
+    assert comparison.likely_speedup(rival) == pytest.approx(undisturbed)
+    disturbed = comparison.estimator(rival).predicted_speedup
+    # the interval says how little is known
+    assert disturbed.estimate < undisturbed / 3
+    assert disturbed.low < undisturbed < disturbed.high
+
+
 def test_more_finalists_make_the_interval_of_all_at_once_wider():
     comparison, rival = compared(0.5, 1.0, scales=(1.1, 1.0, 0.9))
     assert comparison.estimator(rival).simultaneous is None

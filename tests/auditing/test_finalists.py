@@ -4,7 +4,8 @@ import math
 from types import SimpleNamespace
 
 from lightning_vr.auditing.candidates import Candidate
-from lightning_vr.auditing.finalists import MOST_FINALISTS, finalists
+from lightning_vr.auditing.finalists import finalists
+from lightning_vr.auditing.least_repetitions import MOST_FINALISTS
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.proposals import LearnedProposal
 from lightning_vr.estimators.stf import STF
@@ -27,7 +28,9 @@ def chosen(**savings):
         c.name: SimpleNamespace(predicted_speedup=Interval(x, x / 1.2, x * 1.2))
         for c, x in zip(CANDIDATES, values, strict=True)
     }
-    return {c.name: c for c in finalists(CANDIDATES, {c.name: c for c in CANDIDATES}, measured)}
+    expected = {c.name: x for c, x in zip(CANDIDATES, values, strict=True)}
+    fresh = {c.name: c for c in CANDIDATES}
+    return {c.name: c for c in finalists(CANDIDATES, fresh, measured, expected)}
 
 
 def test_what_surely_loses_is_not_looked_at_again():
@@ -72,4 +75,6 @@ def test_what_is_not_resolved_comes_last():
     sure = SimpleNamespace(predicted_speedup=Interval(1.1, 1.0, 1.2))
     names = {c.name: c for c in CANDIDATES[:2]}
     measured = dict(zip(names, (unresolved, sure), strict=True))
-    assert [c.name for c in finalists(CANDIDATES[:2], names, measured)] == ["STF(256)", "STF(64)"]
+    expected = dict(zip(names, (math.nan, 1.1), strict=True))
+    found = finalists(CANDIDATES[:2], names, measured, expected)
+    assert [c.name for c in found] == ["STF(256)", "STF(64)"]

@@ -22,17 +22,15 @@ def test_an_audit_writes_its_findings_and_prints_advice(run, capsys, caplog):
     caplog.set_level("INFO")
     folder = run("audit", BUDGET)
     found = json.loads((folder / "audit.json").read_text())
-    # whether the gated one is measured depends on how long steps take here
-    gated = {"Taylor 0"}
-    names = [each["name"] for each in found["estimators"] if each["name"] not in gated]
-    targets = ['STF("batch")', "STF(64)", 'STF("all")']
-    draws = ["strata", "strata, q learned", "pairs", "2 resamples", "4 resamples"]
-    singles = ["current", *targets, *draws, "Taylor 0, all draws"]
+    names = [each["name"] for each in found["estimators"]]
+    singles = ["current", "STF(64)", "strata, q learned", "pairs"]
     assert names[: len(singles)] == singles
     again = [each["name"] for each in found["estimators"] if each["simultaneous"]]
     assert 0 < len(again) <= 5
     assert set(names[len(singles) :]) <= set(again)
-    assert set(found["skipped"]) <= gated
+    # the budget has no time for any other
+    rest = {'STF("batch")', 'STF("all")', "strata", "2 resamples", "4 resamples"}
+    assert set(found["skipped"]) >= rest | {"Taylor 0, all draws"}
     assert (folder / "audit.md").read_text().startswith("# Audit")
     assert (folder / "audit.png").stat().st_size > 10_000
     assert (folder / "recommended.yaml").exists() == bool(found["config"])

@@ -192,6 +192,14 @@ def test_the_predicted_speedup_is_that_of_steps_and_of_time():
     assert wider.low < narrow.low < narrow.high < wider.high
 
 
+def test_the_predicted_speedup_is_as_uncertain_as_steps_are_long():
+    same, turns = torch.ones(7), 0.1 * numbers(10, 7)
+    found = training_speedup(same, same, same, turns.exp(), same)
+    half = 2.72507 * float(turns.std()) / 7**0.5  # Student's t of 2 / (2 / 6 + 1 / 7) degrees
+    logs = [float(turns.mean()) + sign * half for sign in (0, -1, 1)]
+    assert found == pytest.approx([math.exp(log) for log in logs], rel=1e-4)
+
+
 def test_a_variance_that_is_nan_stays_nan():
     assert math.isnan(noise_ratio(1, math.nan, 4))
     assert math.isnan(fewer_steps(math.nan, 0.5))

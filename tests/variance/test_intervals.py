@@ -37,6 +37,32 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_says(n, level):
     assert abs(covered / experiments - level) < LIMIT * error
 
 
+def coverage_of_rare_large_values(n, **settings):
+    """Share of 95 % intervals of a log ratio of means 1, of exponential numbers, that hold it."""
+    source = torch.Generator().manual_seed(11)
+    pairs = torch.empty(1500, 2, n, dtype=torch.float64).exponential_(generator=source)
+    found = [jackknife(log_ratio, *pair, **settings) for pair in pairs]
+    return sum(each.low <= 0 <= each.high for each in found) / len(found)
+
+
+@pytest.mark.parametrize("n", [4, 8])
+def test_a_kurtosis_restores_the_coverage_that_rare_large_values_take(n):
+    plain = coverage_of_rare_large_values(n)
+    mended = coverage_of_rare_large_values(n, excess_kurtosis=1.0)
+    assert plain < mended
+    assert 0.93 < mended < 0.98
+
+
+def test_a_kurtosis_leaves_fewer_degrees_of_freedom():
+    sample = numbers(5, 7)
+    plain, mended = (jackknife(lambda x: x, sample, excess_kurtosis=k) for k in (0.0, 2.0))
+    # error² of normal numbers has variance 2 / 6, of the others 2 / 6 + 2 / 7
+    widths = stats.t.ppf(0.975, [6, 2 / (2 / 6 + 2 / 7)])
+    assert (mended.high - mended.low) / (plain.high - plain.low) == pytest.approx(
+        widths[1] / widths[0]
+    )
+
+
 def test_the_interval_of_a_mean_is_that_of_students_t():
     sample = numbers(5, 7)
     found = jackknife(lambda mean: mean, sample, level=0.9)
@@ -115,6 +141,7 @@ def test_several_intervals_hold_together_as_often_as_they_say():
         (lambda: jackknife(ratio, ROWS[:1], ROWS[:1]), "at least 2, got shapes"),
         (lambda: jackknife(ratio, ROWS, ROWS[0]), r"got shapes \[\(5,\), \(\)\]"),
         (lambda: jackknife(ratio, ROWS, ROWS, level=95), "`level` .* 0 and 1, got 95"),
+        (lambda: jackknife(ratio, ROWS, ROWS, excess_kurtosis=-1), "at least 0, got -1"),
         (
             lambda: jackknife(lambda mean: mean.mean(), ROWS),
             r"`statistic` must return one number .* shape \(6,\), got \(\): reduce",
