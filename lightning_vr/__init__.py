@@ -37,7 +37,13 @@ if TYPE_CHECKING:
         TimestepSampler,
         WeightProposal,
     )
-    from lightning_vr.lifecycle import DurableCheckpointIO, ResumableModule
+    from lightning_vr.lifecycle import (
+        EMA,
+        DurableCheckpointIO,
+        ResumableModule,
+        ShardedStrategy,
+        saved_average,
+    )
     from lightning_vr.pipelines import export, to_pipeline
     from lightning_vr.posterior import References, posterior_mean
     from lightning_vr.process import (
@@ -109,6 +115,7 @@ __all__ = [
     "DDPM",
     "DSM",
     "EDM",
+    "EMA",
     "IID",
     "RK45",
     "STF",
@@ -173,6 +180,7 @@ __all__ = [
     "Sampler",
     "ScoreDistillation",
     "ScoreDistillationLoss",
+    "ShardedStrategy",
     "Shifted",
     "SoftMinSNRWeighting",
     "TableProposal",
@@ -192,6 +200,7 @@ __all__ = [
     "error_budget",
     "export",
     "posterior_mean",
+    "saved_average",
     "to_pipeline",
 ]
 

@@ -3,8 +3,8 @@
 A small diffusion model of 128 digits is retrained on half of them, again and again, all models in
 one vmap. Scores made of gradient features should predict which query digits each model learns well.
 This measures the variance of features at 4, 16 and 64 draws, the rank correlation of scores with
-those of a thousand draws, and the linear datamodeling score (LDS), with shared and with
-independent draws.
+those of a thousand draws, the linear datamodeling score (LDS), with shared and with independent
+draws, and what class labels, a constant learning rate and the optimizer change.
 
     python examples/attribution/attribution.py
     python examples/attribution/attribution.py --quick
@@ -18,10 +18,12 @@ import csv
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LinearLR
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_vr import CARV, VP, Clean, Diffusion, GradientFeatures, LearnedProposal, ResidualMLP
@@ -37,6 +39,14 @@ from lightning_vr.teachers import (
 
 TRAINING, QUERIES = 128, 40
 DESIGNS = ("uniform", "strata", "learned", "pairs", "strata, pairs", "all")
+WAYS = {
+    "no labels, falling rate": {},
+    "no labels, constant rate": {"falling": False},
+    "labels, falling rate": {"labels": True},
+    "labels, constant rate": {"labels": True, "falling": False},
+    "no labels, falling rate, SGD": {"sgd": True},
+}
+"""Ways to train the models; the study has the first."""
 
 
 class Results:
@@ -57,26 +67,39 @@ class Results:
         return self.rows[name]
 
 
-def data() -> tuple[Clean, Clean]:
-    """Return training digits and queries as points."""
+def data(labelled: bool) -> tuple[Clean, Clean]:
+    """Return training digits and queries as points, with labels or without."""
     images, labels = digits()
     order = torch.randperm(len(images), generator=generator("attribution"))
-    points = images.flatten(1)
-    train, query = order[:TRAINING], order[TRAINING : TRAINING + QUERIES]
-    return Clean(points[train], labels[train]), Clean(points[query], labels[query])
+    every = Clean(images.flatten(1), labels if labelled else None)
+    return every.rows(order[:TRAINING]), every.rows(order[TRAINING : TRAINING + QUERIES])
 
 
 class Study:
     """Models of one prediction type, and the features of the one that was trained on all digits."""
 
-    def __init__(self, prediction: str, folder: Path, subsets: int, steps: int) -> None:
-        self.train, self.query = data()
-        self.model = self._model(prediction)
+    def __init__(
+        self,
+        prediction: str,
+        folder: Path,
+        subsets: int,
+        steps: int,
+        *,
+        labels: bool = False,
+        falling: bool = True,
+        sgd: bool = False,
+    ) -> None:
+        self.train, self.query = data(labels)
+        self.model = self._model(prediction, labels)
         self.masks = subset_masks(TRAINING, subsets)
         masks = torch.cat([torch.ones(1, TRAINING, dtype=torch.bool), self.masks])
-        path = folder / f"{prediction}_{subsets}_{steps}.pt"
+        path = folder / f"{prediction}_{subsets}_{steps}_{labels}_{falling}_{sgd}.pt"
         if not path.exists():
-            models = SubsetModels(self.model, masks, lambda p: torch.optim.AdamW(p, 1e-3))
+            decay = partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=steps)
+            optimizer: Any = partial(torch.optim.AdamW, lr=1e-3)
+            if sgd:
+                optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+            models = SubsetModels(self.model, masks, optimizer, decay if falling else None)
             models.train(self.train, steps, batch_size=TRAINING)
             draws = CARV(256, scope="sample", antithetic=True)
             losses = torch.cat(
@@ -87,13 +110,16 @@ class Study:
         self.model.load_state_dict(saved["weights"], strict=False)
         self.outputs = saved["outputs"]
         self.proposal = LearnedProposal(bins=16)
+
+    def learn(self) -> None:
+        """Let the proposal learn."""
         self.features(CARV(1, self.proposal), learn=True)
 
-    def _model(self, prediction: str) -> Diffusion:
+    def _model(self, prediction: str, labels: bool) -> Diffusion:
         torch.manual_seed(0)
-        network = ResidualMLP(64, width=64, depth=2, num_class_embeds=11)
-        settings = {"num_classes": 10, "label_dropout": 0.1, "sigma_data": 0.75}
-        return Diffusion(network, VP(), prediction, **settings).eval()
+        network = ResidualMLP(64, width=64, depth=2, num_class_embeds=11 if labels else None)
+        settings = {"num_classes": 10, "label_dropout": 0.1} if labels else {}
+        return Diffusion(network, VP(), prediction, sigma_data=0.75, **settings).eval()
 
     def features(
         self,
@@ -124,6 +150,11 @@ class Study:
         found = self.features(self.draws(design, count))(some)
         return float(found.reshape(32, repeats, -1).double().var(dim=1).sum(dim=-1).mean())
 
+    def efficiency(self) -> float:
+        """Return the ECM of all at 16 draws over uniform ones."""
+        uniform, every = (self.variance(design, 16, 16) for design in ("uniform", "all"))
+        return uniform / every
+
     def scores(
         self,
         draws: CARV,
@@ -147,6 +178,7 @@ class Study:
 
 def measure(results: Results, study: Study, name: str, quick: bool) -> None:
     """Measure all that the tables show for one prediction type."""
+    study.learn()
     counts, seeds = ((4,), 1) if quick else ((4, 16, 64), 5)
     for count in counts:
         for design in DESIGNS:
@@ -170,6 +202,21 @@ def measure(results: Results, study: Study, name: str, quick: bool) -> None:
     for damping in (0.01, 0.1, 1.0):
         scores = study.scores(draws, shared=True, seed=0, projection=512, damping=damping)
         results.get(f"{name}/trak/{damping}", partial(study.lds, scores))
+
+
+def measure_retraining(results: Results, folder: Path, prediction: str, quick: bool) -> None:
+    """Measure the LDS of scores of 64 draws, and the ECM of all, by how the models are trained."""
+    for way, settings in WAYS.items():
+        study = Study(prediction, folder, *size(quick), **settings)
+        study.learn()
+        scores = study.scores(study.draws("strata, pairs", 64), shared=False, seed=0)
+        results.get(f"{prediction}/retraining/{way}", partial(study.lds, scores))
+        results.get(f"{prediction}/trained ECM/{way}", study.efficiency)
+
+
+def size(quick: bool) -> tuple[int, int]:
+    """Return the number of subsets and of steps."""
+    return (4, 5) if quick else (32, 900)
 
 
 def rank_correlation(scores: Tensor, reference: Tensor) -> float:
@@ -204,6 +251,9 @@ def report(results: Results, path: Path) -> None:
                 print(f"  K = {case}: " + " → ".join(f"{m:.3f} ± {e:.3f}" for m, e in pair))
         sizes = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "projected"}
         print(f"{name}: LDS by number of projected features: {sizes}")
+        for kind in ("retraining", "trained ECM"):
+            ways = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == kind}
+            print(f"{name}: {kind}, by the way of training: {ways}")
         ridge = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "trak"}
         print(f"{name}: LDS with the inverse Gram matrix, by damping: {ridge}")
         for kind in ("independent", "shared"):
@@ -229,8 +279,8 @@ def main() -> None:
     quick, folder = arguments.quick, arguments.folder
     results = Results(folder / "results.csv")
     for prediction in ("epsilon",) if quick else ("epsilon", "edm"):
-        study = Study(prediction, folder, *((4, 5) if quick else (32, 900)))
-        measure(results, study, prediction, quick)
+        measure(results, Study(prediction, folder, *size(quick)), prediction, quick)
+        measure_retraining(results, folder, prediction, quick)
     report(results, folder / "attribution.png")
 
 

@@ -15,7 +15,6 @@ rows that are there are not measured again.
 
 import argparse
 import csv
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -46,9 +45,12 @@ from lightning_vr.core.rng import generator
 from lightning_vr.data import Digits
 from lightning_vr.metrics import DigitFeatures
 from lightning_vr.teachers import distill
+from lightning_vr.variance.intervals import Interval, jackknife
 
 VIEWS = OrbitViews(1, azimuth=(-30, 30), elevation=(-10, 10))
 GUIDANCE, BINS, RATE = 5.0, 32, 0.02
+BASE, BEST = "K = 1 uniform", "K = 8 weight, strata, pairs"
+LOGS = ("log ratio", "low", "high")
 
 
 class Results:
@@ -203,6 +205,27 @@ def components(gradients: Tensor) -> tuple[float, float, float]:
     return float(within), float(between), float(pairs)
 
 
+def variance_ratio(base: Tensor, own: Tensor, best: Tensor) -> Interval:
+    """Return the log of the variance of the baseline, 1 draw of 2 views, over that of 1 view.
+
+    Pairs of views are the repetitions, as the two of a pair depend on each other.
+
+    Args:
+        base: Variance within each view ``(views,)`` of one uniform draw.
+        own: Variance within each view of the draws of the one view.
+        best: Gradients ``(views, copies, P)`` of little noise, for the variance between views.
+    """
+    (views, copies), means = best.shape[:2], best.mean(dim=1)
+
+    def log_ratio(base: Tensor, own: Tensor, noise: Tensor, square: Tensor, mean: Tensor) -> Tensor:
+        spread = (square - mean.square().sum(-1)) * views / (views - 1)
+        between = spread - noise / copies
+        return (0.5 * (between + base) / (between + own)).log()
+
+    samples = (base, own, best.var(dim=1).sum(-1), means.square().sum(-1), means)
+    return jackknife(log_ratio, *(x.reshape(-1, 2, *x.shape[1:]).mean(dim=1) for x in samples))
+
+
 def measure_variance(results: Results, teacher: FrozenTeacher, step: int, quick: bool) -> None:
     """Measure every design at the scene after so many steps, with standard errors over views."""
     learned = LearnedProposal(bins=BINS)
@@ -211,22 +234,28 @@ def measure_variance(results: Results, teacher: FrozenTeacher, step: int, quick:
     views, copies = (8, 2) if quick else (64, 4)
     measured = Measurement(scene, teacher, 3, views)
     oracle = measured.oracle(2 * BINS if quick else 8 * BINS)
-    for name, draws in designs(learned, oracle).items():
+    taken = designs(learned, oracle)
+    base = measured.gradients(taken[BASE], 8 * copies, "measured draws").var(dim=1).sum(-1)
+    best = measured.gradients(taken[BEST], copies, "measured draws")
+    for name, draws in taken.items():
         more = copies * (8 if draws.draws_per_sample == 1 else 1)
-        names = [f"step {step}/{name}/{x}" for x in ("within", "between", "pairs", "error")]
+        names = [f"step {step}/{name}/{x}" for x in ("within", "between", "pairs", "error", *LOGS)]
 
         def found(draws: CARV = draws, more: int = more) -> list[float]:
             gradients = measured.gradients(draws, more, "measured draws")
             own = gradients.var(dim=1).sum(-1)
-            return [*components(gradients), float(own.std() / len(own) ** 0.5)]
+            error = float(own.std() / len(own) ** 0.5)
+            return [*components(gradients), error, *variance_ratio(base, own, best)]
 
-        values = results.get(names, found)
-        within, between, _, error = values
+        within, between, _, error, *_ = results.get(names, found)
         print(f"step {step}, {name}: within {within:.3f} ± {error:.3f}, between {between:.3f}")
 
 
 def measure_seconds(results: Results, teacher: FrozenTeacher, size: int, rounds: int) -> None:
-    """Measure the CPU seconds of whole steps in turn, medians; the machine may do other work."""
+    """Measure the CPU seconds of whole steps in turn, medians; the machine may do other work.
+
+    Blocks of five rounds are the repetitions of the ratio of (2,1) to (1,8).
+    """
     cases = {
         (2, 1): CARV(1, scope="none"),
         (1, 1): CARV(1, scope="none"),
@@ -237,16 +266,18 @@ def measure_seconds(results: Results, teacher: FrozenTeacher, size: int, rounds:
 
     def measured() -> list[float]:
         losses = {case: ScoreDistillationLoss(teacher, draws) for case, draws in cases.items()}
-        seconds: dict[Any, list[float]] = {case: [] for case in cases}
-        for _ in range(rounds + 1):
-            for case, loss in losses.items():
+        seconds = torch.zeros(rounds + 1, len(cases), dtype=torch.float64)
+        for row in seconds:
+            for i, (case, loss) in enumerate(losses.items()):
                 start = time.process_time()
                 train(scene, loss, 3, 1, views=case[0])
-                seconds[case].append(time.process_time() - start)
-        return [statistics.median(x[1:]) for x in seconds.values()]
+                row[i] = time.process_time() - start
+        blocks = seconds[1:].reshape(-1, 5, len(cases)).median(dim=1).values
+        ratio = jackknife(lambda a, b: (a / b).log(), blocks[:, 0], blocks[:, 2])
+        return [*seconds[1:].median(dim=0).values.tolist(), *ratio]
 
-    names = [f"seconds/{size}/{r},{k}" for r, k in cases]
-    for name, value in zip(names, results.get(names, measured), strict=True):
+    names = [f"seconds/{size}/{x}" for x in (*(f"{r},{k}" for r, k in cases), *LOGS)]
+    for name, value in zip(names[: len(cases)], results.get(names, measured), strict=False):
         print(f"{name}: {1e3 * value:.1f} ms")
 
 
@@ -276,13 +307,11 @@ def measure_quality(results: Results, teacher: FrozenTeacher, seeds: int, limit:
                 print(f"{name}, digit {digit}, seed {seed}: {steps:.0f} steps")
 
 
-def ecm(results: Results, step: int, size: int, name: str) -> float:
+def ecm(results: Results, step: int, size: int, name: str) -> Interval:
     """Return the ECM of K = 8 at one view over one uniform draw at two views."""
-    rows = results.rows
-    between = rows[f"step {step}/K = 8 weight, strata, pairs/between"]
-    base = 0.5 * (between + rows[f"step {step}/K = 1 uniform/within"])
-    own = between + rows[f"step {step}/{name}/within"]
-    return base / own * rows[f"seconds/{size}/2,1"] / rows[f"seconds/{size}/1,8"]
+    parts = (f"step {step}/{name}", f"seconds/{size}")
+    variance, cost = (Interval(*(results.rows[f"{part}/{x}"] for x in LOGS)) for part in parts)
+    return variance.plus(cost).exp()
 
 
 def report(results: Results, steps: list[int], sizes: list[int], path: Path) -> None:
@@ -292,8 +321,8 @@ def report(results: Results, steps: list[int], sizes: list[int], path: Path) -> 
     names = [name for name in names if name.startswith("K = 8")]
     axes = figure.subplots()
     for i, step in enumerate(steps):
-        between = rows[f"step {step}/K = 8 weight, strata, pairs/between"]
-        pairs = rows[f"step {step}/K = 8 weight, strata, pairs/pairs"]
+        between = rows[f"step {step}/{BEST}/between"]
+        pairs = rows[f"step {step}/{BEST}/pairs"]
         kinds = ("uniform", "weight", "learned", "oracle")
         uniform, weight, learned, oracle = (rows[f"step {step}/K = 1 {x}/within"] for x in kinds)
         shares = [(uniform - x) / (uniform - oracle) for x in (weight, learned)]
@@ -305,8 +334,10 @@ def report(results: Results, steps: list[int], sizes: list[int], path: Path) -> 
         for name in names:
             own = between + rows[f"step {step}/{name}/within"]
             found.append(base / own)
+            ecms = {size: ecm(results, step, size, name) for size in sizes}
             values = ", ".join(
-                f"{ecm(results, step, size, name):.2f} (S = {size})" for size in sizes
+                f"{x.estimate:.2f} [{x.low:.2f}, {x.high:.2f}] (S = {size})"
+                for size, x in ecms.items()
             )
             print(f"{name}: variance {own:.3f}, RE {base / own:.2f}, ECM over (2,1) {values}")
         axes.barh([j + 0.4 * i for j in range(len(names))], found, 0.38, label=f"step {step}")
@@ -330,7 +361,7 @@ def main() -> None:
     for step in steps:
         measure_variance(results, teacher, step, quick)
     for size in sizes:
-        measure_seconds(results, teacher, size, 1 if quick else 25)
+        measure_seconds(results, teacher, size, 10 if quick else 50)
     measure_quality(results, teacher, 1 if quick else 2, 2 if quick else 150)
     report(results, steps, sizes, folder / "score_distillation.png")
 

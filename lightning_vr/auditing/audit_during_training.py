@@ -24,6 +24,7 @@ from lightning_vr.auditing.candidates import CURRENT, Candidate, check_candidate
 from lightning_vr.auditing.comparison import Comparison
 from lightning_vr.auditing.default_candidates import few_candidates
 from lightning_vr.auditing.preparation import with_own_state
+from lightning_vr.callbacks.probe_choice import check_strategy
 from lightning_vr.core.batches import batch_size
 from lightning_vr.core.distributed import all_reduce_mean, broadcast, world_size
 from lightning_vr.core.rng import preserve_global_rng
@@ -97,13 +98,15 @@ class AuditDuringTraining(Callback):
         """Raise if the estimators of a module cannot be exchanged.
 
         Raises:
-            MisconfigurationException: If it is not a DiffusionModule.
+            MisconfigurationException: If it is not a DiffusionModule, or its weights are sharded.
         """
         if not isinstance(pl_module, DiffusionModule):
             raise MisconfigurationException(
                 f"`AuditDuringTraining` needs a DiffusionModule, whose estimators can be "
                 f"exchanged, got a {type(pl_module).__name__}: use the callback GradientVariance."
             )
+
+        check_strategy(trainer, "AuditDuringTraining")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file; an audit under way does not go on in another run."""

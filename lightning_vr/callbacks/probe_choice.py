@@ -10,6 +10,7 @@ from lightning_vr.callbacks.half_batch_probe import HalfBatchProbe
 from lightning_vr.callbacks.micro_batch_probe import MicroBatchProbe
 from lightning_vr.callbacks.nested_probe import NestedProbe
 from lightning_vr.callbacks.noisy_training import noisy_training, says_its_noise
+from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
 from lightning_vr.training.module import DiffusionModule
 
 
@@ -34,9 +35,10 @@ def check_measurable(trainer: Trainer, module: LightningModule, given: GivenTrai
         MisconfigurationException: If gradients are not whole on each rank, what is given is not
             enough, or it is unknown which gradient to measure.
     """
-    check_strategy(trainer, "GradientVariance")
-    given.check("GradientVariance")
     is_nested = given.loss is not None or isinstance(module, DiffusionModule)
+    if not (is_nested and isinstance(trainer.strategy, ShardedStrategy)):
+        check_strategy(trainer, "GradientVariance")
+    given.check("GradientVariance")
     if not is_nested and not says_its_noise(module) and not module.automatic_optimization:
         raise MisconfigurationException(
             f"GradientVariance cannot know which gradient to measure on a "

@@ -1,7 +1,7 @@
 """What flows through the package and what all rooms share. It imports no other room.
 
-Bundles of tensors (``types``) and their rows, keyed randomness, collectives, gradients in chunks,
-devices, and checks of arguments.
+Bundles of tensors (``types``) and their rows, keyed randomness, collectives, sharded parameters,
+gradients in chunks, devices, and checks of arguments.
 """
 
 from lightning_vr.core.rng import generator

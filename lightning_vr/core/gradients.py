@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from lightning_vr.core.rows import Rows, in_chunks, leaves, mapped, row_count, tensors
+from lightning_vr.core.sharded_gradients import sharded_gradients
+from lightning_vr.core.sharding import is_sharded
 from lightning_vr.core.types import Clean
 
 
@@ -88,11 +90,14 @@ def mean_in_chunks(
         per_draw = torch.cat([function(part) for part in in_chunks(rows, chunk)])
         return per_draw.sum() / len(per_draw), per_draw
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    aliases = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     sources = [x for x in leaves(rows) if x.requires_grad]
-    per_draw, gradients = gradients_in_chunks(
-        module, function, rows, chunk, aliases=aliases, scale=scale
-    )
+    if is_sharded(module):
+        per_draw, gradients = sharded_gradients(module, function, rows, chunk, scale=scale)
+    else:
+        aliases = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        per_draw, gradients = gradients_in_chunks(
+            module, function, rows, chunk, aliases=aliases, scale=scale
+        )
     loss: Tensor = _WithGradient.apply(  # type: ignore[no-untyped-call]
         per_draw.sum() / len(per_draw), gradients, *parameters.values(), *sources
     )
@@ -156,18 +161,22 @@ def mean_gradients(
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """Return losses, and gradients of their mean; parameters and buffers stay as they are.
 
-    Arguments are those of ``gradients_in_chunks``.
+    Arguments are those of ``gradients_in_chunks``. Sharded parameters have the gradients of the
+    mean over all ranks, which must all call it.
 
     Returns:
         Losses ``(n,)``, the gradient by each trainable parameter in order, zero where there is
         none, and gradients by those of the rows that require one.
     """
     parameters, buffers = aliases(module)
-    for parameter in parameters.values():
-        parameter.requires_grad_()
-    losses, found = gradients_in_chunks(
-        module, function, rows, chunk, aliases=parameters, buffers=buffers, scale=scale
-    )
+    if is_sharded(module):
+        losses, found = sharded_gradients(module, function, rows, chunk, scale=scale)
+    else:
+        for parameter in parameters.values():
+            parameter.requires_grad_()
+        losses, found = gradients_in_chunks(
+            module, function, rows, chunk, aliases=parameters, buffers=buffers, scale=scale
+        )
     own = [
         torch.zeros_like(parameter) if gradient is None else gradient
         for gradient, parameter in zip(found, parameters.values(), strict=False)

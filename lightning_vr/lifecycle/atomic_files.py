@@ -49,7 +49,7 @@ def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
                 file.close()
             # elsewhere it is still locked, so that nobody takes it for abandoned
             partial.replace(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ def _open_locked(folder: Path, mode: str, options: dict[str, Any]) -> tuple[Path
         file.close()
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Write a folder's entries to the disk: without it a power failure may undo the renaming."""
     if os.name != "posix":
         return  # Windows opens no folders

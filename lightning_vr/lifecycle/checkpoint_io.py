@@ -15,6 +15,7 @@ trained is written elsewhere: to the folder itself, if it has room by then, to t
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -26,10 +27,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_vr.core.distributed import SynchronizedError, gather_objects, world_size
+from lightning_vr.core.distributed import SynchronizedError, gather_objects, rank, world_size
 from lightning_vr.lifecycle.atomic_files import remove_abandoned, replacing
 from lightning_vr.lifecycle.finite_guard import first_broken_weight
 from lightning_vr.lifecycle.loggers import is_training, run_folder
+from lightning_vr.lifecycle.sharded_checkpoints import gathered, is_sharded_folder, load_folder
 
 
 class UnwrittenCheckpointError(SynchronizedError):
@@ -61,13 +63,31 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         """Write a checkpoint, or warn that it could not be written."""
+        trainer, broken = self.trainer, None
+        if trainer is not None and is_training(trainer):
+            broken = first_broken_weight(trainer.lightning_module)
+        self.attempt(lambda: self.put(checkpoint, path, storage_options), path, broken)
+
+    def put(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None) -> None:
+        """Write a checkpoint."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            _write(checkpoint, Path(path))
+
+    def attempt(self, write: Callable[[], None], path: Any, broken: str | None) -> None:
+        """Write a checkpoint, or warn that it could not be written.
+
+        Args:
+            write: Writes it; may raise ``OSError``.
+            path: Where to.
+            broken: Name of a weight that is not finite, if there is one: then it is not written.
+        """
         ending = sys.exc_info()[1]
         try:
-            self._check_finite()
-            if "://" in str(path) or storage_options is not None:
-                super().save_checkpoint(checkpoint, path, storage_options)
-            else:
-                _write(checkpoint, Path(path))
+            if broken is not None:
+                raise OSError(f"the weight `{broken}` is not finite")
+            write()
         except OSError as error:
             if self.trainer is not None and not is_training(self.trainer):
                 raise
@@ -91,6 +111,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint without the objects in it that could run code, unless asked to."""
         # Lightning reads any object of a remote file if it is not told
         weights_only = True if weights_only is None else weights_only
+        if is_sharded_folder(path):
+            return load_folder(Path(path))
         loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
         return loaded
 
@@ -141,11 +163,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def _save_elsewhere(self, trainer: Trainer) -> str | None:
         """Write what was trained where there is room, and return what to say; all ranks call it."""
         unwritten, self._unwritten = self._unwritten, {}
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        if not unwritten:
+        checkpoint = gathered(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+        is_broken = any(gather_objects(first_broken_weight(trainer.lightning_module)))
+        if not unwritten or rank() > 0:
             return None
         saved = None
-        if first_broken_weight(trainer.lightning_module) is None:
+        if not is_broken:
             folders = [folder for folder, (path, _) in unwritten.items() if "://" not in path]
             folders += [Path(trainer.default_root_dir), Path(tempfile.gettempdir())]
             saved = _write_to_first(checkpoint, folders)
@@ -154,13 +177,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if saved is not None:
             where = f"what was trained is in {saved}: move it to a safe place."
         return f"The last checkpoint, {path}, could not be written ({reason}): {where}"
-
-    def _check_finite(self) -> None:
-        if self.trainer is None or not is_training(self.trainer):
-            return
-        name = first_broken_weight(self.trainer.lightning_module)
-        if name is not None:
-            raise OSError(f"the weight `{name}` is not finite")
 
     def _is_own(self, path: Any) -> bool:
         """Return whether a run may remove a file: one of its own, or in a folder of its own."""

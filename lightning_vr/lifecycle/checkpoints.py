@@ -13,6 +13,7 @@ from torch import nn
 from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.lifecycle.checkpoint_contents import check_contents
 from lightning_vr.lifecycle.file_kinds import file_kind
+from lightning_vr.lifecycle.sharded_checkpoints import is_sharded_folder, load_folder
 from lightning_vr.lifecycle.weight_averaging import trained_weights
 
 _FORBIDDEN = re.compile(r"(?:GLOBAL|Unsupported (?:global|class|operand)\S*|type) ([\w.]+\.[\w.]+)")
@@ -30,6 +31,10 @@ def read_checkpoint(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     """
     is_path = isinstance(path, (str, Path))
     is_local = is_path and "://" not in str(path)
+    if is_path and is_sharded_folder(path):
+        checkpoint = load_folder(Path(path))
+        check_contents(checkpoint, path)
+        return checkpoint
     if is_local:
         _check_file(Path(path))
     options = {"map_location": map_location, "weights_only": True}

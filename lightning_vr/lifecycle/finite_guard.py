@@ -29,6 +29,7 @@ from lightning_vr.core.distributed import (
     world_size,
 )
 from lightning_vr.core.rows import leaves
+from lightning_vr.core.sharding import local
 from lightning_vr.core.types import LossEstimate, Noised
 from lightning_vr.core.validation import check_choice
 from lightning_vr.lifecycle.precision import loss_scaler, unscales_itself
@@ -213,7 +214,7 @@ def first_broken_weight(module: nn.Module) -> str | None:
     if not kept or _all_finite(list(kept.values())):
         return None
     for name, x in kept.items():
-        is_broken = ~x.isfinite() if name in trained else x.isnan()
+        is_broken = ~local(x).isfinite() if name in trained else local(x).isnan()
         if bool(is_broken.any()):
             return name
     return None
@@ -234,16 +235,28 @@ def _describe(weight: str | None, culprit: tuple[int, str] | None, module: Light
             f"the weight `{weight}`: go on from a checkpoint before it, with a lower learning rate "
             f"or clipped gradients.{sample}"
         )
-    return _first_gradient(module) if culprit is None else culprit[1]
+    if culprit is not None:
+        return culprit[1]
+    gradient = _first_of_ranks(_first_gradient(module))
+    if gradient is None:
+        return "a loss, or the norm of the gradient, overflows: lower the learning rate."
+    return (
+        f"the gradient of `{gradient}`, though every loss is finite: clip gradients, lower the "
+        f"learning rate, or train with more precision."
+    )
 
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:
     """Return whether norms of tensors are finite, without waiting for the device.
 
-    Sums of 16 bits are taken in float32.
+    Sums of 16 bits are taken in float32. Of sharded tensors it is said of this rank's rows.
     """
     is_wide = any(x.dtype == torch.float64 for x in tensors)
-    norms = torch._foreach_norm(tensors, 2, dtype=None if is_wide else torch.float32)
+    # an empty one has no norm
+    rows = [own for own in map(local, tensors) if own.numel()]
+    if not rows:
+        return torch.ones((), dtype=torch.bool, device=tensors[0].device)
+    norms = torch._foreach_norm(rows, 2, dtype=None if is_wide else torch.float32)
     return torch.stack(list(norms)).isfinite().all()
 
 
@@ -268,11 +281,9 @@ def _place(batch: _Batch, row: int) -> str:
     )
 
 
-def _first_gradient(module: LightningModule) -> str:
+def _first_gradient(module: LightningModule) -> str | None:
+    """Return the parameter whose gradient, or this rank's rows of it, is not finite, or None."""
     for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            return (
-                f"the gradient of `{name}`, though every loss is finite: clip gradients, lower the "
-                f"learning rate, or train with more precision."
-            )
-    return "a loss, or the norm of the gradient, overflows: lower the learning rate."
+        if parameter.grad is not None and not bool(local(parameter.grad).isfinite().all()):
+            return name
+    return None

@@ -15,6 +15,7 @@ and what a resumed run makes up for must come last.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from typing_extensions import Self
 from lightning_vr.core.distributed import broadcast
 from lightning_vr.core.keyed_module import KeyedModule
 from lightning_vr.core.rng import set_global_rng
+from lightning_vr.core.sharding import is_sharded, whole_weights
 from lightning_vr.lifecycle.checkpoint_contents import (
     check_contents,
     check_loops,
@@ -79,6 +81,7 @@ class ResumableModule(KeyedModule, LightningModule):
         self._stop = CoordinatedStop()
         self._averages = AveragedWeights()
         self._guard = FiniteGuard("raise")
+        self._whole_weights = ExitStack()
         self._hooks_called: set[str] = set()
         self._undo_seeding: Callable[[], None] | None = None
 
@@ -99,13 +102,14 @@ class ResumableModule(KeyedModule, LightningModule):
         reopen_csv_logs(self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Let checkpoints be read safely, before the trainer reads one."""
+        """Let checkpoints be read safely, before the trainer reads one, and check the strategy."""
+        if stage == "fit":
+            check_strategy(self.trainer, self)
         use_durable_checkpoints(self.trainer)
 
     def on_fit_start(self) -> None:
         """Install run safeguards: durable checkpoints, tolerant loggers, coordinated stopping."""
         self._hooks_called = {"on_fit_start"}
-        check_strategy(self.trainer, self)
         check_training_batches(self.trainer)
         check_optimizer_states(self.trainer)
         self._resuming.begin(self.trainer)
@@ -187,14 +191,24 @@ class ResumableModule(KeyedModule, LightningModule):
     def on_validation_end(self) -> None:
         """Note that the validation run has ended."""
         self._resuming.marks.has_validated = not self.trainer.sanity_checking
+        self._whole_weights.close()
+
+    def on_test_end(self) -> None:
+        """Shard weights again that were gathered."""
+        self._whole_weights.close()
+
+    on_predict_end = on_test_end
 
     def on_train_epoch_end(self) -> None:
         """Raise if training makes no progress."""
         self._resuming.end_epoch(self)
 
     def on_validation_start(self) -> None:
-        """Install a handler of signals, if this is no part of a fit."""
-        self._begin_evaluation()
+        """Install a handler of signals and gather weights, if this is no part of a fit."""
+        if is_evaluating(self.trainer):
+            self._stop.begin_evaluation(self.trainer)
+            if is_sharded(self):  # ranks may have different numbers of batches
+                self._whole_weights.enter_context(whole_weights(self))
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
@@ -212,20 +226,12 @@ class ResumableModule(KeyedModule, LightningModule):
         self.stop_evaluation_if_asked()
 
     def stop_evaluation_if_asked(self) -> None:
-        """End ``validate``, ``test`` or ``predict`` at once if any rank was asked to.
-
-        Raises:
-            SIGTERMException: If one was.
-        """
+        """End validate, test or predict by SIGTERMException if any rank was asked to."""
         if self._trainer is not None:
             self._stop.end_evaluation_if_asked(self._trainer)
 
     def stop_if_asked(self) -> None:
-        """End what takes long at once if any rank was asked to; all ranks call it.
-
-        Raises:
-            SIGTERMException: If one was.
-        """
+        """End what takes long by SIGTERMException if any rank was asked to; all ranks call it."""
         self._stop.synchronize(self.trainer)
         if self.trainer.received_sigterm:
             raise SIGTERMException
@@ -285,10 +291,6 @@ class ResumableModule(KeyedModule, LightningModule):
         """
         return load_module(cls, checkpoint_path, map_location, strict, kwargs, trust)
 
-    def _begin_evaluation(self) -> None:
-        if is_evaluating(self.trainer):
-            self._stop.begin_evaluation(self.trainer)
-
     def _check_hooks_called(self) -> None:
         """Raise if a subclass has overridden a hook that a run needs without ``super()``."""
         for hook in _NEEDED_HOOKS:
@@ -311,7 +313,6 @@ class ResumableModule(KeyedModule, LightningModule):
 
     @property
     def _ckpt_path(self) -> Any:
-        """The checkpoint that is loaded, for messages."""
         return "given" if self._trainer is None else self._trainer.ckpt_path
 
     @property

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_vr.core.distributed import all_reduce_mean, ranks_save_together
+from lightning_vr.core.sharding import is_sharded, placed_like
 from lightning_vr.estimators.proposals import LearnedProposal
 from lightning_vr.lifecycle.checkpoint_errors import damaged
 from lightning_vr.lifecycle.csv_logs import begin_csv_logs, count_csv_rows
@@ -169,7 +170,8 @@ class Resuming:
                 allowed = "the gradient of a parameter of the module"
                 path = module.trainer.ckpt_path
                 raise damaged(f"{STATE}.window.gradients.{name}", allowed, gradient, path)
-            parameters[name].grad = gradient.to(parameters[name].device, copy=True)
+            placed = placed_like(gradient, parameters[name])
+            parameters[name].grad = placed.to(parameters[name].device, copy=True)
 
     def restart(self, trainer: Trainer) -> None:
         """Go on from the position of the checkpoint; all ranks call it last at train start."""
@@ -266,7 +268,8 @@ class Resuming:
         if is_begun or trainer.state.fn != TrainerFn.FITTING:
             return window | {"lost": waiting}
         gradients = {
-            name: mean(parameter.grad).cpu()
+            # what is sharded has been reduced over the ranks
+            name: parameter.grad if is_sharded(module) else mean(parameter.grad).cpu()
             for name, parameter in module.named_parameters()
             if parameter.grad is not None
         }

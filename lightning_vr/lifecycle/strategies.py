@@ -1,7 +1,15 @@
-"""What a run needs of its trainer's strategy: whole weights on each rank, and float64."""
+"""What a run needs of its trainer's strategy: weights whole or sharded as ours are, and float64."""
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch._dynamo import OptimizedModule
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_vr.core.devices import without_compiler
+from lightning_vr.lifecycle.ema import EMA
+from lightning_vr.lifecycle.precision import loss_scaler
+from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
 
 
 def check_strategy(trainer: Trainer, module: LightningModule) -> None:
@@ -11,12 +19,15 @@ def check_strategy(trainer: Trainer, module: LightningModule) -> None:
         ValueError: Naming the argument of the trainer or of ``fit``.
     """
     strategy = trainer.strategy
-    is_sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+    is_ours = isinstance(strategy, ShardedStrategy)
+    is_sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and not is_ours
     if is_sharded or getattr(strategy, "zero_stage_3", False):
         raise ValueError(
-            f"`strategy` must leave all weights on each rank, as 'ddp' does, got "
-            f"{type(strategy).__name__}, which shards them: use 'ddp', or one device."
+            f"`strategy` must leave all weights on each rank, as 'ddp' does, or be 'sharded', got "
+            f"{type(strategy).__name__}, which shards them: use 'sharded', 'ddp', or one device."
         )
+    if is_ours:
+        _check_sharded(trainer, module)
     # seen in Lightning 2.6; a test compiles a module both ways
     if module._compiler_ctx is not None or module._compiled_call_impl is not None:
         raise ValueError(
@@ -28,6 +39,19 @@ def check_strategy(trainer: Trainer, module: LightningModule) -> None:
         raise ValueError(
             "`accelerator` must have float64, in which times are drawn, got 'mps': train with "
             "--trainer.accelerator cpu, or on another device."
+        )
+
+
+def check_unsharded(trainer: Trainer, module: LightningModule) -> None:
+    """Raise if the weights of a module that needs them whole are sharded.
+
+    Raises:
+        ValueError: Naming the strategy to use.
+    """
+    if isinstance(trainer.strategy, ShardedStrategy):
+        raise ValueError(
+            f"`strategy` must leave all weights of a {type(module).__name__} on each rank, got "
+            f"'sharded': use 'ddp', or one device."
         )
 
 
@@ -45,3 +69,34 @@ def check_alternating_steps(trainer: Trainer) -> None:
             "the two networks is trained in turn, got one that does not: use "
             "'ddp_find_unused_parameters_true'."
         )
+
+
+def _check_sharded(trainer: Trainer, module: LightningModule) -> None:
+    """Raise if a callback copies the module, or a part of it cannot be sharded.
+
+    Raises:
+        ValueError: With the callback or the part.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and not isinstance(callback, EMA):
+            raise ValueError(
+                f"`callbacks` must not hold {type(callback).__name__} with the strategy 'sharded', "
+                f"as it copies the whole module: use lightning_vr.EMA."
+            )
+    if loss_scaler(trainer) is not None:
+        raise ValueError(
+            "`precision` must need no loss scale with the strategy 'sharded', whose ranks see "
+            "other overflows, got '16-mixed': use 'bf16-mixed'."
+        )
+    for name, part in module.named_modules():
+        if isinstance(part, OptimizedModule) or part._compiled_call_impl is not None:
+            raise ValueError(
+                f"`{name}` must not be compiled with the strategy 'sharded', got a compiled "
+                f"{type(without_compiler(part)).__name__}: leave compile_network out, or use 'ddp'."
+            )
+        if isinstance(part, _NormBase) and part.track_running_stats:
+            raise ValueError(
+                f"`{name}` must keep no statistics of batches with the strategy 'sharded', whose "
+                f"ranks would keep different ones, got a {type(part).__name__}: use group "
+                f"normalisation, or 'ddp'."
+            )

@@ -25,8 +25,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
 
+from lightning_vr.core.sharding import whole_weights
 from lightning_vr.estimators.slot import SLOTS
+from lightning_vr.lifecycle.ema import Averages
 
 _TRAINED = "current_model_state"
 """Where a checkpoint keeps the weights that train, if ``state_dict`` holds their average."""
@@ -130,10 +134,7 @@ class AveragedWeights:
         def replace(module: LightningModule) -> None:
             if average_that_counts(trainer) is not callback:
                 return
-            # a device may have no room for a copy
-            self._replaced = {
-                name: x.detach().to("cpu", copy=True) for name, x in _weights(module).items()
-            }
+            self._replaced = {name: _aside(x) for name, x in _weights(module).items()}
             kind._copy_average_to_current(callback, module)
 
         def load(*args: Any) -> None:
@@ -142,15 +143,15 @@ class AveragedWeights:
                 kind.on_load_checkpoint(callback, *args)
 
         average: Any = callback._average_model
-        if average is not None:
-            average.update_parameters = partial(_update, average)
+        if isinstance(average, AveragedModel):
+            average.__dict__["update_parameters"] = partial(_update, average)
         patched._swap_models, patched._copy_average_to_current = swap, replace
         patched.on_load_checkpoint = load
 
 
 @contextmanager
 def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Put the weights that count into ``module``, if they are not those that train.
+    """Put the weights that count into ``module``, whole on each rank; all ranks enter it.
 
     Call it where the callback does not swap them in itself: outside of validation epochs.
     """
@@ -158,7 +159,8 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
     if callback is not None:
         callback._swap_models(module)
     try:
-        yield
+        with whole_weights(module):
+            yield
     finally:
         if callback is not None:
             callback._swap_models(module)
@@ -247,9 +249,16 @@ def _update(average: Any, module: torch.nn.Module) -> None:
 def _take_average(weights: dict[str, Any], callback: WeightAveraging) -> None:
     """Replace weights by their average, but not what the slots have learned."""
     average: Any = callback._average_model
-    for name, value in _weights(average.module).items():
+    is_ours = isinstance(average, Averages)
+    found = average.weights[0] if is_ours else _weights(average.module)
+    for name, value in found.items():
         if name in weights and name.split(".")[0] not in SLOTS:
-            weights[name] = value.detach()
+            weights[name] = value.detach().to(weights[name].dtype)
+
+
+def _aside(x: Tensor) -> Tensor:
+    """Return a copy of a weight on the CPU, as a device may have no room, or of its own rows."""
+    return x.detach().clone() if isinstance(x, DTensor) else x.detach().to("cpu", copy=True)
 
 
 def _weights(module: torch.nn.Module) -> dict[str, Tensor]:

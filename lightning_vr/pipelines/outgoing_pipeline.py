@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lightning_vr.core.devices import dtype_of, without_compiler
+from lightning_vr.core.sharding import is_sharded
 from lightning_vr.lifecycle.weight_averaging import weights_that_count
 from lightning_vr.pipelines.outgoing_schedulers import outgoing_scheduler
 from lightning_vr.pipelines.stock_pipelines import (
@@ -83,6 +84,11 @@ def network_to_export(model: Diffusion) -> nn.Module:
 
 def trained_network(model: Diffusion) -> nn.Module:
     """Return a copy of a model's network as it trains, with the weights that count."""
+    if is_sharded(model.network):
+        raise ValueError(
+            "`module` must have its weights whole to be copied, got sharded ones: save a "
+            "checkpoint, and export what DiffusionModule.load_from_checkpoint makes of it."
+        )
     with weights_that_count(model) if isinstance(model, DiffusionModule) else nullcontext():
         return copy.deepcopy(without_compiler(model.network)).eval()
 

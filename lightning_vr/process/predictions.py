@@ -70,17 +70,28 @@ class Prediction:
 
 
 def prediction(
-    kind: PredictionType, schedule: Schedule, t: Tensor, sigma_data: float = 0.5
+    kind: PredictionType,
+    schedule: Schedule,
+    t: Tensor,
+    sigma_data: float = 0.5,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Prediction:
     """Return the coefficients of prediction type ``kind`` at times ``t (B,)``.
+
+    Args:
+        kind: The prediction type.
+        schedule: The schedule.
+        t: Times ``(B,)``.
+        sigma_data: Standard deviation of the data, for ``"edm"``.
+        scales: The schedule's ``alpha`` and ``sigma`` at ``t``, if they are known.
 
     Raises:
         ValueError: If ``kind`` is no prediction type.
     """
     check_choice("prediction", kind, get_args(PredictionType))
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    norm = torch.sqrt(sigma**2 + (alpha * sigma_data) ** 2)
+    alpha, sigma = scales or (schedule.alpha(t), schedule.sigma(t))
     zero, one = torch.zeros_like(t), torch.ones_like(t)
+    input_scale = one
     if kind == "x0":
         p, q = one, zero
     elif kind == "epsilon":
@@ -92,7 +103,8 @@ def prediction(
     elif kind == "velocity":
         p, q = schedule.alpha_derivative(t), schedule.sigma_derivative(t)
     else:
+        norm = torch.sqrt(sigma**2 + (alpha * sigma_data) ** 2)
         p, q = sigma / (sigma_data * norm), -alpha * sigma_data / norm
+        input_scale = 1 / norm
     determinant = sigma * p - alpha * q
-    input_scale = 1 / norm if kind == "edm" else one
     return Prediction(p, q, -q / determinant, sigma / determinant, input_scale)

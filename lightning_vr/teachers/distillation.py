@@ -153,9 +153,8 @@ def _x0_scale(noised: Noised, objective: Objective, like: Tensor) -> Tensor:
 
 
 def _residuals(residual: Residual, noised: Noised, chunk: int) -> Tensor:
-    parts = []
-    for rows in in_chunks(tensors(noised), chunk):
-        part = Noised(**rows)
+    parts, whole = [], chunk >= len(noised.t)
+    for part in [noised] if whole else (Noised(**x) for x in in_chunks(tensors(noised), chunk)):
         found = residual(part)
         if found.shape != part.x0.shape:
             raise ValueError(

@@ -39,7 +39,7 @@ from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.resumable_module import ResumableModule
-from lightning_vr.lifecycle.strategies import check_alternating_steps
+from lightning_vr.lifecycle.strategies import check_alternating_steps, check_unsharded
 from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.objective import Objective
@@ -160,6 +160,7 @@ class DistributionMatching(ResumableModule):
     def on_fit_start(self) -> None:
         """Raise if ranks would wait for gradients that never come."""
         super().on_fit_start()
+        check_unsharded(self.trainer, self)
         check_alternating_steps(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

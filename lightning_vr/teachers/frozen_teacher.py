@@ -237,6 +237,8 @@ class FrozenTeacher(nn.Module):
             ValueError: If guidance has nothing to lead away from.
         """
         output, c = self._output(noised, guidance)
+        if self.model.prediction == "epsilon":
+            return output - noised.noise
         exact = expand(c.p, output) * noised.x0 + expand(c.q, output) * noised.noise
         factor = -noised.alpha / noised.sigma * c.b
         return expand(factor, output) * (output - exact)
@@ -274,8 +276,8 @@ class FrozenTeacher(nn.Module):
         """Return the network's output ``(n, *)``, guided, in float32 or better, and what it is."""
         scale = self.guidance if guidance is None else guidance
         model, (cond, negative) = self.model, split_negative(noised.cond)
-        given_by = (model.prediction, model.schedule, noised.t, model.sigma_data)
-        c, xt = prediction_of(*given_by), noised.xt
+        kind = (model.prediction, model.schedule, noised.t, model.sigma_data)
+        c, xt = prediction_of(*kind, (noised.alpha, noised.sigma)), noised.xt
         given = replace(noised, cond=cond, group=noised.group if model.num_classes else None)
         x = expand(c.input_scale, xt) * xt
         with torch.autocast(xt.device.type, enabled=False):

@@ -125,7 +125,8 @@ class ScoreDistillationLoss(nn.Module):
             key = ("distillation", self.calls)
             source = generator(self.seed, rank(), *key, device=clean.x0.device)
         self.calls += 1
-        found = distill(clean, self.residual, self.draws, self.objective, source, part)
+        objective = self.objective
+        found = distill(clean, self.residual, self.draws, objective, source, part)
         if not bool(found.loss.isfinite()):
             what = "`x0`" if not bool(clean.x0.isfinite().all()) else "the teacher's residual"
             raise ValueError(
@@ -133,7 +134,7 @@ class ScoreDistillationLoss(nn.Module):
                 f"learning rate, or give the teacher more precision."
             )
         if torch.is_grad_enabled():
-            self.draws.observe(found, self.objective)
+            self.draws.observe(found, objective)
         return found
 
     def advance(self) -> None:

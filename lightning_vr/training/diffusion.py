@@ -17,6 +17,7 @@ from lightning_vr.core.conditions import Condition, expanded
 from lightning_vr.core.devices import device_of
 from lightning_vr.core.gradients import mean_in_chunks
 from lightning_vr.core.rows import Rows, tensors
+from lightning_vr.core.sharding import whole_weights
 from lightning_vr.core.types import (
     WHOLE_STEP,
     Clean,
@@ -276,7 +277,7 @@ class Diffusion(Denoising):
         stream = sample_arguments.source(self, source, seed, self.sample_calls)
         self.sample_calls += source is None and seed is None
         noise = torch.randn(size, generator=stream, device=device, dtype=torch.float32)
-        with torch.no_grad(), evaluating(self):
+        with torch.no_grad(), evaluating(self), whole_weights(self):
             x0, self.sample_evaluations = sampler.draw(
                 self.denoise,
                 self.schedule,

@@ -39,7 +39,7 @@ from lightning_vr.training.monitors import MonitoredSchedules
 from lightning_vr.training.reference_bank import fill_target, refill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
 from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
-from lightning_vr.training.training_checks import check_ranks
+from lightning_vr.training.training_checks import check_ranks, check_sharded
 from lightning_vr.training.upstream import NullCondition
 
 
@@ -127,6 +127,7 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
     def prepare_training(self) -> None:
         """Make the pilots, and fill the target's bank with the encoded training set."""
         check_ranks(self.draws)
+        check_sharded(self, has_adapter=self._adapter is not None)
         run = RunContext.of(self.trainer)
         found = resamples_pilot(self, run), control_pilot(self, run)
         self._pilots = [pilot for pilot in found if pilot is not None]

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_vr.core.devices import timed
 from lightning_vr.core.distributed import all_reduce_mean, broadcast, least
@@ -251,6 +252,11 @@ class ResamplesPilot:
         outputs = [x for x in outputs if x.requires_grad]
         if outputs:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
+            if any(isinstance(p, DTensor) for p in parameters):
+                raise ValueError(
+                    "`resamples` must be a number where `encode` is trained and weights are "
+                    "sharded, got 'auto': set it, or train with 'ddp'."
+                )
             cotangents = [torch.ones_like(x) for x in outputs]
             torch.autograd.grad(outputs, parameters, cotangents, allow_unused=True)
 

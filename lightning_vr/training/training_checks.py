@@ -12,12 +12,36 @@ from torch.optim.lr_scheduler import OneCycleLR
 from lightning_vr.core.distributed import all_gather_numbers
 from lightning_vr.core.gradients import mean_gradients
 from lightning_vr.core.rows import row_count
+from lightning_vr.core.sharding import is_sharded
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.noisy_losses import DiffusionLoss
+
+
+def check_sharded(model: Diffusion, *, has_adapter: bool) -> None:
+    """Raise if the weights are sharded and an adapter or the control variate needs them whole.
+
+    Raises:
+        ValueError: If there is an adapter, or if the control variate takes derivatives by the
+            input, or is fitted from gradients of each rank.
+    """
+    control = model.control_variate
+    if has_adapter and is_sharded(model):
+        raise ValueError(
+            "`adapter` must be None where weights are sharded, as its checkpoints need the whole "
+            "network: train it with 'ddp', which reduces the adapter's gradients alone."
+        )
+    if not is_sharded(model) or not isinstance(control, TaylorCV):
+        return
+    if control.order > 0 or not control.is_fixed:
+        raise ValueError(
+            f"`control_variate` must be TaylorCV(order=0) with a `coefficient` and a `gate` where "
+            f"weights are sharded, got order {control.order}, coefficient {control.coefficient} "
+            f"and gate {control.gate!r}: give them, leave it out, or train with 'ddp'."
+        )
 
 
 def check_derivatives(model: Diffusion, run: RunContext, clean: Clean) -> None:

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_vr.core.devices import uncompiled
+from lightning_vr.core.distributed import world_size
 from lightning_vr.core.gradients import aliases, is_trained, mean_gradients
 from lightning_vr.core.rng import preserve_global_rng, set_global_rng
 from lightning_vr.core.rows import (
@@ -36,6 +37,7 @@ from lightning_vr.core.rows import (
     mapped,
     row_count,
 )
+from lightning_vr.core.sharding import is_sharded, local
 from lightning_vr.core.types import Clean, Times
 from lightning_vr.variance.components import DRAWS_PER_UNIT, Components
 from lightning_vr.variance.gradient_sums import GradientSums
@@ -176,13 +178,16 @@ class GradientMeasurement:
             with several draws of each sample it is the variance per sample, not per draw.
         """
         _check_units(len(batches))
-        sums = GradientSums(self.groups)
+        sharded = is_sharded(self.loss)
+        # a unit of sharded gradients is a batch of all ranks
+        size = len(batches[0].x0) * (world_size() if sharded else 1)
+        sums = GradientSums(self.groups, is_sharded=sharded)
         with preserve_global_rng():
             for unit, clean in enumerate(batches):
                 draws = self._draws(clean, (*key, unit), low, high)
                 passes = [self.gradient(rows, *key, unit, draw) for draw, rows in enumerate(draws)]
-                sums.add([torch.stack(each) for each in zip(*passes, strict=True)])
-        return sums.components().scaled(len(batches[0].x0))
+                sums.add([torch.stack([*map(local, x)]) for x in zip(*passes, strict=True)])
+        return sums.components().scaled(size)
 
     def gradient_between(
         self, clean: Clean, *key: int | str, low: float = 0.0, high: float = 1.0
@@ -216,6 +221,8 @@ class GradientMeasurement:
 
     def why_unavailable(self, clean: Clean) -> str | None:
         """Return why per-sample gradients are impossible or incomplete, or None."""
+        if is_sharded(self.loss):
+            return "the weights are sharded"
         if is_trained(clean):
             return "`encode` is trained"
         if self.loss.couples_rows:
@@ -238,6 +245,11 @@ class GradientMeasurement:
         pairs = [(x, g) for x, g in zip(sources, cotangents, strict=True) if g is not None]
         if not pairs:
             return [None] * len(self.groups)
+        if is_sharded(self.loss):
+            raise ValueError(
+                "`encode` must not be trained where gradients of sharded weights are measured: "
+                "leave GradientVariance and CARV('auto') out, or train with 'ddp'."
+            )
         parameters = [p for p in self.loss.parameters() if p.requires_grad]
         outputs, given = zip(*pairs, strict=True)
         return torch.autograd.grad(outputs, parameters, given, retain_graph=True, allow_unused=True)

@@ -8,12 +8,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.networks import small_mlp
+from support.selections import mostly_slow
 from support.stops import StopAt, StoppedError
 from support.trainers import quiet_trainer
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from lightning_vr import CARV, DiffusionModule, LearnedProposal
+from lightning_vr import CARV, EMA, DiffusionModule, LearnedProposal
 from lightning_vr.data import EightGaussians
 from lightning_vr.lifecycle.checkpoints import load_training_weights, read_checkpoint
 from lightning_vr.lifecycle.weight_averaging import averaged_weights, trained_weights
@@ -29,7 +30,13 @@ STARTS = {
     "never by epoch": {"update_every_n_steps": 0, "update_starting_at_epoch": 1000},
     "late": {"update_starting_at_step": 2},
     "at once": {},
+    "ours never": NEVER,
+    "ours late": {"update_starting_at_step": 2},
+    "ours": {"update_starting_at_step": 0},
 }
+QUICK = [start for start in STARTS if start not in ("never by epoch", "ours never")]
+FIRST = {"late": 2, "ours late": 2, "at once": 0, "ours": 0}
+"""The first step that is averaged."""
 
 
 def module():
@@ -44,7 +51,8 @@ def data():
 
 
 def averaging(start):
-    return EMAWeightAveraging(decay=0.5, **STARTS[start])
+    kind = EMA if start.startswith("ours") else EMAWeightAveraging
+    return kind(decay=0.5, **STARTS[start])
 
 
 def trainer(*callbacks, **options):
@@ -89,7 +97,7 @@ def by_hand(start):
             seen.append(weights(module))
 
     trainer(Keep()).fit(network, data())
-    first = {"never": None, "never by epoch": None, "late": 2, "at once": 0}[start]
+    first = FIRST.get(start)
     average = None
     for x in seen if first is None else seen[first:]:
         average = x if average is None or first is None else average.lerp(x, 0.5)
@@ -97,7 +105,7 @@ def by_hand(start):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(list(STARTS), QUICK))
 @pytest.mark.parametrize("is_alone", [True, False], ids=["weights alone", "whole checkpoints"])
 def test_all_that_a_fit_leaves_holds_the_weights_that_count(start, is_alone, tmp_path):
     kept, network = Trained(), module()
@@ -149,7 +157,7 @@ def test_what_samples_after_validation_gets_the_weights_that_were_validated():
         assert torch.equal(torch.stack(kept.validated), torch.stack(sampled)), start
 
 
-@pytest.mark.parametrize("start", ["never", "late"])
+@pytest.mark.parametrize("start", ["never", "late", "ours"])
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end", "on_train_end"])
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights(start, hook, tmp_path):
     whole, stopped, again = module(), module(), module()
@@ -225,7 +233,7 @@ def test_several_averages_are_refused():
         trainer(averaging("at once"), OtherAveraging()).fit(module(), data())
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(list(STARTS), QUICK))
 def test_a_run_that_is_over_leaves_the_weights_of_the_run_that_it_resumes(start, tmp_path):
     whole, run = module(), trainer(averaging(start), limit_val_batches=0)
     run.fit(whole, data())
@@ -236,7 +244,8 @@ def test_a_run_that_is_over_leaves_the_weights_of_the_run_that_it_resumes(start,
     assert torch.equal(weights(resumed.network), weights(whole.network))
     again.save_checkpoint(tmp_path / "again.ckpt")
     first, second = (read_checkpoint(tmp_path / f"{name}.ckpt") for name in ("end", "again"))
-    for found in ("state_dict", "current_model_state"):
+    assert first.keys() == second.keys()
+    for found in {"state_dict", "current_model_state"} & first.keys():
         for name, value in first[found].items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(second[found][name], value), (found, name)

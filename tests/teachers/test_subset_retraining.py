@@ -16,6 +16,14 @@ def model():
     return Diffusion(small_mlp(std=1.0, num_class_embeds=3), VP(), num_classes=2)
 
 
+def adam(parameters):
+    return torch.optim.AdamW(parameters, 0.01)
+
+
+def falling(optimizer):
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=4)
+
+
 def test_subsets_have_one_size_and_differ():
     masks = subset_masks(10, 6, 0.3)
     assert masks.sum(dim=1).tolist() == [3] * 6
@@ -25,12 +33,13 @@ def test_subsets_have_one_size_and_differ():
 
 def test_each_model_is_one_that_trains_alone_on_its_part_of_the_batches():
     masks = subset_masks(10, 3)
-    models = SubsetModels(model(), masks, lambda p: torch.optim.AdamW(p, 0.01), seed=2)
+    models = SubsetModels(model(), masks, adam, falling, seed=2)
     losses = models.train(POINTS, 4, batch_size=6, draws=CARV(2))
     assert losses.shape == (4, 3)
     for number in range(3):
         alone = model().eval()
-        optimizer = torch.optim.AdamW(alone.parameters(), 0.01)
+        optimizer = adam(alone.parameters())
+        lr_scheduler = falling(optimizer)
         for step in range(4):
             index = torch.randperm(10, generator=generator(2, "batches", step))[:6]
             source = generator(2, "retraining", step)
@@ -45,6 +54,7 @@ def test_each_model_is_one_that_trains_alone_on_its_part_of_the_batches():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            lr_scheduler.step()
             assert float(losses[step, number]) == pytest.approx(loss.item(), rel=1e-4)
         for name, value in models.parameters_of(number).items():
             torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,194 @@
+"""Checkpoints of sharded weights: one file, or a folder with a file of each rank.
+
+Both hold what a checkpoint of whole weights holds, optimizer states and averages included. One file
+*is* such a checkpoint: rank 0 gathers tensor by tensor. A folder has ``meta.pt``, the checkpoint
+with a note in place of each sharded tensor, and ``rank-<i>.pt`` with the rows of each rank. It is
+written beside its place and renamed, so that it is whole or not there. Either is read on any number
+of ranks, sharded or not: only rows that a rank keeps are read there. No file needs more than
+``torch.load(weights_only=True)``.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from lightning_vr.core.distributed import gather_objects, rank, world_size
+from lightning_vr.core.sharding import local
+from lightning_vr.lifecycle.atomic_files import flush_folder, replacing
+
+_META = "meta.pt"
+_SHARDED = "lightning_vr.sharded"
+"""Marks the note that stands for a sharded tensor: ``{_SHARDED: number, "shape": shape}``."""
+
+_OLD, _NEW = ".old", ".partial"
+
+
+def is_sharded_folder(path: Any) -> bool:
+    """Return whether a path is a folder that ``save_folder`` has written."""
+    return "://" not in str(path) and (_recovered(Path(path)) / _META).is_file()
+
+
+def gathered(checkpoint: Any) -> Any:
+    """Return a checkpoint with whole tensors on the CPU of rank 0; all ranks call it."""
+    # a tensor may stand in two places, as an average does
+    found: dict[int, Tensor] = {}
+
+    def whole(x: DTensor) -> Tensor:
+        if id(x) not in found:
+            full = x.full_tensor()
+            found[id(x)] = full.cpu() if rank() == 0 else full.new_empty(0)
+        return found[id(x)]
+
+    return _mapped(checkpoint, whole)
+
+
+def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint as a folder, whole or not at all; all ranks call it.
+
+    Raises:
+        OSError: On all ranks, if any of them could not write its file.
+    """
+    rows: list[Tensor] = []
+
+    def note(x: DTensor) -> dict[str, Any]:
+        rows.append(local(x).detach().cpu())
+        return {_SHARDED: len(rows) - 1, "shape": list(x.shape)}
+
+    noted, partial, error = _mapped(checkpoint, note), _beside(path, _NEW), None
+    _on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
+    try:
+        _write(rows, partial / _file(rank()))
+        if rank() == 0:
+            _write({"checkpoint": noted, "ranks": world_size()}, partial / _META)
+    except OSError as found:
+        error = str(found)
+    reasons = [each for each in gather_objects(error) if each is not None]
+    if reasons:
+        _on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise OSError(reasons[0])
+    _on_rank_zero(lambda: _replace(partial, path))
+
+
+def load_folder(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """Return a checkpoint that ``save_folder`` has written.
+
+    Args:
+        path: The folder.
+        mesh: The ranks to shard its tensors over as they were, in rows; whole if not given.
+
+    Raises:
+        ValueError: If a file of it is missing or damaged.
+    """
+    path = _recovered(path)
+    meta = _read(path / _META)
+    files = [path / _file(number) for number in range(meta["ranks"])]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(
+            f"`ckpt_path` must be a whole checkpoint, but the folder {path} lacks "
+            f"{', '.join(missing)}: copy all of its files, or use another checkpoint."
+        )
+    parts = [_read(file) for file in files]
+
+    def load(note: dict[str, Any]) -> Tensor:
+        return _rows([part[note[_SHARDED]] for part in parts], torch.Size(note["shape"]), mesh)
+
+    loaded: dict[str, Any] = _mapped(meta["checkpoint"], load, _is_note)
+    return loaded
+
+
+def _mapped(
+    state: Any,
+    function: Callable[[Any], Any],
+    is_wanted: Callable[[Any], bool] = lambda x: isinstance(x, DTensor),
+) -> Any:
+    """Return nested dictionaries and lists with some of what they hold replaced, in order."""
+    if is_wanted(state):
+        return function(state)
+    if isinstance(state, dict):
+        return {name: _mapped(x, function, is_wanted) for name, x in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(_mapped(x, function, is_wanted) for x in state)
+    return state
+
+
+def _is_note(x: Any) -> bool:
+    return isinstance(x, dict) and _SHARDED in x
+
+
+def _rows(parts: list[Tensor], shape: torch.Size, mesh: DeviceMesh | None) -> Tensor:
+    """Return a tensor of the rows of all ranks, or this rank's rows of it."""
+    if mesh is None:
+        return torch.cat(parts)
+    # as torch shards: equal chunks, of which the last may be smaller or missing
+    size = -(-shape[0] // mesh.size())
+    start = min(mesh.get_local_rank() * size, shape[0])
+    stop = min(start + size, shape[0])
+    own, position = [parts[0][:0]], 0
+    for part in parts:
+        own.append(part[max(start - position, 0) : max(stop - position, 0)])
+        position += len(part)
+    stride = torch.empty(shape, device="meta").stride()
+    mine = torch.cat(own).to(mesh.device_type)
+    return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def _write(state: Any, path: Path) -> None:
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever torch meets in a damaged file
+        raise ValueError(
+            f"`ckpt_path` must be a checkpoint that loads safely, but its file {path} does not "
+            f"({type(error).__name__}): use another checkpoint."
+        ) from error
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Put a folder in the place of another: a process that is killed leaves one of them."""
+    old = _beside(path, _OLD)
+    if path.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    else:
+        path.unlink(missing_ok=True)
+    new.rename(path)
+    flush_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recovered(path: Path) -> Path:
+    """Return where a checkpoint is: a process may have been killed while it was replaced."""
+    old = _beside(path, _OLD)
+    return old if old.is_dir() and not path.exists() else path
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}{suffix}")
+
+
+def _file(number: int) -> str:
+    return f"rank-{number}.pt"
+
+
+def _on_rank_zero(function: Callable[[], None]) -> None:
+    """Call a function on rank 0, and let all ranks wait for it and share its error."""
+    error = None
+    if rank() == 0:
+        try:
+            function()
+        except OSError as found:
+            error = str(found)
+    (reason, *_) = gather_objects(error)
+    if reason is not None:
+        raise OSError(reason)

@@ -1,0 +1,104 @@
+"""Short runs on two ranks, with weights whole or sharded, that leave their whole weights in a file.
+
+All runs of one name start from the same weights, on the same data.
+"""
+
+import functools
+import time
+
+import torch
+from lightning.pytorch import Callback
+from support.trainers import quiet_trainer
+from torch.distributed.tensor import DTensor
+
+from lightning_vr import (
+    CARV,
+    EMA,
+    STF,
+    Clean,
+    DiffusionModule,
+    LearnedProposal,
+    ResidualMLP,
+    Sampler,
+    ShardedStrategy,
+    TaylorCV,
+)
+from lightning_vr.data import EightGaussians
+
+ESTIMATORS = {
+    "plain": dict,
+    "batch": lambda: {"target": STF("batch")},
+    "n": lambda: {"target": STF(20)},
+    "all": lambda: {"target": STF("all")},
+    "all-sharded": lambda: {"target": STF("all", sharded=True)},
+    "strata": lambda: {"draws": CARV(1)},
+    "learned": lambda: {"draws": CARV(2, LearnedProposal(bins=3))},
+    "chunks": lambda: {"draws": CARV(4, chunk_size=20)},
+    "control": lambda: {"control_variate": TaylorCV(gate="open", coefficient=0.7)},
+    "composed": lambda: {
+        "draws": CARV(2, LearnedProposal(bins=3), antithetic=True, chunk_size=12),
+        "target": STF("all"),
+    },
+}
+STEPS = {"plain": {}, "windows": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}}
+
+
+ADAM = functools.partial(torch.optim.AdamW, lr=0.02)
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.5)
+
+
+def build(name="plain", kind=DiffusionModule, optimizer=ADAM, **options):
+    torch.manual_seed(0)
+    network = ResidualMLP(2, width=16, depth=2)
+    slots = ESTIMATORS[name]() | options
+    return kind(network, sampler=Sampler(steps=2), optimizer=optimizer, **slots)
+
+
+def data():
+    return EightGaussians(batch_size=16, num_samples=160, num_validation=16)
+
+
+def strategy(name):
+    if name in ("auto", "ddp"):
+        return name
+    return ShardedStrategy(block_size=300, save_distributed_checkpoint=name == "folder")
+
+
+def averages():
+    return EMA(decay=[0.5, 0.9], relative_lengths=[0.1])
+
+
+def fit(how, module, *callbacks, ranks=2, **options):
+    """Fit under a strategy; ``"file"`` and ``"folder"`` shard weights, and say what is saved."""
+    where = {name: options.pop(name) for name in ("ckpt_path",) if name in options}
+    settings = {"max_steps": 4, "max_epochs": -1, "limit_val_batches": 0, "devices": ranks}
+    trainer = quiet_trainer(*callbacks, strategy=strategy(how), **(settings | options))
+    trainer.fit(module, data(), weights_only=True if where else None, **where)
+    return trainer
+
+
+@torch.no_grad()
+def weights(module):
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.network.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole])
+
+
+class SlowToEncode(DiffusionModule):
+    """Several draws of each sample pay."""
+
+    def encode(self, batch):
+        time.sleep(0.03)
+        return Clean.from_batch(batch)
+
+
+class BreakGradient(Callback):
+    """Puts a NaN into this rank's rows of a gradient."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_rank == self.rank and trainer.global_step == 1:
+            gradient = next(module.network.parameters()).grad
+            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            own.view(-1)[0] = torch.nan

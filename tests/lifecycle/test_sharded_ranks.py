@@ -1,0 +1,232 @@
+"""Runs whose weights are sharded over two ranks, against DDP."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from lifecycle.sharded_runs import (
+    ESTIMATORS,
+    SGD,
+    STEPS,
+    BreakGradient,
+    SlowToEncode,
+    averages,
+    build,
+    fit,
+    weights,
+)
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from support.ranks import launch
+from support.selections import mostly_slow
+from support.stops import StopAt, StoppedError
+from support.trainers import quiet_trainer
+from torch.utils.data import DataLoader
+
+from lightning_vr import (
+    CARV,
+    AuditDuringTraining,
+    DiffusionModule,
+    FrechetDistance,
+    GradientVariance,
+    TaylorCV,
+)
+from lightning_vr.core.distributed import SynchronizedError
+from lightning_vr.lifecycle import sharded_checkpoints
+from lightning_vr.lifecycle.checkpoint_io import UnwrittenCheckpointError
+from lightning_vr.lifecycle.checkpoints import read_checkpoint
+from lightning_vr.lifecycle.sharded_checkpoints import load_folder
+from lightning_vr.pipelines import to_pipeline
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+
+# sums over ranks in another order
+ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
+CASES = list(itertools.product(ESTIMATORS, STEPS))
+FAST = [("composed", "windows"), ("control", "plain")]
+
+
+def weights_by_strategy(cases):
+    for name, steps in cases:
+        found = []
+        for how in ("ddp", "file"):
+            module = build(name, optimizer=SGD)  # Adam magnifies rounding of small gradients
+            start = weights(module)
+            fit(how, module, averages(), **STEPS[steps])
+            found.append(weights(module))
+            assert not torch.equal(found[-1], start), (name, steps)
+        torch.testing.assert_close(*found, **ROUNDING, msg=lambda x: f"{name} {steps}: {x}")  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    "cases", mostly_slow([CASES, FAST], [FAST]), ids=lambda cases: str(len(cases))
+)
+def test_averaged_weights_of_sharded_training_are_those_of_ddp(cases):
+    launch(lambda _: weights_by_strategy(cases), 2)
+
+
+def stop(how, path, hook="on_train_batch_end", count=3):
+    """Stop within a window of accumulated gradients, or elsewhere."""
+    with pytest.raises(StoppedError):
+        fit(how, build("composed"), averages(), StopAt(hook, count, path), **STEPS["windows"])
+
+
+def resume(how, path, ranks=2):
+    module = build("composed")
+    trainer = fit(how, module, averages(), ckpt_path=path, ranks=ranks, **STEPS["windows"])
+    return module, trainer
+
+
+def resumed(folder):
+    whole = build("composed")
+    fit("file", whole, averages(), **STEPS["windows"])
+    expected = weights(whole)
+    for saved, how in (("file", "file"), ("folder", "folder"), ("folder", "ddp")):
+        module, trainer = resume(how, folder / f"{saved}.ckpt")
+        if how == "ddp":
+            torch.testing.assert_close(weights(module), expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(weights(module), expected), (saved, how)
+            trainer.save_checkpoint(folder / f"{saved}-end.ckpt")
+    if torch.distributed.get_rank() == 0:
+        torch.save(expected, folder / "expected.pt")
+
+
+def test_a_sharded_run_resumes_exactly_from_a_file_and_from_a_folder(tmp_path):
+    for how in ("file", "folder"):
+        launch(lambda _, how=how: stop(how, tmp_path / f"{how}.ckpt"), 2)
+    assert (tmp_path / "file.ckpt").is_file()
+    names = sorted(path.name for path in (tmp_path / "folder.ckpt").iterdir())
+    assert names == ["meta.pt", "rank-0.pt", "rank-1.pt"]
+    launch(lambda _: resumed(tmp_path), 2)
+
+    expected = torch.load(tmp_path / "expected.pt")
+    requests = DataLoader([{"index": torch.tensor(i)} for i in range(2)], batch_size=2)
+    for saved in ("file", "folder"):
+        path = tmp_path / f"{saved}-end.ckpt"
+        assert torch.equal(weights(DiffusionModule.load_from_checkpoint(path)), expected)
+        predicted = build("composed")
+        quiet_trainer().predict(predicted, requests, ckpt_path=path, weights_only=True)
+        assert torch.equal(weights(predicted), expected)
+
+    (tmp_path / "folder.ckpt/rank-1.pt").unlink()
+    with pytest.raises(ValueError, match=r"the folder .* lacks rank-1.pt"):
+        read_checkpoint(tmp_path / "folder.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["file", "folder"])
+def test_between_epochs_a_run_goes_on_with_another_number_of_ranks(how, tmp_path):
+    path = tmp_path / "epoch.ckpt"
+    launch(lambda _: stop(how, path, "on_train_epoch_end", 1), 2)
+    saved = read_checkpoint(path)
+    module, trainer = resume("auto", path, ranks=1)
+    assert trainer.global_step > saved["global_step"]
+    trained = torch.cat([x.flatten() for n, x in saved["state_dict"].items() if "network." in n])
+    assert trained.shape == weights(module).shape
+
+    alone = tmp_path / "alone.ckpt"
+    at_end = StopAt("on_train_epoch_end", 1, alone)
+    with pytest.raises(StoppedError):
+        fit("auto", build("composed"), averages(), at_end, ranks=1, max_steps=20)
+
+    def go_on(_):
+        state = read_checkpoint(alone)
+        fit(how, build("composed"), averages(), ckpt_path=alone, max_steps=state["global_step"] + 1)
+
+    launch(go_on, 2)
+
+
+def watched(rank):
+    """A run is the same with and without callbacks that sample and measure."""
+    found = []
+    measure = [FrechetDistance(samples=300), GradientVariance(every_n_steps=1, noise_levels=2)]
+    for callbacks in ([], measure):
+        module = build("chunks")
+        trainer = fit("file", module, *callbacks, limit_val_batches=1, max_steps=6)
+        found.append(weights(module))
+    assert torch.equal(*found)
+    metrics = trainer.callback_metrics
+    (distance,) = (x for name, x in metrics.items() if name.startswith("frechet_distance/"))
+    assert math.isfinite(distance), list(metrics)
+    assert metrics["gradient_variance/total"] > 0
+    requests = [{"index": torch.tensor(i)} for i in range(3)]  # ranks have other numbers of batches
+    predicted = trainer.predict(module, DataLoader(requests, batch_size=1))
+    assert all(bool(x.isfinite().all()) for x in predicted)
+    with pytest.raises(ValueError, match="save a checkpoint, and export what"):
+        to_pipeline(module)
+
+    slow = build(kind=SlowToEncode, draws=CARV("auto"))
+    fit("file", slow)
+    assert slow.draws.chosen > 1
+    with pytest.raises(SynchronizedError, match=r"the gradient of `network\.\S+`, though every"):
+        fit("file", build(), BreakGradient(rank=1))
+
+
+def test_callbacks_pilots_and_the_guard_work_on_sharded_weights():
+    launch(watched, 2)
+
+
+def compiled():
+    module = build()
+    module.network.compile(backend="eager")
+    return module
+
+
+REFUSED = {
+    "taylor": (lambda: build(control_variate=TaylorCV()), (), r"must be TaylorCV\(order=0\) with"),
+    "copy": (build, [EMAWeightAveraging()], "must not hold EMAWeightAveraging .* lightning_vr.EMA"),
+    "audit": (build, [AuditDuringTraining()], "AuditDuringTraining needs whole gradients"),
+    "compiled": (compiled, (), "`network` must not be compiled"),
+}
+
+
+def refused(case):
+    make, callbacks, message = case
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
+        fit("file", make(), *callbacks)
+
+
+@pytest.mark.parametrize("name", mostly_slow(list(REFUSED), ["taylor"]))
+def test_what_needs_whole_weights_is_refused(name):
+    launch(lambda _: refused(REFUSED[name]), 2)
+
+
+def saved_twice(folder):
+    saver = ModelCheckpoint(folder, filename="{step}", save_last=True, every_n_train_steps=2)
+    fit("folder", build(), saver, enable_checkpointing=True)
+
+
+def full_disk(folder):
+    """The second checkpoint cannot be written, on one rank alone."""
+    write = sharded_checkpoints._write
+
+    def write_once(state, path):
+        if "partial" in str(path) and path.name == "rank-1.pt" and (folder / "last.ckpt").exists():
+            raise OSError("no space")
+        write(state, path)
+
+    sharded_checkpoints._write = write_once
+    with pytest.raises(UnwrittenCheckpointError, match="no space") as error:
+        saved_twice(folder)
+    elsewhere = str(error.value).split("what was trained is in ")[1].split(": move")[0]
+    assert read_checkpoint(elsewhere)["global_step"] == 4
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint .* could not be written")
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for case in (saved_twice, full_disk):
+        launch(lambda _, case=case: case(tmp_path / case.__name__), 2)
+    names = sorted(path.name for path in (tmp_path / "saved_twice").iterdir())
+    assert names == ["last.ckpt", "step=4.ckpt"]
+    last = tmp_path / "saved_twice/last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 4
+    # killed between the two renames
+    last.rename(last.with_name(".last.ckpt.old"))
+    assert load_folder(last)["global_step"] == 4
+    assert read_checkpoint(tmp_path / "full_disk/last.ckpt")["global_step"] == 2
