@@ -32,7 +32,7 @@ from lightning_vr import (
     export,
 )
 from lightning_vr.cli import main
-from lightning_vr.pipelines import IncomingFolder
+from lightning_vr.training.incoming_folder import IncomingFolder
 
 WORDS = ["one", "two"]
 STEPS = 5

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_vr import Clean, DiffusionModule, GradientVariance, Pretrained, Sampler, export
 from lightning_vr.core.gradients import aliases
 from lightning_vr.core.rng import generator
-from lightning_vr.pipelines import IncomingFolder
 from lightning_vr.training.adapters import LoRA, merged
+from lightning_vr.training.incoming_folder import IncomingFolder
 from lightning_vr.training.noisy_losses import DiffusionLoss
 
 pytest.importorskip("peft", reason="needs the extra 'adapters'")
