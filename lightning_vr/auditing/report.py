@@ -183,7 +183,7 @@ def _draw_savings(axes: "Axes", audit: Audit) -> None:
             axes.plot(min(found.estimate, 10.0), i + shift, "o", color=color)
     axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
     axes.set_yticks(at, [m.name for m in rivals])
-    axes.set_xlabel("effective compute multiplier and predicted saving, 95 % intervals")
+    axes.set_xlabel("ECM and predicted saving, 95 % intervals")
     axes.set_title("what each would save")
     if rivals:
         axes.legend()
