@@ -24,6 +24,7 @@ from lightning_vr.auditing.candidates import CURRENT, Candidate, check_candidate
 from lightning_vr.auditing.comparison import Comparison
 from lightning_vr.auditing.default_candidates import few_candidates
 from lightning_vr.auditing.preparation import with_own_state
+from lightning_vr.callbacks.cadence import TIME_BUDGET
 from lightning_vr.callbacks.probe_choice import check_strategy
 from lightning_vr.core.batches import batch_size
 from lightning_vr.core.distributed import all_reduce_mean, broadcast, world_size
@@ -33,9 +34,6 @@ from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
 from lightning_vr.lifecycle.loggers import log_numbers
 from lightning_vr.lifecycle.training_set import training_batches, training_loader
 from lightning_vr.training.module import DiffusionModule
-
-_TIME_BUDGET = 0.02
-"""Fraction of the training time that audits may take by default."""
 
 _PASSES = 8
 """Passes of a repetition for each candidate."""
@@ -180,7 +178,7 @@ class AuditDuringTraining(Callback):
             rivals = 3 if self.candidates is None else len(self.candidates)
             passes = 2 * _PASSES * self.repetitions * (1 + rivals)
             cost = passes * statistics.median(self._durations)
-        is_due = self._spent + cost <= _TIME_BUDGET * self._trained
+        is_due = self._spent + cost <= TIME_BUDGET * self._trained
         return bool(broadcast(torch.tensor(is_due, device=device)))
 
     def _audit(self, trainer: Trainer, module: DiffusionModule, batch: Any) -> None:

@@ -27,13 +27,13 @@ from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.strategies import check_unsharded
 from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
-from lightning_vr.process.objective import Objective
 from lightning_vr.process.weightings import DistillationWeighting, Weighting
 from lightning_vr.teachers.distillation import DistillationEstimate, check_distillation, distill
 from lightning_vr.teachers.distillation_pilot import DistillationPilot, distillation_pilot
 from lightning_vr.teachers.frozen_teacher import FrozenTeacher
 from lightning_vr.teachers.noisy_distillation import NoisyDistillation
 from lightning_vr.teachers.orbit_views import OrbitViews, ViewBatch
+from lightning_vr.teachers.time_range import TimeRange
 from lightning_vr.training.monitors import MonitoredSchedules
 from lightning_vr.training.noisy_losses import Precision
 from lightning_vr.training.training_checks import check_ranks
@@ -41,7 +41,7 @@ from lightning_vr.training.training_checks import check_ranks
 _NUMBERS = ("gradient_norm", "residual_norm", "largest_weight")
 
 
-class ScoreDistillation(MonitoredSchedules):
+class ScoreDistillation(TimeRange, MonitoredSchedules):
     """Trains what ``render`` renders from by the scores of a frozen teacher.
 
     Override ``render``, or give an ``upstream``. Loggers get ``train/loss``, which is half of the
@@ -94,23 +94,6 @@ class ScoreDistillation(MonitoredSchedules):
         self.estimate: DistillationEstimate | None = None
         self._pilot: DistillationPilot | None = None
         check_distillation(self.draws, self.objective)
-
-    @property
-    def time_range(self) -> tuple[float, float]:
-        """Quantiles of the teacher's times between which t is drawn; may be annealed."""
-        return self._time_range
-
-    @time_range.setter
-    def time_range(self, bounds: tuple[float, float]) -> None:
-        # a proposal keeps the table of an objective as long as that is the same
-        self._objective = self.teacher.objective(self.weighting, bounds)
-        self._time_range = bounds
-
-    @property
-    def objective(self) -> Objective:
-        """What the draws are an expectation of."""
-        self.teacher.model  # noqa: B018  # moves the schedule to the teacher's device
-        return self._objective
 
     def render(self, batch: Any) -> Clean | Tensor:
         """Return what a batch shows, with its graph; override it.

@@ -17,7 +17,6 @@ from lightning_vr.core.types import WHOLE_STEP, Clean, StepPart
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.proposals import WeightProposal
-from lightning_vr.process.objective import Objective
 from lightning_vr.process.weightings import DistillationWeighting, Weighting
 from lightning_vr.teachers.distillation import (
     DistillationEstimate,
@@ -26,9 +25,10 @@ from lightning_vr.teachers.distillation import (
     distill,
 )
 from lightning_vr.teachers.frozen_teacher import FrozenTeacher
+from lightning_vr.teachers.time_range import TimeRange
 
 
-class ScoreDistillationLoss(nn.Module):
+class ScoreDistillationLoss(TimeRange, nn.Module):
     """The score distillation loss of rendered samples.
 
     Example::
@@ -79,23 +79,6 @@ class ScoreDistillationLoss(nn.Module):
         self.seed, self.calls = seed, 0
         self.time_range = time_range
         check_distillation(self.draws, self.objective, type(self).__name__)
-
-    @property
-    def time_range(self) -> tuple[float, float]:
-        """Quantiles of the teacher's times between which t is drawn."""
-        return self._time_range
-
-    @time_range.setter
-    def time_range(self, bounds: tuple[float, float]) -> None:
-        # a proposal keeps the table of an objective as long as that is the same
-        self._objective = self.teacher.objective(self.weighting, bounds)
-        self._time_range = bounds
-
-    @property
-    def objective(self) -> Objective:
-        """What the draws are an expectation of."""
-        self.teacher.model  # noqa: B018  # moves the schedule to the teacher's device
-        return self._objective
 
     def forward(
         self,

@@ -7,7 +7,7 @@ printed, not asserted.
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from support.networks import digits_unet
 from torch import nn
 
 from lightning_vr import Clean, DiffusionModule
@@ -23,21 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 SAMPLES, DRAWS = 16, 4
 ROUNDS = 5
-
-
-def unet():
-    """The network of configs/digits_stf.yaml."""
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        num_class_embeds=11,
-    )
 
 
 class Plain(nn.Module):
@@ -131,7 +116,7 @@ def check(problem, moments):
 
 
 def test_per_sample_moments_of_a_unet_against_a_loop_over_rows(compare):
-    problem = Problem(unet)
+    problem = Problem(digits_unet)
     rows = problem.rows
     check(problem, loop(problem.loss, rows, problem.parameters))
     ours, other = compare(
@@ -145,7 +130,7 @@ def test_per_sample_moments_of_a_unet_against_a_loop_over_rows(compare):
 
 def test_per_sample_moments_of_a_unet_against_opacus(compare):
     opacus = pytest.importorskip("opacus")
-    problem, theirs = Problem(unet), Problem(unet)
+    problem, theirs = Problem(digits_unet), Problem(digits_unet)
     rows = problem.rows
     # Opacus reads the memory of what a convolution is given as if it were contiguous: after the
     # attention it is not, and two gradients would come out as zero

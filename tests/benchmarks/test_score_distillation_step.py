@@ -2,27 +2,12 @@
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from support.networks import digits_unet
 from torch import nn
 
 from lightning_vr import IID, VP, FrozenTeacher, ScoreDistillationLoss
 
 GUIDANCE = 5.0
-
-
-def network():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        num_class_embeds=11,
-    )
 
 
 class Scene(nn.Module):
@@ -36,7 +21,8 @@ class Scene(nn.Module):
 
 
 def ours(views):
-    scene, teacher = Scene(views), FrozenTeacher(network(), VP(), num_classes=10, guidance=GUIDANCE)
+    scene = Scene(views)
+    teacher = FrozenTeacher(digits_unet(), VP(), num_classes=10, guidance=GUIDANCE)
     labels = torch.full((views,), 3)
     loss, optimizer = ScoreDistillationLoss(teacher, IID()), torch.optim.Adam(scene.parameters())
 
@@ -51,7 +37,7 @@ def ours(views):
 
 
 def by_hand(views):
-    scene, teacher, schedule = Scene(views), network().eval().requires_grad_(False), VP()
+    scene, teacher, schedule = Scene(views), digits_unet().eval().requires_grad_(False), VP()
     optimizer = torch.optim.Adam(scene.parameters())
     labels = torch.tensor([10, 3]).repeat_interleave(views)
 

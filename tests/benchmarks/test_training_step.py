@@ -1,8 +1,8 @@
 """Training steps on the digits: what estimators cost over the plain one."""
 
 import torch
-from diffusers import UNet2DModel
 from lightning.pytorch import Trainer
+from support.networks import digits_unet
 
 from lightning_vr.data.digits import digits
 from lightning_vr.estimators.carv import CARV
@@ -23,18 +23,7 @@ BATCH_SIZE = 128
 def training_step(prepare=None, **settings):
     """A function that trains for one step, as the trainer does."""
     torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        num_class_embeds=11,
-    )
-    module = DiffusionModule(network, num_classes=10, label_dropout=0.1, **settings)
+    module = DiffusionModule(digits_unet(), num_classes=10, label_dropout=0.1, **settings)
     images, labels = digits()
     module.target.fill(images, labels, indexed=True)
     optimizer = module.configure_optimizers()

@@ -34,6 +34,17 @@ def small_unet(**options):
         return diffusers.UNet2DModel(**(settings | options))
 
 
+def digits_unet():
+    """Return the network of configs/digits_stf.yaml."""
+    return small_unet(
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=11,
+    )
+
+
 class Normalised(nn.Module):
     """A network of points in the plane with a layer of normalisation of a kind."""
 
