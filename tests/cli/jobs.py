@@ -74,8 +74,11 @@ class Fork:
             time.sleep(0.02)
 
 
-def start_fork(folder, arguments, torchrun=(), **given):
-    """Start the command line in a folder, in a fork of this process."""
+def start_fork(folder, arguments, torchrun=(), fork_others=True, **given):
+    """Start the command line in a folder, in a fork of this process.
+
+    Ranks that Lightning starts from there are forks too, or else fresh interpreters.
+    """
     log = folder / f"{uuid.uuid4()}.txt"
 
     def run():
@@ -90,7 +93,10 @@ def start_fork(folder, arguments, torchrun=(), **given):
             fork = ["--start-method=fork", "--run-path", __main__.__file__]
             torch_launcher.main([*torchrun, *fork, *arguments])
         else:
-            _let_lightning_fork()
+            if fork_others:
+                _let_lightning_fork()
+            else:  # by the command that has started this process, had it been one
+                sys.modules["__main__"].__spec__ = __main__.__spec__
             main()
 
     process = Fork(run)
