@@ -26,8 +26,9 @@ from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 15
 
-_MORE_DRAWS = 4
-"""How many times as many draws the larger of two timed passes has."""
+_MANY_DRAWS = 16
+"""Draws of each sample in the larger of two timed passes through an upstream, unless it has more.
+"""
 
 
 class TimedMeasurement(GradientMeasurement):
@@ -128,9 +129,10 @@ class StepTimer:
         """
         whole, resamples = len(clean.x0), self.module.draws.draws_per_sample
         if is_trained(clean):
+            chunk = getattr(self.module.draws, "chunk_size", None)
             return {
-                k * whole: partial(self._step_of, CARV(k, scope="none"), clean)
-                for k in (resamples, _MORE_DRAWS * resamples)
+                k * whole: partial(self._step_of, CARV(k, scope="none", chunk_size=chunk), clean)
+                for k in (1, max(_MANY_DRAWS, resamples))
             }
         parts = sorted({max(1, whole // 4), whole})
         return {n * resamples: partial(self._step, clean.rows(slice(0, n))) for n in parts}
