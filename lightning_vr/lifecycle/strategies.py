@@ -42,19 +42,6 @@ def check_strategy(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
-def check_unsharded(trainer: Trainer, module: LightningModule) -> None:
-    """Raise if the weights of a module that needs them whole are sharded.
-
-    Raises:
-        ValueError: Naming the strategy to use.
-    """
-    if isinstance(trainer.strategy, ShardedStrategy):
-        raise ValueError(
-            f"`strategy` must leave all weights of a {type(module).__name__} on each rank, got "
-            f"'sharded': use 'ddp', or one device."
-        )
-
-
 def check_alternating_steps(trainer: Trainer) -> None:
     """Raise if ranks would wait for gradients of parameters that a backward pass does not reach.
 
