@@ -49,7 +49,7 @@ SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.5)
 
 def build(name="plain", kind=DiffusionModule, optimizer=ADAM, **options):
     torch.manual_seed(0)
-    network = ResidualMLP(2, width=16, depth=2)
+    network = options.pop("network", ResidualMLP(2, width=16, depth=2))
     slots = ESTIMATORS[name]() | options
     return kind(network, sampler=Sampler(steps=2), optimizer=optimizer, **slots)
 

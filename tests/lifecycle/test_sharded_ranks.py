@@ -18,6 +18,8 @@ from lifecycle.sharded_runs import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from support.compilers import Compiled
 from support.ranks import launch
 from support.selections import mostly_slow
 from support.stops import StopAt, StoppedError
@@ -29,11 +31,13 @@ from lightning_vr import (
     AuditDuringTraining,
     DiffusionModule,
     FrechetDistance,
+    GradientSignal,
     GradientVariance,
+    ResidualMLP,
     TaylorCV,
 )
 from lightning_vr.core.distributed import SynchronizedError
-from lightning_vr.lifecycle import sharded_checkpoints
+from lightning_vr.lifecycle import atomic_files, sharded_checkpoints
 from lightning_vr.lifecycle.checkpoint_io import UnwrittenCheckpointError
 from lightning_vr.lifecycle.checkpoints import read_checkpoint
 from lightning_vr.lifecycle.sharded_checkpoints import load_folder
@@ -172,24 +176,58 @@ def test_callbacks_pilots_and_the_guard_work_on_sharded_weights():
     launch(watched, 2)
 
 
-def compiled():
-    module = build()
-    module.network.compile(backend="eager")
-    return module
+def compiled(rank):
+    """A network that is compiled in place trains and samples as one that is not."""
+    found = []
+    for is_compiled in (False, True):
+        module = build("chunks", optimizer=SGD)
+        if is_compiled:
+            module.network.compile(backend=Compiled.backend)
+        fit("file", module, averages(), **STEPS["windows"])
+        assert bool(Compiled.calls) == is_compiled
+        found.append((weights(module), module.sample(3, seed=0)))
+    for plain, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, **ROUNDING)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_sharded():
+    launch(compiled, 2)
+
+
+def wrapped():
+    return build(network=torch.compile(ResidualMLP(2, width=16), backend="eager"))
+
+
+class Batched(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.BatchNorm1d(8))
+        self.layers.append(torch.nn.Linear(8, 2))
+
+    def forward(self, x, t):
+        return self.layers(x)
+
+
+def scaled():
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
 
 
 REFUSED = {
     "taylor": (lambda: build(control_variate=TaylorCV()), (), r"must be TaylorCV\(order=0\) with"),
     "copy": (build, [EMAWeightAveraging()], "must not hold EMAWeightAveraging .* lightning_vr.EMA"),
     "audit": (build, [AuditDuringTraining()], "AuditDuringTraining needs whole gradients"),
-    "compiled": (compiled, (), "`network` must not be compiled"),
+    "signal": (build, [GradientSignal()], "GradientSignal needs whole gradients .* or DDP"),
+    "wrapped": (wrapped, (), "`network` must be compiled in place"),
+    "statistics": (lambda: build(network=Batched()), (), "must keep no statistics of batches"),
+    "scaled": (build, (), "`precision` must need no loss scale", scaled()),
 }
 
 
 def refused(case):
-    make, callbacks, message = case
+    make, callbacks, message, *options = case
     with pytest.raises((ValueError, MisconfigurationException), match=message):
-        fit("file", make(), *callbacks)
+        fit("file", make(), *callbacks, **dict(*options))
 
 
 @pytest.mark.parametrize("name", mostly_slow(list(REFUSED), ["taylor"]))
@@ -227,6 +265,6 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     last = tmp_path / "saved_twice/last.ckpt"
     assert read_checkpoint(last)["global_step"] == 4
     # killed between the two renames
-    last.rename(last.with_name(".last.ckpt.old"))
+    last.rename(atomic_files._beside(last, ".old"))
     assert load_folder(last)["global_step"] == 4
     assert read_checkpoint(tmp_path / "full_disk/last.ckpt")["global_step"] == 2
