@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_vr.core.distributed import broadcast
 
+
 def is_sharded(module: nn.Module) -> bool:
     """Return whether parameters of a module are sharded."""
     return any(isinstance(part, FSDPModule) for part in module.modules())

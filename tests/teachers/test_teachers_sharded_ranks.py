@@ -1,4 +1,4 @@
-"""What frozen teachers train on two ranks: its weights sharded, the teachers' whole, against DDP."""
+"""What teachers train on two ranks, sharded beside whole teachers, against DDP."""
 
 import pytest
 import torch
@@ -25,7 +25,10 @@ def distilled():
 
 def matched():
     module = DistributionMatching(
-        teacher(prediction="x0"), draws=CARV(2, LearnedProposal(bins=2)), fake_steps=2, optimizer=sgd
+        teacher(prediction="x0"),
+        draws=CARV(2, LearnedProposal(bins=2)),
+        fake_steps=2,
+        optimizer=sgd,
     )
     with torch.no_grad():  # else the fake scores are the teacher's
         module.fake.network.project_out.bias.add_(0.5)
