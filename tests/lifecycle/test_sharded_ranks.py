@@ -19,6 +19,7 @@ from lifecycle.sharded_runs import (
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from support.comparisons import assert_equal
 from support.compilers import Compiled
 from support.ranks import launch
 from support.selections import mostly_slow
@@ -123,27 +124,36 @@ def test_a_sharded_run_resumes_exactly_from_a_file_and_from_a_folder(tmp_path):
         read_checkpoint(tmp_path / "folder.ckpt")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["file", "folder"])
-def test_between_epochs_a_run_goes_on_with_another_number_of_ranks(how, tmp_path):
-    path = tmp_path / "epoch.ckpt"
-    launch(lambda _: stop(how, path, "on_train_epoch_end", 1), 2)
-    saved = read_checkpoint(path)
-    module, trainer = resume("auto", path, ranks=1)
-    assert trainer.global_step > saved["global_step"]
-    trained = torch.cat([x.flatten() for n, x in saved["state_dict"].items() if "network." in n])
-    assert trained.shape == weights(module).shape
+KEPT = ("state_dict", "current_model_state", "optimizer_states", "averaging_state")
 
-    alone = tmp_path / "alone.ckpt"
-    at_end = StopAt("on_train_epoch_end", 1, alone)
+
+def save_at(how, path, hook, ranks, **options):
+    """Stop at the end of an epoch, or before the first batch."""
     with pytest.raises(StoppedError):
-        fit("auto", build("composed"), averages(), at_end, ranks=1, max_steps=20)
+        fit(how, build("composed"), averages(), StopAt(hook, 1, path), ranks=ranks, **options)
 
-    def go_on(_):
-        state = read_checkpoint(alone)
-        fit(how, build("composed"), averages(), ckpt_path=alone, max_steps=state["global_step"] + 1)
 
-    launch(go_on, 2)
+def check_same_state(saved, again):
+    before, after = read_checkpoint(saved), read_checkpoint(again)
+    for part in KEPT:
+        assert_equal(after[part], before[part], part)
+    assert after["global_step"] == before["global_step"] > 0
+
+
+@pytest.mark.parametrize("how", mostly_slow(["file", "folder"], ["folder"]))
+def test_between_epochs_another_number_of_ranks_goes_on_from_the_same_state(how, tmp_path):
+    two, one = tmp_path / "two.ckpt", tmp_path / "one.ckpt"
+    end, begin = ("on_train_epoch_end", "on_train_batch_start")
+    launch(lambda _: save_at(how, two, end, 2, max_steps=20), 2)
+    save_at("auto", tmp_path / "two-on-one.ckpt", begin, 1, ckpt_path=two, max_steps=20)
+    check_same_state(two, tmp_path / "two-on-one.ckpt")
+
+    save_at("auto", one, end, 1, max_steps=20)
+    launch(
+        lambda _: save_at(how, tmp_path / "one-on-two.ckpt", begin, 2, ckpt_path=one, max_steps=20),
+        2,
+    )
+    check_same_state(one, tmp_path / "one-on-two.ckpt")
 
 
 def watched(rank):
