@@ -1,19 +1,21 @@
 """Runs whose weights are sharded over two ranks, against DDP."""
 
-import itertools
 import math
 
 import pytest
 import torch
 from lifecycle.sharded_runs import (
-    ESTIMATORS,
+    CHUNKED,
+    COMPOSED,
+    FACTORS,
     SGD,
-    STEPS,
     BreakGradient,
     SlowToEncode,
     averages,
     build,
     fit,
+    is_allowed,
+    steps,
     weights,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,6 +23,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from support.comparisons import assert_equal
 from support.compilers import Compiled
+from support.covering_arrays import covering_array
 from support.ranks import launch
 from support.selections import mostly_slow
 from support.stops import StopAt, StoppedError
@@ -52,44 +55,46 @@ pytestmark = [
 
 # sums over ranks in another order
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
-CASES = list(itertools.product(ESTIMATORS, STEPS))
-FAST = [("composed", "windows"), ("control", "plain")]
+ROWS = covering_array(FACTORS, 3, is_allowed)
+"""Each combination of three settings: of draws, target and accumulation, for example."""
+
+CONTROL = dict(zip(FACTORS, ("IID", "DSM", True, None, 1, None, False), strict=True))
 
 
-def weights_by_strategy(cases):
-    for name, steps in cases:
+def weights_by_strategy(rows):
+    for row in rows:
         found = []
         for how in ("ddp", "file"):
-            module = build(name, optimizer=SGD)  # Adam magnifies rounding of small gradients
+            module = build(row, optimizer=SGD)  # Adam magnifies rounding of small gradients
             start = weights(module)
-            fit(how, module, averages(), **STEPS[steps])
+            fit(how, module, *([averages()] if row["averages"] else []), **steps(row))
             found.append(weights(module))
-            assert not torch.equal(found[-1], start), (name, steps)
-        torch.testing.assert_close(*found, **ROUNDING, msg=lambda x: f"{name} {steps}: {x}")  # noqa: B023
+            assert not torch.equal(found[-1], start), row
+        torch.testing.assert_close(*found, **ROUNDING, msg=lambda x: f"{row}: {x}")  # noqa: B023
 
 
 @pytest.mark.parametrize(
-    "cases", mostly_slow([CASES, FAST], [FAST]), ids=lambda cases: str(len(cases))
+    "rows", [pytest.param(ROWS, marks=pytest.mark.slow), [COMPOSED, CONTROL]], ids=["many", "few"]
 )
-def test_averaged_weights_of_sharded_training_are_those_of_ddp(cases):
-    launch(lambda _: weights_by_strategy(cases), 2)
+def test_weights_of_sharded_training_are_those_of_ddp(rows):
+    launch(lambda _: weights_by_strategy(rows), 2)
 
 
 def stop(how, path, hook="on_train_batch_end", count=3):
     """Stop within a window of accumulated gradients, or elsewhere."""
     with pytest.raises(StoppedError):
-        fit(how, build("composed"), averages(), StopAt(hook, count, path), **STEPS["windows"])
+        fit(how, build(COMPOSED), averages(), StopAt(hook, count, path), **steps(COMPOSED))
 
 
 def resume(how, path, ranks=2):
-    module = build("composed")
-    trainer = fit(how, module, averages(), ckpt_path=path, ranks=ranks, **STEPS["windows"])
+    module = build(COMPOSED)
+    trainer = fit(how, module, averages(), ckpt_path=path, ranks=ranks, **steps(COMPOSED))
     return module, trainer
 
 
 def resumed(folder):
-    whole = build("composed")
-    fit("file", whole, averages(), **STEPS["windows"])
+    whole = build(COMPOSED)
+    fit("file", whole, averages(), **steps(COMPOSED))
     expected = weights(whole)
     for saved, how in (("file", "file"), ("folder", "folder"), ("folder", "ddp")):
         module, trainer = resume(how, folder / f"{saved}.ckpt")
@@ -115,7 +120,7 @@ def test_a_sharded_run_resumes_exactly_from_a_file_and_from_a_folder(tmp_path):
     for saved in ("file", "folder"):
         path = tmp_path / f"{saved}-end.ckpt"
         assert torch.equal(weights(DiffusionModule.load_from_checkpoint(path)), expected)
-        predicted = build("composed")
+        predicted = build(COMPOSED)
         quiet_trainer().predict(predicted, requests, ckpt_path=path, weights_only=True)
         assert torch.equal(weights(predicted), expected)
 
@@ -130,7 +135,7 @@ KEPT = ("state_dict", "current_model_state", "optimizer_states", "averaging_stat
 def save_at(how, path, hook, ranks, **options):
     """Stop at the end of an epoch, or before the first batch."""
     with pytest.raises(StoppedError):
-        fit(how, build("composed"), averages(), StopAt(hook, 1, path), ranks=ranks, **options)
+        fit(how, build(COMPOSED), averages(), StopAt(hook, 1, path), ranks=ranks, **options)
 
 
 def check_same_state(saved, again):
@@ -161,7 +166,7 @@ def watched(rank):
     found = []
     measure = [FrechetDistance(samples=300), GradientVariance(every_n_steps=1, noise_levels=2)]
     for callbacks in ([], measure):
-        module = build("chunks")
+        module = build(CHUNKED)
         trainer = fit("file", module, *callbacks, limit_val_batches=1, max_steps=6)
         found.append(weights(module))
     assert torch.equal(*found)
@@ -190,10 +195,10 @@ def compiled(rank):
     """A network that is compiled in place trains and samples as one that is not."""
     found = []
     for is_compiled in (False, True):
-        module = build("chunks", optimizer=SGD)
+        module = build(CHUNKED, optimizer=SGD)
         if is_compiled:
             module.network.compile(backend=Compiled.backend)
-        fit("file", module, averages(), **STEPS["windows"])
+        fit("file", module, averages(), **steps(COMPOSED))
         assert bool(Compiled.calls) == is_compiled
         found.append((weights(module), module.sample(3, seed=0)))
     for plain, own in zip(*found, strict=True):
