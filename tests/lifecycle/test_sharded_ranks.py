@@ -41,10 +41,9 @@ from lightning_vr import (
     TaylorCV,
 )
 from lightning_vr.core.distributed import SynchronizedError
-from lightning_vr.lifecycle import atomic_files, sharded_checkpoints
+from lightning_vr.lifecycle import sharded_checkpoints
 from lightning_vr.lifecycle.checkpoint_io import UnwrittenCheckpointError
 from lightning_vr.lifecycle.checkpoints import read_checkpoint
-from lightning_vr.lifecycle.sharded_checkpoints import load_folder
 from lightning_vr.pipelines import to_pipeline
 
 pytestmark = [
@@ -54,11 +53,9 @@ pytestmark = [
 ]
 
 # sums over ranks in another order
-ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
+ROUNDING = {"rtol": 0, "atol": 1e-6}
 ROWS = covering_array(FACTORS, 3, is_allowed)
 """Each combination of three settings: of draws, target and accumulation, for example."""
-
-CONTROL = dict(zip(FACTORS, ("IID", "DSM", True, None, 1, None, False), strict=True))
 
 
 def weights_by_strategy(rows):
@@ -74,7 +71,7 @@ def weights_by_strategy(rows):
 
 
 @pytest.mark.parametrize(
-    "rows", [pytest.param(ROWS, marks=pytest.mark.slow), [COMPOSED, CONTROL]], ids=["many", "few"]
+    "rows", [pytest.param(ROWS, marks=pytest.mark.slow), [COMPOSED]], ids=["many", "one"]
 )
 def test_weights_of_sharded_training_are_those_of_ddp(rows):
     launch(lambda _: weights_by_strategy(rows), 2)
@@ -92,41 +89,45 @@ def resume(how, path, ranks=2):
     return module, trainer
 
 
-def resumed(folder):
+def resumed(folder, saved, others):
     whole = build(COMPOSED)
-    fit("file", whole, averages(), **steps(COMPOSED))
+    fit(saved, whole, averages(), **steps(COMPOSED))
     expected = weights(whole)
-    for saved, how in (("file", "file"), ("folder", "folder"), ("folder", "ddp")):
-        module, trainer = resume(how, folder / f"{saved}.ckpt")
-        if how == "ddp":
-            torch.testing.assert_close(weights(module), expected, rtol=1e-4, atol=1e-5)
-        else:
-            assert torch.equal(weights(module), expected), (saved, how)
-            trainer.save_checkpoint(folder / f"{saved}-end.ckpt")
+    module, trainer = resume(saved, folder / "stop.ckpt")
+    assert torch.equal(weights(module), expected)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    for how in others:
+        module, _ = resume(how, folder / "stop.ckpt")
+        torch.testing.assert_close(weights(module), expected, rtol=1e-4, atol=1e-5)
     if torch.distributed.get_rank() == 0:
         torch.save(expected, folder / "expected.pt")
 
 
-def test_a_sharded_run_resumes_exactly_from_a_file_and_from_a_folder(tmp_path):
-    for how in ("file", "folder"):
-        launch(lambda _, how=how: stop(how, tmp_path / f"{how}.ckpt"), 2)
-    assert (tmp_path / "file.ckpt").is_file()
-    names = sorted(path.name for path in (tmp_path / "folder.ckpt").iterdir())
-    assert names == ["meta.pt", "rank-0.pt", "rank-1.pt"]
-    launch(lambda _: resumed(tmp_path), 2)
+@pytest.mark.parametrize(
+    ("saved", "others"),
+    [
+        ("folder", []),
+        pytest.param("file", ["ddp"], marks=pytest.mark.slow),
+        pytest.param("folder", ["ddp", "file"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_sharded_run_resumes_exactly_from_a_file_and_from_a_folder(saved, others, tmp_path):
+    launch(lambda _: stop(saved, tmp_path / "stop.ckpt"), 2)
+    launch(lambda _: resumed(tmp_path, saved, others), 2)
 
-    expected = torch.load(tmp_path / "expected.pt")
+    expected, path = torch.load(tmp_path / "expected.pt"), tmp_path / "end.ckpt"
+    assert torch.equal(weights(DiffusionModule.load_from_checkpoint(path)), expected)
     requests = DataLoader([{"index": torch.tensor(i)} for i in range(2)], batch_size=2)
-    for saved in ("file", "folder"):
-        path = tmp_path / f"{saved}-end.ckpt"
-        assert torch.equal(weights(DiffusionModule.load_from_checkpoint(path)), expected)
-        predicted = build(COMPOSED)
-        quiet_trainer().predict(predicted, requests, ckpt_path=path, weights_only=True)
-        assert torch.equal(weights(predicted), expected)
+    predicted = build(COMPOSED)
+    quiet_trainer().predict(predicted, requests, ckpt_path=path, weights_only=True)
+    assert torch.equal(weights(predicted), expected)
 
-    (tmp_path / "folder.ckpt/rank-1.pt").unlink()
-    with pytest.raises(ValueError, match=r"the folder .* lacks rank-1.pt"):
-        read_checkpoint(tmp_path / "folder.ckpt")
+    assert path.is_file() == (saved == "file")
+    if saved == "folder":
+        assert sorted(each.name for each in path.iterdir()) == ["meta.pt", "rank-0.pt", "rank-1.pt"]
+        (path / "rank-1.pt").unlink()
+        with pytest.raises(ValueError, match=r"the folder .* lacks rank-1.pt"):
+            read_checkpoint(path)
 
 
 KEPT = ("state_dict", "current_model_state", "optimizer_states", "averaging_state")
@@ -145,7 +146,8 @@ def check_same_state(saved, again):
     assert after["global_step"] == before["global_step"] > 0
 
 
-@pytest.mark.parametrize("how", mostly_slow(["file", "folder"], ["folder"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["file", "folder"])
 def test_between_epochs_another_number_of_ranks_goes_on_from_the_same_state(how, tmp_path):
     two, one = tmp_path / "two.ckpt", tmp_path / "one.ckpt"
     end, begin = ("on_train_epoch_end", "on_train_batch_start")
@@ -164,10 +166,11 @@ def test_between_epochs_another_number_of_ranks_goes_on_from_the_same_state(how,
 def watched(rank):
     """A run is the same with and without callbacks that sample and measure."""
     found = []
-    measure = [FrechetDistance(samples=300), GradientVariance(every_n_steps=1, noise_levels=2)]
+    measure = [FrechetDistance(samples=40), GradientVariance(every_n_steps=2, noise_levels=2)]
+    options = {"limit_val_batches": 1, "val_check_interval": 3, "check_val_every_n_epoch": None}
     for callbacks in ([], measure):
         module = build(CHUNKED)
-        trainer = fit("file", module, *callbacks, limit_val_batches=1, max_steps=6)
+        trainer = fit("file", module, *callbacks, max_steps=3, **options)
         found.append(weights(module))
     assert torch.equal(*found)
     metrics = trainer.callback_metrics
@@ -180,15 +183,23 @@ def watched(rank):
     with pytest.raises(ValueError, match="save a checkpoint, and export what"):
         to_pipeline(module)
 
-    slow = build(kind=SlowToEncode, draws=CARV("auto"))
-    fit("file", slow)
-    assert slow.draws.chosen > 1
     with pytest.raises(SynchronizedError, match=r"the gradient of `network\.\S+`, though every"):
         fit("file", build(), BreakGradient(rank=1))
 
 
-def test_callbacks_pilots_and_the_guard_work_on_sharded_weights():
+def test_callbacks_and_the_guard_work_on_sharded_weights():
     launch(watched, 2)
+
+
+def chosen_by_pilots(rank):
+    slow = build(kind=SlowToEncode, draws=CARV("auto"))
+    fit("file", slow)
+    assert slow.draws.chosen > 1
+
+
+@pytest.mark.slow
+def test_pilots_work_on_sharded_weights():
+    launch(chosen_by_pilots, 2)
 
 
 def compiled(rank):
@@ -271,15 +282,14 @@ def full_disk(folder):
     assert read_checkpoint(elsewhere)["global_step"] == 4
 
 
-@pytest.mark.filterwarnings("ignore:The checkpoint .* could not be written")
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
-    for case in (saved_twice, full_disk):
-        launch(lambda _, case=case: case(tmp_path / case.__name__), 2)
-    names = sorted(path.name for path in (tmp_path / "saved_twice").iterdir())
-    assert names == ["last.ckpt", "step=4.ckpt"]
-    last = tmp_path / "saved_twice/last.ckpt"
-    assert read_checkpoint(last)["global_step"] == 4
-    # killed between the two renames
-    last.rename(atomic_files._beside(last, ".old"))
-    assert load_folder(last)["global_step"] == 4
-    assert read_checkpoint(tmp_path / "full_disk/last.ckpt")["global_step"] == 2
+    launch(lambda _: saved_twice(tmp_path), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=4.ckpt"]
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The checkpoint .* could not be written")
+def test_a_folder_that_one_rank_cannot_write_replaces_none(tmp_path):
+    launch(lambda _: full_disk(tmp_path), 2)
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2

@@ -45,7 +45,7 @@ def sharded_as_ddp(_):
         for strategy in ("ddp_find_unused_parameters_true", ShardedStrategy(block_size=20)):
             module = build()
             start = {name: p.detach().clone() for name, p in trained(module).items()}
-            fit(module, strategy=strategy, devices=2, length=8, batch_size=2)
+            fit(module, strategy=strategy, devices=2, length=4)
             is_sharded = isinstance(strategy, ShardedStrategy)
             assert all(isinstance(p, DTensor) == is_sharded for p in trained(module).values())
             assert not any(isinstance(p, DTensor) for p in module.teacher.parameters())

@@ -16,6 +16,7 @@ from lightning_vr.training.adapters import LoRA
 pytest.importorskip("peft", reason="needs the extra 'adapters'")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
     pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
 ]
