@@ -33,7 +33,6 @@ import diffusers
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from support.compilers import Compiled
@@ -47,6 +46,7 @@ from torch.utils.data import DataLoader
 
 from lightning_vr import (
     CARV,
+    EMA,
     STF,
     Clean,
     DiffusersSchedule,
@@ -328,7 +328,7 @@ def settings(features, device="cpu"):
             algorithm, limit = CLIPPING[feature]
             options |= {"gradient_clip_algorithm": algorithm, "gradient_clip_val": limit}
         elif feature == "ema":
-            options["callbacks"] = [EMAWeightAveraging(decay=DECAY)]
+            options["callbacks"] = [EMA(decay=DECAY)]
     return options
 
 
@@ -517,7 +517,7 @@ def test_a_checkpoint_of_averaged_weights_holds_what_was_learned_as_it_is(name, 
                 seen.append(learned(module))
 
     seen = []
-    trained(module_of(name), callbacks=[EMAWeightAveraging(decay=DECAY), Save()])
+    trained(module_of(name), callbacks=[EMA(decay=DECAY), Save()])
     checkpoint = torch.load(tmp_path / "averaged.ckpt", weights_only=True)
     module = module_of(name)
     module.load_state_dict(checkpoint["state_dict"])
