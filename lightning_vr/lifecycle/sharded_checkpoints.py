@@ -5,7 +5,8 @@ Both hold what a checkpoint of whole weights holds, optimizer states and average
 with a note in place of each sharded tensor, and ``rank-<i>.pt`` with the rows of each rank. It is
 written beside its place and renamed, so that it is whole or not there. Either is read on any number
 of ranks, sharded or not: only rows that a rank keeps are read there. No file needs more than
-``torch.load(weights_only=True)``.
+``torch.load(weights_only=True)``, while the metadata of ``torch.distributed.checkpoint`` is a
+pickle, which a stranger's checkpoint must not be.
 """
 
 from collections.abc import Callable

@@ -62,8 +62,6 @@ from lightning_vr.core.rows import concatenated, tensors
 from lightning_vr.core.types import LossEstimate, StepPart
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.lifecycle.run_context import RunContext
-from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
-from lightning_vr.lifecycle.strategies import check_unsharded
 from lightning_vr.process.sampling import Sampler, Samples
 from lightning_vr.process.weightings import UnitWeighting
 from lightning_vr.training import resamples_pilot as resamples_pilots
@@ -675,11 +673,6 @@ class TestRefused:
         module._trainer = SimpleNamespace(strategy=strategy())
         with pytest.raises(ValueError, match="`strategy` must leave all weights on each rank"):
             module.setup("fit")
-
-    def test_a_teacher_whose_weights_would_be_sharded(self):
-        module = module_of("plain")
-        with pytest.raises(ValueError, match="all weights of a DiffusionModule on each rank"):
-            check_unsharded(SimpleNamespace(strategy=ShardedStrategy()), module)
 
     def test_a_compiled_network_without_room_for_dropped_labels(self):
         network = torch.compile(ResidualMLP(2, width=8, num_class_embeds=2), backend="eager")
