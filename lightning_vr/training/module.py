@@ -134,7 +134,7 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
     def prepare_training(self) -> None:
         """Make the pilots, and fill the target's bank with the encoded training set."""
         check_ranks(self.draws)
-        check_sharded(self, has_adapter=self._adapter is not None)
+        check_sharded(self)
         run = RunContext.of(self.trainer)
         found = self.make_resamples_pilot(run), control_pilot(self, run)
         self._pilots = [pilot for pilot in found if pilot is not None]
