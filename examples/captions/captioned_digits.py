@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
-from lightning_vr import Clean, DiffusionModule, SampleGrid, Sampler
+from lightning_vr import EMA, Clean, DiffusionModule, SampleGrid, Sampler
 from lightning_vr.data import Digits
 from lightning_vr.metrics import DigitFeatures
 
@@ -126,7 +125,7 @@ def main() -> None:
         default_root_dir=options.folder,
         logger=False,
         enable_checkpointing=False,
-        callbacks=[EMAWeightAveraging(decay=0.995), SampleGrid(conditions=prompts)],
+        callbacks=[EMA(decay=0.995), SampleGrid(conditions=prompts)],
     )
     trainer.fit(module, Digits())
     table = guidance_table(module.eval(), options.samples, options.sampler_steps)

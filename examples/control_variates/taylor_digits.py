@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,6 +41,7 @@ from lightning_vr import (
     CARV,
     DSM,
     EDM,
+    EMA,
     VE,
     Audit,
     Candidate,
@@ -217,7 +217,7 @@ def train(options: argparse.Namespace, name: str, seed: int) -> tuple[Results, l
     module = build(options, **arm.slots)
     data = Digits(batch_size=int(arm.batch * options.batch))
     watch = Watch(options.steps // options.evaluations, options.early)
-    trainer = fit(module, data, options.steps, [EMAWeightAveraging(decay=0.98), watch])
+    trainer = fit(module, data, options.steps, [EMA(decay=0.98), watch])
 
     metric = FrechetMetric(DigitFeatures())
     images = torch.stack([torch.as_tensor(row["image"]) for row in data.train_dataloader().dataset])
