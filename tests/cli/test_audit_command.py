@@ -21,7 +21,8 @@ def few(monkeypatch):
 
 def test_an_audit_writes_its_findings_and_prints_advice(run, capsys, caplog):
     caplog.set_level("INFO")
-    folder = run("audit", BUDGET)
+    with counted_looks():
+        folder = run("audit", "--budget=12")
     found = json.loads((folder / "audit.json").read_text())
     names = [each["name"] for each in found["estimators"]]
     singles = ["current", "STF(64)", "strata, q learned", "pairs"]
