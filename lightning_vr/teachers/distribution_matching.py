@@ -61,7 +61,7 @@ class DistributionMatching(ResumableModule):
     """Trains a one-step student on the difference of a teacher's and a fake model's scores.
 
     Of a batch it takes the shape, the labels and the condition: the data itself plays no part.
-    On several processes use ``strategy="ddp_find_unused_parameters_true"``.
+    On several processes use ``strategy="ddp_find_unused_parameters_true"``, or ``"sharded"``.
 
     Args:
         teacher: The teacher. It is in no checkpoint: give it again when one is loaded.
