@@ -564,14 +564,14 @@ def parse() -> argparse.Namespace:
     settings |= {"level_batch": 8, "levels": LEVELS, "orders": (0, 1, 2), "bins": 8}
     if options.quick:
         settings |= {
-            "batch": 32,
+            "batch": 16,
             "widths": [8],
             "sampler_steps": 2,
             "evaluations": 2,
             "samples": 40,
         }
         settings |= {"level_batch": 2, "levels": (0.002, 0.3), "orders": (1,), "repeats": 6}
-        settings |= {"steps": 4, "early": 2, "seeds": 1, "budget": 0.1}
+        settings |= {"bins": 2, "steps": 4, "early": 2, "seeds": 1, "budget": 0.1}
     vars(options).update(settings)
     return options
 

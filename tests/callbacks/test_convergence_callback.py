@@ -138,6 +138,28 @@ def test_the_exact_denoiser_has_no_distance_in_a_run(tmp_path, settings):
     assert float(numbers(table, "floor").max()) > 0.1
 
 
+class Labelled(DDPM):
+    """A trainer on labelled points whose network knows the answer of each class."""
+
+    def training_step(self, batch, batch_idx):
+        return 0 * next(self.unet.parameters()).sum()
+
+
+def loss_of_exact(module, x0, noise, t, clean):
+    xt, alpha, sigma = VP().perturb(x0, noise, t), VP().alpha(t), VP().sigma(t)
+    groups = {"query_group": clean.group, "reference_group": two_classes(40)}
+    return (posterior_mean(xt, alpha, sigma, TRAIN.x0, **groups).mean - x0).square().sum(1)
+
+
+def test_a_given_loss_with_a_fifth_argument_sees_the_labels_and_so_does_its_optimum(tmp_path):
+    data = DataLoader(Points(TRAIN.x0, two_classes(40)), 8)
+    watch = Convergence(**(SETTINGS | {"samples": 32}), loss=loss_of_exact, schedule=VP())
+    logged_trainer(tmp_path, watch, max_steps=1).fit(Labelled(), data)
+    table = tmp_path / "convergence.csv"
+    assert (numbers(table, "excess") <= 2 * numbers(table, "excess_error")).all()
+    assert float(numbers(table, "floor").max()) > 0.1
+
+
 def test_a_resumed_run_leaves_the_file_of_one_that_was_not_stopped(tmp_path):
     fit(tmp_path / "whole", Convergence(**SETTINGS), max_epochs=2, val_check_interval=1.0)
     first = fit(tmp_path / "parts", Convergence(**SETTINGS))
