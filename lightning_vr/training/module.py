@@ -42,7 +42,7 @@ from lightning_vr.training.hand_over import HandOver
 from lightning_vr.training.monitors import MonitoredSchedules
 from lightning_vr.training.noisy_losses import DiffusionLoss, Precision
 from lightning_vr.training.reference_bank import fill_target, refill_target
-from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
+from lightning_vr.training.resamples_pilot import ResamplesPilot
 from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
 from lightning_vr.training.training_checks import check_ranks, check_sharded
 from lightning_vr.training.upstream import NullCondition
@@ -142,21 +142,11 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
             fill_target(self, self.trainer)
 
     def noisy_loss(self, precision: Precision = nullcontext) -> DiffusionLoss:
-        """Return the training loss with draws to draw again.
-
-        Args:
-            precision: The trainer's precision.
-        """
         return DiffusionLoss(self, precision)
 
     def check_slots(self) -> None:
-        """Raise if draws, target and control variate do not go together or not with the network."""
         slots = self.draws, self.control_variate
         check_estimators(*slots, self.objective, self.network, self.variance)
-
-    def make_resamples_pilot(self, run: RunContext) -> ResamplesPilot | None:
-        """Return a pilot for draws that leave K open, else None."""
-        return resamples_pilot(self, run)
 
     def on_train_epoch_start(self) -> None:
         """Fill the target's bank again if the training set is drawn anew."""
