@@ -11,6 +11,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_vr.core.rng import preserve_global_rng
 from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
+from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
 from lightning_vr.training.estimator_module import EstimatorModule
 
 _MODULE_STATE = ("seed", "estimate", "sample_shape")
@@ -39,7 +40,8 @@ def measure_before_training(
             are not run, and it cannot be used again.
 
     Raises:
-        MisconfigurationException: If the trainer starts its processes by fork or spawn.
+        MisconfigurationException: If the trainer starts its processes by fork or spawn, or shards
+            weights.
     """
     callback = _Measuring(lambda trainer: measure(trainer, module))
     with quiet_trainer():
@@ -54,6 +56,11 @@ def measure_before_training(
             raise MisconfigurationException(
                 "A measurement cannot return a result from processes that the trainer forks or "
                 "spawns: use one device, or strategy='ddp' in a script of its own."
+            )
+        if isinstance(trainer.strategy, ShardedStrategy):
+            raise MisconfigurationException(
+                "`strategy` must leave all weights on each rank to be measured, got 'sharded': use "
+                "'auto', or 'ddp' on several devices, whatever the run is trained with."
             )
         state = [name for name in _MODULE_STATE if hasattr(module, name)]
         with _restored(module, *state), _restored_settings(trainer):

@@ -25,8 +25,9 @@ from lightning_vr.lifecycle.curve_log import CurveLog
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density
 from lightning_vr.training.estimator_module import EstimatorModule
-from lightning_vr.training.noisy_losses import Corruption, LossFunction
+from lightning_vr.training.noisy_losses import Corruption
 from lightning_vr.variance.components import PARTS, Components
+from lightning_vr.variance.given_loss import LossFunction
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 _MEMORY = 0.9
@@ -69,7 +70,8 @@ class GradientVariance(Callback):
             measured all at once from per-sample gradients if there are two of ``samples`` for each,
             else in turn.
         loss: ``(module, x0, noise, t) -> loss of each sample (B,)`` of a module that is not a
-            DiffusionModule.
+            DiffusionModule. If it has a fifth argument, it gets the rows of ``Clean`` there, with
+            ``group`` and ``cond``.
         schedule: The schedule that ``loss`` trains with, for the times of its draws.
         clean: A function from a batch of such a module to clean samples ``(B, *)``.
         draw: ``(x0, t, generator) -> corruption (B, *)``, which ``loss`` gets as ``noise``, such as

@@ -13,6 +13,7 @@ from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
 from lightning_vr.core.types import Clean
 from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.noisy_losses import Precision
+from lightning_vr.variance.given_loss import given_clean
 from lightning_vr.variance.gradient_measurement import NoisyLoss
 
 
@@ -35,7 +36,7 @@ class NoisyTraining:
     def encode(self, batch: Any, source: torch.Generator) -> Clean:
         """Return the clean samples of a batch; what encoding draws comes from ``source``."""
         with preserve_global_rng(), seed_global_rng(source), self.precision():
-            return Clean.from_batch(self.clean(batch))
+            return given_clean(self.clean(batch))
 
 
 def noisy_training(

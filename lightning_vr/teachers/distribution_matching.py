@@ -31,6 +31,7 @@ from lightning_vr.core.devices import device_of
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import detached
+from lightning_vr.core.sharding import whole_weights
 from lightning_vr.core.types import Clean, LossEstimate, Noised, StepPart
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.carv import CARV
@@ -38,7 +39,7 @@ from lightning_vr.estimators.draws import Draws
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.own_state import STATE
-from lightning_vr.lifecycle.strategies import check_alternating_steps, check_unsharded
+from lightning_vr.lifecycle.strategies import check_alternating_steps
 from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.objective import Objective
@@ -174,7 +175,6 @@ class DistributionMatching(EstimatorModule):
     def on_fit_start(self) -> None:
         """Raise if ranks would wait for gradients that never come."""
         super().on_fit_start()
-        check_unsharded(self.trainer, self)
         check_alternating_steps(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -225,7 +225,7 @@ class DistributionMatching(EstimatorModule):
         like = Clean(torch.empty(size, device=device), labels)
         if cond is not None:
             like = Clean(like.x0, labels, expanded(cond, count, device))
-        with evaluating(self):
+        with evaluating(self), whole_weights(self):
             return self.generate(like, self.generator("sample", seed=seed)).x0
 
     def configure_optimizers(self) -> list[Optimizer]:

@@ -26,7 +26,6 @@ from lightning_vr.estimators.proposals import WeightProposal
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.run_context import RunContext
-from lightning_vr.lifecycle.strategies import check_unsharded
 from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.weightings import DistillationWeighting, Weighting
@@ -160,7 +159,6 @@ class ScoreDistillation(TimeRange, MonitoredSchedules, EstimatorModule):
 
     def prepare_training(self) -> None:
         """Make the pilot of draws that leave K open."""
-        check_unsharded(self.trainer, self)
         check_ranks(self.draws)
         self._pilot = self.make_resamples_pilot(RunContext.of(self.trainer))
 

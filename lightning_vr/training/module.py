@@ -123,18 +123,16 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
         self._pilots: list[ResamplesPilot | ControlPilot] = []
 
     def loss_scale(self) -> float:
-        """Return the trainer's factor on losses in float16, 1 without a trainer."""
         return 1.0 if self._trainer is None else loss_scale(self._trainer)
 
     @property
     def skips_nonfinite(self) -> bool:
-        """Whether steps whose samples are not finite are left out."""
         return self.on_nonfinite == "skip"
 
     def prepare_training(self) -> None:
         """Make the pilots, and fill the target's bank with the encoded training set."""
         check_ranks(self.draws)
-        check_sharded(self, has_adapter=self._adapter is not None)
+        check_sharded(self)
         run = RunContext.of(self.trainer)
         found = self.make_resamples_pilot(run), control_pilot(self, run)
         self._pilots = [pilot for pilot in found if pilot is not None]

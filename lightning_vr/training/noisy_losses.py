@@ -16,14 +16,11 @@ from torch.func import functional_call
 from lightning_vr.core.gradients import mean_in_chunks
 from lightning_vr.core.rows import Rows, leaves, row_count, tensors
 from lightning_vr.core.types import Clean, LossEstimate, Noised, TargetEstimate, Times
-from lightning_vr.core.validation import check_one_per_sample
 from lightning_vr.estimators.draws import open_uniform
 from lightning_vr.process.timesteps import Density, Truncated
 from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.variance.given_loss import LossFunction, given_loss, sees_conditions
 from lightning_vr.variance.gradient_measurement import NoisyLoss
-
-LossFunction = Callable[[LightningModule, Tensor, Tensor, Tensor], Tensor]
-"""``(module, x0 (B, *), noise (B, *), t (B,)) -> loss of each sample (B,)``."""
 
 Corruption = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """``(x0 (B, *), t (B,), generator) -> corruption (B, *)``, such as the mask of each token."""
@@ -118,7 +115,8 @@ class GivenLoss(NoisyLoss):
 
     Args:
         module: The module to differentiate.
-        function: ``(module, x0, noise, t) -> loss of each sample (B,)``.
+        function: ``(module, x0, noise, t) -> loss of each sample (B,)``, or with ``clean`` as its
+            last argument (``variance.given_loss``).
         timesteps: Density of t.
         precision: The trainer's precision.
         corruption: Draws what the function gets as ``noise``; standard normal noise without it.
@@ -145,7 +143,9 @@ class GivenLoss(NoisyLoss):
         return Times(t, torch.ones_like(t))
 
     def draw(self, clean: Clean, times: Times, source: torch.Generator) -> Rows:
-        return {"x0": clean.x0, "noise": self._noise(clean.x0, times.t, source), "t": times.t}
+        rows = tensors(clean) if sees_conditions(self.function) else {"x0": clean.x0}
+        noise = self._noise(clean.x0, times.t, source)
+        return {"clean": rows, "noise": noise, "t": times.t}
 
     def _noise(self, x0: Tensor, t: Tensor, source: torch.Generator) -> Tensor:
         if self.corruption is None:
@@ -160,7 +160,6 @@ class GivenLoss(NoisyLoss):
         return noise
 
     def forward(self, rows: Rows) -> Tensor:
+        clean = Clean(**rows["clean"])
         with self.precision():
-            losses = self.function(self.module, rows["x0"], rows["noise"], rows["t"])
-        check_one_per_sample("loss", losses, len(rows["t"]))
-        return losses
+            return given_loss(self.function, self.module, clean, rows["noise"], rows["t"])
