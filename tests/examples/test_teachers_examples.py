@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from lightning_vr.core import devices
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*`max_epochs`"),
 ]
 
 
@@ -29,6 +32,15 @@ def test_score_distillation_is_measured(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "score_distillation.png").stat().st_size > 10_000
     rows = (tmp_path / "results.csv").read_text().splitlines()
     assert any(row.startswith('"quality/(2,1) uniform/3/0",') for row in rows)
+
+
+def test_the_scene_of_score_distillation_is_audited(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "time", devices.time)  # the study has CPU seconds in its place
+    run(monkeypatch, "score_distillation/audit_scene.py", "--folder", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "1 view, 8 weight, strata, pairs" in printed
+    assert "view/timestep/noise in %" in printed
+    assert (tmp_path / "audit" / "audit.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("data", ["digits", "eight_gaussians"])
