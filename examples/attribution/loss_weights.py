@@ -80,14 +80,16 @@ class Retrained:
         """Return the mean over queries of the linear datamodeling score."""
         return float(linear_datamodeling_score(scores, self.masks, outputs).mean())
 
-    def quarters(self) -> list[tuple[float, float]]:
+    def quarters(self, count: int) -> list[tuple[float, float]]:
         """Return LDS and spread of outputs at the times of a quarter alone, lowest noise first."""
         whole, found = self.model.timesteps, []
         for i in range(QUARTERS):
             part = whole.between(i / QUARTERS, (i + 1) / QUARTERS)
             self.model.timesteps = self.models.model.timesteps = part
-            outputs = self.outputs(64)
-            found.append((self.lds(self.scores(32), outputs), float(outputs.std(dim=0).mean())))
+            outputs = self.outputs(count)
+            found.append(
+                (self.lds(self.scores(count // 2), outputs), float(outputs.std(dim=0).mean()))
+            )
         self.model.timesteps = self.models.model.timesteps = whole
         return found
 
@@ -97,18 +99,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
+    few, many = (4, 16) if quick else (64, 256)
     for prediction, other in (("epsilon", "edm"), ("edm", "epsilon")):
         for weight in (None, other):
             found = Retrained(prediction, weight, quick=quick)
-            value = found.lds(found.scores(64), found.outputs(256))
+            value = found.lds(found.scores(few), found.outputs(many))
             print(f"{prediction}, the weight of {weight or prediction}: LDS {value:.3f}")
             if weight is None:
-                for i, (lds, spread) in enumerate(found.quarters()):
+                for i, (lds, spread) in enumerate(found.quarters(few)):
                     print(f"  times of quarter {i + 1}: LDS {lds:.3f}, outputs ± {spread:.5f}")
 
     runs = [Retrained("epsilon", sgd=True, seed=seed, quick=quick) for seed in range(3)]
-    outputs = [run.outputs(256) for run in runs]
-    values = [run.lds(run.scores(64), own) for run, own in zip(runs, outputs, strict=True)]
+    outputs = [run.outputs(many) for run in runs]
+    values = [run.lds(run.scores(few), own) for run, own in zip(runs, outputs, strict=True)]
     alike = rank_correlation(outputs[0].T, outputs[1].T)
     print(f"epsilon, SGD, three retrainings: LDS {values}, two of them correlate by {alike:.3f}")
 

@@ -59,3 +59,13 @@ def test_attribution_is_measured(tmp_path, monkeypatch, capsys):
     assert "ECM of features at equal draws" in printed
     assert "lds, independent → shared draws" in printed
     assert (tmp_path / "attribution.png").stat().st_size > 10_000
+
+
+def test_loss_weights_of_attribution_are_exchanged(monkeypatch, capsys):
+    run(monkeypatch, "attribution/loss_weights.py")
+    printed = capsys.readouterr().out
+    for prediction in ("epsilon", "edm"):
+        for weight in ("epsilon", "edm"):
+            assert f"{prediction}, the weight of {weight}: LDS" in printed
+    assert printed.count("times of quarter") == 8
+    assert "two of them correlate by" in printed
