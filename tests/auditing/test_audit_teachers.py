@@ -200,3 +200,13 @@ def test_a_distillation_shows_its_draws_what_a_step_would(draws, monkeypatch):
     expected = weight * module.residual(noised).square().mean(dim=1)
     torch.testing.assert_close(estimate.per_draw, expected)
     assert not isinstance(module.noisy_loss(), DiffusionLoss)
+
+
+def test_draws_that_leave_k_open_get_the_k_of_a_pilot_on_views(monkeypatch):
+    monkeypatch.setattr("lightning_vr.training.resamples_pilot._LEAST_GAIN", 1.0)  # however cheap
+    rivals = [Candidate("auto", draws=CARV(max_resamples=4))]
+    found = audit(Scene(), data(), rivals, budget=10, progress=False)
+    (auto,) = found.estimators[1:]
+    assert auto.draws_per_sample in (1, 2, 3, 4)
+    assert not found.skipped
+    assert rivals[0].draws.pilot is None  # a copy was measured
