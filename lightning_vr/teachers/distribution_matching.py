@@ -154,11 +154,6 @@ class DistributionMatching(EstimatorModule):
         return self.generate(self._conditions(batch), generator(seed, "z", device=self.device))
 
     def noisy_loss(self, precision: Precision = nullcontext) -> NoisyDistillation:
-        """Return the loss with draws to draw again, of which ``GradientVariance`` finds components.
-
-        Args:
-            precision: The trainer's precision.
-        """
         return NoisyDistillation(self, precision)
 
     def check_slots(self) -> None:
