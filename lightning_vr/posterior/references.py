@@ -89,7 +89,7 @@ class References:
         self, size: int | None, queries: int, dtype: torch.dtype
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield ``(start, rows, squared_norms)`` of consecutive references."""
-        size = size or max(1, _LOGIT_ELEMENTS // max(1, queries))
+        size = size or chunk_length(queries)
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield start, self.rows[part].to(dtype), self.squared_norms[part].to(dtype)
@@ -123,14 +123,19 @@ class PlainReferences:
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield ``(start, rows, squared_norms)`` of consecutive references."""
         copied = 0 if self.is_centred else self.x.shape[1]
-        limit = min(_LOGIT_ELEMENTS // max(1, queries), _COPY_ELEMENTS // max(1, copied))
-        size = min(len(self), size or max(1, limit))
+        size = min(len(self), size or chunk_length(queries, copied))
         copy = self.x.new_empty(0 if self.is_centred else size, self.x.shape[1], dtype=dtype)
         for start in range(0, len(self), size):
             rows = self.x[start : start + size]
             if not self.is_centred:
                 rows = torch.sub(rows, self.centre, out=copy[: len(rows)])
             yield start, rows, torch.linalg.vector_norm(rows, dim=1).square_()
+
+
+def chunk_length(queries: int, copied: int = 0) -> int:
+    """Return how many references to take at a time, of which ``copied`` numbers each are copied."""
+    limit = min(_LOGIT_ELEMENTS // max(1, queries), _COPY_ELEMENTS // max(1, copied))
+    return max(1, limit)
 
 
 def flat_rows(x: Tensor) -> Tensor:

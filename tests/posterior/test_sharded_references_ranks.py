@@ -121,6 +121,11 @@ def of_near_duplicates(rows, wide=False, share=slice(None), prepare=References.p
     return posterior_mean(xt, 1.0, sigma, prepare(x[share].clone()), **given)
 
 
+def stored(x, group):
+    """A rank's references in two parts, of which one may be empty."""
+    return ShardedReferences.stored([part for part in (x[:11], x[11:]) if len(part) > 0], group)
+
+
 def error_message(call):
     """The message of the error that a call raises."""
     try:
@@ -147,6 +152,7 @@ def posteriors(rank):
     nothing = slice(0, 0)
     found["nobody asks"] = [*posterior_of("own", nothing, share, ShardedReferences.prepare)]
     found["spread"] = [at_low_noise(rows, False, share, ShardedReferences.prepare)]
+    found["stored"] = [*posterior_of("float32", rows, share, stored)]
     for own in (True, False):
         near = of_near_duplicates(rows, False, share, ShardedReferences.prepare, own)
         found[f"near, {own}"] = [*near]
@@ -175,6 +181,13 @@ def test_the_posterior_over_references_on_all_ranks_is_that_of_one_process(resul
         scale = 1 + float(whole.log_evidence.abs().max()) if name == "log_evidence" else 1
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * scale)
         assert torch.isfinite(found).all()
+
+
+def test_stored_references_on_all_ranks_have_the_posterior_of_one_process(results):
+    whole = posterior_of("float32", slice(0, QUERIES))
+    parts = zip(*(found["stored"] for found, _ in results), strict=True)
+    for part, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(torch.cat(part), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_cases_reach_from_one_reference_to_all_and_hold_an_empty_class_on_a_rank():
