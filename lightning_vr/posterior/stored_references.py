@@ -60,12 +60,13 @@ def as_numbers(stored: Tensor) -> Tensor:
 
 
 class _Ahead:
-    """Reads what is asked for next in a thread; deep copies and pickles of it read anew."""
+    """Reads what is asked for next in a thread, into chunks that are done; pickles read anew."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._key: object = None
         self._next: Future[Tensor] | None = None
+        self.done: list[Tensor] = []
 
     def __reduce__(self) -> tuple[type["_Ahead"], tuple[()]]:
         return (_Ahead, ())
@@ -170,7 +171,10 @@ class StoredReferences:
     def chunks(
         self, size: int | None, queries: int, dtype: torch.dtype
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield ``(start, rows, squared_norms)`` of consecutive references, centred."""
+        """Yield ``(start, rows, squared_norms)`` of consecutive references, centred.
+
+        Rows are those of the chunk until the next one is asked for.
+        """
         size = min(len(self), size or chunk_length(queries, len(self.centre)))
         starts = range(0, len(self), size)
         for start in starts:
@@ -179,11 +183,15 @@ class StoredReferences:
                 following = (start + size) if start != starts[-1] else 0
                 self._ahead.begin((following, size), partial(self._read, following, size))
             yield start, rows.to(dtype), self.squared_norms[start : start + size].to(dtype)
+            self._ahead.done[:] = [rows]  # no other is free: memory is that of two chunks
 
     def _read(self, start: int, size: int) -> Tensor:
         stop = min(start + size, len(self))
-        rows = self.centre.new_empty(stop - start, len(self.centre))
-        first = 0
+        shape, first = (stop - start, len(self.centre)), 0
+        done = self._ahead.done.pop() if self._ahead.done else None
+        if done is None or len(done) < shape[0]:
+            done = self.centre.new_empty(shape)
+        rows = done[: shape[0]]
         for part in self.parts:
             low, high = max(start, first), min(stop, first + len(part))
             if low < high:

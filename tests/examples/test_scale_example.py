@@ -128,3 +128,22 @@ def test_a_ranks_part_of_the_queries_and_references_is_timed(paper, monkeypatch)
         assert example["milliseconds"](work, paper.Mode(*mode), torch.device("cpu")) > 0
         assert set(calls) == {sizes}
         calls.clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "mapped"])
+def test_a_bank_of_each_kind_is_measured(monkeypatch, tmp_path, kind):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    example = runpy.run_path(str(EXAMPLE.with_name("bank_memory.py")), run_name="bank_memory")
+    names = example["measure"].__globals__
+    for name, value in {"SHAPE": (1, 2, 3), "BATCH": 4, "SHARD": 8, "STEPS": 1}.items():
+        monkeypatch.setitem(names, name, value)
+    example["write_cache"](tmp_path, 16, torch.bfloat16)
+    answers = []
+    example["measure"](kind, str(tmp_path), answers.append)
+    ((own, files, seconds),) = answers
+    assert own < files
+    assert seconds > 0
+    numbers = {"float32": 4, "bfloat16": 2, "mapped": 0}[kind]
+    paper = 1e6 * (example["on_paper"](1000, numbers) - example["on_paper"](0, numbers))
+    assert paper == pytest.approx(1000 * (6 * numbers + 4))
