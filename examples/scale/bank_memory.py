@@ -109,7 +109,7 @@ def measure(kind: str, folder: str, answer: Callable[..., None]) -> None:
 def on_paper(count: int, number_bytes: int) -> float:
     """Return MB: numbers in memory, squared norms, and two chunks of a mapped or narrow bank."""
     dim = SHAPE[0] * SHAPE[1] * SHAPE[2]
-    chunks = 0 if number_bytes == 4 else 2 * 4 * (1 << 21)
+    chunks = 0 if number_bytes == 4 else 2 * 4 * (3 << 21)
     return (count * (number_bytes * dim + 4) + chunks) / 1e6
 
 

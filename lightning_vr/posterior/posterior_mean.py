@@ -143,7 +143,8 @@ def _finish(
     own_weight = torch.exp(queries.own_logit - sums.maximum)
     weight = sums.weight + own_weight
 
-    shift = (sums.rows - sums.weight[:, None] * pivot) / weight[:, None]
+    shift = sums.weight[:, None] * pivot.expand_as(sums.rows)
+    shift = torch.sub(sums.rows, shift, out=shift).div_(weight[:, None])
     ess = weight**2 / (sums.weight_squared + own_weight**2)
     second = sums.squared_norms - 2 * torch.linalg.vecdot(pivot, sums.rows)
     second = (second + sums.weight * pivot_norm) / weight

@@ -175,7 +175,7 @@ class StoredReferences:
 
         Rows are those of the chunk until the next one is asked for.
         """
-        size = min(len(self), size or chunk_length(queries, len(self.centre)))
+        size = min(len(self), size or chunk_length(queries, len(self.centre), self.centre.device))
         starts = range(0, len(self), size)
         for start in starts:
             rows = self._ahead.read((start, size), partial(self._read, start, size))

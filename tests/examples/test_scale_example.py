@@ -38,7 +38,7 @@ def drawing(paper, count):
 def test_memory_traffic_and_flop_are_those_of_the_formulas(paper, ranks, sizes, drawn):
     work, modes = paper.Workload("small", *sizes), drawing(paper, drawn)
     for mode, found in zip(modes, paper.on_processes(work, modes, ranks), strict=True):
-        expected = paper.cost(work, mode, ranks)
+        expected = paper.cost(work, mode, ranks, "cpu")
         for name in ("bank", "fill_sent", "sent", "flop"):
             assert getattr(found, name) == getattr(expected, name), (str(mode), name)
         for name in ("fill_peak", "temporaries", "moved"):
