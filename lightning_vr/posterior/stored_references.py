@@ -60,26 +60,37 @@ def as_numbers(stored: Tensor) -> Tensor:
 
 
 class _Ahead:
-    """Reads what is asked for next in a thread, into chunks that are done; pickles read anew."""
+    """Reads what is asked for next in a thread, in turn into two chunks; pickles read anew."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._key: object = None
         self._next: Future[Tensor] | None = None
-        self.done: list[Tensor] = []
+        self._chunks: list[Tensor] = []
 
     def __reduce__(self) -> tuple[type["_Ahead"], tuple[()]]:
         return (_Ahead, ())
 
     def read(self, key: object, read: Callable[[], Tensor]) -> Tensor:
         """Return what ``read`` returns, from the thread if it was begun with this ``key``."""
-        ready, self._next = self._next, None
-        return ready.result() if ready is not None and key == self._key else read()
+        ready = None if self._next is None else self._next.result()  # it writes into a chunk
+        self._next = None
+        return ready if ready is not None and key == self._key else read()
 
     def begin(self, key: object, read: Callable[[], Tensor]) -> None:
         """Begin to read in the thread."""
         self._pool = self._pool or ThreadPoolExecutor(1, "references")
         self._key, self._next = key, self._pool.submit(read)
+
+    def chunk(self, size: int, like: Tensor) -> Tensor:
+        """Return the chunk of the last but one call, or a new one if that is too small."""
+        if len(self._chunks) == 2:
+            last = self._chunks.pop(0)
+            new = last if len(last) >= size else like.new_empty(size, len(like))
+        else:
+            new = like.new_empty(size, len(like))
+        self._chunks.append(new)
+        return new
 
 
 @dataclass(frozen=True)
@@ -173,7 +184,7 @@ class StoredReferences:
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield ``(start, rows, squared_norms)`` of consecutive references, centred.
 
-        Rows are those of the chunk until the next one is asked for.
+        Rows are those of the chunk until the next one is asked for, of one pass at a time.
         """
         size = min(len(self), size or chunk_length(queries, len(self.centre), self.centre.device))
         starts = range(0, len(self), size)
@@ -183,15 +194,10 @@ class StoredReferences:
                 following = (start + size) if start != starts[-1] else 0
                 self._ahead.begin((following, size), partial(self._read, following, size))
             yield start, rows.to(dtype), self.squared_norms[start : start + size].to(dtype)
-            self._ahead.done[:] = [rows]  # no other is free: memory is that of two chunks
 
     def _read(self, start: int, size: int) -> Tensor:
         stop = min(start + size, len(self))
-        shape, first = (stop - start, len(self.centre)), 0
-        done = self._ahead.done.pop() if self._ahead.done else None
-        if done is None or len(done) < shape[0]:
-            done = self.centre.new_empty(shape)
-        rows = done[: shape[0]]
+        rows, first = self._ahead.chunk(size, self.centre)[: stop - start], 0
         for part in self.parts:
             low, high = max(start, first), min(stop, first + len(part))
             if low < high:
