@@ -64,7 +64,7 @@ class Convergence(Callback):
     ``convergence.png`` the last of them and the curves over the run. Loggers get
     ``convergence/loss``, ``floor``, ``excess`` (the distance) and ``held_out``, means over equally
     likely noise levels, and the picture after each validation run. Callbacks can monitor points, as
-    ``convergence/excess/s<noise level>``. A ``WeightAveraging`` callback's averages are measured.
+    ``convergence/excess/s<noise level>``. Averages of ``EMA`` are measured.
 
     On a ``DiffusionModule`` it needs no arguments; on any other module::
 

@@ -82,7 +82,11 @@ def test_an_error_budget_is_the_same_on_two_ranks_and_one_of_them_writes(tmp_pat
     assert found[0].count("own,") == 4
 
 
-def test_processes_that_cannot_return_a_result_are_refused():
-    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", logger=False)
-    with pytest.raises(MisconfigurationException, match="strategy='ddp'"):
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [("ddp_fork", "strategy='ddp'"), ("sharded", "got 'sharded': use 'auto', or 'ddp'")],
+)
+def test_strategies_that_cannot_be_measured_with_are_refused(strategy, message):
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    with pytest.raises(MisconfigurationException, match=message):
         audit(DiffusionModule(ResidualMLP()), EightGaussians(), trainer=trainer)

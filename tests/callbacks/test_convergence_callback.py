@@ -7,7 +7,6 @@ import pytest
 import torch
 from foreign_trainers import DDPM, ddpm_loss, pictures
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from support.comparisons import assert_equal
@@ -17,7 +16,7 @@ from support.points import Points, normal_points, two_classes
 from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader
 
-from lightning_vr import VP, Clean, Convergence, DiffusionModule
+from lightning_vr import EMA, VP, Clean, Convergence, DiffusionModule
 from lightning_vr.callbacks.convergence_losses import measured_loss
 from lightning_vr.posterior.posterior_mean import posterior_mean
 from lightning_vr.process.predictions import prediction
@@ -185,7 +184,7 @@ def test_validations_of_other_data_in_a_checkpoint_are_dropped(tmp_path, caplog)
 def test_averaged_weights_are_measured_whatever_the_order_of_callbacks(tmp_path):
     tables = []
     for number, order in enumerate((1, -1)):
-        callbacks = [Convergence(**SETTINGS), EMAWeightAveraging(decay=0.5)][::order]
+        callbacks = [Convergence(**SETTINGS), EMA(decay=0.5)][::order]
         trainer = fit(tmp_path / str(number), *callbacks)
         tables.append((tmp_path / str(number) / "convergence.csv").read_text())
     assert tables[0] == tables[1]
