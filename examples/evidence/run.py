@@ -1,0 +1,49 @@
+"""Run the rows of the table of evidence, each as far as a budget of processor time goes.
+
+    python examples/evidence/run.py --list
+    python examples/evidence/run.py --only stf_variance --data FOLDER --budget 300
+
+What is in the tables of ``--folder`` is not measured again: several short runs make one result.
+"""
+
+import argparse
+import logging
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from study import OutOfTimeError, Study
+
+ROWS = {
+    "stf_variance": "STF, figures 2 and 3, theorem 2: phases, V_DSM, D, V_STF against n; no training",
+    "stf_training": "STF, figures 4a and 5: Fréchet distance against n, steps, seconds, with VE",
+    "stf_samplers": "STF, tables 1 and 2: plain against STF under RK45, PC, DDIM and Heun",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print the rows and end")
+    parser.add_argument("--only", nargs="+", choices=ROWS, help="all if not given")
+    parser.add_argument("--data", type=Path, help="folder that holds cifar10 and mnist")
+    parser.add_argument("--budget", type=float, default=600.0, help="processor seconds of each row")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes")
+    parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(f"{name}: {text}" for name, text in ROWS.items()))
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    for name in options.only or ROWS:
+        print(f"\n## {name}", flush=True)
+        study = Study(options.folder, options.data, options.budget, options.quick)
+        try:
+            import_module(name).run(study)
+        except OutOfTimeError:
+            print(f"{name}: {options.budget:g} seconds are used up; run it again to carry on.")
+
+
+if __name__ == "__main__":
+    main()
