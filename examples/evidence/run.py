@@ -15,9 +15,13 @@ import torch
 from study import OutOfTimeError, Study
 
 ROWS = {
-    "stf_variance": "STF, figures 2 and 3, theorem 2: phases, V_DSM, D, V_STF against n; no training",
+    "stf_variance": "STF, figures 2 and 3, theorem 2: phases, V_DSM, D, V_STF against n",
     "stf_training": "STF, figures 4a and 5: Fréchet distance against n, steps, seconds, with VE",
-    "stf_samplers": "STF, tables 1 and 2: plain against STF under RK45, PC, DDIM and Heun",
+    "stf_samplers": "STF, tables 1 and 2: plain against STF under RK45, PC and DDIM",
+    "carv_proposals": "CARV, table 6, figure 13: proposal from the weight against the best",
+    "carv_cost": "CARV, figure 21: the cost αR + RK against processor seconds",
+    "grids": "Design space, table 2: polynomial against exponential, poor and good network",
+    "bell_weight": "Design space: a bell-shaped weight against others at equal steps",
 }
 
 

@@ -3,7 +3,7 @@
 Source: Xu, Tong and Jaakkola 2023, arXiv 2302.00670, tables 1 and 2.
 """
 
-from digits_models import STEPS, frechet, model
+from digits_models import JOBS, frechet, model
 from study import Study, Table, interval, markdown
 
 from lightning_vr import DDIM, RK45, PredictorCorrector, Sampler
@@ -14,7 +14,6 @@ SAMPLERS = {
     "ve, PC, 50 levels": Sampler(PredictorCorrector(), steps=50),
     "vp, DDIM, 50 steps": Sampler(DDIM(), steps=50),
     "vp, RK45": Sampler(RK45(TOLERANCE, TOLERANCE)),
-    "edm, Heun, 18 steps": Sampler(steps=18),
 }
 SEEDS = (0, 1, 2)
 
@@ -22,13 +21,15 @@ SEEDS = (0, 1, 2)
 def run(study: Study) -> None:
     keys = ("sampler", "target", "seed")
     table = Table(study.folder / "stf_samplers.csv", keys, ("distance", "evaluations"))
-    seeds, step, count = ((0,), 4, 64) if study.is_quick else (SEEDS, STEPS[-1], 1000)
+    seeds, count = ((0,), 64) if study.is_quick else (SEEDS, 1000)
     for seed in seeds:
         for name, sampler in SAMPLERS.items():
             for target in ("n = 1", "n = all"):
                 if table.has(name, target, seed):
                     continue
-                found, _ = model(f"{name.split(',')[0]}, {target}", seed, step, study)
+                job = f"{name.split(',')[0]}, {target}"
+                step = 4 if study.is_quick else JOBS[job].steps
+                found, _ = model(job, seed, step, study)
                 study.check_time()
                 distance = frechet(found, sampler, count, seed)
                 calls = found.sample_evaluations

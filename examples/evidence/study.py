@@ -1,4 +1,4 @@
-"""What the rows share: a folder, a budget of processor time, tables that grow, means with errors."""
+"""What the rows share: folder, budget of processor time, tables that grow, means with errors."""
 
 import csv
 import math
