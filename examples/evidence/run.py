@@ -8,6 +8,7 @@ What is in the tables of ``--folder`` is not measured again: several short runs 
 
 import argparse
 import logging
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -22,6 +23,9 @@ ROWS = {
     "carv_cost": "CARV, figure 21: the cost αR + RK against processor seconds",
     "grids": "Design space, table 2: polynomial against exponential, poor and good network",
     "bell_weight": "Design space: a bell-shaped weight against others at equal steps",
+    "taylor_mnist": "Taylor: variance reduction of orders 0, 1, 2 on MNIST, a U-Net",
+    "taylor_optimizers": "Taylor: SGD beside Adam",
+    "taylor_equivalence": "Taylor: control of the objective and of the gradient, a printed check",
 }
 
 
@@ -39,6 +43,7 @@ def main() -> None:
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
     torch.set_num_threads(1)
     for name in options.only or ROWS:
         print(f"\n## {name}", flush=True)
