@@ -26,6 +26,9 @@ ROWS = {
     "taylor_mnist": "Taylor: variance reduction of orders 0, 1, 2 on MNIST, a U-Net",
     "taylor_optimizers": "Taylor: SGD beside Adam",
     "taylor_equivalence": "Taylor: control of the objective and of the gradient, a printed check",
+    "combined": "Beyond the papers: pairs in training; pairs, strata, learned q, STF together",
+    "predictions": "Beyond the papers: predicted against realised savings of all audits",
+    "readmes": "Exact numbers of the studies' pages against what their commands print",
 }
 
 
@@ -37,19 +40,23 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=600.0, help="processor seconds of each row")
     parser.add_argument("--quick", action="store_true", help="smallest sizes")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--predictions", type=Path, default=Study.predictions, help="results.csv")
     options = parser.parse_args()
     if options.list:
         print("\n".join(f"{name}: {text}" for name, text in ROWS.items()))
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_num_threads(1)
     for name in options.only or ROWS:
         print(f"\n## {name}", flush=True)
-        study = Study(options.folder, options.data, options.budget, options.quick)
+        study = Study(
+            options.folder, options.data, options.budget, options.quick, options.predictions
+        )
         try:
-            import_module(name).run(study)
+            row = import_module(name)
+            logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+            row.run(study)
         except OutOfTimeError:
             print(f"{name}: {options.budget:g} seconds are used up; run it again to carry on.")
 

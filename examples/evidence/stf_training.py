@@ -36,6 +36,7 @@ def run(study: Study) -> None:
 
 def report(table: Table, steps: tuple[int, ...]) -> None:
     rows = []
+    seeds = dict.fromkeys(row["seed"] for row in table.rows)
     for arm in ARMS:
         cells = [interval(table.select("distance", arm=arm, step=step), 2) for step in steps]
         last = table.select("distance", arm=arm, step=steps[-1])
@@ -43,9 +44,24 @@ def report(table: Table, steps: tuple[int, ...]) -> None:
         less = interval([a - b for a, b in zip(last, plain, strict=True)], 2)
         spread = f"{statistics.stdev(last):.2f}" if len(last) > 1 else ""
         seconds = interval(table.select("seconds", arm=arm, step=steps[-1]), 1)
-        rows.append((arm, *cells, less, spread, seconds))
+        faster = interval([speedup(table, arm, seed, steps) for seed in seeds], 2)
+        rows.append((arm, *cells, less, spread, seconds, faster))
     header = ("arm", *(f"step {step}" for step in steps), "less n = 1", "deviation", "seconds")
-    print(markdown(header, rows))
+    print(markdown((*header, "times faster to the end of n = 1"), rows))
+
+
+def speedup(table: Table, arm: str, seed: str, steps: tuple[int, ...]) -> float:
+    """Return the seconds of n = 1 over those of an arm to the last distance of n = 1.
+
+    Distances are interpolated linearly in both logarithms.
+    """
+    goal = np.log(table.select("distance", arm=ARMS[0], seed=seed, step=steps[-1])[0])
+    plain = table.select("seconds", arm=ARMS[0], seed=seed, step=steps[-1])[0]
+    seconds, distances = (
+        np.log([table.select(name, arm=arm, seed=seed, step=step)[0] for step in steps])
+        for name in ("seconds", "distance")
+    )
+    return float(plain / np.exp(np.interp(-goal, -distances, seconds)))
 
 
 def draw(table: Table, steps: tuple[int, ...], study: Study) -> None:

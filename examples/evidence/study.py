@@ -26,12 +26,14 @@ class Study:
         data: Folder with the folders ``cifar10`` and ``mnist`` of images, or None.
         budget: Processor seconds after which no further part is begun.
         is_quick: Whether to take the smallest sizes, to see that it runs.
+        predictions: The ``results.csv`` of ``examples/audit/recommendations.py``.
     """
 
     folder: Path
     data: Path | None = None
     budget: float = math.inf
     is_quick: bool = False
+    predictions: Path = Path("runs/audit_recommendations/results.csv")
     started: float = field(default_factory=time.process_time)
 
     def check_time(self) -> None:
