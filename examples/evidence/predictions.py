@@ -26,9 +26,8 @@ def run(study: Study) -> None:
         predicted = [float(own[0][key]) for key in ("predicted", "low", "high")]
         found[name] = predicted, np.log([float(row["realised"]) for row in own])
     none = [row["workload"] for row in rows if not row["recommended"]]
-    near = [
-        n for n, (p, logs) in found.items() if abs(math.log(p[0]) - logs.mean()) < math.log(NEAR)
-    ]
+    errors = [math.log(predicted[0]) - logs.mean() for predicted, logs in found.values()]
+    near = sum(abs(error) < math.log(NEAR) for error in errors)
     print(markdown(("workload", "predicted", "realised", "predicted over realised"), table(found)))
     print(f"within a factor of {NEAR}: {near} of {len(found)}")
     print(f"nothing recommended, nothing to come true: {', '.join(none)}")

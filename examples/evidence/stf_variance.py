@@ -170,7 +170,7 @@ def draw(curves: dict[str, TargetVarianceCurve], study: Study) -> None:
         for n, stf in curve.stf.items():
             row[1].loglog(levels, stf.mean, label=f"V_STF, n = {n}")
             row[2].semilogx(levels, (n - 1) * stf.mean / dsm, label=f"n = {n}")
-        row[1].set_ylim(float(dsm[dsm > 0].min()) * 1e-3, float(dsm.max()) * 3)
+        row[1].set_ylim(1e-10 * float(dsm.max()), 3 * float(dsm.max()))
         row[1].set_title("variance of the target, units of the score")
         row[2].axhline(1, color="black", linewidth=0.8)
         row[2].set_yscale("log")
