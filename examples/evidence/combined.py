@@ -47,29 +47,42 @@ class TimedHeldOutLoss(HeldOutLoss):
 def run(study: Study) -> None:
     table = Table(study.folder / "combined.csv", ("job", "arm", "seed"), ("fewer", "saved"))
     seeds, steps = (1, 30) if study.is_quick else (3, 900)
-    for seed in range(seeds):
+    try:
         for job in JOBS:
-            if all(table.has(job, arm, seed) for arm in ARMS):
-                continue
-            study.check_time()
-            plain, plain_seconds = train(job, seed, steps)
-            losses = np.array(plain.losses["averaged"])
-            goal = losses[int(0.7 * len(losses)) :].mean()
-            base = steps_to(goal, np.array(plain.steps), losses)
-            for arm in ARMS:
-                if table.has(job, arm, seed):
-                    continue
-                study.check_time()
-                other, seconds = train(job, seed, steps, **ARMS[arm]())
-                own = steps_to(goal, np.array(other.steps), np.array(other.losses["averaged"]))
-                # what never comes there needs at least all its steps
-                fewer = base / (other.steps[-1] if math.isnan(own) else own)
-                saved = fewer * plain_seconds / seconds
-                table.add(job=job, arm=arm, seed=seed, fewer=fewer, saved=saved)
+            for seed in range(seeds):
+                measure(table, study, job, seed, steps)
+    finally:
+        report(table)
+
+
+def measure(table: Table, study: Study, job: str, seed: int, steps: int) -> None:
+    """Train the arms of a job from one seed."""
+    if all(table.has(job, arm, seed) for arm in ARMS):
+        return
+    study.check_time()
+    plain, plain_seconds = train(job, seed, steps)
+    losses = np.array(plain.losses["averaged"])
+    goal = losses[int(0.7 * len(losses)) :].mean()
+    base = steps_to(goal, np.array(plain.steps), losses)
+    for arm in ARMS:
+        if table.has(job, arm, seed):
+            continue
+        study.check_time()
+        other, seconds = train(job, seed, steps, **ARMS[arm]())
+        own = steps_to(goal, np.array(other.steps), np.array(other.losses["averaged"]))
+        # what never comes there needs at least all its steps
+        fewer = base / (other.steps[-1] if math.isnan(own) else own)
+        saved = fewer * plain_seconds / seconds
+        table.add(job=job, arm=arm, seed=seed, fewer=fewer, saved=saved)
+
+
+def report(table: Table) -> None:
     rows = []
     for job in JOBS:
         for arm in ARMS:
             found = [table.select(name, job=job, arm=arm) for name in ("fewer", "saved")]
+            if not found[0]:
+                continue
             rows.append((job, arm, *(interval(each, 2) for each in found)))
     print(markdown(("job", "arm", "times fewer steps", "times fewer processor seconds"), rows))
 

@@ -22,21 +22,24 @@ def run(study: Study) -> None:
     keys = ("sampler", "target", "seed")
     table = Table(study.folder / "stf_samplers.csv", keys, ("distance", "evaluations"))
     seeds, count = ((0,), 64) if study.is_quick else (SEEDS, 1000)
-    for seed in seeds:
-        for name, sampler in SAMPLERS.items():
-            for target in ("n = 1", "n = all"):
-                if table.has(name, target, seed):
-                    continue
-                job = f"{name.split(',')[0]}, {target}"
-                step = 4 if study.is_quick else JOBS[job].steps
-                found, _ = model(job, seed, step, study)
-                study.check_time()
-                distance = frechet(found, sampler, count, seed)
-                calls = found.sample_evaluations
-                table.add(
-                    sampler=name, target=target, seed=seed, distance=distance, evaluations=calls
-                )
-    report(table)
+    try:
+        for name in SAMPLERS:
+            for seed in seeds:
+                measure(table, study, name, seed, count)
+    finally:
+        report(table)
+
+
+def measure(table: Table, study: Study, name: str, seed: int, count: int) -> None:
+    for target in ("n = 1", "n = all"):
+        if table.has(name, target, seed):
+            continue
+        study.check_time()
+        job = f"{name.split(',')[0]}, {target}"
+        found, _ = model(job, seed, 4 if study.is_quick else JOBS[job].steps, study)
+        distance = frechet(found, SAMPLERS[name], count, seed)
+        calls = found.sample_evaluations
+        table.add(sampler=name, target=target, seed=seed, distance=distance, evaluations=calls)
 
 
 def report(table: Table) -> None:
@@ -45,6 +48,8 @@ def report(table: Table) -> None:
         plain, stable = (
             table.select("distance", sampler=name, target=f"n = {n}") for n in ("1", "all")
         )
+        if not plain or len(plain) != len(stable):
+            continue
         calls = [
             sum(found) / len(found)
             for n in ("1", "all")

@@ -31,7 +31,7 @@ def run(study: Study) -> None:
         return
     steps, count, channels = (1, 2), 6, [8, 8, 16]
     if not study.is_quick:
-        steps, count, channels = (50, 400), 48, [16, 32, 128]
+        steps, count, channels = (50, 200), 48, [16, 32, 128]
     torch.manual_seed(0)
     found = Diffusion(unet(channels), sigma_data=0.6)
     print(f"{sum(p.numel() for p in found.parameters()):,} parameters")

@@ -32,15 +32,21 @@ def run(study: Study) -> None:
     keys = ("optimizer", "rate", "arm", "seed")
     table = Table(study.folder / "taylor_optimizers.csv", keys, ("error",))
     seeds, steps = (1, 4) if study.is_quick else (3, 1000)
-    for seed in range(seeds):
-        for optimizer, rates in RATES.items():
-            for rate in rates:
-                for arm in ARMS:
-                    if not table.has(optimizer, rate, arm, seed):
-                        study.check_time()
-                        error = trained_error(optimizer, rate, arm, seed, steps)
-                        row = {"optimizer": optimizer, "rate": rate, "arm": arm, "seed": seed}
-                        table.add(**row, error=error)
+    try:
+        for seed in range(seeds):
+            for optimizer, rates in RATES.items():
+                for rate in rates:
+                    for arm in ARMS:
+                        if not table.has(optimizer, rate, arm, seed):
+                            study.check_time()
+                            error = trained_error(optimizer, rate, arm, seed, steps)
+                            row = {"optimizer": optimizer, "rate": rate, "arm": arm, "seed": seed}
+                            table.add(**row, error=error)
+    finally:
+        report(table)
+
+
+def report(table: Table) -> None:
     rows = []
     for optimizer, rates in RATES.items():
         for arm in ARMS:
@@ -48,6 +54,8 @@ def run(study: Study) -> None:
                 rate: table.select("error", optimizer=optimizer, rate=rate, arm=arm)
                 for rate in rates
             }
+            if not all(found.values()):
+                continue
             best = min(rates, key=lambda rate: mean_and_half(found[rate])[0])
             others = [f"{mean_and_half(found[rate])[0]:.2f}" for rate in rates]
             rows.append((optimizer, arm, f"{best:g}", interval(found[best]), ", ".join(others)))
