@@ -45,14 +45,13 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{name}: {text}" for name, text in ROWS.items()))
         return
-    options.folder.mkdir(parents=True, exist_ok=True)
+    folder = options.folder / "quick" if options.quick else options.folder
+    folder.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_num_threads(1)
     for name in options.only or ROWS:
         print(f"\n## {name}", flush=True)
-        study = Study(
-            options.folder, options.data, options.budget, options.quick, options.predictions
-        )
+        study = Study(folder, options.data, options.budget, options.quick, options.predictions)
         try:
             row = import_module(name)
             logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
