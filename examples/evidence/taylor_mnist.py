@@ -12,7 +12,7 @@ Source: Jeha et al. 2024, arXiv 2408.12270: on MNIST 1.4 times less variance wit
 import torch
 from diffusers import UNet2DModel
 from digits_models import BATCH, LEARNING_RATE
-from study import Study, bootstrap, markdown
+from study import Study, bootstrap, interval, markdown
 from torch import Tensor
 
 from lightning_vr import Diffusion
@@ -23,6 +23,7 @@ from lightning_vr.estimators.taylor.forward_mode import forward_mode
 from lightning_vr.process.schedules import expand
 
 ORDERS, BINS, NOISES = (0, 1, 2), 3, 4
+LEVELS = (0.002, 0.02, 0.1, 0.3)
 
 
 def run(study: Study) -> None:
@@ -45,6 +46,8 @@ def run(study: Study) -> None:
         rows += summary(step, torch.load(path, weights_only=True))
     header = ("step", "order", *(f"noise, s from {name}" for name in ("low", "middle", "high")))
     print(markdown((*header, "whole gradient"), rows))
+    found.load_state_dict(weights(found, steps[-1], images, study))
+    print(polynomial_errors(found, images))
 
 
 def mnist(study: Study) -> Tensor | None:
@@ -120,13 +123,24 @@ def measure(found: Diffusion, images: Tensor, count: int) -> dict[str, Tensor]:
 def each_gradient(found: Diffusion, x0: Tensor, t: Tensor, number: int) -> Tensor:
     """Return the gradients of the loss and of the loss of each polynomial ``(1 + orders, P)``."""
     noise = torch.randn(x0.shape, generator=generator("mnist", "noise", float(t), number))
+    coefficients = found.objective.coefficients(t)
+    wanted = expand(coefficients.p, x0) * x0 + expand(coefficients.q, x0) * noise
+    weight = found.objective.weight(t)
+    parameters = list(found.network.parameters())
+    gradients = []
+    for output in outputs(found, x0, t, noise):
+        loss = (weight * (output - wanted).flatten(1).square().mean(dim=1)).sum()
+        taken = torch.autograd.grad(loss, parameters, retain_graph=True)
+        gradients.append(torch.cat([each.flatten() for each in taken]))
+    return torch.stack(gradients)
+
+
+def outputs(found: Diffusion, x0: Tensor, t: Tensor, noise: Tensor) -> list[Tensor]:
+    """Return the network at the noised samples, and its polynomials of orders 0, 1 and 2 there."""
     alpha, sigma = found.schedule.alpha(t), found.schedule.sigma(t)
     xt = expand(alpha, x0) * x0 + expand(sigma, x0) * noise
     noised = Noised(xt, x0, noise, t, alpha, sigma, torch.ones_like(t))
-    coefficients = found.objective.coefficients(t)
-    scale = expand(coefficients.input_scale, x0)
-    wanted = expand(coefficients.p, x0) * x0 + expand(coefficients.q, x0) * noise
-    weight = found.objective.weight(t)
+    scale = expand(found.objective.coefficients(t).input_scale, x0)
     along = scale * expand(sigma, x0) * noise
 
     def network(u: Tensor) -> Tensor:
@@ -138,14 +152,21 @@ def each_gradient(found: Diffusion, x0: Tensor, t: Tensor, number: int) -> Tenso
     with forward_mode(x0.device):
         start = scale * expand(alpha, x0) * x0
         (value, first), (_, second) = torch.func.jvp(slope, (start,), (along,))
-    outputs = [network(scale * xt), value, value + first, value + first + 0.5 * second]
-    parameters = list(found.network.parameters())
-    gradients = []
-    for output in outputs:
-        loss = (weight * (output - wanted).flatten(1).square().mean(dim=1)).sum()
-        taken = torch.autograd.grad(loss, parameters, retain_graph=True)
-        gradients.append(torch.cat([each.flatten() for each in taken]))
-    return torch.stack(gradients)
+    return [network(scale * xt), value, value + first, value + first + 0.5 * second]
+
+
+def polynomial_errors(found: Diffusion, images: Tensor) -> str:
+    """Return the error of the polynomials of orders 1 and 2, over that of order 0."""
+    x0, rows = images[: 2 * BINS], []
+    noise = torch.randn(x0.shape, generator=generator("mnist", "errors"))
+    for level in LEVELS:
+        t = found.schedule.time(torch.full((len(x0),), level))
+        exact, *others = (each.detach() for each in outputs(found, x0, t, noise))
+        errors = [(each - exact).flatten(1).norm(dim=1) for each in others]
+        cells = (interval((each / errors[0]).tolist()) for each in errors[1:])
+        rows.append((f"{level:g}", *cells))
+    header = ("noise level", "error of order 1 over order 0", "order 2 over order 0")
+    return markdown(header, rows)
 
 
 def summary(step: int, kept: dict[str, Tensor]) -> list[tuple]:
