@@ -123,12 +123,10 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
         self._pilots: list[ResamplesPilot | ControlPilot] = []
 
     def loss_scale(self) -> float:
-        """Return the trainer's factor on losses in float16, 1 without a trainer."""
         return 1.0 if self._trainer is None else loss_scale(self._trainer)
 
     @property
     def skips_nonfinite(self) -> bool:
-        """Whether steps whose samples are not finite are left out."""
         return self.on_nonfinite == "skip"
 
     def prepare_training(self) -> None:
@@ -142,20 +140,13 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
             fill_target(self, self.trainer)
 
     def noisy_loss(self, precision: Precision = nullcontext) -> DiffusionLoss:
-        """Return the training loss with draws to draw again.
-
-        Args:
-            precision: The trainer's precision.
-        """
         return DiffusionLoss(self, precision)
 
     def check_slots(self) -> None:
-        """Raise if draws, target and control variate do not go together or not with the network."""
         slots = self.draws, self.control_variate
         check_estimators(*slots, self.objective, self.network, self.variance)
 
     def make_resamples_pilot(self, run: RunContext) -> ResamplesPilot | None:
-        """Return a pilot for draws that leave K open, else None."""
         return resamples_pilot(self, run)
 
     def on_train_epoch_start(self) -> None:
