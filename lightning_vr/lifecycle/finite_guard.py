@@ -77,11 +77,12 @@ class FiniteGuard:
         self._losses: list[Tensor] = []
         self._batches: list[BatchRecord] = []
         self._waiting: _WaitingStep | None = None
+        self._is_late: bool | None = None  # whether it looks one step late in this fit
 
     def begin(self) -> None:
         """Begin a fit: no step is left out yet."""
         self._in_a_row, self._scale, self._overflows = 0, None, torch.zeros(())
-        self._has_stepped, self._waiting = False, None
+        self._has_stepped, self._waiting, self._is_late = False, None, None
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -105,7 +106,9 @@ class FiniteGuard:
         Raises:
             SynchronizedError: As ``check`` does.
         """
-        if not _leaves_out_itself(trainer, module, optimizer):
+        if self._is_late is None or not module.automatic_optimization:
+            self._is_late = _leaves_out_itself(trainer, module, optimizer)
+        if not self._is_late:
             is_made = self.check(trainer, module)
             if not is_made:
                 skip_step(trainer, module, optimizer)

@@ -167,3 +167,24 @@ def test_a_step_waits_for_its_device_once(build):
     options = {"gradient_clip_val": 1.0, "log_every_n_steps": 100}
     trainer(steps, **options).fit(module(**build()), loader())
     assert steps.mode.names == ["_local_scalar_dense"] * 2
+
+
+class NoWait(Callback):
+    """Lets CUDA raise where the host waits for the device, except for events."""
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step in (5, 7):
+            torch.cuda.set_sync_debug_mode("error" if trainer.global_step == 5 else "default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("build", [dict, lambda: {"target": STF("all")}], ids=["DSM", "all"])
+def test_on_a_gpu_a_step_waits_for_the_number_of_the_step_before_alone(build):
+    options = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}
+    try:
+        trainer(NoWait(), gradient_clip_val=1.0, log_every_n_steps=100, **options).fit(
+            module(**build()), loader()
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
