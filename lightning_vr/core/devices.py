@@ -23,13 +23,13 @@ class PendingNumber:
         if x.device.type == "cuda":
             self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             self._host.copy_(x, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(x.device))
 
     def value(self) -> float:
         """Wait until the number has arrived and return it; later work is not waited for."""
         if self._event is not None:
-            self._event.synchronize()  # type: ignore[no-untyped-call]
+            self._event.synchronize()
         return self._host.item()
 
 

@@ -92,7 +92,7 @@ def _load(path: Path) -> ImageClassifier:
     except Exception as error:
         raise ValueError(
             f"`weights` must be a file that `ImageClassifier.save` wrote, got {path} "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}): train the classifier again."
+            f"({type(error).__name__}): train the classifier again."
         ) from error
     return classifier
 
