@@ -1,9 +1,6 @@
 """The rooms of the package and what they may import (a floor imports from lower floors alone)."""
 
 import ast
-import json
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -108,22 +105,6 @@ def test_rooms_of_tensors_import_no_room_that_imports_lightning():
         and room(name) in lightning_rooms
     }
     assert not wrong
-
-
-def test_importing_the_package_pulls_in_nothing_heavy_or_optional():
-    heavy = {"diffusers", "wandb", "matplotlib", "sklearn", "datasets", "torch_fidelity"}
-    code = (
-        "import json, sys, lightning.pytorch; before = list(sys.modules);"
-        "from lightning_vr import DiffusionModule;"
-        "assert 'lightning_vr.pipelines' in sys.modules;"  # what `to_pipeline` calls is known
-        "from lightning_vr import *; import lightning_vr.data;"
-        "print(json.dumps([before, list(sys.modules)]))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    before, after = map(set, json.loads(found.stdout))
-    assert not heavy & (after - before)
-    assert not {"sklearn", "datasets", "torch_fidelity"} & after  # so it needs none of them
-    assert {"lightning_vr.data", "lightning_vr.training"} <= after - before
 
 
 def test_files_are_short():

@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from matplotlib.figure import Figure
 from named_digits import NamedDigits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_vr import Euler, Sampler, export
+from lightning_vr import EMA, Euler, Sampler, export
 from lightning_vr.data import Digits
 from lightning_vr.training.adapters import LoRA
 
@@ -66,7 +65,7 @@ def network() -> UNet2DConditionModel:
 
 def trainer(steps: int, *callbacks: object, decay: float | None = None) -> Trainer:
     """Return a trainer that averages weights, by default over a sixth of its steps."""
-    average = EMAWeightAveraging(decay=max(0.0, 1 - 6 / steps) if decay is None else decay)
+    average = EMA(decay=max(0.0, 1 - 6 / steps) if decay is None else decay)
     return Trainer(max_steps=steps, limit_val_batches=0, callbacks=[average, *callbacks], **QUIET)
 
 

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from lightning_vr import DSM, EDM, STF, VE, Candidate, DiffusionModule, ResidualMLP, audit
+from lightning_vr import DSM, EDM, EMA, STF, VE, Candidate, DiffusionModule, ResidualMLP, audit
 from lightning_vr.auditing import save_report
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import Clean, Times
@@ -125,7 +124,7 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-        callbacks=[EMAWeightAveraging(decay=0.98), held_out],
+        callbacks=[EMA(decay=0.98), held_out],
     ).fit(module, datamodule=data)
     return held_out, module
 

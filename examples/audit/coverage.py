@@ -1,13 +1,15 @@
 """How often the 95 % intervals of an audit hold what very many repetitions give.
 
-Two tiny jobs are audited over and over with other batches and draws, at the least number of
-repetitions, and with ten in the second look, as the default budget gives on the digits. Steps take
-the seconds of a simulated machine, so that the true ratio of times is known: so many for each row,
-times log-normal noise.
+Two tiny jobs are audited over and over with other batches and draws, with ten repetitions in the
+second look, about as many as the default budget gives on the digits. The first five of them are the
+least that an audit takes, and say what it would find with those. Steps take the seconds of a
+simulated machine, so that the true ratio of times is known: so many for each row, times log-normal
+noise.
 
     python examples/audit/coverage.py --audits 200
 
-The results are in ``runs/audit_coverage``; a study that was stopped goes on there.
+All repetitions are kept in ``runs/audit_coverage``: a study that was stopped goes on there, and one
+that is done says at once what other intervals would hold.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest import mock
 
 import numpy as np
@@ -27,12 +30,19 @@ from torch import Tensor, nn
 
 from lightning_vr import CARV, STF, VE, Candidate, DiffusionModule, ResidualMLP, audit
 from lightning_vr.auditing import measurement as measuring
+from lightning_vr.auditing.candidates import CURRENT
+from lightning_vr.auditing.comparison import Comparison
 from lightning_vr.auditing.least_repetitions import LEAST_REPETITIONS
+from lightning_vr.auditing.measured_estimator import MeasuredEstimator
 from lightning_vr.auditing.result import Audit
 from lightning_vr.core import devices
 from lightning_vr.data import EightGaussians, TwoGaussians
+from lightning_vr.variance.components import Components
 
-REPETITIONS = {"least": LEAST_REPETITIONS, "ten": (3, 10)}
+FIRST, LEAST = LEAST_REPETITIONS
+MOST = 10
+"""Repetitions of the second look, of which the first ones are the least that an audit takes."""
+
 MEASURES = ("efficiency", "multiplier", "predicted_speedup")
 
 ROW, NOISE = 1e-5, 0.05
@@ -132,43 +142,73 @@ def reference(job: str, count: int) -> dict[str, dict[str, float]]:
     }
 
 
-def coverage(job: str, kind: str, audits: int, path: Path, truth: dict) -> None:
-    """Store which intervals of each candidate hold the truth, after each twenty audits."""
-    stored = json.loads(path.read_text()) if path.exists() else {"audits": 0, "found": {}}
-    found = {name: defaultdict(list, columns) for name, columns in stored["found"].items()}
-    with repetitions(*REPETITIONS[kind]):
-        for seed in range(stored["audits"], audits):
-            for each in one_audit(job, seed, candidates()).estimators[1:]:
-                columns = found.setdefault(each.name, defaultdict(list))
-                columns["second look"].append(each.is_finalist)
-                for name in MEASURES:
-                    interval, value = getattr(each, name), truth[each.name][name][0]
-                    columns[name].append(interval.low <= value <= interval.high)
-                    columns[f"{name} width"].append(math.log(interval.high / interval.low))
+class KeptLook(Comparison):
+    """A look at candidates whose repetitions are kept."""
+
+    kept: ClassVar[list["KeptLook"]] = []
+
+    def __init__(self, module: DiffusionModule, batch: int) -> None:
+        super().__init__(module, batch)
+        self.kept.append(self)
+
+    def repetitions(self) -> dict[str, list]:
+        """Return the components and the seconds of each repetition, by estimator."""
+        return {
+            name: [
+                (components[:, 0].tolist(), seconds)
+                for components, seconds in zip(found.components, found.seconds, strict=True)
+            ]
+            for name, found in self._found.items()
+        }
+
+
+def run_audits(job: str, audits: int, path: Path) -> list:
+    """Return the looks of so many audits, which are stored after each twenty."""
+    stored = json.loads(path.read_text()) if path.exists() else []
+    with repetitions(FIRST, MOST), mock.patch.object(measuring, "Comparison", KeptLook):
+        for seed in range(len(stored), audits):
+            KeptLook.kept.clear()
+            one_audit(job, seed, candidates())
+            stored.append([look.repetitions() for look in KeptLook.kept])
             if seed % 20 == 19 or seed == audits - 1:
-                path.write_text(json.dumps({"audits": seed + 1, "found": found}))
-                print(f"{job}, {kind}: {seed + 1} audits", flush=True)
+                path.write_text(json.dumps(stored))
+                print(f"{job}: {seed + 1} audits", flush=True)
+    return stored[:audits]
 
 
-def report(folder: Path) -> None:
+def estimators(job: str, looks: list, second: int) -> list[MeasuredEstimator]:
+    """Return what an audit says of its candidates with so many repetitions in its second look."""
+    module, data = JOBS[job]()
+    known = {each.name: each for each in [*candidates(), *combinations()]}
+    found: dict[str, MeasuredEstimator] = {}
+    for look, count in zip(looks, (FIRST, second), strict=False):
+        comparison = Comparison(module, data.batch_size)
+        for name, rows in look.items():
+            candidate = known.get(name, Candidate(CURRENT))
+            for components, seconds in rows[:count]:
+                columns = torch.tensor(components, dtype=torch.float64)[:, None]
+                comparison.add(candidate, Components(*columns), seconds)
+        found |= {name: comparison.estimator(known[name]) for name in look if name in known}
+    return list(found.values())
+
+
+def report(job: str, audits: list, truth: dict) -> None:
     """Print how often intervals hold the truth, and the factor by which half of them reach."""
-    print("| job | repetitions | candidate | intervals | RE holds | ECM holds | saving holds |")
-    print("|---|---|---|---|---|---|---|")
-    pooled: dict[str, list[bool]] = defaultdict(list)
-    for path in sorted(folder.glob("*-*.json")):
-        job, kind = path.stem.split("-")
-        for name, columns in json.loads(path.read_text())["found"].items():
-            count = len(columns["efficiency"])
+    for count in (LEAST, MOST):
+        columns: dict[str, dict] = defaultdict(lambda: defaultdict(list))
+        for each in (one for looks in audits for one in estimators(job, looks, count)):
+            for name in MEASURES:
+                interval, value = getattr(each, name), truth[each.name][name][0]
+                columns[each.name][name].append(interval.low <= value <= interval.high)
+                columns[each.name][f"{name} width"].append(math.log(interval.high / interval.low))
+        for name, found in columns.items():
             shares = [
-                f"{100 * np.mean(columns[each]):.1f} % "
-                f"(×{math.exp(np.median(columns[f'{each} width']) / 2):.2f})"
+                f"{100 * np.mean(found[each]):.1f} % "
+                f"(×{math.exp(np.median(found[f'{each} width']) / 2):.2f})"
                 for each in MEASURES
             ]
-            print(f"| {job} | {kind} | {name} | {count} | {' | '.join(shares)} |")
-            for each in MEASURES:
-                pooled[f"{kind}, {each}"] += columns[each]
-    for name, holds in pooled.items():
-        print(f"{name}: {100 * np.mean(holds):.1f} % of {len(holds)}")
+            intervals = len(found["efficiency"])
+            print(f"| {job} | {count} | {name} | {intervals} | {' | '.join(shares)} |")
 
 
 def main() -> None:
@@ -180,15 +220,19 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for job in [options.job] if options.job else JOBS:
+    jobs = [options.job] if options.job else list(JOBS)
+    audits, truths = {}, {}
+    for job in jobs:
         path = options.folder / f"{job}.json"
         if not path.exists():
             path.write_text(json.dumps(reference(job, options.reference)))
-        truth = json.loads(path.read_text())
-        for kind in REPETITIONS:
-            stored = options.folder / f"{job}-{kind}.json"
-            coverage(job, kind, options.audits, stored, truth)
-    report(options.folder)
+        truths[job] = json.loads(path.read_text())
+        stored = options.folder / f"{job}-audits.json"
+        audits[job] = run_audits(job, options.audits, stored)
+    print("| job | second look | candidate | intervals | RE holds | ECM holds | saving holds |")
+    print("|---|---|---|---|---|---|---|")
+    for job in jobs:
+        report(job, audits[job], truths[job])
 
 
 if __name__ == "__main__":

@@ -28,10 +28,9 @@ import numpy as np
 import yaml
 from audit_against_training import EVALUATIONS, HeldOutLoss, steps_to
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from workloads import QUIET, WORKLOADS
 
-from lightning_vr import DiffusionModule, audit
+from lightning_vr import EMA, DiffusionModule, audit
 from lightning_vr.auditing import measurement, save_report
 from lightning_vr.auditing.candidates import read_candidates
 from lightning_vr.core import devices
@@ -58,7 +57,7 @@ def train(name: str, seed: int, steps: int, every: int, **slots: object) -> Held
     seed_everything(seed, verbose=False)
     module, data = WORKLOADS[name].build(**slots)
     held_out = HeldOutLoss(every, repeats=4 if name.startswith("digits") else 1)
-    callbacks = [EMAWeightAveraging(decay=0.98), held_out]
+    callbacks = [EMA(decay=0.98), held_out]
     Trainer(max_steps=steps, callbacks=callbacks, **QUIET).fit(module, datamodule=data)
     return held_out
 

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
-from lightning_vr import Clean, DiffusionModule, SampleGrid, Sampler
+from lightning_vr import EMA, Clean, DiffusionModule, SampleGrid, Sampler
 from lightning_vr.data import Digits
 from lightning_vr.metrics import DigitFeatures
 
@@ -85,7 +84,7 @@ class CaptionedDigits(DiffusionModule):
         return self.encode_condition({"prompt": [""]})
 
 
-def guidance_table(module: CaptionedDigits, count: int) -> list[dict[str, float]]:
+def guidance_table(module: CaptionedDigits, count: int, steps: int) -> list[dict[str, float]]:
     """Return the share of samples that show the digit of their caption, for each scale."""
     labels = torch.arange(count) % 10
     prompts = [caption(label, i // 10) for i, label in enumerate(labels.tolist())]
@@ -93,7 +92,8 @@ def guidance_table(module: CaptionedDigits, count: int) -> list[dict[str, float]
         cond = module.encode_condition({"prompt": prompts})
     found = []
     for guidance in GUIDANCE:
-        samples = module.sample(count, cond=cond, sampler=Sampler(guidance=guidance), seed=0)
+        sampler = Sampler(steps=steps, guidance=guidance)
+        samples = module.sample(count, cond=cond, sampler=sampler, seed=0)
         right = DigitFeatures().probabilities(samples).argmax(dim=1) == labels
         share = float(right.float().mean())
         error = (share * (1 - share) / count) ** 0.5
@@ -106,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=750)
     parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--sampler_steps", type=int, default=18)
     parser.add_argument("--folder", type=Path, default=Path("runs/captions"))
     options = parser.parse_args()
 
@@ -113,6 +114,7 @@ def main() -> None:
     module = CaptionedDigits(
         sigma_data=0.75,
         cond_dropout=0.1,
+        sampler=Sampler(steps=options.sampler_steps),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
     )
     prompts = {"prompt": [caption(label, label) for label in range(10)]}
@@ -123,10 +125,10 @@ def main() -> None:
         default_root_dir=options.folder,
         logger=False,
         enable_checkpointing=False,
-        callbacks=[EMAWeightAveraging(decay=0.995), SampleGrid(conditions=prompts)],
+        callbacks=[EMA(decay=0.995), SampleGrid(conditions=prompts)],
     )
     trainer.fit(module, Digits())
-    table = guidance_table(module.eval(), options.samples)
+    table = guidance_table(module.eval(), options.samples, options.sampler_steps)
     (options.folder / "guidance.json").write_text(json.dumps(table, indent=1))
 
 

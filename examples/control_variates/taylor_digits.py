@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,6 +41,7 @@ from lightning_vr import (
     CARV,
     DSM,
     EDM,
+    EMA,
     VE,
     Audit,
     Candidate,
@@ -217,7 +217,7 @@ def train(options: argparse.Namespace, name: str, seed: int) -> tuple[Results, l
     module = build(options, **arm.slots)
     data = Digits(batch_size=int(arm.batch * options.batch))
     watch = Watch(options.steps // options.evaluations, options.early)
-    trainer = fit(module, data, options.steps, [EMAWeightAveraging(decay=0.98), watch])
+    trainer = fit(module, data, options.steps, [EMA(decay=0.98), watch])
 
     metric = FrechetMetric(DigitFeatures())
     images = torch.stack([torch.as_tensor(row["image"]) for row in data.train_dataloader().dataset])
@@ -564,14 +564,14 @@ def parse() -> argparse.Namespace:
     settings |= {"level_batch": 8, "levels": LEVELS, "orders": (0, 1, 2), "bins": 8}
     if options.quick:
         settings |= {
-            "batch": 32,
+            "batch": 16,
             "widths": [8],
             "sampler_steps": 2,
             "evaluations": 2,
             "samples": 40,
         }
         settings |= {"level_batch": 2, "levels": (0.002, 0.3), "orders": (1,), "repeats": 6}
-        settings |= {"steps": 4, "early": 2, "seeds": 1, "budget": 0.1}
+        settings |= {"bins": 2, "steps": 4, "early": 2, "seeds": 1, "budget": 0.1}
     vars(options).update(settings)
     return options
 

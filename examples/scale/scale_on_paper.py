@@ -39,11 +39,11 @@ from lightning_vr.training.reference_bank import set_references
 FLOAT, INTEGER = 4, 8  # bytes
 LOGITS = 1 << 20  # of one chunk, by default
 # bytes read and written: for each pair of query and reference, and if they have labels
-LOGIT_PASSES, LABEL_PASSES = 82, 12
+LOGIT_PASSES, LABEL_PASSES = 86, 12
 # for each number of a query in each chunk: by the products, and by the scaling of their sums
 PRODUCT_PASSES, DECAY_PASSES = 12, 8
 # for each number of a rank's own queries, and of all ranks' queries where references are sharded
-OWN_PASSES, SHARED_PASSES = 156, 48
+OWN_PASSES, SHARED_PASSES = 190, 78
 # for each number of a drawn reference, and of a reference from the batch
 DRAWN_PASSES, BATCH_PASSES = 8, 24
 
@@ -226,9 +226,9 @@ def step_traffic(work: Workload, mode: Mode, ranks: int) -> Traffic:
         return Traffic(gathered=INTEGER * (1 + work.label * own) + FLOAT * own * work.dim)
     if not mode.sharded:
         return Traffic()
-    asked = 3 * INTEGER + own * (INTEGER * (1 + work.label) + FLOAT * (work.dim + 2))
+    asked = 3 * INTEGER + own * (INTEGER * (1 + work.label) + FLOAT * (work.dim + 3))
     drawn = 0 if mode.references == "all" else INTEGER * int(mode.references or 0)
-    return Traffic(asked, exchanged=FLOAT * own * (work.dim + 5), broadcast=drawn)
+    return Traffic(asked, exchanged=FLOAT * own * (work.dim + 6), broadcast=drawn)
 
 
 def temporaries(work: Workload, mode: Mode, ranks: int) -> float:
@@ -240,7 +240,7 @@ def temporaries(work: Workload, mode: Mode, ranks: int) -> float:
     logits = 2 * queries * chunk(queries, references)
     peak = max(4 * own + logits, 6 * own)
     if mode.sharded:
-        wide = queries * (dim + 5)
+        wide = queries * (dim + 6)
         peak = 3 * own + max(2 * wide + logits, 4 * wide, 2 * wide + 2 * own)
     if mode.references == "batch":
         return FLOAT * max(queries * ranks * dim + peak, 2 * work.batch * dim + own)

@@ -196,8 +196,7 @@ class AuditDuringTraining(Callback):
                 return
             assert self._measuring is not None
             assert self._rivals is not None
-            pair = [self._measuring.encode(each) for each in (self._pending, batch)]
-            self._pending = None
+            pair, self._pending = [self._pending, batch], None
             self._measuring.repeat(
                 self._comparison, [Candidate(CURRENT), *self._rivals], pair, self._number
             )

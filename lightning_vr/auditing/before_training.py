@@ -11,17 +11,19 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_vr.core.rng import preserve_global_rng
 from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
-from lightning_vr.training.module import DiffusionModule
+from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
+from lightning_vr.training.estimator_module import EstimatorModule
 
 _MODULE_STATE = ("seed", "estimate", "sample_shape")
 """What a trainer sets on a module before its first step."""
 
+_Module = TypeVar("_Module", bound=EstimatorModule)
 _Result = TypeVar("_Result")
 
 
 def measure_before_training(
-    measure: Callable[[Trainer, DiffusionModule], _Result],
-    module: DiffusionModule,
+    measure: Callable[[Trainer, _Module], _Result],
+    module: _Module,
     datamodule: LightningDataModule,
     trainer: Trainer | None,
 ) -> _Result:
@@ -38,9 +40,10 @@ def measure_before_training(
             are not run, and it cannot be used again.
 
     Raises:
-        MisconfigurationException: If the trainer starts its processes by fork or spawn.
+        MisconfigurationException: If the trainer starts its processes by fork or spawn, or shards
+            weights.
     """
-    callback = _Measuring(measure)
+    callback = _Measuring(lambda trainer: measure(trainer, module))
     with quiet_trainer():
         if trainer is None:
             trainer = Trainer(
@@ -54,7 +57,13 @@ def measure_before_training(
                 "A measurement cannot return a result from processes that the trainer forks or "
                 "spawns: use one device, or strategy='ddp' in a script of its own."
             )
-        with _restored(module, *_MODULE_STATE), _restored_settings(trainer):
+        if isinstance(trainer.strategy, ShardedStrategy):
+            raise MisconfigurationException(
+                "`strategy` must leave all weights on each rank to be measured, got 'sharded': use "
+                "'auto', or 'ddp' on several devices, whatever the run is trained with."
+            )
+        state = [name for name in _MODULE_STATE if hasattr(module, name)]
+        with _restored(module, *state), _restored_settings(trainer):
             _set_up(trainer, callback)
             with preserve_global_rng():
                 trainer.fit(module, datamodule=datamodule)
@@ -64,13 +73,12 @@ def measure_before_training(
 class _Measuring(Callback, Generic[_Result]):
     """Measures where training would begin, and ends training before the first step."""
 
-    def __init__(self, measure: Callable[[Trainer, DiffusionModule], _Result]) -> None:
+    def __init__(self, measure: Callable[[Trainer], _Result]) -> None:
         self.measure = measure
         self.results: list[_Result] = []
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DiffusionModule)
-        self.results.append(self.measure(trainer, pl_module))
+        self.results.append(self.measure(trainer))
         trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,12 @@ from torch import nn
 from lightning_vr.core.devices import device_of
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import ControlVariate
-from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.estimators.targets import Target
 from lightning_vr.lifecycle.configuration import UndescribableError, describe
 from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
-from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.teachers.orbit_views import OrbitViews
+from lightning_vr.training.estimator_module import EstimatorModule
 
 CURRENT = "current"
 """Name of the module's own estimator."""
@@ -37,21 +37,24 @@ class Candidate:
         target: What to regress on.
         control_variate: A term of the loss whose gradient has mean zero; ``"none"`` leaves out
             that of the module.
+        views: Views of a batch, of a module that draws them.
     """
 
     name: str
     draws: Draws | None = None
     target: Target | None = None
     control_variate: ControlVariate | Literal["none"] | None = None
+    views: OrbitViews | None = None
 
     def __post_init__(self) -> None:
-        for name in SLOTS:
-            if isinstance(getattr(self, name), (Density, Weighting)):
+        for name, slot in self.slots().items():
+            if isinstance(slot, (Density, Weighting)):
                 raise ValueError(_changes_objective(self.name, name))
 
-    def slots(self) -> dict[str, nn.Module | None]:
+    def slots(self) -> dict[str, Any]:
         """Return the slots that it fills by name; None stands for no control variate."""
-        filled = {name: getattr(self, name) for name in SLOTS}
+        _, *names = (field.name for field in fields(self))
+        filled = {name: getattr(self, name) for name in names}
         return {name: None if x == "none" else x for name, x in filled.items() if x is not None}
 
     def config(self) -> dict[str, Any]:
@@ -63,12 +66,13 @@ class Candidate:
         return {name: x and describe(x) for name, x in self.slots().items()}
 
     @contextmanager
-    def in_place(self, module: Diffusion) -> Iterator[None]:
+    def in_place(self, module: EstimatorModule) -> Iterator[None]:
         """Put the candidate into the module's slots for the duration of the context."""
         own = {name: getattr(module, name) for name in self.slots()}
         try:
             for name, slot in self.slots().items():
-                setattr(module, name, slot and slot.to(device_of(module)))
+                is_module = isinstance(slot, nn.Module)
+                setattr(module, name, slot.to(device_of(module)) if is_module else slot)
             yield
         finally:
             for name, slot in own.items():
@@ -112,8 +116,13 @@ def read_candidates(path: str | Path) -> list[Candidate]:
     return found
 
 
-def check_candidates(candidates: list[Candidate]) -> None:
-    """Raise if a candidate fills no slot, or two have the same name."""
+def check_candidates(candidates: list[Candidate], module: EstimatorModule | None = None) -> None:
+    """Raise if a candidate fills no slot or one that the module lacks, or two have the same name.
+
+    Args:
+        candidates: The candidates.
+        module: Their module, if it is known.
+    """
     names = [candidate.name for candidate in candidates]
     if len({*names, CURRENT}) <= len(names):
         raise ValueError(
@@ -123,9 +132,16 @@ def check_candidates(candidates: list[Candidate]) -> None:
     for candidate in candidates:
         if not candidate.slots():
             raise ValueError(
-                f"Candidate {candidate.name!r} fills no slot: give it `draws`, `target` or "
-                f"`control_variate`."
+                f"Candidate {candidate.name!r} fills no slot: give it `draws`, `target`, "
+                f"`control_variate` or `views`."
             )
+        for name in candidate.slots():
+            if module is not None and name not in module.estimator_slots:
+                raise ValueError(
+                    f"Candidate {candidate.name!r} fills `{name}`, which a "
+                    f"{type(module).__name__} does not have: fill "
+                    f"{' or '.join(f'`{x}`' for x in module.estimator_slots)}."
+                )
 
 
 def _changes_objective(candidate: Any, name: str) -> str:
@@ -136,7 +152,7 @@ def _changes_objective(candidate: Any, name: str) -> str:
     )
 
 
-def settings(slot: nn.Module | None) -> Any:
+def settings(slot: Any) -> Any:
     """Return the configuration that rebuilds what is in a slot, or None if none can."""
     try:
         return describe(slot)

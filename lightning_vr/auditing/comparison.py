@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lightning_vr.auditing.candidates import CURRENT, Candidate, settings
 from lightning_vr.auditing.measured_estimator import MeasuredEstimator
-from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.lifecycle.configuration import UndescribableError
-from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.variance.accounting import (
     effective_compute_multiplier,
     noise_ratio,
@@ -65,7 +64,7 @@ class Comparison:
         batch: Samples in a training batch, over all ranks.
     """
 
-    def __init__(self, module: DiffusionModule, batch: int) -> None:
+    def __init__(self, module: EstimatorModule, batch: int) -> None:
         self._module, self._batch = module, batch
         self._found: dict[str, Repetitions] = defaultdict(Repetitions)
 
@@ -95,7 +94,7 @@ class Comparison:
 
     def current(self, found: Repetitions) -> MeasuredEstimator:
         """Return what repetitions of the current estimator say, also those of other looks."""
-        slots = {name: getattr(self._module, name) for name in SLOTS}
+        slots = {name: getattr(self._module, name) for name in self._module.estimator_slots}
         config = {name: settings(slot) for name, slot in slots.items() if slot is not None}
         draws = self._module.draws.draws_per_sample
         one = Interval(1.0, 1.0, 1.0)

@@ -1,14 +1,18 @@
 """The default candidates of an audit: the estimators of this package."""
 
+from typing import Any
+
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_vr.auditing.candidates import Candidate, settings
+from lightning_vr.auditing.draws_candidates import draws_candidates
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.proposals import LearnedProposal, WeightProposal
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.estimators.taylor.control_variate import TaylorCV
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.module import DiffusionModule
 
 _REFERENCES = (256, 1024, 4096)
@@ -19,6 +23,18 @@ _SIMPLE, _LONGEST = ("DSM", "IID", "no control variate"), "4 resamples"
 
 _LEAST_SPREAD = 0.01
 """Relative spread of the loss weight below which its proposal is the base density."""
+
+
+def candidates_for(module: EstimatorModule, loader: Any) -> list[Candidate]:
+    """Return the default candidates of a module, and of the data in a training loader.
+
+    Args:
+        module: The module to audit.
+        loader: Its training loader, whose data set has a length where the module has targets.
+    """
+    if isinstance(module, DiffusionModule):
+        return default_candidates(module, len(loader.dataset))
+    return draws_candidates(module)
 
 
 def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:

@@ -64,7 +64,7 @@ def _combinations(ranked: list[Candidate]) -> Iterator[tuple[Candidate, ...]]:
     """Yield the winners of slots in pairs, and of all slots together."""
     single = {
         slot: [c for c in ranked if set(c.slots()) == {slot}]
-        for slot in ("target", "draws", "control_variate")
+        for slot in ("target", "draws", "control_variate", "views")
     }
     draws = single["draws"]
     # one that is longer may win alone, and one that is not with another target
@@ -74,6 +74,7 @@ def _combinations(ranked: list[Candidate]) -> Iterator[tuple[Candidate, ...]]:
     best_draws = draws[:1] + [c for c in short if c not in draws[:1]]
     yield from ((a, b) for a in targets for b in (*best_draws, *controls))
     yield from ((a, b) for a in short for b in controls)
+    yield from ((a, b) for a in single["views"][:1] for b in best_draws)
     yield from ((a, b, c) for a in targets for b in short for c in controls)
     yield from (
         (a, b)

@@ -22,7 +22,7 @@ from lightning_vr.auditing.batch_pairs import batch_pairs
 from lightning_vr.auditing.candidate_measurement import CandidateMeasurement
 from lightning_vr.auditing.candidates import CURRENT, Candidate
 from lightning_vr.auditing.comparison import Comparison, Repetitions
-from lightning_vr.auditing.default_candidates import default_candidates
+from lightning_vr.auditing.default_candidates import candidates_for
 from lightning_vr.auditing.finalists import finalists
 from lightning_vr.auditing.least_repetitions import LEAST_REPETITIONS, affordable, still_needed
 from lightning_vr.auditing.measured_estimator import MeasuredEstimator
@@ -35,7 +35,7 @@ from lightning_vr.core.types import Clean
 from lightning_vr.lifecycle.precision import loss_scale, loss_scaler
 from lightning_vr.lifecycle.stopping import raise_if_asked
 from lightning_vr.lifecycle.training_set import training_loader
-from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 from lightning_vr.variance.nested_measurement import NestedMeasurement
@@ -66,7 +66,7 @@ class AuditMeasurement:
     def __init__(
         self,
         trainer: Trainer,
-        module: DiffusionModule,
+        module: EstimatorModule,
         candidates: list[Candidate] | None,
         budget: float,
         progress: bool,
@@ -74,8 +74,7 @@ class AuditMeasurement:
         self.trainer, self.module = trainer, module
         self.start, self.budget = time.perf_counter(), budget
         loader = training_loader(trainer)
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        rivals = default_candidates(module, size) if candidates is None else candidates
+        rivals = candidates_for(module, loader) if candidates is None else candidates
         self.fresh = {candidate.name: candidate for candidate in rivals}
         self.current = Candidate(CURRENT)
         self.rivals = with_own_state(rivals)
@@ -91,8 +90,9 @@ class AuditMeasurement:
             self._find_loss_scale()
             self.rivals = self._prepared(self.rivals)
             cost = self._time()
+            levels = self.module.objective.noise_levels(_LEVELS)
             statistics = GradientStatistics(
-                self.measuring.names, self.module.objective.noise_levels(_LEVELS)
+                self.measuring.names, levels, parts=self.module.variance_parts
             )
             self._measure_levels(statistics)
             first, second, found = self._look_twice()
@@ -151,7 +151,7 @@ class AuditMeasurement:
             return
         scaler.scale(torch.zeros(1, device=self.module.device))  # creates the scale to change
         gradients.loss_scale = loss_scale(self.trainer)
-        pair = self._pair()
+        pair = self._encoded_pair()
         while gradients.loss_scale > 1:
             found = gradients.by_differences(pair, "loss scale")
             if bool(torch.isfinite(found.over_ranks(self.module.device).total).all()):
@@ -166,9 +166,12 @@ class AuditMeasurement:
                 raise_if_asked(self.trainer)
                 yield batch
 
-    def _pair(self) -> list[Clean]:
+    def _pair(self) -> list[Any]:
         raise_if_asked(self.trainer)
-        return [self.measuring.encode(batch) for batch in next(self.batches)]
+        return [*next(self.batches)]
+
+    def _encoded_pair(self) -> list[Clean]:
+        return [self.measuring.encode(batch) for batch in self._pair()]
 
     def _time(self) -> StepCost:
         """Time what steps share, and how the current one depends on the size of the batch."""
@@ -181,7 +184,8 @@ class AuditMeasurement:
         timer.warm_up([self.current, *self.rivals], clean)
         self.shared_seconds, cost = timer.measure(
             clean,
-            encode=lambda: self.measuring.encode(batch),
+            encode=lambda: self.measuring.encode(batch, "timing"),
+            other=lambda: self.measuring.other_work(batch),
             goes_on=lambda: self._rank_zero_decides(self._progress() < until),
         )
         return cost
@@ -190,11 +194,11 @@ class AuditMeasurement:
         """Measure the current estimator in bins of the noise level."""
         self.bar.set_description("Audit: noise levels")
         until, number, device = self._progress() + _LEVEL_BUDGET, 0, self.module.device
-        pair = self._pair()
+        pair = self._encoded_pair()
         nested = NestedMeasurement(self.measuring.gradients, pair[0], device, samples=2 * _LEVELS)
         while self._rank_zero_decides(number == 0 or self._progress() < until):
             if number and number % _LEVELS == 0:
-                pair = self._pair()
+                pair = self._encoded_pair()
             batches = pair
             if nested.is_per_sample:
                 batches = [pair[0].rows(slice(0, _LEVEL_SAMPLES))]

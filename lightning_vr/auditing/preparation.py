@@ -11,14 +11,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from torch.func import functional_call
 
 from lightning_vr.auditing.candidates import Candidate
-from lightning_vr.core.gradients import mean_in_chunks
-from lightning_vr.core.rows import leaves, row_count
-from lightning_vr.core.types import Clean, LossEstimate, Noised, TargetEstimate
+from lightning_vr.core.types import Clean
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.proposals import LearnedProposal
@@ -28,17 +24,16 @@ from lightning_vr.estimators.taylor.control_variate import TaylorCV
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.training_set import check_equal_chances
 from lightning_vr.posterior.sharded_references import Bank
-from lightning_vr.training.checks import check_estimators
 from lightning_vr.training.control_measurement import ControlMeasurement
 from lightning_vr.training.control_pilot import describe_gate
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.training.noisy_losses import DiffusionLoss
+from lightning_vr.training.noisy_losses import DrawnLoss
 from lightning_vr.training.reference_bank import (
     compare_by_reading_again,
     read_references,
     set_references,
 )
-from lightning_vr.training.resamples_pilot import resamples_pilot
 from lightning_vr.training.training_checks import check_derivatives
 from lightning_vr.variance.gradient_measurement import Source
 
@@ -114,26 +109,20 @@ def _fill(target: Target, data: Clean | None, banks: dict[bool, Bank]) -> str | 
     return None
 
 
-def refused(module: DiffusionModule, candidates: list[Candidate]) -> dict[str, str]:
+def refused(module: EstimatorModule, candidates: list[Candidate]) -> dict[str, str]:
     """Return names of candidates that do not fit the module, and why."""
     reasons = {}
     for candidate in candidates:
         try:
             with candidate.in_place(module):
-                check_estimators(
-                    module.draws,
-                    module.control_variate,
-                    module.objective,
-                    module.network,
-                    module.variance,
-                )
+                module.check_slots()
         except ValueError as error:
             reasons[candidate.name] = str(error).rstrip(".")
     return reasons
 
 
 def learn(
-    loss: DiffusionLoss,
+    loss: DrawnLoss,
     candidates: list[Candidate],
     batches: Iterator[Clean],
     source: Source,
@@ -166,13 +155,14 @@ def learn(
         clean = next(batches)
         for candidate in learners:
             with candidate.in_place(module):
-                _observe(loss, clean, source, number)
+                loss.observe(clean, source("learn", number))
+                module.draws.advance()
         number += 1
     return {}
 
 
 def choose_resamples(
-    trainer: Trainer, module: DiffusionModule, candidates: list[Candidate], batches: Iterator[Any]
+    trainer: Trainer, module: EstimatorModule, candidates: list[Candidate], batches: Iterator[Any]
 ) -> dict[str, str]:
     """Let the pilots of ``resamples="auto"`` choose K if they have not yet; all ranks must call it.
 
@@ -188,7 +178,7 @@ def choose_resamples(
     reasons = {}
     for candidate in candidates:
         with candidate.in_place(module):
-            pilot = resamples_pilot(module, RunContext.of(trainer))
+            pilot = module.make_resamples_pilot(RunContext.of(trainer))
             while pilot is not None and pilot.draws.pilot is None and not pilot.failures:
                 with trainer.precision_plugin.forward_context():
                     pilot.before_step(next(batches))
@@ -265,23 +255,3 @@ def _learns(draws: Draws) -> bool:
 def _has_learned(draws: Draws) -> bool:
     tables = [p.table for p in draws.modules() if isinstance(p, LearnedProposal)]
     return all(float(table[2].min()) >= _LEAST_SEEN for table in tables)
-
-
-@torch.no_grad()
-def _observe(loss: DiffusionLoss, clean: Clean, source: Source, number: int) -> None:
-    """Show a batch to the draws that are in the module's slot."""
-    draws, objective = loss.module.draws, loss.module.objective
-    times = loss.times(clean, source("learn", number, "times"), 0.0, 1.0)
-    rows = loss.draw(clean, times, source("learn", number, "noise"))
-    # statistics of batch normalisation must not change
-    buffers = {name: buffer.clone() for name, buffer in loss.named_buffers()}
-    mean, terms = mean_in_chunks(
-        loss,
-        lambda part: functional_call(loss, buffers, (part,), {"in_terms": True}),
-        rows,
-        loss.chunk(row_count(rows), leaves(rows)[0].device),
-    )
-    noised, target = Noised(**rows["noised"]), TargetEstimate(**rows["target"])
-    per_draw, control, *bound = terms.unbind(dim=1)
-    draws.observe(LossEstimate(mean, per_draw, noised, target, control, *bound), objective)
-    draws.advance()

@@ -15,7 +15,6 @@ from lightning_vr.callbacks.gradient_variance_report import draw_components
 from lightning_vr.callbacks.pictures import frees_figure, save_figure
 from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.loggers import level_names
-from lightning_vr.variance.components import PARTS
 from lightning_vr.variance.intervals import Interval
 
 if TYPE_CHECKING:
@@ -83,7 +82,8 @@ def draw(audit: Audit, path: Path) -> None:
     parts, levels, saving = figure.subplots(1, 3)
     _draw_estimators(parts, audit)
     names = level_names(audit.statistics.noise_levels)
-    draw_components(levels, audit.statistics.levels, names, audit.statistics.levels_error)
+    measured = audit.statistics
+    draw_components(levels, measured.levels, names, measured.levels_error, measured.parts)
     levels.set_title("current estimator, by noise level")
     levels.set_xlabel("noise level  s = σ / α, in the middle of equally likely bins")
     _draw_savings(saving, audit)
@@ -92,7 +92,7 @@ def draw(audit: Audit, path: Path) -> None:
 
 def _row(measured: MeasuredEstimator) -> list[str]:
     total, error = float(measured.components.total[0]), float(measured.errors.total[0])
-    percent = [100 * float(getattr(measured.components, part)[0]) / total for part in PARTS]
+    percent = [100 * float(part[0]) / total for part in measured.components[:3]]
     variance = _short(total, 3) if math.isnan(error) else f"{_short(total, 3)} ± {_short(error, 1)}"
     return [
         f"{measured.name} *" if measured.is_finalist else measured.name,
@@ -127,12 +127,12 @@ def _caption(audit: Audit) -> str:
         )
     return (
         f"Variance: that of the gradient of a batch of {audit.batch}, times the batch size, ± one "
-        f"standard error. Parts: data/time/noise in %. ms: a training step. RE: variance of the "
-        f"current estimator over that of this one. ECM: RE times the current step's time over this "
-        f"one's. Saving: how many times less compute the noise-ratio model expects for the same "
-        f"loss, with its 95 % interval; a recommendation needs the wider one that holds for all "
-        f"finalists at once. {again}, in {audit.seconds:.0f} s of a budget of {audit.budget:g}. "
-        f"Noise over signal of the batch gradient: {noise}. {_resamples(audit)}"
+        f"standard error. Parts: {'/'.join(audit.statistics.parts)} in %. ms: a training step. "
+        f"RE: variance of the current estimator over that of this one. ECM: RE times the current "
+        f"step's time over this one's. Saving: how many times less compute the noise-ratio model "
+        f"expects for the same loss, with its 95 % interval; a recommendation needs the wider one "
+        f"that holds for all finalists at once. {again}, in {audit.seconds:.0f} s of a budget of "
+        f"{audit.budget:g}. Noise over signal of the batch gradient: {noise}. {_resamples(audit)}"
     )
 
 
@@ -144,26 +144,27 @@ def not_measured(audit: Audit) -> list[str]:
 def _resamples(audit: Audit) -> str:
     if audit.resamples is None:
         return (
-            "How many noise draws per sample are best is not resolved: passes over a quarter of "
-            "the batch and over all of it take equally long within error."
+            f"How many noise draws per {audit.unit} are best is not resolved: passes of fewer and "
+            f"of more draws take equally long within error."
         )
     best, gain = audit.resamples
     present = audit.current.draws_per_sample
     if best == present == 1:
-        return "Components and cost say that one noise draw per sample is best."
+        return f"Components and cost say that one noise draw per {audit.unit} is best."
     if best == present:
-        return f"Components and cost say that {best} noise draws per sample are best, as now."
-    draws = "one noise draw per sample has"
+        return f"Components and cost say that {best} noise draws per {audit.unit} are best, as now."
+    draws = f"one noise draw per {audit.unit} has"
     if best > 1:
-        draws = f"{best} noise draws per sample have"
+        draws = f"{best} noise draws per {audit.unit} have"
     return f"By components and cost, {draws} an ECM of {gain:.2f} over the present {present}."
 
 
 def _draw_estimators(axes: "Axes", audit: Audit) -> None:
     at, base = np.arange(len(audit.estimators)), np.zeros(len(audit.estimators))
-    for part, color in zip(reversed(PARTS), ("tab:red", "tab:orange", "tab:blue"), strict=True):
-        height = [max(0.0, float(getattr(m.components, part)[0])) for m in audit.estimators]
-        axes.bar(at, height, bottom=base, color=color, label=part)
+    colors = ("tab:red", "tab:orange", "tab:blue")
+    for i, color in zip((2, 1, 0), colors, strict=True):
+        height = [max(0.0, float(m.components[i][0])) for m in audit.estimators]
+        axes.bar(at, height, bottom=base, color=color, label=audit.statistics.parts[i])
         base += np.array(height)
     axes.set_xticks(at, [m.name for m in audit.estimators], rotation=45, ha="right")
     axes.set_title("gradient variance × batch size, by source")

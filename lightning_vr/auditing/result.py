@@ -10,7 +10,7 @@ from lightning_vr.auditing.measured_estimator import MeasuredEstimator
 from lightning_vr.auditing.pasted_configuration import pasted_configuration
 from lightning_vr.auditing.step_cost import StepCost
 from lightning_vr.variance.accounting import best_resamples, noise_ratio, variance_times_cost
-from lightning_vr.variance.components import Components
+from lightning_vr.variance.components import PARTS, Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 LEAST_GAIN = 1.05
@@ -59,6 +59,12 @@ class Audit:
     def current(self) -> MeasuredEstimator:
         """The module's own estimator."""
         return self.estimators[0]
+
+    @property
+    def unit(self) -> str:
+        """What a batch is a number of: samples, views."""
+        outermost = self.statistics.parts[0]
+        return "sample" if outermost == PARTS[0] else outermost
 
     @property
     def finalists(self) -> list[MeasuredEstimator]:
@@ -140,7 +146,7 @@ class Audit:
             f" Its gradient has the variance that the current estimator would have at "
             f"{multiplier.estimate:.2f} times the compute ({multiplier.low:.2f} to "
             f"{multiplier.high:.2f}): training saves that at most. What is left of it is "
-            f"{_fractions(best.components)}."
+            f"{self._fractions(best.components)}."
         )
         return text + self._larger_batch(best)
 
@@ -191,7 +197,7 @@ class Audit:
         if may_pay:
             said = "Whether variance reduction pays here is not certain."
         reasons = [said, *([self._nearest(rivals)] if rivals else [])]
-        reasons.append(f"The variance is {_fractions(self.current.components)}.")
+        reasons.append(f"The variance is {self._fractions(self.current.components)}.")
         if unclear:
             unclear.sort(key=lambda each: -each.predicted_speedup.estimate)
             names = ", ".join(f'"{each.name}"' for each in unclear[:_NAMED])
@@ -200,6 +206,14 @@ class Audit:
                 f"Open are {names}{more}: measure longer, with a larger budget or fewer candidates."
             )
         return " ".join(reasons)
+
+    def _fractions(self, components: Components) -> str:
+        total = float(components.total[0])
+        if not total > 0:
+            return "not resolved from zero"
+        percent = (100 * float(part[0]) / total for part in components[:3])
+        named = zip(percent, self.statistics.parts, strict=True)
+        return ", ".join(f"{value:.0f} % {name}" for value, name in named)
 
     def _nearest(self, rivals: list[MeasuredEstimator]) -> str:
         """Return what the candidate with the largest ECM would do."""
@@ -246,14 +260,6 @@ class Audit:
             }
         )
         return found
-
-
-def _fractions(parts: Components) -> str:
-    total = float(parts.total[0])
-    if not total > 0:
-        return "not resolved from zero"
-    percent = {name: 100 * float(getattr(parts, name)[0]) / total for name in parts._fields[:3]}
-    return ", ".join(f"{value:.0f} % {name}" for name, value in percent.items())
 
 
 def _plain(value: Any) -> Any:

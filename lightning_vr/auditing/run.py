@@ -11,11 +11,11 @@ from lightning_vr.auditing.candidates import Candidate, check_candidates
 from lightning_vr.auditing.measurement import AuditMeasurement
 from lightning_vr.auditing.result import Audit
 from lightning_vr.core.validation import check_positive
-from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.estimator_module import EstimatorModule
 
 
 def audit(
-    module: DiffusionModule,
+    module: EstimatorModule,
     datamodule: LightningDataModule,
     candidates: list[Candidate] | None = None,
     *,
@@ -33,7 +33,8 @@ def audit(
     nothing is measured, and the result says so.
 
     Args:
-        module: The module to audit.
+        module: The module to audit: a ``DiffusionModule``, a ``ScoreDistillation`` or a
+            ``DistributionMatching``, whose student is audited.
         datamodule: Its training data.
         candidates: What to compare with, the most promising first; by default the estimators of
             this package.
@@ -45,17 +46,18 @@ def audit(
         progress: Whether to show a progress bar.
 
     Raises:
-        MisconfigurationException: If the module is not a DiffusionModule, or the trainer starts its
-            processes by fork or spawn.
-        ValueError: If the budget is not positive and finite, a candidate fills no slot or names
-            repeat, or an epoch has fewer than two whole batches.
+        MisconfigurationException: If the module has no estimators to exchange, or the trainer
+            starts its processes by fork or spawn.
+        ValueError: If the budget is not positive and finite, a candidate fills no slot or one that
+            the module lacks, names repeat, or an epoch has fewer than two whole batches.
     """
     _check(module, candidates, budget)
 
-    def measure(trainer: Trainer, module: DiffusionModule) -> Audit:
+    def measure(trainer: Trainer, module: EstimatorModule) -> Audit:
         # slots learn, but the module's own must not
-        draws, control_variate = copy.deepcopy((module.draws, module.control_variate))
-        with Candidate("own", draws=draws, control_variate=control_variate).in_place(module):
+        learning = {"draws", "control_variate"} & set(module.estimator_slots)
+        own = {name: copy.deepcopy(getattr(module, name)) for name in learning}
+        with Candidate("own", **own).in_place(module):
             return AuditMeasurement(trainer, module, candidates, budget, progress).measure()
 
     return measure_before_training(measure, module, datamodule, trainer)
@@ -63,9 +65,10 @@ def audit(
 
 def _check(module: Any, candidates: list[Candidate] | None, budget: float) -> None:
     check_positive("budget", budget)
-    if not isinstance(module, DiffusionModule):
+    if not isinstance(module, EstimatorModule):
         raise MisconfigurationException(
-            f"`module` must be a DiffusionModule, whose estimators can be exchanged, got a "
-            f"{type(module).__name__}: measure it with the callback GradientVariance."
+            f"`module` must be a DiffusionModule, ScoreDistillation or DistributionMatching, whose "
+            f"estimators can be exchanged, got a {type(module).__name__}: measure it with the "
+            f"callback GradientVariance."
         )
-    check_candidates(candidates or [])
+    check_candidates(candidates or [], module)

@@ -18,7 +18,7 @@ class StepCost:
 
     Attributes:
         fixed: For each step, whatever its size.
-        upstream: For each sample: encoding.
+        upstream: For each sample: encoding, and the pass back through it if it is trained.
         denoise: For each noised sample: forward and backward through the network.
     """
 
@@ -41,27 +41,35 @@ class StepCost:
 
 
 def step_cost(
-    passes: dict[int, Tensor], encode: Tensor, optimizer: Tensor, resamples: int = 1
+    passes: dict[int, Tensor],
+    encode: Tensor,
+    optimizer: Tensor,
+    samples: int,
+    *,
+    through_upstream: bool = False,
 ) -> StepCost:
     """Return the costs of a step from the seconds of its parts in the same rounds.
 
     Args:
-        passes: Seconds of forward and backward ``(n,)`` by number of samples: the whole batch, and
-            a part of it. With the whole batch alone all of them count as ``denoise``, with an
-            interval that reaches 0.
+        passes: Seconds of forward and backward ``(n,)`` by number of draws, of two sizes. With one
+            size alone all of them count as ``denoise``, with an interval that reaches 0.
         encode: Seconds to encode the whole batch ``(n,)``.
         optimizer: Seconds of the optimizer's step ``(n,)``.
-        resamples: Draws of each sample in ``passes``.
+        samples: Samples of the whole batch.
+        through_upstream: Whether passes go back through the upstream, all of them from the whole
+            batch: what they take whatever the draws then counts as ``upstream``.
     """
     few, many = min(passes), max(passes)
 
     def mean(values: Tensor) -> Interval:
         return jackknife(lambda of: of, values)
 
-    upstream = mean(encode / many)
     if few == many:
-        denoise = mean(passes[many] / (many * resamples))
-        return StepCost(mean(optimizer), upstream, Interval(denoise.estimate, 0.0, denoise.high))
-    slope = (passes[many] - passes[few]) / ((many - few) * resamples)
-    fixed = mean(passes[many] - many * resamples * slope + optimizer)
-    return StepCost(fixed, upstream, mean(slope.to(torch.float64)))
+        denoise = mean(passes[many] / many)
+        least = Interval(denoise.estimate, 0.0, denoise.high)
+        return StepCost(mean(optimizer), mean(encode / samples), least)
+    slope = ((passes[many] - passes[few]) / (many - few)).to(torch.float64)
+    constant = passes[many] - many * slope
+    if through_upstream:
+        return StepCost(mean(optimizer), mean((encode + constant) / samples), mean(slope))
+    return StepCost(mean(constant + optimizer), mean(encode / samples), mean(slope))

@@ -16,13 +16,19 @@ from torch import Tensor
 from lightning_vr.auditing.candidates import Candidate
 from lightning_vr.auditing.step_cost import StepCost, step_cost
 from lightning_vr.core.devices import timed
+from lightning_vr.core.gradients import is_trained
 from lightning_vr.core.rows import Rows
 from lightning_vr.core.types import Clean
-from lightning_vr.training.module import DiffusionModule
+from lightning_vr.estimators.carv import CARV
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.variance.components import DRAWS_PER_UNIT
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 15
+
+_MANY_DRAWS = 16
+"""Draws of each sample in the larger of two timed passes through an upstream, unless it has more.
+"""
 
 
 class TimedMeasurement(GradientMeasurement):
@@ -69,7 +75,7 @@ class StepTimer:
     """
 
     def __init__(
-        self, trainer: Trainer, module: DiffusionModule, measurement: GradientMeasurement
+        self, trainer: Trainer, module: EstimatorModule, measurement: GradientMeasurement
     ) -> None:
         self.trainer, self.module, self.measurement = trainer, module, measurement
 
@@ -80,34 +86,60 @@ class StepTimer:
                 self._step(clean)
 
     def measure(
-        self, clean: Clean, encode: Callable[[], Any], goes_on: Callable[[], bool]
+        self,
+        clean: Clean,
+        encode: Callable[[], Any],
+        other: Callable[[], Any],
+        goes_on: Callable[[], bool],
     ) -> tuple[float, StepCost]:
-        """Return the seconds of encoding and optimizer, and the cost of the current step.
+        """Return the seconds that all candidates share, and the cost of the current step.
 
         Args:
             clean: An encoded batch.
             encode: Encodes it.
+            other: Does what else belongs to a step, whatever its estimator.
             goes_on: Asked before each round once there are a few.
         """
-        whole = len(clean.x0)
-        parts = sorted({max(1, whole // 4), whole})
-        names: list[int | str] = [*parts, "encode", "optimizer"]
+        passes = self._passes(clean)
+        names: list[int | str] = [*passes, "encode", "optimizer"]
         times: dict[int | str, list[float]] = {name: [] for name in names}
         for i in range(_MOST_ROUNDS + 1):
             if i > _LEAST_ROUNDS and not goes_on():
                 break
-            for rows in parts:
-                step = partial(self._step, clean.rows(slice(0, rows)))
-                times[rows].append(timed(step, self.module.device)[1])
+            for draws, step in passes.items():
+                times[draws].append(timed(step, self.module.device)[1])
             times["encode"].append(timed(encode, self.module.device)[1])
-            times["optimizer"].append(self._time_optimizer())
+        # afterwards: the graph of an upstream that is trained ends with a step
+        for _ in times["encode"]:
+            others = timed(other, self.module.device)[1]
+            times["optimizer"].append(self._time_optimizer() + others)
 
         # the first round warms up
         found = {name: torch.tensor(seconds[1:]).double() for name, seconds in times.items()}
-        passes = {samples: found[samples] for samples in parts}
         shared = float(found["encode"].median() + found["optimizer"].median())
-        resamples = self.module.draws.draws_per_sample
-        return shared, step_cost(passes, found["encode"], found["optimizer"], resamples)
+        seconds = {draws: found[draws] for draws in passes}
+        parts = found["encode"], found["optimizer"]
+        is_through = is_trained(clean)
+        return shared, step_cost(seconds, *parts, len(clean.x0), through_upstream=is_through)
+
+    def _passes(self, clean: Clean) -> dict[int, Callable[[], Any]]:
+        """Return passes of two sizes by their number of draws: of fewer samples, or of more draws.
+
+        A pass through an upstream that is trained takes as long for fewer of its samples.
+        """
+        whole, resamples = len(clean.x0), self.module.draws.draws_per_sample
+        if is_trained(clean):
+            chunk = getattr(self.module.draws, "chunk_size", None)
+            return {
+                k * whole: partial(self._step_of, CARV(k, scope="none", chunk_size=chunk), clean)
+                for k in (1, max(_MANY_DRAWS, resamples))
+            }
+        parts = sorted({max(1, whole // 4), whole})
+        return {n * resamples: partial(self._step, clean.rows(slice(0, n))) for n in parts}
+
+    def _step_of(self, draws: CARV, clean: Clean) -> list[Tensor]:
+        with Candidate("timing", draws=draws).in_place(self.module):
+            return self._step(clean)
 
     def _step(self, clean: Clean) -> list[Tensor]:
         loss, source = self.measurement.loss, self.measurement.source

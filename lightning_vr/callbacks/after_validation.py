@@ -1,6 +1,6 @@
 """Callbacks that sample from the model after a validation run.
 
-``WeightAveraging`` swaps its weights in when a validation epoch starts and out when it ends, so
+``EMA`` swaps its weights in when a validation epoch starts and out when it ends, so
 what a callback sees in between depends on the order of the callbacks. ``on_validation_end`` comes
 after all of that, whatever the order; here the averaged weights are swapped in explicitly.
 """

@@ -33,12 +33,12 @@ from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.sampling import evaluating
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.training.noisy_losses import LossFunction
 from lightning_vr.variance.convergence import ConvergenceMeasurement
 from lightning_vr.variance.convergence_curves import Record, records_from, records_state
 from lightning_vr.variance.convergence_monitor import whole_blocks
 from lightning_vr.variance.convergence_summary import summarize
 from lightning_vr.variance.fixed_draws import BLOCKS, FixedDraws, LevelTimes
+from lightning_vr.variance.given_loss import LossFunction
 from lightning_vr.variance.optimum import Population
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Convergence(Callback):
     ``convergence.png`` the last of them and the curves over the run. Loggers get
     ``convergence/loss``, ``floor``, ``excess`` (the distance) and ``held_out``, means over equally
     likely noise levels, and the picture after each validation run. Callbacks can monitor points, as
-    ``convergence/excess/s<noise level>``. A ``WeightAveraging`` callback's averages are measured.
+    ``convergence/excess/s<noise level>``. Averages of ``EMA`` are measured.
 
     On a ``DiffusionModule`` it needs no arguments; on any other module::
 
@@ -78,9 +78,11 @@ class Convergence(Callback):
         max_data: Largest number of training samples that the optimum is computed from, evenly
             spaced; with fewer than all, floor and distance are brackets.
         loss: ``(module, x0, noise, t) -> squared error of each sample (B,)``, whatever its weight
-            and what the network predicts, of a module that is not a DiffusionModule.
+            and what the network predicts, of a module that is not a DiffusionModule. If it has a
+            fifth argument, it gets the rows of ``Clean`` there, with ``group`` and ``cond``, and
+            the optimum is that of a network that sees them.
         schedule: The schedule that ``loss`` trains with.
-        clean: A function from a batch of such a module to clean samples ``(B, *)``.
+        clean: A function from a batch of such a module to clean samples ``(B, *)``, or a ``Clean``.
 
     Attributes:
         records: The validations so far.

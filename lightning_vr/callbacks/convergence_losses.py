@@ -14,8 +14,9 @@ from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.training.noisy_losses import LossFunction, Precision
+from lightning_vr.training.noisy_losses import Precision
 from lightning_vr.variance.convergence_monitor import given_losses
+from lightning_vr.variance.given_loss import LossFunction, given_clean, sees_conditions
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def measured_loss(
             return given_losses(given, module, noised)
 
     def samples(batch: Any) -> Clean:
-        # the loss sees no labels: samples of all classes are exchangeable
-        return Clean(Clean.from_batch(batch if clean is None else clean(batch)).x0)
+        found = given_clean(batch if clean is None else clean(batch))
+        # to a loss that sees no labels, samples of all classes are exchangeable
+        return found if sees_conditions(given) else Clean(found.x0)
 
     return MeasuredLoss(losses, samples, schedule, schedule.default_timesteps())
 

@@ -31,9 +31,9 @@ from lightning_vr.metrics import Features, FrechetMetric
 class FrechetDistance(AfterValidation):
     """Logs ``frechet_distance/<features>_n<samples>`` after validation.
 
-    The real samples are the training set, which is read once. If a ``WeightAveraging`` callback
-    keeps averaged weights, these are evaluated, whatever the order of the callbacks.
-    ``ModelCheckpoint`` can monitor the value.
+    The real samples are the training set, which is read once. If ``EMA`` keeps averaged
+    weights, these are evaluated, whatever the order of the callbacks. ``ModelCheckpoint`` can
+    monitor the value.
 
     Args:
         features: The space to compare in. By default fixed random convolutions for images, and

@@ -12,7 +12,8 @@ from lightning_vr.core.devices import device_of
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density, Uniform
-from lightning_vr.training.noisy_losses import Corruption, GivenLoss, LossFunction, Precision
+from lightning_vr.training.noisy_losses import Corruption, GivenLoss, Precision
+from lightning_vr.variance.given_loss import LossFunction
 from lightning_vr.variance.gradient_statistics import NOISE_LEVEL
 
 
@@ -21,7 +22,8 @@ class GivenTraining:
     """What a user says of a training loss.
 
     Attributes:
-        loss: ``(module, x0, noise, t) -> loss of each sample (B,)``, or None.
+        loss: ``(module, x0, noise, t) -> loss of each sample (B,)``, or with ``clean`` as its last
+            argument (``variance.given_loss``), or None.
         schedule: The schedule that ``loss`` trains with, or None.
         clean: A function from a batch to clean samples ``(B, *)``, or None.
         draw: ``(x0, t, generator) -> corruption (B, *)``, which ``loss`` gets as ``noise``; None

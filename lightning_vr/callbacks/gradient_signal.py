@@ -30,7 +30,8 @@ from lightning_vr.lifecycle.precision import loss_scale
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.training.noisy_losses import Corruption, LossFunction
+from lightning_vr.training.noisy_losses import Corruption
+from lightning_vr.variance.given_loss import LossFunction
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
 from lightning_vr.variance.level_gradients import level_products
 from lightning_vr.variance.signal_statistics import SignalStatistics
@@ -66,7 +67,8 @@ class GradientSignal(Callback):
             2 % of the training time.
         noise_levels: Number of bins of the noise level, equally likely in training.
         loss: ``(module, x0, noise, t) -> loss of each sample (B,)`` of a module that is not a
-            DiffusionModule.
+            DiffusionModule. If it has a fifth argument, it gets the rows of ``Clean`` there, with
+            ``group`` and ``cond``.
         schedule: The schedule that ``loss`` trains with, for the times of its draws.
         clean: A function from a batch of such a module to clean samples ``(B, *)``.
         draw: ``(x0, t, generator) -> corruption (B, *)``, which ``loss`` gets as ``noise``;

@@ -24,8 +24,10 @@ from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.curve_log import CurveLog
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density
-from lightning_vr.training.noisy_losses import Corruption, LossFunction
+from lightning_vr.training.estimator_module import EstimatorModule
+from lightning_vr.training.noisy_losses import Corruption
 from lightning_vr.variance.components import PARTS, Components
+from lightning_vr.variance.given_loss import LossFunction
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 
 _MEMORY = 0.9
@@ -68,7 +70,8 @@ class GradientVariance(Callback):
             measured all at once from per-sample gradients if there are two of ``samples`` for each,
             else in turn.
         loss: ``(module, x0, noise, t) -> loss of each sample (B,)`` of a module that is not a
-            DiffusionModule.
+            DiffusionModule. If it has a fifth argument, it gets the rows of ``Clean`` there, with
+            ``group`` and ``cond``.
         schedule: The schedule that ``loss`` trains with, for the times of its draws.
         clean: A function from a batch of such a module to clean samples ``(B, *)``.
         draw: ``(x0, t, generator) -> corruption (B, *)``, which ``loss`` gets as ``noise``, such as
@@ -76,7 +79,8 @@ class GradientVariance(Callback):
         timesteps: Density of t that ``loss`` trains with; that of ``schedule`` if not given, or
             uniform on (0, 1) without one.
         components: Names of the components, outermost first, such as ``("data", "mask rate", "mask
-            pattern")``. Without a schedule, bins are bins of t and called by the second.
+            pattern")``; those of the module if not given. Without a schedule, bins are bins of t
+            and called by the second.
 
     Attributes:
         statistics: What was measured, from the start of training on.
@@ -97,15 +101,15 @@ class GradientVariance(Callback):
         clean: Any = None,
         draw: Corruption | None = None,
         timesteps: Density | None = None,
-        components: Sequence[str] = PARTS,
+        components: Sequence[str] | None = None,
     ) -> None:
         check_at_least("samples", samples, 2)
         check_at_least("noise_levels", noise_levels, 1)
-        report.check_parts(components)
+        report.check_parts(PARTS if components is None else components)
         self.cadence = Cadence(every_n_steps)
         self.samples, self.noise_levels = samples, noise_levels
         self.given = GivenTraining(loss, schedule, clean, draw, timesteps)
-        self.components = tuple(components)
+        self.components = None if components is None else tuple(components)
         self.statistics: GradientStatistics | None = None
         self._state: dict[str, Any] | None = None
         self._groups: list[str] = []
@@ -290,10 +294,10 @@ class GradientVariance(Callback):
                 f"{', '.join(map(str, self._groups))}, the module has {', '.join(probe.names)}: "
                 f"they are dropped, and measuring starts anew."
             )
-        axis = self.given.axis(self.components[1])
-        self.statistics = GradientStatistics(
-            probe.names, probe.noise_levels, state, self.components, axis
-        )
+        own = module.variance_parts if isinstance(module, EstimatorModule) else PARTS
+        parts = own if self.components is None else self.components
+        axis = self.given.axis(parts[1])
+        self.statistics = GradientStatistics(probe.names, probe.noise_levels, state, parts, axis)
         self._state = None
 
     def _prepare(self, batch: Any) -> None:

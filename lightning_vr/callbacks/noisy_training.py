@@ -11,8 +11,9 @@ from torch import Tensor
 from lightning_vr.callbacks.given_training import GivenTraining
 from lightning_vr.core.rng import preserve_global_rng, seed_global_rng
 from lightning_vr.core.types import Clean
-from lightning_vr.training.module import DiffusionModule
-from lightning_vr.training.noisy_losses import DiffusionLoss, Precision
+from lightning_vr.training.estimator_module import EstimatorModule
+from lightning_vr.training.noisy_losses import Precision
+from lightning_vr.variance.given_loss import given_clean
 from lightning_vr.variance.gradient_measurement import NoisyLoss
 
 
@@ -35,7 +36,7 @@ class NoisyTraining:
     def encode(self, batch: Any, source: torch.Generator) -> Clean:
         """Return the clean samples of a batch; what encoding draws comes from ``source``."""
         with preserve_global_rng(), seed_global_rng(source), self.precision():
-            return Clean.from_batch(self.clean(batch))
+            return given_clean(self.clean(batch))
 
 
 def noisy_training(
@@ -54,20 +55,7 @@ def noisy_training(
         loss = given.noisy_loss(module, precision)
         clean = given.clean or Clean.from_batch
         return NoisyTraining(loss, clean, given.noise_levels(levels), precision)
-    make: Any = DiffusionLoss if isinstance(module, DiffusionModule) else None
-    if says_its_noise(module):
-        make = type(module).noisy_loss  # type: ignore[attr-defined]
-    if make is None:
+    if not isinstance(module, EstimatorModule):
         return None
-    own: Any = module
-    noise_levels = own.objective.noise_levels(levels)
-    return NoisyTraining(make(own, precision), own.clean, noise_levels, precision)
-
-
-def says_its_noise(module: LightningModule) -> bool:
-    """Return whether a module that is no ``DiffusionModule`` says how to draw its noise again.
-
-    Those with a frozen teacher do: they have ``noisy_loss(precision)`` beside ``clean`` and
-    ``objective``.
-    """
-    return hasattr(module, "noisy_loss")
+    noise_levels = module.objective.noise_levels(levels)
+    return NoisyTraining(module.noisy_loss(precision), module.clean, noise_levels, precision)

@@ -9,8 +9,9 @@ from lightning_vr.callbacks.gradient_probes import GradientProbe
 from lightning_vr.callbacks.half_batch_probe import HalfBatchProbe
 from lightning_vr.callbacks.micro_batch_probe import MicroBatchProbe
 from lightning_vr.callbacks.nested_probe import NestedProbe
-from lightning_vr.callbacks.noisy_training import noisy_training, says_its_noise
+from lightning_vr.callbacks.noisy_training import noisy_training
 from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.module import DiffusionModule
 
 
@@ -39,7 +40,8 @@ def check_measurable(trainer: Trainer, module: LightningModule, given: GivenTrai
     if not (is_nested and isinstance(trainer.strategy, ShardedStrategy)):
         check_strategy(trainer, "GradientVariance")
     given.check("GradientVariance")
-    if not is_nested and not says_its_noise(module) and not module.automatic_optimization:
+    is_known = is_nested or isinstance(module, EstimatorModule)
+    if not is_known and not module.automatic_optimization:
         raise MisconfigurationException(
             f"GradientVariance cannot know which gradient to measure on a "
             f"{type(module).__name__} with manual optimization: pass `loss`, a function "

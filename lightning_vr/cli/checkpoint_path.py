@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_vr.lifecycle.atomic_files import recovered
 from lightning_vr.lifecycle.configuration import imported
 
 
@@ -27,7 +28,7 @@ def checkpoint_path(settings: Namespace) -> str | None:
         return None
     if "://" not in str(path):
         path = os.path.expanduser(path)
-        if not os.path.exists(path):
+        if not recovered(Path(path)).exists():
             raise ValueError(
                 f"`ckpt_path` must be a checkpoint file or 'last', but there is no file {path}: "
                 f"correct the path."
@@ -46,10 +47,10 @@ def last_checkpoint(trainer: Namespace) -> Path:
     """
     folder = _runs_folder(trainer)
     own = _checkpoint_folders(trainer)
-    found = [
-        path for up in ("", "*/", "*/*/") for path in folder.glob(f"{up}checkpoints/last*.ckpt")
-    ]
-    found += [path for each in own for path in each.glob("last*.ckpt")]
+    folders = [each for up in ("", "*/", "*/*/") for each in folder.glob(f"{up}checkpoints")] + own
+    for each in folders:
+        recovered(each / "last.ckpt")
+    found = [path for each in folders for path in each.glob("last*.ckpt")]
     if not found:
         others = "".join(f" and no last.ckpt in {each}" for each in own)
         raise ValueError(

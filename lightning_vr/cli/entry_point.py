@@ -1,5 +1,6 @@
 """The command line as a process: exit statuses, and one line for a wrong setting."""
 
+import atexit
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from lightning_vr.cli.errors import cause, exit_status, is_wrong_setting, one_li
 from lightning_vr.cli.vr_cli import VRCLI
 from lightning_vr.core.distributed import destroy_process_group, process_count, world_size
 from lightning_vr.core.peers import announce_end, is_stop_announced, lost_rank
+from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
 
 _STOPPED = 128 + signal.SIGTERM
 
@@ -31,8 +33,10 @@ def main(args: ArgsType = None) -> None:
             elsewhere.
     """
     try:
-        VRCLI(args=args)
+        trainer, count = VRCLI(args=args).trainer, process_count()
         destroy_process_group()
+        if count > 1 and isinstance(trainer.strategy, ShardedStrategy):
+            _leave_with_threads()
     except BaseException as error:
         # an interrupt of one process alone is left to Python
         if isinstance(error, Exception | SIGTERMException) or process_count() > 1:
@@ -73,6 +77,17 @@ def _end(error: BaseException, *, is_fit: bool) -> None:
 def _is_stop_of_another(error: BaseException) -> bool:
     """Return whether a process that this one has forked was stopped."""
     return isinstance(error, ProcessExitedException) and error.exit_code == _STOPPED
+
+
+def _leave_with_threads() -> NoReturn:
+    """End this process, which is done, before the interpreter ends beneath gloo's threads.
+
+    Sharded weights keep process groups, whose threads then abort it now and then (1 of 36 times).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _leave_with_traceback(error: BaseException) -> None:

@@ -29,7 +29,7 @@ _EXPLANATIONS = {
         "`trainer.devices` must be a number of 1 or more, or auto, on this accelerator: use auto."
     ),
     r"invalid strategy name: `strategy='(.*?)'`": (
-        r"`trainer.strategy` must be the name of a strategy, got \1: use auto, ddp or ddp_spawn."
+        r"`trainer.strategy` must be the name of a strategy, got \1: use auto, ddp or sharded."
     ),
     r".* not in bounds, numpy accepts": (
         "`seed_everything` must be between 0 and 4294967295: use 0."

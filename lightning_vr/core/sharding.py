@@ -18,9 +18,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_vr.core.distributed import broadcast
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-"""What is called by its parts, or may be."""
-
 
 def is_sharded(module: nn.Module) -> bool:
     """Return whether parameters of a module are sharded."""
@@ -49,35 +46,30 @@ def placed_like(x: Tensor, parameter: Tensor) -> Tensor:
 def shard(module: nn.Module, mesh: DeviceMesh, block_size: int) -> None:
     """Shard all trained parameters of a module, after rank 0's values; all ranks call it.
 
-    Each child with trained parameters is gathered as a whole, but for its blocks: parts with at
-    least ``block_size`` trained parameters, in lists or by themselves. A module that is sharded
-    stays as it is.
+    Each child with trained parameters is gathered as a whole, frozen ones included, but for its
+    blocks: parts with at least ``block_size`` parameters, in lists or by themselves, of what a
+    child wraps if all of it is one part. What trains nothing, as a teacher, stays whole on each
+    rank. A module that is sharded stays as it is.
 
     Args:
-        module: The module, on the device of the mesh. It need not be called itself; its children
-            must be called through ``forward``.
+        module: The module, on the device of the mesh. It need not be called itself; children that
+            have a ``forward`` must be called through it.
         mesh: The ranks.
         block_size: Least number of parameters of a block.
 
     Raises:
-        ValueError: If a trained parameter is in no child.
+        ValueError: If a trained parameter is in no module that is called.
     """
     if is_sharded(module):
         return
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.requires_grad:
-            raise ValueError(
-                f"Trained parameters must be in a child of the module to be sharded, but `{name}` "
-                f"is in the {type(module).__name__} itself: put it into a module that is called."
-            )
+    called = list(_called(module))
     for x in [*module.parameters(), *module.buffers()]:
         x.detach().copy_(broadcast(x.detach().contiguous()))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
-    for child in module.children():
-        if _trained(child):
-            for block in _blocks(child, block_size):
-                fully_shard(block, **options)
-            fully_shard(child, **options)
+    for child in called:
+        for block in _blocks(child, block_size):
+            fully_shard(block, **options)
+        fully_shard(child, **options)
 
 
 @contextmanager
@@ -108,18 +100,37 @@ def synchronize_gradients(module: nn.Module, *, enabled: bool) -> None:
             part.set_requires_gradient_sync(enabled, recurse=False)
 
 
-def _trained(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children that train something, of one without ``forward`` its own."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.requires_grad:
+            raise ValueError(
+                f"Trained parameters must be in a child of the module to be sharded, but `{name}` "
+                f"is in the {type(module).__name__} itself: put it into a module that is called."
+            )
+    for child in module.children():
+        if _trains(child):
+            yield from [child] if _is_called(child) else _called(child)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _is_called(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
 
 
 def _blocks(module: nn.Module, size: int) -> Iterator[nn.Module]:
     """Yield the blocks of a module, which share no parameters with the rest."""
     named = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]
     for child in module.children():
-        if isinstance(child, _CONTAINERS):
+        own = [id(p) for _, p in child.named_parameters(remove_duplicate=False)]
+        # a sequence may be called by its parts
+        is_opened = isinstance(child, nn.Sequential) or not _is_called(child)
+        if is_opened or len(own) == len(named):
             yield from _blocks(child, size)
             continue
-        own = [id(p) for _, p in child.named_parameters(remove_duplicate=False)]
         is_shared = any(named.count(each) > own.count(each) for each in set(own))
-        if _trained(child) >= size and not is_shared:
+        if sum(p.numel() for p in child.parameters()) >= size and not is_shared:
             yield child

@@ -21,10 +21,14 @@ class SharedModel:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._device = device_of(model)
 
     def on(self, device: torch.device) -> Any:
-        """Return the model, moved to a device if it is elsewhere."""
-        return self.model if device_of(self.model) == device else self.model.to(device)
+        """Return the model, moved to a device if it was elsewhere."""
+        if self._device != device:
+            self.model = self.model.to(device)
+            self._device = device_of(self.model)
+        return self.model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedModel":
         return self

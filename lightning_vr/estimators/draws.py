@@ -78,8 +78,7 @@ class Draws(Slot, ABC):
         self, clean: Clean, schedule: Schedule, times: Times, generator: torch.Generator
     ) -> Noised:
         """Noise ``clean`` at given times: K·B draws."""
-        noised = noise_samples(clean, schedule, times.t, times.weight, generator)
-        return replace(noised, loss_weight=times.loss_weight)
+        return noise_samples(clean, schedule, times.t, times.weight, generator, times.loss_weight)
 
     def check(self, objective: Objective) -> None:
         """Raise if the draws would not estimate the objective."""
@@ -150,13 +149,18 @@ def drop_conditions(
 
 
 def noise_samples(
-    clean: Clean, schedule: Schedule, t: Tensor, weight: Tensor, generator: torch.Generator
+    clean: Clean,
+    schedule: Schedule,
+    t: Tensor,
+    weight: Tensor,
+    generator: torch.Generator,
+    loss_weight: Tensor | None = None,
 ) -> Noised:
     """Noise each clean sample at its K times ``t (K·B,)``, in float32 or better."""
     clean = clean.repeated(len(t) // len(clean.x0))
     x0 = clean.x0 if clean.x0.dtype == torch.float64 else clean.x0.float()
     noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    alpha, sigma = schedule.scales(t)
     xt = expand(alpha, x0) * x0 + expand(sigma, x0) * noise
     return Noised(
         xt,
@@ -169,5 +173,6 @@ def noise_samples(
         clean.group,
         clean.cond,
         clean.index,
+        loss_weight,
         cond_group=clean.cond_group,
     )

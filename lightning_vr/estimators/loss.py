@@ -89,7 +89,7 @@ def loss_weight(noised: Noised, objective: Objective) -> Tensor:
     """Return the weight of each draw on the squared error of the network's output ``(B,)``."""
     if noised.loss_weight is not None:
         return noised.loss_weight
-    return noised.weight * objective.weight(noised.t)
+    return noised.weight * objective.weight(noised.t, (noised.alpha, noised.sigma))
 
 
 def denoise(network: Network, noised: Noised, objective: Objective) -> Tensor:

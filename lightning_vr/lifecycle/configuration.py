@@ -10,6 +10,7 @@ object that cannot be described is an error, never a guess.
 
 import functools
 import inspect
+import json
 import os
 import sys
 import warnings
@@ -150,25 +151,34 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
 
 
 def _check_rebuilds(value: Any, described: dict[str, Any]) -> None:
+    kind: type = type(value)
+    has_weights = isinstance(value, nn.Module) and any(True for _ in value.parameters())
     try:
-        with preserve_global_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            again = _rebuild_lightly(value, described["init_args"])
-        is_same = _read(again) == described and _structure(again) == _structure(value)
+        reads_the_same, structure = _rebuilt(kind, json.dumps(described), has_weights)
     except Exception as error:
         raise UndescribableError(f"{type(value).__name__} does not rebuild: {error}") from error
-    if not is_same:
+    if not reads_the_same or structure != _structure(value):
         raise UndescribableError(f"{type(value).__name__} rebuilds differently")
 
 
-def _rebuild_lightly(value: Any, init_args: dict[str, Any]) -> Any:
-    if isinstance(value, nn.Module) and any(True for _ in value.parameters()):
+@functools.lru_cache(maxsize=64)  # sweeps and audits build the same objects again and again
+def _rebuilt(kind: type, described_json: str, has_weights: bool) -> tuple[bool, Any]:
+    """Return whether what is rebuilt reads the same, and its structure."""
+    described = json.loads(described_json)
+    with preserve_global_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = _rebuild_lightly(kind, described["init_args"], has_weights)
+    return _read(again) == described, _structure(again)
+
+
+def _rebuild_lightly(kind: type, init_args: dict[str, Any], has_weights: bool) -> Any:
+    if has_weights:
         try:
             with torch.device("meta"):
-                return rebuild(type(value), init_args)
+                return rebuild(kind, init_args)
         except Exception:  # a constructor that computes with numbers, as timm's do
-            return rebuild(type(value), init_args)
-    return rebuild(type(value), init_args)
+            return rebuild(kind, init_args)
+    return rebuild(kind, init_args)
 
 
 def _structure(value: Any) -> Any:

@@ -62,7 +62,10 @@ class Averages:
         for average, factor in zip(self.weights, self._factors(int(self.n_averaged)), strict=True):
             own = [local(average[name]) for name in now]
             weights = [local(x).to(a.dtype) for x, a in zip(now.values(), own, strict=True)]
-            torch._foreach_lerp_(own, weights, 1 - factor)
+            # as torch's AveragedModel rounds: lerp would differ in the last digit
+            part = torch._foreach_mul(weights, 1 - factor)
+            torch._foreach_mul_(own, factor)
+            torch._foreach_add_(own, part)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

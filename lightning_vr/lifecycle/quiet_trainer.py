@@ -13,6 +13,7 @@ _OF_TRAINING = (
     "`isinstance.treespec, LeafSpec.` is deprecated",
     "does not have many workers",
     "The number of training batches",
+    "You passed in a `val_dataloader` but have no `validation_step`",
 )
 """Warnings that concern training and validation alone, as seen in Lightning 2.6."""
 

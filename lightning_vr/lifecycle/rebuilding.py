@@ -196,17 +196,24 @@ def _arguments(
     kind: type[LightningModule], described: dict[str, Any], given: dict[str, Any], trust: Trust
 ) -> dict[str, Any]:
     """Return the constructor's arguments: those that are described as objects, and those given."""
-    parser = ArgumentParser(exit_on_error=False)
     partials = {name: _partial(value, trust) for name, value in described.items()}
     given = {name: value for name, value in partials.items() if value is not None} | given
     parsed = {name: value for name, value in described.items() if name not in given}
+    known: type = kind
+    parser = _parser(known, frozenset(parsed), frozenset(given))
+    built = parser.instantiate(parser.parse_object(parsed)).as_dict()
+    return {name: built[name] for name in parsed} | given
+
+
+@functools.lru_cache(maxsize=16)  # to read signatures and docstrings takes most of the time
+def _parser(kind: type, parsed: frozenset[str], given: frozenset[str]) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
     seen = set(given)
     for base in kind.__mro__[: kind.__mro__.index(LightningModule)]:
         # a `**kwargs` that the parser cannot follow leaves arguments to the base class
-        if parsed.keys() - seen:
+        if parsed - seen:
             seen.update(parser.add_class_arguments(base, skip=seen.copy(), fail_untyped=False))
-    built = parser.instantiate(parser.parse_object(parsed)).as_dict()
-    return {name: built[name] for name in parsed} | given
+    return parser
 
 
 def _size(state: dict[str, Any]) -> int:

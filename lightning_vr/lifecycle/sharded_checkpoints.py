@@ -5,11 +5,12 @@ Both hold what a checkpoint of whole weights holds, optimizer states and average
 with a note in place of each sharded tensor, and ``rank-<i>.pt`` with the rows of each rank. It is
 written beside its place and renamed, so that it is whole or not there. Either is read on any number
 of ranks, sharded or not: only rows that a rank keeps are read there. No file needs more than
-``torch.load(weights_only=True)``.
+``torch.load(weights_only=True)``, while the metadata of ``torch.distributed.checkpoint`` is a
+pickle, which a stranger's checkpoint must not be.
 """
 
-import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,22 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_vr.core.distributed import gather_objects, rank, world_size
 from lightning_vr.core.sharding import local
-from lightning_vr.lifecycle.atomic_files import flush_folder, replacing
+from lightning_vr.lifecycle.atomic_files import (
+    hidden_folder,
+    new_folder,
+    recovered,
+    replace_by_hidden_folder,
+    replacing,
+)
 
 _META = "meta.pt"
 _SHARDED = "lightning_vr.sharded"
 """Marks the note that stands for a sharded tensor: ``{_SHARDED: number, "shape": shape}``."""
 
-_OLD, _NEW = ".old", ".partial"
-
 
 def is_sharded_folder(path: Any) -> bool:
     """Return whether a path is a folder that ``save_folder`` has written."""
-    return "://" not in str(path) and (_recovered(Path(path)) / _META).is_file()
+    return "://" not in str(path) and (recovered(Path(path)) / _META).is_file()
 
 
 def gathered(checkpoint: Any) -> Any:
@@ -60,19 +65,20 @@ def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
         rows.append(local(x).detach().cpu())
         return {_SHARDED: len(rows) - 1, "shape": list(x.shape)}
 
-    noted, partial, error = _mapped(checkpoint, note), _beside(path, _NEW), None
-    _on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
-    try:
-        _write(rows, partial / _file(rank()))
-        if rank() == 0:
-            _write({"checkpoint": noted, "ranks": world_size()}, partial / _META)
-    except OSError as found:
-        error = str(found)
-    reasons = [each for each in gather_objects(error) if each is not None]
-    if reasons:
-        _on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise OSError(reasons[0])
-    _on_rank_zero(lambda: _replace(partial, path))
+    noted, partial = _mapped(checkpoint, note), hidden_folder(path)
+    with ExitStack() as stack:
+        _on_rank_zero(lambda: stack.enter_context(new_folder(path)))
+        error = None
+        try:
+            _write(rows, partial / _file(rank()))
+            if rank() == 0:
+                _write({"checkpoint": noted, "ranks": world_size()}, partial / _META)
+        except OSError as found:
+            error = str(found)
+        reasons = [each for each in gather_objects(error) if each is not None]
+        if reasons:
+            raise OSError(reasons[0])
+        _on_rank_zero(lambda: replace_by_hidden_folder(path))
 
 
 def load_folder(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def load_folder(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     Raises:
         ValueError: If a file of it is missing or damaged.
     """
-    path = _recovered(path)
+    path = recovered(path)
     meta = _read(path / _META)
     files = [path / _file(number) for number in range(meta["ranks"])]
     missing = [file.name for file in files if not file.is_file()]
@@ -154,34 +160,11 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _replace(new: Path, path: Path) -> None:
-    """Put a folder in the place of another: a process that is killed leaves one of them."""
-    old = _beside(path, _OLD)
-    if path.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    else:
-        path.unlink(missing_ok=True)
-    new.rename(path)
-    flush_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _recovered(path: Path) -> Path:
-    """Return where a checkpoint is: a process may have been killed while it was replaced."""
-    old = _beside(path, _OLD)
-    return old if old.is_dir() and not path.exists() else path
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}{suffix}")
-
-
 def _file(number: int) -> str:
     return f"rank-{number}.pt"
 
 
-def _on_rank_zero(function: Callable[[], None]) -> None:
+def _on_rank_zero(function: Callable[[], object]) -> None:
     """Call a function on rank 0, and let all ranks wait for it and share its error."""
     error = None
     if rank() == 0:

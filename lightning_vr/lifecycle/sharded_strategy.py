@@ -39,7 +39,7 @@ class ShardedStrategy(ModelParallelStrategy):
         Trainer(strategy=ShardedStrategy(save_distributed_checkpoint=True), devices=8)
 
     Args:
-        block_size: Least number of trained parameters of a part that is gathered by itself.
+        block_size: Least number of parameters of a part that is gathered by itself.
         save_distributed_checkpoint: Whether a checkpoint is a folder to which each rank writes its
             rows, rather than one file that rank 0 writes.
         **options: ``process_group_backend`` and ``timeout`` of ``ModelParallelStrategy``.

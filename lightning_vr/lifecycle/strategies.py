@@ -42,19 +42,6 @@ def check_strategy(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
-def check_unsharded(trainer: Trainer, module: LightningModule) -> None:
-    """Raise if the weights of a module that needs them whole are sharded.
-
-    Raises:
-        ValueError: Naming the strategy to use.
-    """
-    if isinstance(trainer.strategy, ShardedStrategy):
-        raise ValueError(
-            f"`strategy` must leave all weights of a {type(module).__name__} on each rank, got "
-            f"'sharded': use 'ddp', or one device."
-        )
-
-
 def check_alternating_steps(trainer: Trainer) -> None:
     """Raise if ranks would wait for gradients of parameters that a backward pass does not reach.
 
@@ -89,10 +76,11 @@ def _check_sharded(trainer: Trainer, module: LightningModule) -> None:
             "other overflows, got '16-mixed': use 'bf16-mixed'."
         )
     for name, part in module.named_modules():
-        if isinstance(part, OptimizedModule) or part._compiled_call_impl is not None:
+        if isinstance(part, OptimizedModule):
             raise ValueError(
-                f"`{name}` must not be compiled with the strategy 'sharded', got a compiled "
-                f"{type(without_compiler(part)).__name__}: leave compile_network out, or use 'ddp'."
+                f"`{name}` must be compiled in place with the strategy 'sharded', got a wrapper of "
+                f"torch.compile around a {type(without_compiler(part)).__name__}: give it as it is "
+                f"with compile_network=True, or call its `compile()`."
             )
         if isinstance(part, _NormBase) and part.track_running_stats:
             raise ValueError(

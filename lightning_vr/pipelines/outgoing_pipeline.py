@@ -32,7 +32,7 @@ def to_pipeline(model: Diffusion) -> Any:
     """Return a ``DiffusionPipeline`` that samples as ``model.sample`` does.
 
     It has a copy of the network, in evaluation mode, with averaged weights if the model is in a fit
-    with ``WeightAveraging``. Save it by ``export``, which adds what a ``DenoisingPipeline`` needs.
+    with ``EMA``. Save it by ``export``, which adds what a ``DenoisingPipeline`` needs.
 
     Args:
         model: A model whose network is one of diffusers.

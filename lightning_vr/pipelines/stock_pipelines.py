@@ -55,7 +55,7 @@ def stock_pipeline(
         return None
     labels = {label: str(label) for label in range(_NULL_LABEL)}
     vae = autoencoder.model(dtype_of(network))
-    return diffusers.DiTPipeline(network, vae, found.scheduler, labels)  # type: ignore[no-untyped-call]
+    return diffusers.DiTPipeline(network, vae, found.scheduler, labels)
 
 
 def is_part_of_stable_diffusion(model: Diffusion, network: Any, found: Any) -> bool:

@@ -142,6 +142,8 @@ def sums_over_ranks(
     local = SoftmaxSums.over(references.local, asked, chunk_size)
     if sum(counts) == 0:
         return local
+    if asked.low_noise is not None:
+        local.sum_logits(asked)  # a reference of another rank may be near
     first, *others = map(SoftmaxSums.unpacked, exchange_rows(local.packed(), counts))
     for other in others:
         first.merge(other)
@@ -155,8 +157,8 @@ def _gathered(references: ShardedReferences, queries: Queries) -> tuple[list[int
     exclude = nothing if queries.exclude is None else queries.exclude
     labels = [] if queries.group is None else [columns(queries.group)]
     integers = torch.cat([exclude[:, None], *labels], dim=1)
-    scalars = torch.stack([queries.curvature, queries.own_logit], dim=1)
-    numbers = torch.cat([scalars, queries.scaled], dim=1)
+    scalars = [queries.curvature, queries.offset, queries.own_logit]
+    numbers = torch.cat([torch.stack(scalars, dim=1), queries.scaled], dim=1)
 
     kinds = all_gather_numbers([integers.shape[1] - 1, numbers.element_size(), count])
     if len({(labels, size) for labels, size, _ in kinds}) > 1:
@@ -167,9 +169,10 @@ def _gathered(references: ShardedReferences, queries: Queries) -> tuple[list[int
     counts = [count for _, _, count in kinds]
     if sum(counts) > 0:
         integers, numbers = gather_rows(integers, counts), gather_rows(numbers, counts)
-    (curvature, own_logit), scaled = numbers[:, :2].T, numbers[:, 2:]
+    excluded = references.rows_at(integers[:, 0])
     group = integers[:, 1:] if labels else None
-    return counts, Queries(scaled, curvature, own_logit, references.rows_at(integers[:, 0]), group)
+    curvature, offset, own_logit = numbers[:, :3].T
+    return counts, Queries(numbers[:, 3:], curvature, offset, own_logit, excluded, group)
 
 
 def _nearest_rows(references: References, x: Tensor) -> Tensor:

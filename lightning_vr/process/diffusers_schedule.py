@@ -166,7 +166,7 @@ class DiffusersSchedule(Schedule):
         stated = self._config.get("flow_shift", self._config.get("shift", 1.0))
         check_positive("shift", stated)
         if isinstance(getattr(type(self.scheduler), "shift", None), property):
-            now = self.scheduler.shift  # type: ignore[attr-defined]
+            now = self.scheduler.shift
             if now != stated:  # its configuration would rebuild another one
                 raise ValueError(
                     f"`shift` of the scheduler must be the one that it was built with, {stated}, "

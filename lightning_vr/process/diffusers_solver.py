@@ -107,7 +107,7 @@ class DiffusersSolver(Solver):
 
     @property
     def _config(self) -> Mapping[str, Any]:
-        config: Mapping[str, Any] = self.scheduler.config  # type: ignore[attr-defined]
+        config: Mapping[str, Any] = self.scheduler.config
         return config
 
     @property

@@ -62,13 +62,21 @@ class Objective:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", as_schedule(self.schedule))
 
-    def coefficients(self, t: Tensor) -> Prediction:
-        """Return the map from the network's output to x0_hat at times ``t (B,)``."""
-        return prediction(self.prediction, self.schedule, t, self.sigma_data)
+    def coefficients(self, t: Tensor, scales: tuple[Tensor, Tensor] | None = None) -> Prediction:
+        """Return the map from the network's output to x0_hat at times ``t (B,)``.
 
-    def weight(self, t: Tensor) -> Tensor:
-        """Return ``λ b²``, the weight on the squared error of the network's output, ``(B,)``."""
-        weight: Tensor = self.weighting(self.schedule, t) * self.coefficients(t).b ** 2
+        Args:
+            t: Times.
+            scales: The schedule's alpha and sigma there, if they are known.
+        """
+        return prediction(self.prediction, self.schedule, t, self.sigma_data, scales)
+
+    def weight(self, t: Tensor, scales: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return ``λ b²``, the weight on the squared error of the network's output, ``(B,)``.
+
+        Arguments are those of ``coefficients``.
+        """
+        weight: Tensor = self.weighting(self.schedule, t) * self.coefficients(t, scales).b ** 2
         return weight
 
     def times(self, count: int) -> Tensor:

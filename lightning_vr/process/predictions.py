@@ -89,13 +89,13 @@ def prediction(
         ValueError: If ``kind`` is no prediction type.
     """
     check_choice("prediction", kind, get_args(PredictionType))
-    alpha, sigma = scales or (schedule.alpha(t), schedule.sigma(t))
+    alpha, sigma = scales or schedule.scales(t)
     zero, one = torch.zeros_like(t), torch.ones_like(t)
     input_scale = one
     if kind == "x0":
         p, q = one, zero
     elif kind == "epsilon":
-        p, q = zero, one
+        return Prediction(zero, one, 1 / alpha, -sigma / alpha, one)
     elif kind == "v":
         p, q = -sigma, alpha
     elif kind == "score":

@@ -56,6 +56,10 @@ class Schedule(nn.Module, ABC):
     def time(self, noise_level: Tensor) -> Tensor:
         """Return the time at which ``sigma / alpha`` is ``noise_level``."""
 
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at ``t``."""
+        return self.alpha(t), self.sigma(t)
+
     def noise_level(self, t: Tensor) -> Tensor:
         """Return ``sigma / alpha``; infinite where alpha is 0."""
         return self.sigma(t) / self.alpha(t)
@@ -175,6 +179,10 @@ class VP(Schedule):
 
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha = self._log_alpha(t)
+        return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
 
     def alpha_derivative(self, t: Tensor) -> Tensor:
         return self._log_alpha_derivative(t) * self.alpha(t)

@@ -191,7 +191,7 @@ class DistillationWeighting(Weighting):
         self.weight: DistillationWeight = weight
 
     def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        alpha = schedule.alpha(t)
         if self.weight == "alpha_sigma2":
             return alpha**3
-        return alpha**2 if self.weight == "sigma2" else (alpha / sigma) ** 2
+        return alpha**2 if self.weight == "sigma2" else (alpha / schedule.sigma(t)) ** 2

@@ -37,16 +37,12 @@ class DistillationPilot(ResamplesPilot):
 
     def _seconds(self, batch: Any, clean: Clean) -> tuple[float, float]:
         upstream, denoise = super()._seconds(batch, clean)
-        (render,) = self._medians(lambda: self._backward([self._rendered(batch)]))
+        model: Any = self.model
+        (render,) = self._medians(lambda: self._backward([model.rendered(batch).x0]))
         render /= len(clean.x0)
         costs = {"render": render, "encode": max(0.0, upstream - render), "denoise": denoise}
         self._costs = {f"pilot/{name}_s": value for name, value in costs.items()}
         return upstream, denoise
-
-    def _rendered(self, batch: Any) -> Any:
-        model: Any = self.model
-        rendered = model.render(batch)
-        return rendered.x0 if isinstance(rendered, Clean) else rendered
 
 
 def distillation_pilot(module: Any, run: RunContext) -> DistillationPilot | None:

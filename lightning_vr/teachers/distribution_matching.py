@@ -31,15 +31,15 @@ from lightning_vr.core.devices import device_of
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import detached
-from lightning_vr.core.types import Clean, Noised, StepPart
+from lightning_vr.core.sharding import whole_weights
+from lightning_vr.core.types import Clean, LossEstimate, Noised, StepPart
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.own_state import STATE
-from lightning_vr.lifecycle.resumable_module import ResumableModule
-from lightning_vr.lifecycle.strategies import check_alternating_steps, check_unsharded
+from lightning_vr.lifecycle.strategies import check_alternating_steps
 from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.objective import Objective
@@ -53,10 +53,12 @@ from lightning_vr.teachers.noisy_distillation import NoisyDistillation
 from lightning_vr.teachers.one_step_student import OneStepStudent
 from lightning_vr.training import sample_arguments
 from lightning_vr.training.diffusion import Diffusion
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.noisy_losses import Precision
+from lightning_vr.variance.components import PARTS
 
 
-class DistributionMatching(ResumableModule):
+class DistributionMatching(EstimatorModule):
     """Trains a one-step student on the difference of a teacher's and a fake model's scores.
 
     Of a batch it takes the shape, the labels and the condition: the data itself plays no part.
@@ -85,6 +87,8 @@ class DistributionMatching(ResumableModule):
     Raises:
         ValueError: If the draws would give a biased estimate, or leave K open.
     """
+
+    variance_parts = ("sample", *PARTS[1:])
 
     logged = ("train/fake_loss", "train/gradient_norm", "train/residual_norm")
 
@@ -118,7 +122,7 @@ class DistributionMatching(ResumableModule):
         self.estimate: DistillationEstimate | None = None
         self.iteration = 0
         self.sample_shape: tuple[int, ...] | None = None
-        check_distillation(self.draws, self.objective, type(self).__name__)
+        self.check_slots()
 
     @property
     def objective(self) -> Objective:
@@ -157,10 +161,20 @@ class DistributionMatching(ResumableModule):
         """
         return NoisyDistillation(self, precision)
 
+    def check_slots(self) -> None:
+        """Raise if the draws would give a biased estimate, or leave K open."""
+        check_distillation(self.draws, self.objective, type(self).__name__)
+
+    def other_work(self, batch: Any) -> None:
+        """Do the fake model's steps on a batch up to its optimizer's, to be timed; keep nothing."""
+        like = self._conditions(batch)
+        parameters = [p for p in self.fake.parameters() if p.requires_grad]
+        for step in range(self.fake_steps):
+            torch.autograd.grad(self._fake_estimate(like, step).loss, parameters, allow_unused=True)
+
     def on_fit_start(self) -> None:
         """Raise if ranks would wait for gradients that never come."""
         super().on_fit_start()
-        check_unsharded(self.trainer, self)
         check_alternating_steps(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -169,8 +183,9 @@ class DistributionMatching(ResumableModule):
         self.sample_shape = tuple(like.x0.shape[1:])
         student, fake = cast(list[Any], self.optimizers())
         for step in range(self.fake_steps):
-            fake_loss = self._fake_loss(like, step)
-            self._step(fake, fake_loss)
+            found = self._fake_estimate(like, step)
+            self.fake.draws.observe(detached(found), self.fake.objective)
+            self._step(fake, found.loss)
             self.fake.draws.advance()
 
         source = self.generator("student", self.iteration)
@@ -182,7 +197,7 @@ class DistributionMatching(ResumableModule):
         self._step(student, estimate.loss)
         self.draws.advance()
         self.iteration += 1
-        numbers = self.estimate.numbers() | {"fake_loss": fake_loss.detach()}
+        numbers = self.estimate.numbers() | {"fake_loss": found.loss.detach()}
         numbers = {f"train/{name}": value for name, value in numbers.items()}
         self.log_dict(numbers, batch_size=len(like.x0))
 
@@ -210,7 +225,7 @@ class DistributionMatching(ResumableModule):
         like = Clean(torch.empty(size, device=device), labels)
         if cond is not None:
             like = Clean(like.x0, labels, expanded(cond, count, device))
-        with evaluating(self):
+        with evaluating(self), whole_weights(self):
             return self.generate(like, self.generator("sample", seed=seed)).x0
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -240,7 +255,7 @@ class DistributionMatching(ResumableModule):
         group = clean.group if self.teacher.model.num_classes is not None else None
         return Clean(clean.x0, group, cond)
 
-    def _fake_loss(self, like: Clean, step: int) -> Tensor:
+    def _fake_estimate(self, like: Clean, step: int) -> LossEstimate:
         """Return the diffusion loss of the fake model on fresh samples of the student."""
         source = self.generator("fake", self.iteration, step)
         with torch.no_grad():
@@ -248,9 +263,7 @@ class DistributionMatching(ResumableModule):
         own, fake = Clean(x.x0, x.group, split_negative(x.cond)[0]), self.fake
         part = self._part("fake strata", step)
         times = fake.draws.times(own, fake.objective, source, part)
-        estimate = fake.compute_loss(*fake.draw(own, source, times))
-        fake.draws.observe(detached(estimate), fake.objective)
-        return estimate.loss
+        return fake.compute_loss(*fake.draw(own, source, times))
 
     def _part(self, *key: int | str) -> StepPart:
         shared = generator(self.run_seed, *key, self.iteration, device=self.device)

@@ -236,9 +236,10 @@ class FrozenTeacher(nn.Module):
         Raises:
             ValueError: If guidance has nothing to lead away from.
         """
-        output, c = self._output(noised, guidance)
+        output = self._output(noised, guidance)
         if self.model.prediction == "epsilon":
             return output - noised.noise
+        c = self._coefficients(noised)
         exact = expand(c.p, output) * noised.x0 + expand(c.q, output) * noised.noise
         factor = -noised.alpha / noised.sigma * c.b
         return expand(factor, output) * (output - exact)
@@ -246,8 +247,7 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def denoise(self, noised: Noised, guidance: float | None = None) -> Tensor:
         """Return x0_hat ``(n, *)``; arguments as for ``noise_residual``."""
-        output, coefficients = self._output(noised, guidance)
-        return coefficients.x0_hat(noised.xt, output)
+        return self._coefficients(noised).x0_hat(noised.xt, self._output(noised, guidance))
 
     @classmethod
     def _of(cls, model: Diffusion, *settings: Any) -> Self:
@@ -272,21 +272,24 @@ class FrozenTeacher(nn.Module):
         self._shared = SharedModel(model.requires_grad_(False).eval())
         self.register_buffer("_device", torch.zeros(()), persistent=False)
 
-    def _output(self, noised: Noised, guidance: float | None) -> tuple[Tensor, Prediction]:
-        """Return the network's output ``(n, *)``, guided, in float32 or better, and what it is."""
+    def _coefficients(self, noised: Noised) -> Prediction:
+        model, scales = self.model, (noised.alpha, noised.sigma)
+        return prediction_of(model.prediction, model.schedule, noised.t, model.sigma_data, scales)
+
+    def _output(self, noised: Noised, guidance: float | None) -> Tensor:
+        """Return the network's output ``(n, *)``, guided, in float32 or better."""
         scale = self.guidance if guidance is None else guidance
-        model, (cond, negative) = self.model, split_negative(noised.cond)
-        kind = (model.prediction, model.schedule, noised.t, model.sigma_data)
-        c, xt = prediction_of(*kind, (noised.alpha, noised.sigma)), noised.xt
+        model, xt, (cond, negative) = self.model, noised.xt, split_negative(noised.cond)
         given = replace(noised, cond=cond, group=noised.group if model.num_classes else None)
-        x = expand(c.input_scale, xt) * xt
+        is_scaled = model.prediction == "edm"
+        x = expand(self._coefficients(noised).input_scale, xt) * xt if is_scaled else xt
         with torch.autocast(xt.device.type, enabled=False):
             if scale == 1:
-                return model.predict(x, given).to(xt.dtype), c
+                return model.predict(x, given).to(xt.dtype)
             rows = [tensors(self._null(given, negative, scale)), tensors(given)]
             both = model.predict(torch.cat([x, x]), Noised(**concatenated(rows))).to(xt.dtype)
         null, conditional = both.chunk(2)
-        return torch.lerp(null, conditional, scale), c
+        return torch.lerp(null, conditional, scale)
 
     def _null(self, noised: Noised, negative: Condition | None, scale: float) -> Noised:
         """Return draws without what they are conditioned on."""

@@ -1,8 +1,5 @@
 """A distillation whose times and noise can be drawn again: what measurements of variance need."""
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -10,42 +7,16 @@ from lightning_vr.core.rows import Rows, tensors
 from lightning_vr.core.types import Clean, Noised, Times
 from lightning_vr.estimators.loss import loss_weight
 from lightning_vr.process.schedules import expand
-from lightning_vr.training.noisy_losses import Precision
-from lightning_vr.variance.gradient_measurement import NoisyLoss
+from lightning_vr.teachers.distillation import distill
+from lightning_vr.training.noisy_losses import DrawnLoss
 
 
-class NoisyDistillation(NoisyLoss):
+class NoisyDistillation(DrawnLoss):
     """The pull of a teacher on the outputs of an upstream, ``⟨x, w f⟩`` of each draw.
 
-    Its gradient goes to the outputs, and from there to what has made them.
-
-    Args:
-        module: The module that distils, with ``draws``, ``objective`` and ``residual``.
-        precision: The trainer's precision.
+    Its gradient goes to the outputs, and from there to what has made them. The module that distils
+    has a ``residual`` beside its draws and its objective.
     """
-
-    def __init__(
-        self,
-        module: Any,
-        precision: Precision = nullcontext,
-    ) -> None:
-        super().__init__()
-        self.module = module
-        self.precision = precision
-
-    @property
-    def couples_rows(self) -> bool:  # type: ignore[override]
-        """Whether draws share strata within a batch."""
-        return bool(self.module.draws.couples_rows)
-
-    def chunk(self, rows: int, device: torch.device) -> int:
-        return int(self.module.draws.chunk(rows, device))
-
-    def times(self, clean: Clean, source: torch.Generator, low: float, high: float) -> Times:
-        times: Times = self.module.draws.times(
-            clean, self.module.objective.between(low, high), source
-        )
-        return times
 
     def draw(self, clean: Clean, times: Times, source: torch.Generator) -> Rows:
         schedule = self.module.objective.schedule
@@ -59,3 +30,10 @@ class NoisyDistillation(NoisyLoss):
             weight = loss_weight(noised, self.module.objective)
         pull: Tensor = expand(weight, direction) * direction * noised.x0
         return pull.flatten(1).sum(dim=1)
+
+    @torch.no_grad()
+    def observe(self, clean: Clean, source: torch.Generator) -> None:
+        module = self.module
+        with self.precision():
+            found = distill(clean, module.residual, module.draws, module.objective, source)
+        module.draws.observe(found, module.objective)

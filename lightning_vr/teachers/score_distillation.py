@@ -8,12 +8,14 @@ teacher is asked at K draws.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_vr.core.conditions import expanded
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import detached
@@ -24,7 +26,6 @@ from lightning_vr.estimators.proposals import WeightProposal
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.run_context import RunContext
-from lightning_vr.lifecycle.strategies import check_unsharded
 from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.weightings import DistillationWeighting, Weighting
@@ -34,14 +35,16 @@ from lightning_vr.teachers.frozen_teacher import FrozenTeacher
 from lightning_vr.teachers.noisy_distillation import NoisyDistillation
 from lightning_vr.teachers.orbit_views import OrbitViews, ViewBatch
 from lightning_vr.teachers.time_range import TimeRange
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.monitors import MonitoredSchedules
 from lightning_vr.training.noisy_losses import Precision
 from lightning_vr.training.training_checks import check_ranks
+from lightning_vr.variance.components import PARTS
 
 _NUMBERS = ("gradient_norm", "residual_norm", "largest_weight")
 
 
-class ScoreDistillation(TimeRange, MonitoredSchedules):
+class ScoreDistillation(TimeRange, MonitoredSchedules, EstimatorModule):
     """Trains what ``render`` renders from by the scores of a frozen teacher.
 
     Override ``render``, or give an ``upstream``. Loggers get ``train/loss``, which is half of the
@@ -68,6 +71,9 @@ class ScoreDistillation(TimeRange, MonitoredSchedules):
         ValueError: If the draws would give a biased estimate.
     """
 
+    estimator_slots = ("draws", "views")
+    variance_parts = ("view", *PARTS[1:])
+
     logged = tuple(f"train/{name}" for name in _NUMBERS)
 
     def __init__(
@@ -93,7 +99,7 @@ class ScoreDistillation(TimeRange, MonitoredSchedules):
         self.time_range = time_range
         self.estimate: DistillationEstimate | None = None
         self._pilot: DistillationPilot | None = None
-        check_distillation(self.draws, self.objective)
+        self.check_slots()
 
     def render(self, batch: Any) -> Clean | Tensor:
         """Return what a batch shows, with its graph; override it.
@@ -119,15 +125,17 @@ class ScoreDistillation(TimeRange, MonitoredSchedules):
 
         Views of a batch that has none yet are drawn from torch's global generator.
         """
+        clean = self.rendered(batch)
+        cond = None if clean.cond is None else expanded(clean.cond, len(clean.x0))
+        return replace(clean, x0=self.teacher.encode(clean.x0), cond=cond)
+
+    def rendered(self, batch: Any) -> Clean:
+        """Do what ``clean`` does, without the teacher's autoencoder."""
         if self.views is not None and not isinstance(batch, ViewBatch):
             seed = int(torch.randint(2**62, ()))
             batch = self.views.draw(generator(seed, "views", device=self.device), batch)
-        rendered = self.render(batch)
-        clean = rendered if isinstance(rendered, Clean) else Clean(rendered)
-        if self.teacher.vae is None:
-            return clean
-        parts = {name: value for name, value in vars(clean).items() if name != "x0"}
-        return Clean(self.teacher.encode(clean.x0), **parts)
+        found = self.render(batch)
+        return found if isinstance(found, Clean) else Clean(found)
 
     def residual(self, noised: Noised) -> Tensor:
         """Return the direction of each draw ``(n, *)``: the teacher's noise residual."""
@@ -141,11 +149,18 @@ class ScoreDistillation(TimeRange, MonitoredSchedules):
         """
         return NoisyDistillation(self, precision)
 
+    def check_slots(self) -> None:
+        """Raise if the draws would give a biased estimate."""
+        check_distillation(self.draws, self.objective)
+
+    def make_resamples_pilot(self, run: RunContext) -> DistillationPilot | None:
+        """Return a pilot for draws that leave K open, else None."""
+        return distillation_pilot(self, run)
+
     def prepare_training(self) -> None:
         """Make the pilot of draws that leave K open."""
-        check_unsharded(self.trainer, self)
         check_ranks(self.draws)
-        self._pilot = distillation_pilot(self, RunContext.of(self.trainer))
+        self._pilot = self.make_resamples_pilot(RunContext.of(self.trainer))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-step and keep its estimate for callbacks."""

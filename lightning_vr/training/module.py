@@ -5,6 +5,7 @@ references of its target. Validation and tests use the plain denoising loss with
 same in every epoch.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_vr.core.types import LossEstimate, StepPart
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.estimators.loss import ControlVariate
+from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
@@ -34,9 +36,12 @@ from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
 from lightning_vr.training.adapters import Adapter, LoRA
+from lightning_vr.training.checks import check_estimators
 from lightning_vr.training.control_pilot import ControlPilot, control_pilot
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.hand_over import HandOver
 from lightning_vr.training.monitors import MonitoredSchedules
+from lightning_vr.training.noisy_losses import DiffusionLoss, Precision
 from lightning_vr.training.reference_bank import fill_target, refill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
 from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
@@ -44,7 +49,7 @@ from lightning_vr.training.training_checks import check_ranks, check_sharded
 from lightning_vr.training.upstream import NullCondition
 
 
-class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
+class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModule):
     """Trains a diffusion model with pluggable estimators of its loss.
 
     Use it as is, or override ``encode`` (the upstream: a text encoder, a renderer), ``decode`` and
@@ -62,6 +67,8 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
     Attributes:
         estimate: The loss of the latest training batch and its parts, without gradient.
     """
+
+    estimator_slots = SLOTS
 
     def __init__(
         self,
@@ -117,23 +124,31 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules):
         self._pilots: list[ResamplesPilot | ControlPilot] = []
 
     def loss_scale(self) -> float:
-        """Return the trainer's factor on losses in float16, 1 without a trainer."""
         return 1.0 if self._trainer is None else loss_scale(self._trainer)
 
     @property
     def skips_nonfinite(self) -> bool:
-        """Whether steps whose samples are not finite are left out."""
         return self.on_nonfinite == "skip"
 
     def prepare_training(self) -> None:
         """Make the pilots, and fill the target's bank with the encoded training set."""
         check_ranks(self.draws)
-        check_sharded(self, has_adapter=self._adapter is not None)
+        check_sharded(self)
         run = RunContext.of(self.trainer)
-        found = resamples_pilot(self, run), control_pilot(self, run)
+        found = self.make_resamples_pilot(run), control_pilot(self, run)
         self._pilots = [pilot for pilot in found if pilot is not None]
         if self.target.bank_size != 0:
             fill_target(self, self.trainer)
+
+    def noisy_loss(self, precision: Precision = nullcontext) -> DiffusionLoss:
+        return DiffusionLoss(self, precision)
+
+    def check_slots(self) -> None:
+        slots = self.draws, self.control_variate
+        check_estimators(*slots, self.objective, self.network, self.variance)
+
+    def make_resamples_pilot(self, run: RunContext) -> ResamplesPilot | None:
+        return resamples_pilot(self, run)
 
     def on_train_epoch_start(self) -> None:
         """Fill the target's bank again if the training set is drawn anew."""

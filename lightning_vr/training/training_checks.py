@@ -21,19 +21,13 @@ from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.noisy_losses import DiffusionLoss
 
 
-def check_sharded(model: Diffusion, *, has_adapter: bool) -> None:
-    """Raise if the weights are sharded and an adapter or the control variate needs them whole.
+def check_sharded(model: Diffusion) -> None:
+    """Raise if the weights are sharded and the control variate needs them whole.
 
     Raises:
-        ValueError: If there is an adapter, or if the control variate takes derivatives by the
-            input, or is fitted from gradients of each rank.
+        ValueError: If it takes derivatives by the input, or is fitted from gradients of each rank.
     """
     control = model.control_variate
-    if has_adapter and is_sharded(model):
-        raise ValueError(
-            "`adapter` must be None where weights are sharded, as its checkpoints need the whole "
-            "network: train it with 'ddp', which reduces the adapter's gradients alone."
-        )
     if not is_sharded(model) or not isinstance(control, TaylorCV):
         return
     if control.order > 0 or not control.is_fixed:

@@ -73,7 +73,7 @@ class Components(NamedTuple):
         """Return the mean over ranks, each with its own data; all must call it."""
         return Components(*all_reduce_mean(torch.stack(self).to(device)).cpu())
 
-    def scaled(self, batch: int) -> "Components":
+    def scaled(self, batch: float) -> "Components":
         """Return the components per draw from those of the mean of ``batch`` draws."""
         data, timestep, noise, total, squared_mean = self
         return Components(

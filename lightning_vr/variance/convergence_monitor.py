@@ -10,6 +10,7 @@ The measurement is that of ``convergence``. In a loop::
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +18,9 @@ from torch import Tensor, nn
 
 from lightning_vr.core.devices import device_of
 from lightning_vr.core.rng import generator, preserve_global_rng, seed_global_rng
+from lightning_vr.core.rows import detached
 from lightning_vr.core.types import Clean, Noised
-from lightning_vr.core.validation import (
-    check_at_least,
-    check_finite,
-    check_one_per_sample,
-    check_samples,
-)
+from lightning_vr.core.validation import check_at_least, check_finite, check_samples
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.sampling import evaluating
 from lightning_vr.process.timesteps import Density
@@ -36,10 +33,13 @@ from lightning_vr.variance.convergence_curves import (
 )
 from lightning_vr.variance.convergence_summary import summarize
 from lightning_vr.variance.fixed_draws import BLOCKS, FixedDraws, LevelTimes, moved
+from lightning_vr.variance.given_loss import (
+    LossFunction,
+    given_clean,
+    given_loss,
+    sees_conditions,
+)
 from lightning_vr.variance.optimum import Population
-
-GivenLossFunction = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-"""``(model, x0 (B, *), noise (B, *), t (B,)) -> squared error of each sample (B,)``."""
 
 
 class ConvergenceMonitor:
@@ -48,9 +48,12 @@ class ConvergenceMonitor:
     It changes neither the model's weights, gradients and mode nor the global random state.
 
     Args:
-        train: The training samples ``(N, *)``.
+        train: The training samples ``(N, *)``, or a ``Clean`` with their labels or conditions.
         held_out: Samples that are not trained on, or None.
-        loss: Squared error of each sample, whatever its weight and what the network predicts.
+        loss: Squared error of each sample, whatever its weight and what the network predicts:
+            ``loss(model, x0, noise, t)``, or ``loss(model, x0, noise, t, clean)`` if the network
+            sees labels or conditions. Where samples have conditions that nobody shares, the loss
+            is measured without its floor.
         schedule: Scales of sample and noise: a schedule, or a scheduler of diffusers.
         timesteps: Density of t; the schedule's usual one if not given.
         every_n_steps: Measure at the first step and at each multiple of this number.
@@ -70,10 +73,10 @@ class ConvergenceMonitor:
 
     def __init__(
         self,
-        train: Tensor,
-        held_out: Tensor | None = None,
+        train: Tensor | Clean,
+        held_out: Tensor | Clean | None = None,
         *,
-        loss: GivenLossFunction,
+        loss: LossFunction,
         schedule: Any,
         timesteps: Density | None = None,
         every_n_steps: int = 500,
@@ -95,16 +98,13 @@ class ConvergenceMonitor:
         schedule = as_schedule(schedule)
         density = timesteps or schedule.default_timesteps()
         times = LevelTimes.stratified(schedule, density, noise_levels, whole_blocks(samples))
-        check_samples("train", train)
-        check_finite("train", train)
-        self._train = FixedDraws("train", evenly_spaced(train, samples), times, schedule)
+        known = self._checked("train", train)
+        self._train = FixedDraws("train", evenly_spaced(known, samples), times, schedule)
         self._held_out: FixedDraws | None = None
         if held_out is not None:
-            check_samples("held_out", held_out)
-            check_finite("held_out", held_out)
-            clean = evenly_spaced(held_out, samples)
+            clean = evenly_spaced(self._checked("held_out", held_out), samples)
             self._held_out = FixedDraws("held-out", clean, times, schedule)
-        self._references, self._size = evenly_spaced(train, max_data), len(train)
+        self._references, self._size = evenly_spaced(known, max_data), len(known.x0)
 
     def update(self, step: int, model: nn.Module) -> bool:
         """Measure if ``step`` is due, and return whether it was.
@@ -152,22 +152,26 @@ class ConvergenceMonitor:
     def _made(
         self, losses: Callable[[Noised], Tensor], device: torch.device
     ) -> ConvergenceMeasurement:
-        population = Population.prepare(moved(self._references, device), self._size)
+        population: Population | None = None
+        if self._references.cond is None or self._references.cond_group is not None:
+            population = Population.prepare(moved(self._references, device), self._size)
         return ConvergenceMeasurement(
             self._train, self._held_out, population, losses, self.batch_size, device
         )
 
+    def _checked(self, name: str, samples: Tensor | Clean) -> Clean:
+        """Return samples with what the loss sees of their labels and conditions."""
+        clean = given_clean(samples)
+        check_samples(name, clean.x0)
+        check_finite(name, clean.x0)
+        return clean if sees_conditions(self.loss) else Clean(clean.x0)
 
-def given_losses(loss: GivenLossFunction, model: Any, noised: Noised) -> Tensor:
-    """Return what a user's loss gives for each draw ``(B,)``, always with the same randomness.
 
-    Raises:
-        ValueError: If it is not one number for each.
-    """
+def given_losses(loss: LossFunction, model: Any, noised: Noised) -> Tensor:
+    """Return what a user's loss gives for each draw ``(B,)``, always with the same randomness."""
+    clean = Clean(noised.x0, noised.group, noised.cond, noised.index, noised.cond_group)
     with seed_global_rng(generator("fixed draws", "loss", device=noised.t.device)):
-        found = loss(model, noised.x0, noised.noise, noised.t)
-    check_one_per_sample("loss", found, len(noised.t))
-    return found
+        return given_loss(loss, model, clean, noised.noise, noised.t)
 
 
 def whole_blocks(samples: int) -> int:
@@ -175,8 +179,10 @@ def whole_blocks(samples: int) -> int:
     return samples // BLOCKS * BLOCKS
 
 
-def evenly_spaced(x: Tensor, count: int) -> Clean:
+def evenly_spaced(clean: Clean, count: int) -> Clean:
     """Return at most ``count`` samples on the CPU, with their positions as indices."""
-    count = min(count, len(x))
-    at = torch.arange(count) * len(x) // count
-    return Clean(x[at.to(x.device)].detach().cpu(), index=at)
+    size = len(clean.x0)
+    count = min(count, size)
+    at = torch.arange(count) * size // count
+    rows = detached(clean.rows(at.to(clean.x0.device)))
+    return replace(moved(rows, torch.device("cpu")), index=at)

@@ -165,18 +165,18 @@ def test_the_best_number_of_draws_is_found_from_any_number(counted):
 
 def test_the_cost_of_a_draw_is_told_from_passes_of_several_draws_of_each_sample():
     # 3 s a step and 0.1 s a row, four rows for each of the samples
-    passes = {samples: torch.full((5,), 3 + 0.1 * 4 * samples) for samples in (8, 32)}
-    cost = step_cost(passes, torch.full((5,), 64.0), torch.ones(5), resamples=4)
+    passes = {4 * samples: torch.full((5,), 3 + 0.1 * 4 * samples) for samples in (8, 32)}
+    cost = step_cost(passes, torch.full((5,), 64.0), torch.ones(5), 32)
     assert cost.denoise == pytest.approx([0.1] * 3)
     assert cost.upstream == pytest.approx([2.0] * 3)
     assert cost.fixed == pytest.approx([4.0] * 3)
 
 
 def test_the_cost_of_a_draw_is_not_resolved_without_a_smaller_batch_or_in_noise():
-    one = step_cost({2: torch.full((5,), 1.6)}, torch.ones(5), torch.ones(5), resamples=4)
+    one = step_cost({8: torch.full((5,), 1.6)}, torch.ones(5), torch.ones(5), 2)
     assert one.denoise == pytest.approx((0.2, 0.0, 0.2))
     turns = torch.tensor([0.8, 0.9, 1.0, 1.1, 1.2])
-    noisy = step_cost({8: turns, 32: turns.flip(0)}, torch.ones(5), torch.ones(5))
+    noisy = step_cost({8: turns, 32: turns.flip(0)}, torch.ones(5), torch.ones(5), 32)
     assert noisy.denoise.low < 0 < noisy.denoise.high
     assert noisy.denoise.estimate == pytest.approx(0, abs=1e-8)
 

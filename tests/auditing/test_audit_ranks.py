@@ -65,7 +65,11 @@ def test_two_ranks_measure_together_and_one_of_them_writes(tmp_path):
     assert (tmp_path / "out.txt").read_text().count("The audit is in") == 1
 
 
-def test_processes_that_cannot_return_a_result_are_refused():
-    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", logger=False)
-    with pytest.raises(MisconfigurationException, match="strategy='ddp'"):
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [("ddp_fork", "strategy='ddp'"), ("sharded", "got 'sharded': use 'auto', or 'ddp'")],
+)
+def test_strategies_that_cannot_be_measured_with_are_refused(strategy, message):
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    with pytest.raises(MisconfigurationException, match=message):
         audit(DiffusionModule(ResidualMLP()), EightGaussians(), trainer=trainer)

@@ -6,12 +6,12 @@ from itertools import permutations
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
-from lightning_vr import DiffusionModule, FrechetDistance, ResidualMLP, SampleGrid, Sampler
+from lightning_vr import EMA, DiffusionModule, FrechetDistance, ResidualMLP, SampleGrid, Sampler
 from lightning_vr.callbacks import sample_blocks
 from lightning_vr.callbacks.after_validation import AfterValidation
 from lightning_vr.callbacks.pictures import save_picture
@@ -51,7 +51,7 @@ def test_every_order_of_callbacks_gives_the_same_numbers_and_pictures(tmp_path):
     results = []
     for i, order in enumerate(permutations(range(3))):
         callbacks = [
-            EMAWeightAveraging(decay=0.5),
+            EMA(decay=0.5),
             FrechetDistance(samples=40),
             SampleGrid(samples=8),
         ]
@@ -64,9 +64,7 @@ def test_every_order_of_callbacks_gives_the_same_numbers_and_pictures(tmp_path):
 
 
 def test_averaged_weights_are_what_is_measured(tmp_path):
-    with_average = trainer(
-        tmp_path / "average", FrechetDistance(samples=40), EMAWeightAveraging(decay=0.5)
-    )
+    with_average = trainer(tmp_path / "average", FrechetDistance(samples=40), EMA(decay=0.5))
     averaged = module()
     with_average.fit(averaged, data())
     raw = trainer(tmp_path / "raw", FrechetDistance(samples=40))
@@ -81,7 +79,7 @@ def test_averaged_weights_are_what_is_measured(tmp_path):
 
 
 def test_weights_that_were_never_averaged_are_not_swapped_in(tmp_path):
-    late = EMAWeightAveraging(decay=0.5, update_starting_at_step=100)
+    late = EMA(decay=0.5, update_starting_at_step=100)
     values = []
     for callbacks in ([late, FrechetDistance(samples=40)], [FrechetDistance(samples=40)]):
         fit = trainer(tmp_path / str(len(callbacks)), *callbacks)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from foreign_trainers import DDPM, ddpm_loss, pictures
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from support.comparisons import assert_equal
@@ -17,7 +16,7 @@ from support.points import Points, normal_points, two_classes
 from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader
 
-from lightning_vr import VP, Clean, Convergence, DiffusionModule
+from lightning_vr import EMA, VP, Clean, Convergence, DiffusionModule
 from lightning_vr.callbacks.convergence_losses import measured_loss
 from lightning_vr.posterior.posterior_mean import posterior_mean
 from lightning_vr.process.predictions import prediction
@@ -139,6 +138,28 @@ def test_the_exact_denoiser_has_no_distance_in_a_run(tmp_path, settings):
     assert float(numbers(table, "floor").max()) > 0.1
 
 
+class Labelled(DDPM):
+    """A trainer on labelled points whose network knows the answer of each class."""
+
+    def training_step(self, batch, batch_idx):
+        return 0 * next(self.unet.parameters()).sum()
+
+
+def loss_of_exact(module, x0, noise, t, clean):
+    xt, alpha, sigma = VP().perturb(x0, noise, t), VP().alpha(t), VP().sigma(t)
+    groups = {"query_group": clean.group, "reference_group": two_classes(40)}
+    return (posterior_mean(xt, alpha, sigma, TRAIN.x0, **groups).mean - x0).square().sum(1)
+
+
+def test_a_given_loss_with_a_fifth_argument_sees_the_labels_and_so_does_its_optimum(tmp_path):
+    data = DataLoader(Points(TRAIN.x0, two_classes(40)), 8)
+    watch = Convergence(**(SETTINGS | {"samples": 32}), loss=loss_of_exact, schedule=VP())
+    logged_trainer(tmp_path, watch, max_steps=1).fit(Labelled(), data)
+    table = tmp_path / "convergence.csv"
+    assert (numbers(table, "excess") <= 2 * numbers(table, "excess_error")).all()
+    assert float(numbers(table, "floor").max()) > 0.1
+
+
 def test_a_resumed_run_leaves_the_file_of_one_that_was_not_stopped(tmp_path):
     fit(tmp_path / "whole", Convergence(**SETTINGS), max_epochs=2, val_check_interval=1.0)
     first = fit(tmp_path / "parts", Convergence(**SETTINGS))
@@ -163,7 +184,7 @@ def test_validations_of_other_data_in_a_checkpoint_are_dropped(tmp_path, caplog)
 def test_averaged_weights_are_measured_whatever_the_order_of_callbacks(tmp_path):
     tables = []
     for number, order in enumerate((1, -1)):
-        callbacks = [Convergence(**SETTINGS), EMAWeightAveraging(decay=0.5)][::order]
+        callbacks = [Convergence(**SETTINGS), EMA(decay=0.5)][::order]
         trainer = fit(tmp_path / str(number), *callbacks)
         tables.append((tmp_path / str(number) / "convergence.csv").read_text())
     assert tables[0] == tables[1]

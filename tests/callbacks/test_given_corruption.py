@@ -62,6 +62,18 @@ def test_components_of_masks_are_those_of_the_closed_form(z_score):
         assert abs(z_score(values, exact)) < 4
 
 
+def test_a_loss_with_a_fifth_argument_gets_the_labels_of_its_samples():
+    def loss(module, x0, noise, t, clean):
+        return module.weights[0] * clean.group
+
+    given = GivenLoss(Masked(), loss, Uniform())
+    clean = Clean(tokens(64).float(), group=torch.arange(64))
+    found = GradientMeasurement(given, generator, [0]).per_sample(clean)
+    # the gradient of a sample is its label, whatever its time and noise
+    assert float(found.total[0]) == pytest.approx(64 * 65 / 12)
+    assert float(found.data[0]) == pytest.approx(float(found.total[0]))
+
+
 def fit(folder, callback):
     logger = CSVLogger(folder, name="", version="")
     trainer = quiet_trainer(callback, logger=logger, max_epochs=1, log_every_n_steps=1)

@@ -25,7 +25,6 @@ from foreign_trainers import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -33,7 +32,7 @@ from PIL import Image
 from support.compilers import Compiled
 from torch import nn
 
-from lightning_vr import STF, VP, DiffusersSchedule, DiffusionModule, ResidualMLP
+from lightning_vr import EMA, STF, VP, DiffusersSchedule, DiffusionModule, ResidualMLP
 from lightning_vr.callbacks import gradient_variance_report as report
 from lightning_vr.callbacks.gradient_probes import GradientProbe
 from lightning_vr.callbacks.gradient_variance import GradientVariance
@@ -81,7 +80,7 @@ def seeded(kind):
 
 
 def averaging():
-    return EMAWeightAveraging(decay=0.5)
+    return EMA(decay=0.5)
 
 
 def rows(path):

@@ -82,7 +82,7 @@ def test_a_checkpoint_gives_the_weights_that_training_would_continue_from(run, f
         folder / "ema.yaml",
         trainer={
             "callbacks": [
-                {"class_path": "EMAWeightAveraging"},
+                {"class_path": "EMA"},
                 {"class_path": "ModelCheckpoint", "init_args": {"save_last": True}},
             ]
         },

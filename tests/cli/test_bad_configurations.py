@@ -382,7 +382,12 @@ CALLBACKS = [
         "'digits'",
         "use other features",
     ),
-    callback("{class_path: EMAWeightAveraging, init_args: {decay: .nan}}", "decay", "a number"),
+    callback("{class_path: EMA, init_args: {decay: .nan}}", "decay", "a number"),
+    callback(
+        "{class_path: EMA, init_args: {update_every_n_steps: 0}}",
+        "`update_every_n_steps`",
+        "at least 1",
+    ),
     callback(
         "{class_path: EMAWeightAveraging, init_args: {update_every_n_steps: 0}}",
         "`trainer.callbacks.update_every_n_steps`",
@@ -421,6 +426,7 @@ CALLBACKS = [
     callback(
         "{class_path: ModelCheckpoint, init_args: {monitor: val_loss}}", "'val_loss'", "'val/loss'"
     ),
+    callback("{class_path: EMA, init_args: {decay: 2}}", "`decay`", "use 0.999"),
     callback("{class_path: EMAWeightAveraging, init_args: {decay: 2}}", "decay", "between 0 and 1"),
 ]
 

@@ -47,7 +47,7 @@ CONFIG = {
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "callbacks": [
-            {"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}},
+            {"class_path": "EMA", "init_args": {"decay": 0.9}},
             {"class_path": "TargetVariance", "init_args": {"samples": 64, "noise_levels": 3}},
             {"class_path": "GradientVariance", "init_args": {"every_n_steps": 5}},
             {"class_path": "FrechetDistance", "init_args": {"samples": 20}},

@@ -9,8 +9,8 @@ SCRIPT = Path(__file__).parents[2] / "examples/captions/captioned_digits.py"
 
 
 def test_digits_are_trained_on_captions_and_judged_under_guidance(tmp_path, monkeypatch, capsys):
-    arguments = ["--steps", "3", "--samples", "10", "--folder", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *arguments])
+    short = ["--steps", "3", "--samples", "10", "--sampler_steps", "2"]
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *short, "--folder", str(tmp_path)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     table = json.loads((tmp_path / "guidance.json").read_text())
     assert [row["guidance"] for row in table] == [1, 2, 3, 5]

@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_vr import (
     CARV,
+    DSM,
     EMA,
+    IID,
     STF,
     Clean,
     DiffusionModule,
@@ -25,33 +27,59 @@ from lightning_vr import (
 )
 from lightning_vr.data import EightGaussians
 
-ESTIMATORS = {
-    "plain": dict,
-    "batch": lambda: {"target": STF("batch")},
-    "n": lambda: {"target": STF(20)},
-    "all": lambda: {"target": STF("all")},
-    "all-sharded": lambda: {"target": STF("all", sharded=True)},
-    "strata": lambda: {"draws": CARV(1)},
-    "learned": lambda: {"draws": CARV(2, LearnedProposal(bins=3))},
-    "chunks": lambda: {"draws": CARV(4, chunk_size=20)},
-    "control": lambda: {"control_variate": TaylorCV(gate="open", coefficient=0.7)},
-    "composed": lambda: {
-        "draws": CARV(2, LearnedProposal(bins=3), antithetic=True, chunk_size=12),
-        "target": STF("all"),
-    },
+DRAWS = {
+    "IID": IID,
+    "strata": functools.partial(CARV, 1),
+    "learned": lambda **chunks: CARV(2, LearnedProposal(bins=3), **chunks),
+    "pairs": functools.partial(CARV, 2, antithetic=True),
 }
-STEPS = {"plain": {}, "windows": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}}
+TARGETS = {
+    "DSM": DSM,
+    "batch": lambda: STF("batch"),
+    "n": lambda: STF(20),
+    "all": lambda: STF("all"),
+    "all-sharded": lambda: STF("all", sharded=True),
+}
+FACTORS = {
+    "draws": list(DRAWS),
+    "target": list(TARGETS),
+    "control": [False, True],
+    "chunks": [None, 12],
+    "accumulate": [1, 2],
+    "clip": [None, 0.5],
+    "averages": [False, True],
+}
+COMPOSED = dict(zip(FACTORS, ("learned", "all", False, 12, 2, 0.5, True), strict=True))
+CHUNKED = COMPOSED | {"draws": "pairs", "target": "DSM"}
+
+
+def is_allowed(row):
+    return row["draws"] != "IID" or row["chunks"] is None
+
+
+def slots(row):
+    """Return the slots of a module for a row of factors."""
+    chunks = {} if row["chunks"] is None else {"chunk_size": row["chunks"]}
+    control = TaylorCV(gate="open", coefficient=0.7) if row["control"] else None
+    draws, target = DRAWS[row["draws"]](**chunks), TARGETS[row["target"]]()
+    return {"draws": draws, "target": target, "control_variate": control}
+
+
+def steps(row):
+    """Return the settings of a trainer for a row of factors."""
+    return {"accumulate_grad_batches": row["accumulate"], "gradient_clip_val": row["clip"]}
 
 
 ADAM = functools.partial(torch.optim.AdamW, lr=0.02)
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.5)
 
 
-def build(name="plain", kind=DiffusionModule, optimizer=ADAM, **options):
+def build(row=None, kind=DiffusionModule, optimizer=ADAM, **options):
+    """Return a module for a row of factors, or a plain one."""
     torch.manual_seed(0)
-    network = ResidualMLP(2, width=16, depth=2)
-    slots = ESTIMATORS[name]() | options
-    return kind(network, sampler=Sampler(steps=2), optimizer=optimizer, **slots)
+    network = options.pop("network", ResidualMLP(2, width=16, depth=2))
+    chosen = (slots(row) if row else {}) | options
+    return kind(network, sampler=Sampler(steps=2), optimizer=optimizer, **chosen)
 
 
 def data():

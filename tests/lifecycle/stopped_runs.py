@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers.logger import Logger
 from support.comparisons import assert_equal
 from support.stops import StoppedError
 from support.trainers import quiet_trainer
 from torch import nn
 
-from lightning_vr import ResumableModule
+from lightning_vr import EMA, ResumableModule
 from lightning_vr.data import EightGaussians
 
 BATCHES = 5
@@ -239,7 +239,7 @@ def fit(folder, row, stop=None, ckpt_path=None, found=None, **options):
     clock = Clock()
     stopping = [] if stop is None else [Stop(*stop, clock, folder / "saved.ckpt")]
     saver = ModelCheckpoint(folder, save_last=True, save_on_exception=True, every_n_train_steps=99)
-    averages = [EMAWeightAveraging(decay=0.9)] if row["averages"] else []
+    averages = [EMA(decay=0.9)] if row["averages"] else []
     trainer = quiet_trainer(
         clock,
         Events("before"),

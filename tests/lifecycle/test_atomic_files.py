@@ -1,16 +1,18 @@
-"""Files are whole or not there, and what a killed process leaves goes."""
+"""Files and folders are whole or not there, and what a killed process leaves goes."""
 
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from support.forks import exit_code
 
 from lightning_vr.callbacks.pictures import save_picture
-from lightning_vr.lifecycle import atomic_files
-from lightning_vr.lifecycle.atomic_files import remove_abandoned, replacing
+from lightning_vr.lifecycle import atomic_files, sharded_checkpoints
+from lightning_vr.lifecycle.atomic_files import new_folder, remove_abandoned, replacing
+from lightning_vr.lifecycle.sharded_checkpoints import load_folder, save_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 
@@ -113,3 +115,59 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(shape, tmp_path,
         save_picture(torch.ones(shape), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
+
+
+def die_with_a_folder(path, moment):
+    """Save a folder, and die while its file is written, or before the last of two renames."""
+
+    def die():
+        kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        if moment == "writing":
+            sharded_checkpoints._write = kill
+        else:
+            hidden = atomic_files.hidden_folder(path)
+            rename = Path.rename
+            Path.rename = lambda own, to: kill() if own == hidden else rename(own, to)
+        save_folder({"number": 2}, path)
+
+    assert exit_code(die, seconds=60) == -signal.SIGKILL
+    (left, *_) = hidden(path.parent)
+    # SLURM restarts from the highest number behind "ckpt_" in a name
+    assert "ckpt" not in left
+
+
+@pytest.mark.parametrize("cleaning", ["the next save", "the next run"])
+def test_what_a_killed_process_leaves_of_a_folder_goes_with(cleaning, tmp_path):
+    path = tmp_path / "hpc_ckpt_1.ckpt"
+    save_folder({"number": 1}, path)
+    die_with_a_folder(path, "writing")
+    assert load_folder(path) == {"number": 1}
+    if cleaning == "the next save":
+        save_folder({"number": 3}, tmp_path / "other.ckpt")
+    else:
+        remove_abandoned(tmp_path)
+    assert not hidden(tmp_path)
+    assert load_folder(path) == {"number": 1}
+
+
+def test_a_folder_is_there_again_if_a_process_was_killed_while_it_was_replaced(tmp_path):
+    path = tmp_path / "last.ckpt"
+    save_folder({"number": 1}, path)
+    die_with_a_folder(path, "renaming")
+    assert not path.exists()
+    remove_abandoned(tmp_path)  # a run that starts there keeps it
+    assert load_folder(path) == {"number": 1}
+    assert path.is_dir()
+    assert not hidden(tmp_path)
+
+
+def test_a_folder_that_another_process_is_writing_stays(tmp_path):
+    path = tmp_path / "last.ckpt"
+    save_folder({"number": 1}, path)
+    with new_folder(path):
+        path.rename(atomic_files._beside(path, ".old"))  # about to replace it
+        assert exit_code(lambda: remove_abandoned(tmp_path), seconds=60) == 0
+        assert exit_code(lambda: load_folder(path), seconds=60) == 0
+        assert not path.exists()
+        assert len(hidden(tmp_path)) == 2
+    assert load_folder(path) == {"number": 1}

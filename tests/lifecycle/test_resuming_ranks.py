@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support.networks import small_mlp
@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_vr import (
     CARV,
+    EMA,
     STF,
     DiffusionModule,
     LearnedProposal,
@@ -85,7 +86,7 @@ def fit(folder, *extra, ranks=2, samples=SAMPLES, ckpt_path=None, start="fork"):
     """Train; with "popen" this is one of the ranks, as a launcher has started it."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(5 if ckpt_path is None else 6)  # what a resumed run must not depend on
-    watchers = [EMAWeightAveraging(decay=0.9), TargetVariance([4], noise_levels=3, samples=64)]
+    watchers = [EMA(decay=0.9), TargetVariance([4], noise_levels=3, samples=64)]
     trainer = quiet_trainer(
         *watchers,
         *extra,

@@ -108,6 +108,19 @@ def at_low_noise(rows, wide, share=slice(None), prepare=References.prepare):
     return posterior_mean(xt, 1.0, 1.2, prepared, own=own, exclude=at).spread
 
 
+def of_near_duplicates(rows, wide=False, share=slice(None), prepare=References.prepare, own=True):
+    """The posterior at low noise; 2k and 2k + 1 are two sigmas apart, on different ranks."""
+    source, sigma = generator("sharded near-duplicates"), 0.002
+    x = torch.randn(20, 64, generator=source)
+    x = torch.stack([x, x + 2 * sigma / 8 * torch.randn(20, 64, generator=source)], 1).flatten(0, 1)
+    at = torch.arange(0, 16, 2)[rows]
+    xt = (x[:16:2] + sigma * torch.randn(8, 64, generator=source))[rows]
+    if wide:
+        xt, x = xt.double(), x.double()
+    given = {"own": x[at], "exclude": at} if own else {}
+    return posterior_mean(xt, 1.0, sigma, prepare(x[share].clone()), **given)
+
+
 def error_message(call):
     """The message of the error that a call raises."""
     try:
@@ -134,6 +147,9 @@ def posteriors(rank):
     nothing = slice(0, 0)
     found["nobody asks"] = [*posterior_of("own", nothing, share, ShardedReferences.prepare)]
     found["spread"] = [at_low_noise(rows, False, share, ShardedReferences.prepare)]
+    for own in (True, False):
+        near = of_near_duplicates(rows, False, share, ShardedReferences.prepare, own)
+        found[f"near, {own}"] = [*near]
     query = x[:2]
     label = {"query_group": torch.zeros(2, dtype=torch.int64)} if rank == 0 else {}
     messages = [
@@ -182,6 +198,15 @@ def test_at_low_noise_the_spread_keeps_its_relative_precision_over_ranks(results
     found = torch.cat([found["spread"][0] for found, _ in results]).double()
     assert 0 < float(wide.median()) < 1e-7
     torch.testing.assert_close(found, wide, rtol=1e-4, atol=1e-22)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_near_duplicates_on_other_ranks_are_told_apart(results, own):
+    wide = of_near_duplicates(slice(0, 8), wide=True, own=own)
+    assert float(wide.ess.max()) > 1.2
+    found = [torch.cat(x) for x in zip(*(f[f"near, {own}"] for f, _ in results), strict=True)]
+    torch.testing.assert_close(found[1].double(), wide.ess, rtol=0, atol=2e-4)
+    torch.testing.assert_close(found[2].double(), wide.spread, rtol=1e-3, atol=4e-8)
 
 
 def test_every_reference_is_on_the_one_rank_that_the_formula_says(results):
@@ -331,7 +356,7 @@ def numbers_sent(rank):
 def test_communication_does_not_grow_with_the_number_of_references(on_two_ranks):
     for small, large in on_two_ranks(numbers_sent):
         # queries of this rank, and sums for the queries of both
-        assert small == large == 3 + 4 * (1 + 5 + 2) + 8 * (5 + 5)
+        assert small == large == 3 + 4 * (1 + 5 + 3) + 8 * (5 + 6)
 
 
 class Points(Dataset):

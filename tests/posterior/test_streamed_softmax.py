@@ -18,7 +18,8 @@ def problem():
     own_logit = torch.tensor([-math.inf, 2.0, 50.0, -50.0, -math.inf], dtype=WIDE)
     group = (torch.arange(12) < 9).long()
     query = torch.tensor([-1, 1, 0, -1, 0])
-    queries = Queries(scaled, torch.ones(5, dtype=WIDE), own_logit, None, query)
+    one = torch.ones(5, dtype=WIDE)
+    queries = Queries(scaled, one, 0 * one, own_logit, group=query)
     return References.centred(references, torch.zeros(4, dtype=WIDE), group), queries
 
 
@@ -63,7 +64,7 @@ def test_sums_over_parts_merge_to_the_sums_over_all(cuts):
 def test_a_row_without_a_reference_in_a_shard_has_sums_of_zero():
     references, queries = problem()
     sums = SoftmaxSums.over(references.take(torch.arange(9)), queries, None)
-    assert sums.packed()[4].tolist() == [-math.inf, *[0] * 8]
+    assert sums.packed()[4].tolist() == [-math.inf, *[0] * 9]
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch < 2.9")

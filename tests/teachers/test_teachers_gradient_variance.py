@@ -1,4 +1,4 @@
-"""GradientVariance on modules with a frozen teacher: components of view or sample, time, noise."""
+"""GradientVariance on modules with a frozen teacher, whose outermost part is views or samples."""
 
 import csv
 
@@ -17,8 +17,10 @@ def matching():
     return DistributionMatching(teacher(prediction="x0"), fake_steps=1, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("build", [lambda: scene(CARV(2)), matching], ids=["scene", "student"])
-def test_components_are_measured_and_leave_the_run_as_it_is(build, tmp_path):
+@pytest.mark.parametrize(
+    ("build", "outermost"), [(lambda: scene(CARV(2)), "view"), (matching, "sample")]
+)
+def test_components_are_measured_and_leave_the_run_as_it_is(build, outermost, tmp_path):
     watch = GradientVariance(every_n_steps=2, noise_levels=2)
     torch.manual_seed(0)
     watched = build()
@@ -34,5 +36,5 @@ def test_components_are_measured_and_leave_the_run_as_it_is(build, tmp_path):
         row for row in csv.DictReader(text.splitlines()) if row["step"] and row["of"] == "whole"
     ]
     assert rows
-    for part in ("data", "timestep", "noise"):
+    for part in (outermost, "timestep", "noise"):
         assert any(float(row[part]) != 0 for row in rows), rows[0]

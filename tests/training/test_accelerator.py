@@ -8,7 +8,6 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from support.comparisons import assert_equal, logs
 from support.networks import small_unet
@@ -18,6 +17,7 @@ from torch import multiprocessing
 
 from lightning_vr import (
     CARV,
+    EMA,
     STF,
     DiffusionModule,
     FrechetDistance,
@@ -92,7 +92,7 @@ def fit(folder, slots, *callbacks, ckpt_path=None, **options):
     module = build(slots)
     settings = {"max_steps": 7, "max_epochs": -1, "deterministic": True}
     trainer = gpu_trainer(
-        EMAWeightAveraging(decay=0.9),
+        EMA(decay=0.9),
         *callbacks,
         logger=CSVLogger(folder, name=""),
         log_every_n_steps=1,

@@ -5,14 +5,13 @@ from functools import partial
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
 from support.networks import small_mlp, small_unet
 from support.stops import StopAt, StoppedError
 from support.trainers import quiet_trainer
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_vr import Clean, DiffusionModule, GradientVariance, Pretrained, Sampler, export
+from lightning_vr import EMA, Clean, DiffusionModule, GradientVariance, Pretrained, Sampler, export
 from lightning_vr.core.gradients import aliases
 from lightning_vr.core.rng import generator
 from lightning_vr.training.adapters import LoRA, merged
@@ -107,7 +106,7 @@ def test_checkpoints_hold_the_adapter_and_load_with_the_network_of_the_folder(
     folder, averaged, tmp_path
 ):
     model = module(folder)
-    callbacks = [EMAWeightAveraging(decay=0.5)] if averaged else []
+    callbacks = [EMA(decay=0.5)] if averaged else []
     fitted(model, *callbacks).save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     for weights in ("state_dict", "current_model_state") if averaged else ("state_dict",):
@@ -127,7 +126,7 @@ def test_checkpoints_hold_the_adapter_and_load_with_the_network_of_the_folder(
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_run_that_was_killed_goes_on_bitwise_as_one_that_was_not(folder, averaged, tmp_path):
     def callbacks():
-        return [EMAWeightAveraging(decay=0.9)] if averaged else []
+        return [EMA(decay=0.9)] if averaged else []
 
     whole, first, second = module(folder), module(folder), module(folder)
     fitted(whole, *callbacks(), steps=4)

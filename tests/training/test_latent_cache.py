@@ -194,7 +194,7 @@ def test_the_command_line_caches_trains_and_draws_pictures(
             "sigma_data": "auto",
         },
     }
-    callbacks = ["TargetVariance", "EMAWeightAveraging", "SampleGrid", "ModelCheckpoint"]
+    callbacks = ["TargetVariance", "EMA", "SampleGrid", "ModelCheckpoint"]
     trainer = {"callbacks": [{"class_path": name} for name in callbacks]}
     trainer["callbacks"][-1]["init_args"] = {"save_last": True}
     trainer["callbacks"][-2]["init_args"] = {"samples": 4}

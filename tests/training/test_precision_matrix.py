@@ -33,7 +33,6 @@ import diffusers
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from support.compilers import Compiled
@@ -47,6 +46,7 @@ from torch.utils.data import DataLoader
 
 from lightning_vr import (
     CARV,
+    EMA,
     STF,
     Clean,
     DiffusersSchedule,
@@ -62,8 +62,6 @@ from lightning_vr.core.rows import concatenated, tensors
 from lightning_vr.core.types import LossEstimate, StepPart
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.lifecycle.run_context import RunContext
-from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
-from lightning_vr.lifecycle.strategies import check_unsharded
 from lightning_vr.process.sampling import Sampler, Samples
 from lightning_vr.process.weightings import UnitWeighting
 from lightning_vr.training import resamples_pilot as resamples_pilots
@@ -328,7 +326,7 @@ def settings(features, device="cpu"):
             algorithm, limit = CLIPPING[feature]
             options |= {"gradient_clip_algorithm": algorithm, "gradient_clip_val": limit}
         elif feature == "ema":
-            options["callbacks"] = [EMAWeightAveraging(decay=DECAY)]
+            options["callbacks"] = [EMA(decay=DECAY)]
     return options
 
 
@@ -517,7 +515,7 @@ def test_a_checkpoint_of_averaged_weights_holds_what_was_learned_as_it_is(name, 
                 seen.append(learned(module))
 
     seen = []
-    trained(module_of(name), callbacks=[EMAWeightAveraging(decay=DECAY), Save()])
+    trained(module_of(name), callbacks=[EMA(decay=DECAY), Save()])
     checkpoint = torch.load(tmp_path / "averaged.ckpt", weights_only=True)
     module = module_of(name)
     module.load_state_dict(checkpoint["state_dict"])
@@ -675,11 +673,6 @@ class TestRefused:
         module._trainer = SimpleNamespace(strategy=strategy())
         with pytest.raises(ValueError, match="`strategy` must leave all weights on each rank"):
             module.setup("fit")
-
-    def test_a_teacher_whose_weights_would_be_sharded(self):
-        module = module_of("plain")
-        with pytest.raises(ValueError, match="all weights of a DiffusionModule on each rank"):
-            check_unsharded(SimpleNamespace(strategy=ShardedStrategy()), module)
 
     def test_a_compiled_network_without_room_for_dropped_labels(self):
         network = torch.compile(ResidualMLP(2, width=8, num_class_embeds=2), backend="eager")

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
+from lightning_vr import EMA
 from lightning_vr.auditing import audit
 from lightning_vr.callbacks import GradientVariance, TargetVariance
 from lightning_vr.core.types import Clean
@@ -116,7 +116,7 @@ def test_validation_alone_takes_the_number_of_the_data():
 
 @pytest.mark.usefixtures("no_pictures")
 def test_callbacks_and_averages_find_the_number():
-    module, average = auto(), EMAWeightAveraging(decay=0.5)
+    module, average = auto(), EMA(decay=0.5)
     variance = GradientVariance(every_n_steps=1, samples=2), TargetVariance(samples=64)
     trained(module, TwoGaussians(16, dimension=2, num_samples=64), average, *variance)
     assert module.objective.sigma_data == pytest.approx(1, abs=0.1)

@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler
 from support.comparisons import assert_equal
 from support.networks import small_unet
 
-from lightning_vr import VP, ConvergenceMonitor
+from lightning_vr import VP, Clean, ConvergenceMonitor
 
 IMAGES = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 SCHEDULER = DDPMScheduler(num_train_timesteps=100)
@@ -69,6 +69,23 @@ def test_what_is_measured_is_the_mean_of_the_loss_at_its_draws():
     error = difference.std(dim=1) / 4
     assert (difference.mean(dim=1).abs() < 4 * error + 1e-6).all()
     assert float(error.max()) > 1e-4
+
+
+def test_a_loss_sees_the_condition_of_each_sample_where_it_takes_the_clean_samples():
+    """Conditions that nobody shares, whose samples are known: the loss is 0, without a floor."""
+    seen = []
+
+    def known(model, x0, noise, t, clean):
+        seen.append(clean.cond["scale"].shape)
+        return (x0 - clean.cond["scale"] * clean.cond["answer"]).square().flatten(1).sum(1)
+
+    given = Clean(IMAGES, cond={"answer": IMAGES / 2, "scale": torch.full((1, 1, 1, 1), 2.0)})
+    settings = {"schedule": SCHEDULER, "noise_levels": 2, "samples": 16, "loss": known}
+    watch = ConvergenceMonitor(given.rows(slice(16)), **settings)
+    record = watch.measure(0, small_unet())
+    assert seen == [(16, 1, 1, 1)] * len(seen)
+    torch.testing.assert_close(record.direct, torch.zeros_like(record.direct))
+    assert watch.floors.middle.isnan().all()
 
 
 def test_it_goes_on_from_its_state(tmp_path):
