@@ -72,7 +72,7 @@ def measure(
     cli.datamodule.setup("fit")
     turns = InTurn(BareLoop(cli.model, cli.datamodule, settings), options.steps)
     trainer = Trainer(
-        max_steps=options.segments * options.steps,
+        max_steps=options.segments * options.steps + 1,  # a segment ends where the next begins
         max_epochs=-1,
         precision=settings.get("precision"),
         gradient_clip_val=settings.get("gradient_clip_val"),
