@@ -12,8 +12,8 @@ mkdir -p "$1"
 out=$(cd "$1" && pwd)
 here=$(cd "$(dirname "$0")/../.." && pwd)
 configs=$here/configs
-samples=2000
-[ "$2" = toy ] && samples=130
+samples=2000 slower=1
+[ "$2" = toy ] && samples=130 slower=4
 folder=$(mktemp -d)
 ln -s "$PWD/cifar10" "$folder/cifar10"
 cd "$folder" || exit
@@ -21,19 +21,24 @@ sed "s/samples: 10000/samples: $samples/" "$configs/cifar10.yaml" > cifar10.yaml
 
 vr="python -m lightning_vr"
 job=(--config cifar10.yaml --data.num_workers 8)
-work=(--segments 6 --steps 20)
+work=(--segments 6 --steps 20 --data.num_workers 8)
+ddpm=() edm=(--data.batch_size 128)
+targets=(DSM "STF(4096)" "STF(all)")
 short=(--trainer.max_steps 600 --trainer.val_check_interval 600)
 if [ "$2" = toy ]; then
     tiny=(--model.network.init_args.layers_per_block 1 --model.network.init_args.norm_num_groups 4
-          --model.target.init_args.references 64 --data.batch_size 8 --model.sampler.steps 2)
-    job+=("${tiny[@]}" "--model.network.init_args.block_out_channels=[8,8,8,8]"
-          --data.num_workers 0 --trainer.accelerator cpu --trainer.limit_val_batches 1)
-    work=(--segments 2 --steps 1 --model.network.init_args.layers_per_block 1 --data.batch_size 2)
+          --data.batch_size 8 --data.num_workers 0)
+    ddpm=("${tiny[@]}" "--model.network.init_args.block_out_channels=[8,8,8,8]")
+    edm=("${tiny[@]}" "--model.network.init_args.block_out_channels=[8,8,8]")
+    job+=("${ddpm[@]}" --model.target.init_args.references 64 --model.sampler.steps 2
+          --trainer.accelerator cpu --trainer.limit_val_batches 1)
+    work=(--segments 2 --steps 1)
+    targets=(DSM "STF(all)")
     short=(--trainer.max_steps 4 --trainer.val_check_interval 4)
 fi
 
 part() {  # part NAME SECONDS COMMAND...: into a file, never through a pipe
-    local name=$1 limit=$2
+    local name=$1 limit=$((slower * $2))
     shift 2
     local start=$SECONDS
     timeout -k 3 "$limit" "$@" > "$out/$name.log" 2>&1
@@ -41,19 +46,19 @@ part() {  # part NAME SECONDS COMMAND...: into a file, never through a pipe
 }
 
 [ "$2" = toy ] || nvidia-smi -L > "$out/card.txt" 2>&1
-part waits 60 python -m pytest -n 0 -q -m gpu "$here/tests/training/test_fused_optimizers.py"
-part steps 150 python "$here/examples/cifar10/measure_steps.py" "$configs/cifar10.yaml" \
-    "${work[@]}" --targets DSM "STF(4096)" "STF(all)"
-part steps_compiled 120 python "$here/examples/cifar10/measure_steps.py" "$configs/cifar10.yaml" \
-    "${work[@]}" --model.compile_network true
-part steps_edm 120 python "$here/examples/cifar10/measure_steps.py" "$configs/cifar10_edm.yaml" \
-    "${work[@]}" --data.batch_size 128
-part fit 200 $vr fit "${job[@]}" "${short[@]}"
+part waits 40 python -m pytest -n 0 -q -m gpu "$here/tests/training/test_fused_optimizers.py"
+part steps 110 python "$here/examples/cifar10/measure_steps.py" "$configs/cifar10.yaml" \
+    "${work[@]}" "${ddpm[@]}" --targets "${targets[@]}"
+part steps_compiled 80 python "$here/examples/cifar10/measure_steps.py" "$configs/cifar10.yaml" \
+    "${work[@]}" "${ddpm[@]}" --model.compile_network true
+part steps_edm 70 python "$here/examples/cifar10/measure_steps.py" "$configs/cifar10_edm.yaml" \
+    "${work[@]}" "${edm[@]}"
+part fit 130 $vr fit "${job[@]}" "${short[@]}"
 last=$(ls -d runs/cifar10/version_*/checkpoints/last.ckpt 2> /dev/null | head -1)
-part predict 40 $vr predict "${job[@]}" --ckpt_path "$last" --num_samples 64
-part export 40 $vr export "${job[@]}" --ckpt_path "$last" --output exported
-part audit 100 $vr audit "${job[@]}" --ckpt_path "$last" --budget 60
-part ddp 60 $vr fit "${job[@]}" --trainer.strategy ddp --trainer.max_steps 20 \
+part predict 30 $vr predict "${job[@]}" --ckpt_path "$last" --num_samples 64
+part export 30 $vr export "${job[@]}" --ckpt_path "$last" --output exported
+part audit 70 $vr audit "${job[@]}" --ckpt_path "$last" --budget 40
+part ddp 30 $vr fit "${job[@]}" --trainer.strategy ddp --trainer.max_steps 20 \
     --trainer.limit_val_batches 0 --trainer.devices 1
 cp --parents -t "$out" $(find runs -name "*.csv" -o -name "*.png" -o -name "*.md")
 cat "$out/parts.txt"

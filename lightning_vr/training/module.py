@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator, seed_global_rng
@@ -25,7 +24,7 @@ from lightning_vr.estimators.targets import DSM, Target
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
 from lightning_vr.lifecycle.hyperparameters import describe_arguments
 from lightning_vr.lifecycle.own_state import STATE
-from lightning_vr.lifecycle.precision import clippable, loss_scale
+from lightning_vr.lifecycle.precision import loss_scale
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
@@ -173,11 +172,6 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
         self._guard.add_draws(self.estimate, micro_step)
         self._log_loss("train", self.estimate)
         return estimate.loss
-
-    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clip gradients, also for a fused optimizer in bfloat16."""
-        with clippable(self.trainer, optimizer):
-            super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the draws learn from what all ranks have seen."""
