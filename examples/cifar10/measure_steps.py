@@ -39,9 +39,7 @@ TARGETS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config")
-    parser.add_argument(
-        "--segments", type=int, default=6, help="of each of the two; one is warm-up"
-    )
+    parser.add_argument("--segments", type=int, default=6, help="of each; the first is dropped")
     parser.add_argument("--steps", type=int, default=20, help="in a segment")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=["DSM"])
     options, flags = parser.parse_known_args()
