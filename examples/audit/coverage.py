@@ -13,6 +13,7 @@ that is done says at once what other intervals would hold.
 """
 
 import argparse
+import functools
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -176,39 +177,84 @@ def run_audits(job: str, audits: int, path: Path) -> list:
     return stored[:audits]
 
 
-def estimators(job: str, looks: list, second: int) -> list[MeasuredEstimator]:
-    """Return what an audit says of its candidates with so many repetitions in its second look."""
-    module, data = JOBS[job]()
+@functools.cache
+def built(job: str) -> tuple[DiffusionModule, Any]:
+    return JOBS[job]()
+
+
+def said(job: str, look: dict[str, list], count: int) -> dict[str, MeasuredEstimator]:
+    """Return what the first repetitions of a look say of its candidates, by name."""
+    module, data = built(job)
     known = {each.name: each for each in [*candidates(), *combinations()]}
-    found: dict[str, MeasuredEstimator] = {}
-    for look, count in zip(looks, (FIRST, second), strict=False):
-        comparison = Comparison(module, data.batch_size)
-        for name, rows in look.items():
-            candidate = known.get(name, Candidate(CURRENT))
-            for components, seconds in rows[:count]:
-                columns = torch.tensor(components, dtype=torch.float64)[:, None]
-                comparison.add(candidate, Components(*columns), seconds)
-        found |= {name: comparison.estimator(known[name]) for name in look if name in known}
-    return list(found.values())
+    comparison = Comparison(module, data.batch_size)
+    for name, rows in look.items():
+        for components, seconds in rows[:count]:
+            columns = torch.tensor(components, dtype=torch.float64)[:, None]
+            comparison.add(known.get(name, Candidate(CURRENT)), Components(*columns), seconds)
+    return {name: comparison.estimator(known[name]) for name in look if name in known}
 
 
-def report(job: str, audits: list, truth: dict) -> None:
-    """Print how often intervals hold the truth, and the factor by which half of them reach."""
-    for count in (LEAST, MOST):
-        columns: dict[str, dict] = defaultdict(lambda: defaultdict(list))
-        for each in (one for looks in audits for one in estimators(job, looks, count)):
+class Coverage:
+    """Counts how often intervals of each candidate hold the truth.
+
+    Args:
+        truth: Each measure of each candidate, by name.
+    """
+
+    def __init__(self, truth: dict) -> None:
+        self.truth = truth
+        self.columns: dict[str, dict] = defaultdict(lambda: defaultdict(list))
+
+    def add(self, found: dict[str, MeasuredEstimator]) -> None:
+        """Add intervals of candidates by name."""
+        for each in found.values():
+            columns = self.columns[each.name]
             for name in MEASURES:
-                interval, value = getattr(each, name), truth[each.name][name][0]
-                columns[each.name][name].append(interval.low <= value <= interval.high)
-                columns[each.name][f"{name} width"].append(math.log(interval.high / interval.low))
-        for name, found in columns.items():
+                interval, value = getattr(each, name), self.truth[each.name][name][0]
+                columns[name].append(interval.low <= value <= interval.high)
+                columns[f"{name} width"].append(math.log(interval.high / interval.low))
+
+    def report(self, job: str, count: int) -> None:
+        """Print shares that hold, and the factor by which half of the intervals reach."""
+        for name, found in self.columns.items():
             shares = [
                 f"{100 * np.mean(found[each]):.1f} % "
                 f"(×{math.exp(np.median(found[f'{each} width']) / 2):.2f})"
                 for each in MEASURES
             ]
             intervals = len(found["efficiency"])
-            print(f"| {job} | {count} | {name} | {intervals} | {' | '.join(shares)} |")
+            print(f"| {job} | {count} | {name} | {intervals} | {' | '.join(shares)} |", flush=True)
+
+
+def report(job: str, audits: list, truth: dict) -> None:
+    """Print what audits with the least and with the most repetitions in the second look hold."""
+    for count in (LEAST, MOST):
+        coverage = Coverage(truth)
+        for looks in audits:
+            found: dict[str, MeasuredEstimator] = {}
+            for look, repetitions in zip(looks, (FIRST, count), strict=False):
+                found |= said(job, look, repetitions)
+            coverage.add(found)
+        coverage.report(job, count)
+
+
+def resample(job: str, audits: list, truth: dict, looks: int) -> None:
+    """Print what looks drawn from the repetitions of all audits hold: many more than there were."""
+    random = np.random.default_rng(0)
+    for count in (FIRST, LEAST, MOST):
+        coverage = Coverage(truth)
+        for name in truth:
+            measured = [look for found in audits for look in found if name in look]
+            pairs = [
+                pair for look in measured for pair in zip(look[CURRENT], look[name], strict=True)
+            ]
+            if len(pairs) < count:
+                continue
+            for _ in range(looks):
+                rows = [pairs[i] for i in random.choice(len(pairs), count, replace=False)]
+                current, own = zip(*rows, strict=True)
+                coverage.add(said(job, {CURRENT: list(current), name: list(own)}, count))
+        coverage.report(job, count)
 
 
 def main() -> None:
@@ -216,6 +262,7 @@ def main() -> None:
     parser.add_argument("--job", choices=JOBS, help="both if not given")
     parser.add_argument("--audits", type=int, default=200)
     parser.add_argument("--reference", type=int, default=1500, help="repetitions of the truth")
+    parser.add_argument("--resample", type=int, default=0, help="looks drawn from what is kept")
     parser.add_argument("--folder", type=Path, default=Path("runs/audit_coverage"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -229,10 +276,13 @@ def main() -> None:
         truths[job] = json.loads(path.read_text())
         stored = options.folder / f"{job}-audits.json"
         audits[job] = run_audits(job, options.audits, stored)
-    print("| job | second look | candidate | intervals | RE holds | ECM holds | saving holds |")
+    print("| job | repetitions | candidate | intervals | RE holds | ECM holds | saving holds |")
     print("|---|---|---|---|---|---|---|")
     for job in jobs:
-        report(job, audits[job], truths[job])
+        if options.resample:
+            resample(job, audits[job], truths[job], options.resample)
+        else:
+            report(job, audits[job], truths[job])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Check the error budget where every term is known: on Gaussian mixtures.
 
     python examples/error_budget/error_budget.py orders        # Euler and Heun on a smooth mixture
-    python examples/error_budget/error_budget.py narrow        # four narrow Gaussians, Euler
+    python examples/error_budget/error_budget.py narrow        # four narrow Gaussians
     python examples/error_budget/error_budget.py grids         # polynomial against exponential
     python examples/error_budget/error_budget.py split         # total weight of EDM, split anew
 
@@ -91,13 +91,14 @@ def orders(options: argparse.Namespace) -> None:
 
 
 def narrow_gaussians(options: argparse.Namespace) -> None:
-    """Print the numbers of Brosse and Dalalyan (2026) for K = 17 .. 1088 steps of Euler."""
+    """Print the numbers of Brosse and Dalalyan (2026) for K = 17 .. 1088 steps."""
     steps = [17 * 2**i for i in range(2 if options.quick else 7)]
+    solver = {"Euler": Euler(), "Heun": Heun()}[options.solver]
     before, rows = None, []
     for n in steps:
         grids = {"own": spaced("polynomial", n + 1, 7.0, LOW, HIGH, SCHEDULE)}
         found = budget(
-            narrow(options.width), Euler(), grids, 256 if options.quick else options.quantiles
+            narrow(options.width), solver, grids, 256 if options.quick else options.quantiles
         )
         own = found["own"]
         # K steps from one level to the next, without the last one to 0
@@ -106,7 +107,9 @@ def narrow_gaussians(options: argparse.Namespace) -> None:
         error, biases = float(own.error[-2]), float(own.local_bias[:-1].sum())
         log_amplification = float(own.amplification[:-1].log().flip(0).cumsum(0).max())
         line = f"K = {n:4}: biases {biases:.3e}, error {error:.3e}, bound / error "
-        line += f"{bound / error:.3f}, log-amplification {log_amplification:.3f}"
+        line += f"{bound / error:.3f}, directional bound / error "
+        line += f"{own.directional_bound / float(own.error[-1]):.3f}, "
+        line += f"log-amplification {log_amplification:.3f}"
         if before is not None:
             line += f", orders {math.log2(before[0] / biases):.3f}"
             line += f" and {math.log2(before[1] / error):.3f}"
@@ -202,6 +205,7 @@ def main() -> None:
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--quantiles", type=int, default=65_536, help="of the narrow Gaussians")
+    parser.add_argument("--solver", choices=("Euler", "Heun"), default="Euler", help="of them")
     parser.add_argument("--width", type=float, default=0.03, help="of the narrow Gaussians")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     options = parser.parse_args()

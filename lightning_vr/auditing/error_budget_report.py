@@ -35,7 +35,8 @@ STEPS = (
 _CAPTION = (
     "Root mean squares over samples and dimensions, in units of the data. Initialisation, "
     "discretisation and learned score, carried to the end by the amplification of later steps, "
-    "add up to the bound; error is that of the sampler on the same trajectories."
+    "add up to the bound. The directional bound counts what points along the error alone; error is "
+    "that of the sampler on the same trajectories."
 )
 
 
@@ -129,7 +130,7 @@ def _draw_grids(axes: "Axes", errors: SamplingErrors) -> None:
 
 
 def _grid_headers() -> list[str]:
-    return ["grid", "steps", *TOTALS, "error"]
+    return ["grid", "steps", *TOTALS, "directional_bound", "error"]
 
 
 def _grid_rows(errors: SamplingErrors) -> list[list[str]]:
@@ -137,7 +138,7 @@ def _grid_rows(errors: SamplingErrors) -> list[list[str]]:
         [
             name,
             str(len(budget.noise_levels)),
-            *(_short(getattr(budget, part)) for part in TOTALS),
+            *(_short(getattr(budget, part)) for part in (*TOTALS, "directional_bound")),
             _short(float(budget.error[-1])),
         ]
         for name, budget in errors.budgets.items()
@@ -152,7 +153,8 @@ def _steps(budget: ErrorBudget) -> list[list[float]]:
 def _numbers(errors: SamplingErrors) -> dict[str, Any]:
     grids = {
         name: {part: getattr(budget, part) for part in TOTALS}
-        | {"error": float(budget.error[-1]), "steps": _steps(budget)}
+        | {"directional_bound": budget.directional_bound, "error": float(budget.error[-1])}
+        | {"steps": _steps(budget)}
         for name, budget in errors.budgets.items()
     }
     return {

@@ -131,9 +131,9 @@ class VRTrainer(Trainer):
         if ckpt_path is not None:
             self._load_for_sampling(model, ckpt_path)
         found = run_error_budget(model, datamodule, sampler, samples=samples, trainer=self)
+        folder = run_folder(self)
         if not self.is_global_zero:
             return
-        folder = run_folder(self)
         save_error_budget(found, folder)
         console = Console()
         console.print(error_budget_table(found))

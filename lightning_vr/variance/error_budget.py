@@ -21,6 +21,15 @@ with the excess loss are Brosse and Dalalyan 2026, "Universal Local Error and Re
 for the First-Order EDM Predictor", which treats Euler's step. Unrolled, each term is carried to the
 end by the amplification of the steps that follow it: the three sums are the budget.
 
+Terms that point in different directions cancel in part, most where the local bias changes its sign
+along the trajectory, as Heun's does. With u the unit vector of the error after the step,
+
+    e_(j+1) = <u, Phi'_j(y_j) - Phi'_j(x_j)> + <u, Phi_j(x_j) - F_j(x_j)>
+              + <u, Phi'_j(x_j) - Phi_j(x_j)>.
+
+With negative terms counted as 0 the same recursion is the directional bound: above the
+error, and below the bound of the norms, as no projection is longer than its vector.
+
 All lengths are in the units of the data, root mean squares over samples and dimensions.
 """
 
@@ -50,6 +59,7 @@ class ErrorBudget:
         score: What the learned score adds in each step, ell ``(K,)``.
         distance: ``‖D' - D‖`` at the level where the step begins ``(K,)``.
         error: ``e``, before the first step and after each ``(K + 1,)``.
+        directional_bound: Bound on the error at the end by the terms along it.
         sigma_data: Standard deviation tau of the data in EDM's coordinates.
     """
 
@@ -59,6 +69,7 @@ class ErrorBudget:
     score: Tensor
     distance: Tensor
     error: Tensor
+    directional_bound: float
     sigma_data: float
 
     @property
@@ -173,24 +184,26 @@ def _follow(
     """Follow the sampler beside the exact trajectories over one grid."""
     levels = [*grid.tolist(), 0.0]
     rows, errors = [], [_size(y - states[levels[0]])]
+    directional = errors[0]
     for level, next_level in pairwise(levels):
         x, after = states[level], states[next_level]
         from_x, from_y = (solver.step(learned, z, level, next_level) for z in (x, y))
         without = solver.step(exact, x, level, next_level)
 
-        rows.append(
-            (
-                _size(from_y - from_x) / errors[-1] if errors[-1] > 0 else 1.0,
-                _size(without - after),
-                _size(from_x - without),
-                _size(learned.x0_hat(x, level) - exact.x0_hat(x, level)),
-            )
-        )
-        errors.append(_size(from_y - after))
+        parts = (from_y - from_x, without - after, from_x - without)
+        apart = learned.x0_hat(x, level) - exact.x0_hat(x, level)
+        before, error = errors[-1], from_y - after
+        grown, *sizes = (_size(part) for part in (*parts, apart))
+        rows.append((grown / before if before > 0 else 1.0, *sizes))
+        grown, *added = (max(0.0, _along(part, error)) for part in parts)
+        directional = (grown / before if before > 0 else 1.0) * directional + sum(added)
+        errors.append(_size(error))
         y = from_y
     amplification, bias, score, distance = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
-    error = torch.tensor(errors, dtype=torch.float64)
-    return ErrorBudget(grid.cpu(), amplification, bias, score, distance, error, sigma_data)
+    size = torch.tensor(errors, dtype=torch.float64)
+    return ErrorBudget(
+        grid.cpu(), amplification, bias, score, distance, size, directional, sigma_data
+    )
 
 
 def _problem(denoiser: Denoiser, schedule: Schedule, dtype: torch.dtype) -> Problem:
@@ -200,6 +213,12 @@ def _problem(denoiser: Denoiser, schedule: Schedule, dtype: torch.dtype) -> Prob
         return ReverseEstimate(denoiser(xt, t), None)
 
     return Problem(denoiser, schedule, 0, (), RowNoise(NoiseKey(None), 0, 0), dtype, estimate)
+
+
+def _along(x: Tensor, direction: Tensor) -> float:
+    """Return the length of x along a direction, 0 if that has none."""
+    length = _size(direction)
+    return float((x * direction).mean()) / length if length > 0 else 0.0
 
 
 def _size(x: Tensor) -> float:

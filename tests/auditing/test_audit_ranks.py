@@ -1,15 +1,14 @@
-"""An audit on two ranks, as the command line starts them."""
+"""An audit and an error budget on two ranks, as the command line starts them."""
 
 import json
 import os
 import sys
 import warnings
-from importlib.util import find_spec
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from support.forks import exit_code
+from support.forks import exit_code, let_lightning_fork
 
 from lightning_vr import DiffusionModule, ResidualMLP, audit
 from lightning_vr.cli import main
@@ -32,8 +31,7 @@ def on_the_command_line(folder, arguments):
             os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         warnings.simplefilter("default")
-        # Lightning starts the second rank as `python -m` of this module with these arguments
-        sys.modules["__main__"].__spec__ = find_spec("lightning_vr.__main__")
+        let_lightning_fork()
         sys.argv = ["lightning_vr", *arguments]
         os.environ["OMP_NUM_THREADS"] = "1"
         main()
@@ -63,6 +61,23 @@ def test_two_ranks_measure_together_and_one_of_them_writes(tmp_path):
     # both have the references of all ranks, and the same
     assert alike[0] == alike[1] > 1
     assert (tmp_path / "out.txt").read_text().count("The audit is in") == 1
+
+
+@pytest.mark.slow  # starts two processes that import everything
+def test_an_error_budget_is_the_same_on_two_ranks_and_one_of_them_writes(tmp_path):
+    own = "error_budget --samples 16 --sampler.solver Euler --sampler.steps 4"
+    found = []
+    for ranks in (1, 2):
+        arguments = f"{own} {FLAGS}".replace("devices 2", f"devices {ranks}").split("--budget")[0]
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        code = on_the_command_line(folder, arguments.split())
+        assert code == 0, (folder / "err.txt").read_text()[-2000:]
+        (path,) = folder.glob("runs/**/error_budget.csv")
+        found.append(path.read_text())
+        assert (folder / "out.txt").read_text().count("The error budget is in") == 1
+    assert found[0] == found[1]
+    assert found[0].count("own,") == 4
 
 
 @pytest.mark.parametrize(
