@@ -49,8 +49,6 @@ part() {  # part NAME SECONDS COMMAND...: into a file, never through a pipe
 part waits 40 python -m pytest -n 0 -q -m gpu "$here/tests/training/test_fused_optimizers.py"
 part steps 110 python "$here/examples/cifar10/measure_steps.py" "$configs/cifar10.yaml" \
     "${work[@]}" "${ddpm[@]}" --targets "${targets[@]}"
-part steps_compiled 80 python "$here/examples/cifar10/measure_steps.py" "$configs/cifar10.yaml" \
-    "${work[@]}" "${ddpm[@]}" --model.compile_network true
 part steps_edm 70 python "$here/examples/cifar10/measure_steps.py" "$configs/cifar10_edm.yaml" \
     "${work[@]}" "${edm[@]}"
 part fit 130 $vr fit "${job[@]}" "${short[@]}"
@@ -61,4 +59,7 @@ part audit 70 $vr audit "${job[@]}" --ckpt_path "$last" --budget 40
 part ddp 30 $vr fit "${job[@]}" --trainer.strategy ddp --trainer.max_steps 20 \
     --trainer.limit_val_batches 0 --trainer.devices 1
 cp --parents -t "$out" $(find runs -name "*.csv" -o -name "*.png" -o -name "*.md")
+# last, as to compile takes long
+part steps_compiled 150 python "$here/examples/cifar10/measure_steps.py" "$configs/cifar10.yaml" \
+    "${work[@]}" "${ddpm[@]}" --model.compile_network true
 cat "$out/parts.txt"
