@@ -1,6 +1,6 @@
 """``python -m lightning_vr``: the command line."""
 
-from lightning_vr.cli import main
+from lightning_vr.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

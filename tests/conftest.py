@@ -2,6 +2,7 @@
 
 
 def pytest_configure(config):
-    """Load it where tests run."""
-    if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
+    """Load it where tests are collected."""
+    hands_out = config.getoption("dist", "no") != "no" and not config.option.collectonly
+    if hasattr(config, "workerinput") or not hands_out:
         config.pluginmanager.import_plugin("support.plugin")

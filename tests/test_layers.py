@@ -1,6 +1,7 @@
 """The rooms of the package and what they may import (a floor imports from lower floors alone)."""
 
 import ast
+import functools
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -57,8 +58,17 @@ def imports(path):
     return found
 
 
-IMPORTS = {dotted(path): imports(path) for path in FILES}
-INSIDE = {module: found & MODULES for module, found in IMPORTS.items() if room(module) in FLOOR}
+@functools.cache
+def all_imports():
+    """By module; as late as this, since to parse all files takes a second."""
+    return {dotted(path): imports(path) for path in FILES}
+
+
+def imports_inside():
+    """The same of modules in rooms, and only modules of the package."""
+    return {
+        module: found & MODULES for module, found in all_imports().items() if room(module) in FLOOR
+    }
 
 
 def test_nothing_stands_loose_at_the_top_of_the_package():
@@ -69,7 +79,7 @@ def test_nothing_stands_loose_at_the_top_of_the_package():
 def test_a_file_imports_from_its_own_room_and_lower_floors_alone():
     upward = [
         f"{module} imports {imported}"
-        for module, found in INSIDE.items()
+        for module, found in imports_inside().items()
         for imported in found
         if room(module) != room(imported)
         and FLOOR[room(module)] <= FLOOR.get(room(imported), len(FLOORS))
@@ -78,7 +88,8 @@ def test_a_file_imports_from_its_own_room_and_lower_floors_alone():
 
 
 def test_imports_have_no_circle():
-    order = list(TopologicalSorter(INSIDE).static_order())  # raises CycleError, which names it
+    # raises CycleError, which names it
+    order = list(TopologicalSorter(imports_inside()).static_order())
     assert order.index("lightning_vr.core.types") < order.index("lightning_vr.training.module")
 
 
@@ -88,7 +99,7 @@ def test_rooms_of_tensors_import_no_lightning_diffusers_or_logger():
         for path, name in (
             (path.relative_to(PACKAGE).as_posix(), name.partition(".")[0])
             for path in FILES
-            for name in IMPORTS[dotted(path)]
+            for name in all_imports()[dotted(path)]
         )
         if path.startswith(TENSOR_ROOMS) and name in FRAMEWORKS | LOGGERS
     }
@@ -100,7 +111,7 @@ def test_rooms_of_tensors_import_no_room_that_imports_lightning():
     wrong = {
         f"{path.relative_to(PACKAGE)}: {name}"
         for path in FILES
-        for name in IMPORTS[dotted(path)] & MODULES
+        for name in all_imports()[dotted(path)] & MODULES
         if path.relative_to(PACKAGE).as_posix().startswith(TENSOR_ROOMS)
         and room(name) in lightning_rooms
     }

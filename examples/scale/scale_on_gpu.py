@@ -1,12 +1,20 @@
 """Measure what a rank's references take on this machine's GPU, next to ``scale_on_paper.py``.
 
-    python examples/scale/scale_on_gpu.py
+    python examples/scale/scale_on_gpu.py               # both tables
+    python examples/scale/scale_on_gpu.py --device cpu  # the second one, smaller
 
 One GPU stands for one of eight: it answers as many queries from as many references, of random
 numbers. Communication between the eight is left out on both sides.
+
+The second table is of ratios in one run: the posterior mean against two products in float32, the
+formulation with tensors of (B, n, d), chunks of 2^20 logits as they were before, and the products
+of ``tensor_cores.py``. It counts the times that the host waits for the GPU.
 """
 
+import argparse
 import statistics
+import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,12 +31,20 @@ from scale_on_paper import (
     step_traffic,
     visited,
 )
+from tensor_cores import product, tf32
+from torch import Tensor
 
 from lightning_vr import References, posterior_mean
 from lightning_vr.core.devices import timed
 from lightning_vr.core.rng import generator
 
 GPUS, ROUNDS = 8, 5
+SIZES = [(4096, 3072, 128), (50_000, 3072, 128), (50_000, 3072, 512)]
+"""References, their numbers, and queries of the second table."""
+
+_MATERIALISED = 1 << 31
+"""Numbers of the largest tensor of the formulation that materialises: 8 GB."""
+
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
 """Bytes/s by NVIDIA's data sheets; both reach 67 TFLOP/s in float32."""
 
@@ -59,7 +75,84 @@ def milliseconds(work: Workload, mode: Mode, device: torch.device) -> float:
     return 1e3 * statistics.median(taken[1:])  # the first one warms up
 
 
+def materialised(xt: Tensor, sigma: Tensor, references: Tensor, rows: int) -> Tensor:
+    """Return posterior means by the textbook formulation, so many queries at a time."""
+    means = []
+    for x, s in zip(xt.split(rows), sigma.split(rows), strict=True):
+        distances = (x[:, None] - references).square().sum(2)
+        weights = (-distances / (2 * s[:, None] ** 2)).softmax(1)
+        means.append((weights[:, :, None] * references).sum(1))
+    return torch.cat(means)
+
+
+def waits_of_the_host(call: Callable[[], object]) -> int:
+    """Return how often a call on CUDA waits for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(each.message) for each in found)
+
+
+def ratios(count: int, dim: int, batch: int, device: torch.device) -> list[str]:
+    """Return a row of the second table: sizes, milliseconds, and ratios of other ways to it."""
+    source = generator("posterior on gpu", device=device)
+    x = torch.randn(count, dim, generator=source, device=device)
+    own = torch.arange(batch, device=device)
+    sigma = torch.logspace(-2, 2, batch, device=device)
+    xt = torch.addcmul(
+        x[own], sigma[:, None], torch.randn(batch, dim, generator=source, device=device)
+    )
+    prepared, weights = References.prepare(x), torch.rand(batch, count, device=device).softmax(1)
+    call = partial(posterior_mean, xt, 1.0, sigma, prepared, own=x[own], exclude=own)
+
+    def two_products() -> tuple[Tensor, Tensor]:
+        return xt @ prepared.rows.T, weights @ prepared.rows
+
+    def two_compensated() -> tuple[Tensor, Tensor]:
+        with tf32():
+            return product(xt, prepared.rows.T, torch.matmul), product(
+                weights, prepared.rows, torch.matmul
+            )
+
+    few = max(1, _MATERIALISED // (count * dim))
+    ways: list[Callable[[], object]] = [call, two_products]
+    ways += [partial(materialised, xt, sigma, x, few)]
+    ways += [partial(call, chunk_size=max(1, (1 << 20) // batch)), two_compensated]
+    taken: list[list[float]] = [[] for _ in ways]
+    for _ in range(ROUNDS + 1):
+        for found, way in zip(taken, ways, strict=True):
+            found.append(timed(way, device)[1])
+    ours, *others = (statistics.median(found[1:]) for found in taken)
+    waits = str(waits_of_the_host(call)) if device.type == "cuda" else "-"
+    errors = [
+        float((way.double() - xt.double() @ prepared.rows.double().T).abs().max())
+        for way in (two_products()[0], two_compensated()[0])
+    ]
+    cells = [f"{batch}", f"{count:,}", f"{dim:,}", short(1e3 * ours)]
+    cells += [f"{ours / other:.3g}" for other in others]
+    return [*cells, f"{errors[1] / errors[0]:.3g}", waits]
+
+
+HEAD = ["B", "n", "d", "ms", "over two products", "over (B, n, d)", "over chunks of 2^20"]
+HEAD += ["over three TF32 passes", "their error over float32's", "waits of the host"]
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the second table")
+    device = torch.device(parser.parse_args().device)
+    if device.type == "cuda":
+        on_paper_and_measured()
+    sizes = SIZES if device.type == "cuda" else [(512, 768, 32)]
+    print(f"\n{aligned([HEAD, *(ratios(*each, device) for each in sizes)])}")
+
+
+def on_paper_and_measured() -> None:
+    """Print the first table."""
     if not torch.cuda.is_available():
         raise SystemExit("This machine has no CUDA device: run it where there is one.")
     device = torch.device("cuda")

@@ -34,10 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_vr import DSM, STF, Clean, Noised
 from lightning_vr.core.rng import generator
 from lightning_vr.lifecycle.training_set import encoded_training_set
+from lightning_vr.posterior.references import chunk_length
 from lightning_vr.training.reference_bank import set_references
 
 FLOAT, INTEGER = 4, 8  # bytes
-LOGITS = 1 << 20  # of one chunk, by default
 # bytes read and written: for each pair of query and reference, and if they have labels
 LOGIT_PASSES, LABEL_PASSES = 86, 12
 # for each number of a query in each chunk: by the products, and by the scaling of their sums
@@ -185,9 +185,10 @@ def visited(work: Workload, mode: Mode, ranks: int) -> tuple[float, float]:
     return work.batch / ranks, references
 
 
-def chunk(queries: float, references: float) -> float:
+def chunk(work: Workload, mode: Mode, ranks: int, device: str) -> float:
     """Return how many references are compared at a time."""
-    return min(references, max(1, LOGITS // max(1, int(queries))))
+    queries, references = visited(work, mode, ranks)
+    return min(references, chunk_length(int(queries), work.dim, torch.device(device)))
 
 
 def bank(work: Workload, mode: Mode, ranks: int) -> float:
@@ -231,13 +232,13 @@ def step_traffic(work: Workload, mode: Mode, ranks: int) -> Traffic:
     return Traffic(asked, exchanged=FLOAT * own * (work.dim + 6), broadcast=drawn)
 
 
-def temporaries(work: Workload, mode: Mode, ranks: int) -> float:
+def temporaries(work: Workload, mode: Mode, ranks: int, device: str) -> float:
     """Return the peak of temporary bytes: logits of a chunk twice, and some copies of the rows."""
     queries, references = visited(work, mode, ranks)
     if references == 0:
         return 2 * FLOAT * queries
     own, dim = work.batch / ranks * work.dim, work.dim
-    logits = 2 * queries * chunk(queries, references)
+    logits = 2 * queries * chunk(work, mode, ranks, device)
     peak = max(4 * own + logits, 6 * own)
     if mode.sharded:
         wide = queries * (dim + 6)
@@ -249,27 +250,29 @@ def temporaries(work: Workload, mode: Mode, ranks: int) -> float:
     return FLOAT * references * dim + max(2 * INTEGER * work.count, FLOAT * peak)
 
 
-def row_visits(work: Workload, mode: Mode, ranks: int) -> float:
+def row_visits(work: Workload, mode: Mode, ranks: int, device: str) -> float:
     """Return the numbers of all queries, once for each chunk."""
     queries, references = visited(work, mode, ranks)
-    return math.ceil(references / chunk(queries, references)) * queries * work.dim
+    return math.ceil(references / chunk(work, mode, ranks, device)) * queries * work.dim
 
 
-def matrices(work: Workload, mode: Mode, ranks: int) -> float:
+def matrices(work: Workload, mode: Mode, ranks: int, device: str) -> float:
     """Return bytes of both products: references twice, and the queries' rows in each chunk."""
     _, references = visited(work, mode, ranks)
     if references == 0:
         return 0
-    return 2 * FLOAT * references * work.dim + PRODUCT_PASSES * row_visits(work, mode, ranks)
+    return 2 * FLOAT * references * work.dim + PRODUCT_PASSES * row_visits(
+        work, mode, ranks, device
+    )
 
 
-def passes(work: Workload, mode: Mode, ranks: int) -> float:
+def passes(work: Workload, mode: Mode, ranks: int, device: str) -> float:
     """Return bytes of everything else: passes over logits and rows, copies."""
     queries, references = visited(work, mode, ranks)
     if references == 0:
         return 2 * FLOAT * queries
     moved = queries * references * (LOGIT_PASSES + LABEL_PASSES * work.label)
-    moved += DECAY_PASSES * row_visits(work, mode, ranks)
+    moved += DECAY_PASSES * row_visits(work, mode, ranks, device)
     moved += OWN_PASSES * work.batch / ranks * work.dim
     if mode.sharded:
         moved += SHARED_PASSES * queries * work.dim
@@ -280,17 +283,17 @@ def passes(work: Workload, mode: Mode, ranks: int) -> float:
     return moved
 
 
-def cost(work: Workload, mode: Mode, ranks: int) -> Cost:
+def cost(work: Workload, mode: Mode, ranks: int, device: str = "cuda") -> Cost:
     """Return all costs for 2 or more ranks."""
     queries, references = visited(work, mode, ranks)
     return Cost(
         bank=bank(work, mode, ranks),
         fill_peak=fill_peak(work, mode, ranks),
         fill_sent=fill_traffic(work, mode, ranks).sent(ranks),
-        temporaries=temporaries(work, mode, ranks),
+        temporaries=temporaries(work, mode, ranks, device),
         sent=step_traffic(work, mode, ranks).sent(ranks),
         flop=4 * queries * references * work.dim,
-        moved=matrices(work, mode, ranks) + passes(work, mode, ranks),
+        moved=matrices(work, mode, ranks, device) + passes(work, mode, ranks, device),
     )
 
 
@@ -298,9 +301,9 @@ def seconds(work: Workload, mode: Mode, on: Machine) -> float:
     """Return what STF adds to a step: products, then passes over memory, then communication."""
     hbm = on.hbm * on.bandwidth_efficiency
     compute = cost(work, mode, on.gpus).flop / (on.float32 * on.matmul_efficiency)
-    products = max(compute, matrices(work, mode, on.gpus) / hbm)
+    products = max(compute, matrices(work, mode, on.gpus, "cuda") / hbm)
     link = step_traffic(work, mode, on.gpus).seconds(on)
-    return products + passes(work, mode, on.gpus) / hbm + link
+    return products + passes(work, mode, on.gpus, "cuda") / hbm + link
 
 
 def _in_place_flop(into: Any, left: Any, right: Any, **options: Any) -> int:
@@ -514,7 +517,7 @@ def compare(ranks: int = 2) -> None:
     modes = [replace(mode, references=256) if mode.references == 4096 else mode for mode in MODES]
     rows = [["", *(field.name for field in fields(Cost))]]
     for mode, found in zip(modes, on_processes(work, modes, ranks), strict=True):
-        expected = cost(work, mode, ranks)
+        expected = cost(work, mode, ranks, "cpu")
         check(found, expected)
         pairs = zip(astuple(found), astuple(expected), strict=True)
         rows.append([str(mode), *(f"{a / 1e3:,.1f} / {b / 1e3:,.1f}" for a, b in pairs)])

@@ -252,7 +252,7 @@ def measure_variance(results: Results, teacher: FrozenTeacher, step: int, quick:
 
 
 def measure_seconds(results: Results, teacher: FrozenTeacher, size: int, rounds: int) -> None:
-    """Measure the CPU seconds of whole steps in turn, medians; the machine may do other work.
+    """Measure the CPU seconds of whole steps in turn, medians, whatever else the machine does.
 
     Blocks of five rounds are the repetitions of the ratio of (2,1) to (1,8).
     """
@@ -355,13 +355,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/score_distillation"))
     arguments = parser.parse_args()
     quick, folder = arguments.quick, arguments.folder
+    torch.set_num_threads(1)  # CPU seconds are then those of the work
     results = Results(folder / "results.csv")
     teacher = trained_teacher(folder, 4 if quick else 420)
-    steps, sizes = ([2], [2]) if quick else ([60, 150], [8, 16])
+    steps, sizes = ([2], [2]) if quick else ([60, 150], [5, 8, 16])
     for step in steps:
         measure_variance(results, teacher, step, quick)
     for size in sizes:
-        measure_seconds(results, teacher, size, 10 if quick else 50)
+        measure_seconds(results, teacher, size, 10 if quick else 100)
     measure_quality(results, teacher, 1 if quick else 2, 2 if quick else 150)
     report(results, steps, sizes, folder / "score_distillation.png")
 

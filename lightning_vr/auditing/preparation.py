@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning.pytorch import Trainer
 
@@ -31,11 +31,15 @@ from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.noisy_losses import DrawnLoss
 from lightning_vr.training.reference_bank import (
     compare_by_reading_again,
+    map_references,
     read_references,
     set_references,
 )
 from lightning_vr.training.training_checks import check_derivatives
 from lightning_vr.variance.gradient_measurement import Source
+
+Kind: TypeAlias = tuple[bool, str]
+"""Whether a bank is sharded, and its dtype."""
 
 _LEAST_SEEN = 16
 """Draws that each bin of a learned proposal must have had: twice as many as make it leave p."""
@@ -78,15 +82,18 @@ def fill_targets(
         return {c.name: "training samples do not come equally often" for c in needs}
 
     skipped: dict[str, str] = {}
-    data: dict[bool, Clean | None] = {}
-    banks: dict[bool, Bank] = {}
+    data: dict[Kind, Clean | None] = {}
+    banks: dict[Kind, Bank] = {}
     for candidate in sorted(needs, key=lambda c: c.target is not None and c.target.sharded):
         assert candidate.target is not None
-        sharded = candidate.target.sharded
-        if sharded not in data:
-            data[sharded] = read_references(module, trainer, is_shard=sharded)
-        reason = _fill(candidate.target, data[sharded], banks)
-        is_unindexed = reason is None and getattr(data[sharded], "index", None) is None
+        if isinstance(candidate.target, STF) and candidate.target.storage == "data":
+            map_references(module, trainer, candidate.target)
+            continue
+        kind = _kind(candidate.target)
+        if kind not in data:
+            data[kind] = read_references(module, trainer, target=candidate.target)
+        reason = _fill(candidate.target, data[kind], banks)
+        is_unindexed = reason is None and getattr(data[kind], "index", None) is None
         if is_unindexed and isinstance(candidate.target, STF):
             compare_by_reading_again(module, trainer, candidate.target)
         if reason is not None:
@@ -94,18 +101,23 @@ def fill_targets(
     return skipped
 
 
-def _fill(target: Target, data: Clean | None, banks: dict[bool, Bank]) -> str | None:
+def _kind(target: Target) -> Kind:
+    """Return what targets with the same bank have in common."""
+    return target.sharded, target.dtype if isinstance(target, STF) else "float32"
+
+
+def _fill(target: Target, data: Clean | None, banks: dict[Kind, Bank]) -> str | None:
     """Give a target its references, prepared once for all STFs; return why it cannot have any."""
     if data is None:
         return "samples have a condition beyond class labels"
     if data.index is None and getattr(target, "references", None) == "all":
         return "batches carry no sample indices"
-    if isinstance(target, STF) and target.sharded in banks:
-        target.set_bank(banks[target.sharded], indexed=data.index is not None)
+    if isinstance(target, STF) and _kind(target) in banks:
+        target.set_bank(banks[_kind(target)], indexed=data.index is not None)
         return None
     set_references(target, data)
     if isinstance(target, STF) and target.bank is not None:
-        banks[target.sharded] = target.bank
+        banks[_kind(target)] = target.bank
     return None
 
 

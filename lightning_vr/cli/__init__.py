@@ -9,7 +9,7 @@ take effect together with a checkpoint is an error. ``predict`` draws samples an
 wrong setting is one line on stderr. The room may import every other one.
 """
 
-from lightning_vr.cli.entry_point import main
+from lightning_vr.cli.entry_point import main, run
 from lightning_vr.cli.vr_cli import VRCLI
 
-__all__ = ["VRCLI", "main"]
+__all__ = ["VRCLI", "main", "run"]

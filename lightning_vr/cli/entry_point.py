@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import traceback
+from multiprocessing import parent_process
 from typing import NoReturn
 
 from lightning.pytorch.cli import ArgsType
@@ -32,11 +33,30 @@ def main(args: ArgsType = None) -> None:
             process is asked to stop, with status 143 where it is the main one of its node, with 0
             elsewhere.
     """
+    _run(args)
+
+
+def run() -> None:
+    """Run the command line as all that a process does.
+
+    Sharded weights keep process groups, and gloo's threads then abort the interpreter now and then
+    while it ends (1 of 36 times): the process leaves before that.
+    """
+    is_sharded = _run(None)
+    # who has forked this process waits for its result, and ends it without an interpreter's end
+    if is_sharded and parent_process() is None:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _run(args: ArgsType) -> bool:
+    """Run the command line, and return whether weights were sharded over several processes."""
     try:
         trainer, count = VRCLI(args=args).trainer, process_count()
         destroy_process_group()
-        if count > 1 and isinstance(trainer.strategy, ShardedStrategy):
-            _leave_with_threads()
+        return count > 1 and isinstance(trainer.strategy, ShardedStrategy)
     except BaseException as error:
         # an interrupt of one process alone is left to Python
         if isinstance(error, Exception | SIGTERMException) or process_count() > 1:
@@ -77,17 +97,6 @@ def _end(error: BaseException, *, is_fit: bool) -> None:
 def _is_stop_of_another(error: BaseException) -> bool:
     """Return whether a process that this one has forked was stopped."""
     return isinstance(error, ProcessExitedException) and error.exit_code == _STOPPED
-
-
-def _leave_with_threads() -> NoReturn:
-    """End this process, which is done, before the interpreter ends beneath gloo's threads.
-
-    Sharded weights keep process groups, whose threads then abort it now and then (1 of 36 times).
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _leave_with_traceback(error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""Devices: where a module is, what dtypes there are, seconds of a call, compiled networks."""
+"""Devices: where a module is, its dtypes, numbers that are awaited, seconds, compiled networks."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +9,28 @@ import torch
 from torch import Tensor, nn
 
 _Found = TypeVar("_Found")
+
+
+class PendingNumber:
+    """A number on its way from its device to the host, which goes on meanwhile.
+
+    Args:
+        x: One number, on any device.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._host, self._event = x, None
+        if x.device.type == "cuda":
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(x.device))
+
+    def value(self) -> float:
+        """Wait until the number has arrived and return it; later work is not waited for."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.item()
 
 
 def timed(function: Callable[[], _Found], device: torch.device) -> tuple[_Found, float]:

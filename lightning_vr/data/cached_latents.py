@@ -151,6 +151,14 @@ class LatentDataset(SampleDataset):
         """Draw latents anew."""
         self._version.copy_(torch.tensor([seed, epoch]))
 
+    def stored_samples(self) -> tuple[list[Tensor], Tensor | None] | None:
+        """Return the posteriors' means and labels, unless latents are drawn."""
+        if self.posterior == "sample":
+            return None
+        shards = [self._open(number) for number in range(len(self._shards))]
+        labels = [columns["label"] for columns in shards if "label" in columns]
+        return [columns["mean"] for columns in shards], torch.cat(labels) if labels else None
+
     def standard_deviation(self) -> float:
         """Return that of all entries: over the draws, if latents are drawn."""
         return self.index.sums[self.split].standard_deviation(self.posterior)

@@ -34,6 +34,14 @@ class SampleDataset(Dataset[Sample], ABC):
             epoch: Number of the epoch.
         """
 
+    def stored_samples(self) -> tuple[list[Tensor], Tensor | None] | None:
+        """Return samples and labels as files hold them, mapped into memory, in order.
+
+        Returns:
+            Parts ``(m, *)`` and labels ``(n,)`` or None; None if samples are made when read.
+        """
+        return None
+
     @abstractmethod
     def __len__(self) -> int: ...
 

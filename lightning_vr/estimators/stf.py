@@ -24,11 +24,12 @@ from torch import Tensor
 from lightning_vr.core.distributed import gather_rows, rank, row_counts, world_size
 from lightning_vr.core.rng import generator as keyed_generator
 from lightning_vr.core.types import Clean, Noised, TargetEstimate
-from lightning_vr.core.validation import check_at_least
+from lightning_vr.estimators.stf_arguments import check_references, check_storage
 from lightning_vr.estimators.targets import Target, own_sample
 from lightning_vr.posterior.posterior_mean import posterior_mean
 from lightning_vr.posterior.references import References
 from lightning_vr.posterior.sharded_references import Bank, ShardedReferences, distances_to_copies
+from lightning_vr.posterior.stored_references import StoredDtype, StoredReferences, as_stored
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,13 @@ class STF(Target):
         sharded: Whether each of W ranks holds 1/W of the bank and answers the queries of all. The
             target is the same; a step needs more communication and less memory. With a number of
             references all ranks then draw the same ones.
+        dtype: How the bank is kept. ``"bfloat16"`` halves it, and biases the target by less than
+            the rounding of its references (``posterior/stored_references.py`` gives the bound);
+            ``"uint8"`` is for pixels in [-1, 1], and exact for those of 8 bits. The own sample is
+            always the exact one.
+        storage: ``"memory"``, or ``"data"``: the bank is the files of the data set, mapped, as
+            ``CachedLatents(posterior="mean")`` has them. Then ``encode`` must return the samples as
+            they are, and ``dtype`` is that of the files.
     """
 
     def __init__(
@@ -73,13 +81,18 @@ class STF(Target):
         min_noise_level: float | Literal["auto"] = 0.0,
         chunk_size: int | None = None,
         sharded: bool = False,
+        dtype: StoredDtype = "float32",
+        storage: Literal["memory", "data"] = "memory",
     ) -> None:
         super().__init__()
-        _check_arguments(references, min_noise_level, chunk_size, sharded)
+        check_references(references, min_noise_level, chunk_size, sharded)
+        check_storage(references, dtype, storage)
         self.references = references
         self.min_noise_level = min_noise_level
         self.chunk_size = chunk_size
         self.sharded = sharded
+        self.dtype = dtype
+        self.storage = storage
         self.bank_size = (
             None if references != "batch" else _CALIBRATION * (min_noise_level == "auto")
         )
@@ -165,11 +178,16 @@ class STF(Target):
         return TargetEstimate(posterior.mean, posterior.ess, posterior.spread)
 
     def _prepare(self, samples: Clean, is_shard: bool) -> Bank:
-        if not self.sharded or world_size() == 1:
-            return References.prepare(samples.x0, samples.labels)
-        if not is_shard:
+        is_split = self.sharded and world_size() > 1
+        if is_split and not is_shard:
             samples = samples.rows(slice(rank(), None, world_size()))
-        return ShardedReferences.prepare(samples.x0, samples.labels, in_place=is_shard)
+        if self.dtype != "float32":
+            x0, labels = as_stored(samples.x0, self.dtype), samples.labels
+            prepare = ShardedReferences.stored if is_split else StoredReferences.prepare
+            return prepare([x0], labels)
+        if is_split:
+            return ShardedReferences.prepare(samples.x0, samples.labels, in_place=is_shard)
+        return References.prepare(samples.x0, samples.labels)
 
     def _draw_references(
         self, noised: Noised, clean: Clean, generator: torch.Generator
@@ -212,7 +230,7 @@ class STF(Target):
                 f"STF(references={self.references!r}) has no bank, which `fit` fills: in a loop of "
                 f"your own call `target.fill(x0, group, indexed=True)` with the encoded data set."
             )
-        if self.bank.local.rows.device != device:
+        if self.bank.local.centre.device != device:
             self.bank = self.bank.to(device)
         return self.bank
 
@@ -267,7 +285,7 @@ class STF(Target):
 
     def _mixing_noise_level(self, references: Bank, queries: int = 64) -> float:
         """Return the noise level where others have ``_MIXING`` of the weight on average."""
-        source = keyed_generator("mixing noise level", device=references.local.rows.device)
+        source = keyed_generator("mixing noise level", device=references.local.centre.device)
         count = len(references) if self.references in ("batch", "all") else int(self.references)
         order = torch.randperm(len(references), generator=source, device=source.device)
         some = references.take(references.from_rank_zero(order[:count]))
@@ -288,31 +306,3 @@ class STF(Target):
             is_mixing = float(others) / len(row) > _MIXING
             low, high = (low, middle) if is_mixing else (middle, high)
         return math.exp(low)
-
-
-def _check_arguments(
-    references: int | str, min_noise_level: float | str, chunk_size: int | None, sharded: bool
-) -> None:
-    if isinstance(references, str):
-        is_valid = references in ("batch", "all")
-    else:
-        is_valid = isinstance(references, int) and references >= 1
-    if not is_valid:
-        raise ValueError(
-            f"`references` must be 'batch', 'all' or a number of 1 or more, got {references!r}: "
-            f"use 'batch' if in doubt."
-        )
-    if min_noise_level != "auto" and not (
-        isinstance(min_noise_level, (int, float)) and 0 <= min_noise_level < math.inf
-    ):
-        raise ValueError(
-            f"`min_noise_level` must be 'auto' or a finite number of 0 or more, got "
-            f"{min_noise_level!r}: use 0.0 for references at all noise levels."
-        )
-    if chunk_size is not None:
-        check_at_least("chunk_size", chunk_size, 1)
-    if sharded and references == "batch":
-        raise ValueError(
-            "`sharded` must be False with references='batch', which keeps no bank, got True: use "
-            "'all' or a number of references, or leave it out."
-        )

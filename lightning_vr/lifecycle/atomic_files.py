@@ -126,7 +126,9 @@ def _remove_abandoned(partial: Path) -> bool:
         return False
     try:
         with suppress(OSError):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            # it may have been renamed meanwhile, and be another one's
+            if os.path.samestat(os.fstat(lock), partial.stat()):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     finally:
         os.close(lock)
     return not partial.exists()

@@ -29,8 +29,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_vr.core.distributed import SynchronizedError, gather_objects, rank, world_size
 from lightning_vr.lifecycle.atomic_files import remove_abandoned, replacing
-from lightning_vr.lifecycle.finite_guard import first_broken_weight
 from lightning_vr.lifecycle.loggers import is_training, run_folder
+from lightning_vr.lifecycle.nonfinite_cause import first_broken_weight
 from lightning_vr.lifecycle.sharded_checkpoints import gathered, is_sharded_folder, load_folder
 
 

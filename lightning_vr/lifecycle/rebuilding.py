@@ -6,7 +6,7 @@ networks are is looked at before they are built.
 
 import functools
 import inspect
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from lightning_vr.lifecycle.own_state import BASE, STATE
 from lightning_vr.lifecycle.trust import Trust
 
 _Module = TypeVar("_Module", bound=LightningModule)
+_Arguments = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,11 @@ def load_module(
     kind = class_to_load(cls, saved.class_path, trusted)
     saved.check_complete(path, given)
     described = saved.checked(kind, trusted, saved.described.keys() - given.keys())
+    # parsed once, for the check and for the module: it takes longer than all else
+    arguments = functools.cache(lambda: _arguments(kind, described, given, trusted))
     if not given:
-        check_size(kind, described, checkpoint, trusted, strict)
-    module = _build(kind, described, given, trusted)
+        _check_size(kind, described, checkpoint, trusted, strict, arguments)
+    module = _build(kind, described, trusted, arguments)
 
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
@@ -119,7 +122,6 @@ def check_size(
     described: dict[str, Any],
     checkpoint: dict[str, Any],
     trust: Trust,
-    strict: bool | None = None,
 ) -> None:
     """Raise if a module would need more memory than its checkpoint, and does not fit it either.
 
@@ -129,11 +131,24 @@ def check_size(
     Raises:
         ValueError: With the first weight that differs, and both shapes.
     """
+    arguments = functools.partial(_arguments, kind, described, {}, trust)
+    _check_size(kind, described, checkpoint, trust, None, arguments)
+
+
+def _check_size(
+    kind: type[LightningModule],
+    described: dict[str, Any],
+    checkpoint: dict[str, Any],
+    trust: Trust,
+    strict: bool | None,
+    parsed: Callable[[], _Arguments],
+) -> None:
     if checkpoint.get(STATE, {}).get(BASE) is not None:
         return  # it holds an adapter alone, and its network is given
     try:
+        build = parsed()
         with torch.device("meta"):
-            arguments = _arguments(kind, described, {}, trust)
+            arguments = build()
         networks = [value for value in arguments.values() if isinstance(value, nn.Module)]
         if sum(_size(each.state_dict()) for each in networks) <= _size(checkpoint["state_dict"]):
             return
@@ -178,10 +193,10 @@ def _subclasses(cls: type[_Module]) -> list[type[_Module]]:
 
 
 def _build(
-    kind: type[_Module], described: dict[str, Any], given: dict[str, Any], trust: Trust
+    kind: type[_Module], described: dict[str, Any], trust: Trust, parsed: Callable[[], _Arguments]
 ) -> _Module:
     try:
-        arguments = _arguments(kind, described, given, trust)
+        arguments = parsed()()
         with reload(kind, described):
             return kind(**arguments)
     except Exception as error:  # whatever a constructor makes of the arguments in a file
@@ -194,15 +209,20 @@ def _build(
 
 def _arguments(
     kind: type[LightningModule], described: dict[str, Any], given: dict[str, Any], trust: Trust
-) -> dict[str, Any]:
-    """Return the constructor's arguments: those that are described as objects, and those given."""
+) -> _Arguments:
+    """Return what builds the constructor's arguments: those that are described, and those given."""
     partials = {name: _partial(value, trust) for name, value in described.items()}
     given = {name: value for name, value in partials.items() if value is not None} | given
     parsed = {name: value for name, value in described.items() if name not in given}
     known: type = kind
     parser = _parser(known, frozenset(parsed), frozenset(given))
-    built = parser.instantiate(parser.parse_object(parsed)).as_dict()
-    return {name: built[name] for name in parsed} | given
+    settings = parser.parse_object(parsed)
+
+    def build() -> dict[str, Any]:
+        built = parser.instantiate(settings).as_dict()
+        return {name: built[name] for name in parsed} | given
+
+    return build
 
 
 @functools.lru_cache(maxsize=16)  # to read signatures and docstrings takes most of the time

@@ -48,7 +48,7 @@ from lightning_vr.lifecycle.epoch_length import (
     check_validation_batches,
     equalize_epoch_length,
 )
-from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite, skip_step
+from lightning_vr.lifecycle.finite_guard import FiniteGuard, OnNonFinite
 from lightning_vr.lifecycle.loggers import warn_on_logger_errors
 from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.rebuilding import load_module
@@ -145,7 +145,7 @@ class ResumableModule(KeyedModule, LightningModule):
             self._resuming.end(self.trainer)
             self._averages.keep(self.trainer, self)
         finish_checkpoints(self.trainer)
-        self._guard.check_end(self)
+        self._guard.check_end(self.trainer, self)
 
     def on_train_epoch_start(self) -> None:
         """Look at the lengths of loaders that were made anew."""
@@ -173,8 +173,7 @@ class ResumableModule(KeyedModule, LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Raise, or leave the step out, if a number is not finite."""
-        if not self._guard.check(self.trainer, self):
-            skip_step(self.trainer, self, optimizer)
+        if not self._guard.guard(self.trainer, self, optimizer):
             self.log("train/skipped_steps", float(self._guard.skipped))
         self._resuming.marks.is_stepping = True
 
@@ -243,7 +242,7 @@ class ResumableModule(KeyedModule, LightningModule):
         if self._is_fitting or self._has_fitted:
             self._averages.complete(self.trainer, self, checkpoint)
             state |= self._resuming.state(self, checkpoint)
-            state |= {"is_averaged": is_averaged(self.trainer), "skipped": self._guard.skipped}
+            state |= {"is_averaged": is_averaged(self.trainer), "skipped": self._guard.count()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what ``on_save_checkpoint`` kept, to resume a fit.

@@ -78,7 +78,7 @@ def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
         reasons = [each for each in gather_objects(error) if each is not None]
         if reasons:
             raise OSError(reasons[0])
-        _on_rank_zero(lambda: replace_by_hidden_folder(path))
+        _on_rank_zero(lambda: _put_in_place(path))
 
 
 def load_folder(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
@@ -158,6 +158,17 @@ def _read(path: Path) -> Any:
             f"`ckpt_path` must be a checkpoint that loads safely, but its file {path} does not "
             f"({type(error).__name__}): use another checkpoint."
         ) from error
+
+
+def _put_in_place(path: Path) -> None:
+    files = (hidden_folder(path) / _file(number) for number in range(world_size()))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise OSError(
+            f"{', '.join(missing)} of other nodes is not in {path.parent}: use a folder that all "
+            f"nodes share, or one file, save_distributed_checkpoint=False"
+        )
+    replace_by_hidden_folder(path)
 
 
 def _file(number: int) -> str:

@@ -19,8 +19,8 @@ from lightning_vr.core.distributed import gather_objects, ranks_save_together
 from lightning_vr.core.sharding import placed_like, shard
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.checkpoint_io import DurableCheckpointIO
-from lightning_vr.lifecycle.finite_guard import first_broken_weight
 from lightning_vr.lifecycle.loggers import is_training
+from lightning_vr.lifecycle.nonfinite_cause import first_broken_weight
 from lightning_vr.lifecycle.sharded_checkpoints import (
     gathered,
     is_sharded_folder,

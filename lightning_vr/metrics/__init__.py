@@ -11,15 +11,18 @@ from lightning_vr.metrics.features import (
     RandomConvFeatures,
 )
 from lightning_vr.metrics.frechet_metric import FrechetMetric, frechet_distance
+from lightning_vr.metrics.image_classifier import ClassifierFeatures, ImageClassifier
 from lightning_vr.metrics.kernel_distance import kernel_distance
 from lightning_vr.metrics.memorisation import Memorisation, memorisation
 from lightning_vr.metrics.precision_recall import precision_recall
 
 __all__ = [
+    "ClassifierFeatures",
     "DigitFeatures",
     "Features",
     "FrechetMetric",
     "IdentityFeatures",
+    "ImageClassifier",
     "InceptionFeatures",
     "Memorisation",
     "RandomConvFeatures",

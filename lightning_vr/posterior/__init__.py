@@ -6,10 +6,12 @@ A softmax streamed over references, which are prepared once and may be sharded o
 from lightning_vr.posterior.posterior_mean import Posterior, posterior_mean
 from lightning_vr.posterior.references import References
 from lightning_vr.posterior.sharded_references import ShardedReferences
+from lightning_vr.posterior.stored_references import StoredReferences
 
 __all__ = [
     "Posterior",
     "References",
     "ShardedReferences",
+    "StoredReferences",
     "posterior_mean",
 ]

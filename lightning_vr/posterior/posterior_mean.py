@@ -22,7 +22,8 @@ a query adds ``own``, of which the others know only the logit.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ from lightning_vr.core.validation import check_at_least, check_positive, check_s
 from lightning_vr.posterior.low_noise import rough_offset
 from lightning_vr.posterior.references import PlainReferences, References, columns
 from lightning_vr.posterior.sharded_references import Bank, ShardedReferences, sums_over_ranks
+from lightning_vr.posterior.stored_references import StoredReferences
 from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums
+
+Prepared: TypeAlias = Bank | PlainReferences
 
 
 class Posterior(NamedTuple):
@@ -74,8 +78,8 @@ def posterior_mean(
         xt: Noised samples ``(B, *)``.
         alpha: Scale of the sample, ``(B,)`` or a number.
         sigma: Scale of the noise, ``(B,)`` or a number, positive.
-        references: ``(n, *)``, or prepared by ``References.prepare`` for many calls, or sharded
-            over ranks by ``ShardedReferences.prepare``.
+        references: ``(n, *)``, or prepared by ``References.prepare`` for many calls, kept as stored
+            by ``StoredReferences.prepare``, or sharded over ranks by ``ShardedReferences``.
         own: The samples that made x_t ``(B, *)``: each a reference of its own row, besides
             ``references``.
         exclude: For each row the position of one reference that it must not use ``(B,)``, int64,
@@ -139,7 +143,8 @@ def _finish(
     own_weight = torch.exp(queries.own_logit - sums.maximum)
     weight = sums.weight + own_weight
 
-    shift = (sums.rows - sums.weight[:, None] * pivot) / weight[:, None]
+    shift = sums.weight[:, None] * pivot.expand_as(sums.rows)
+    shift = torch.sub(sums.rows, shift, out=shift).div_(weight[:, None])
     ess = weight**2 / (sums.weight_squared + own_weight**2)
     second = sums.squared_norms - 2 * torch.linalg.vecdot(pivot, sums.rows)
     second = (second + sums.weight * pivot_norm) / weight
@@ -163,9 +168,7 @@ def _check_every_row_has_a_reference(count: Tensor, query_group: Tensor) -> None
         )
 
 
-def _as_references(
-    xt: Tensor, references: Tensor | Bank, group: Tensor | None
-) -> References | PlainReferences | ShardedReferences:
+def _as_references(xt: Tensor, references: Tensor | Bank, group: Tensor | None) -> Prepared:
     if isinstance(references, ShardedReferences):
         if group is not None:
             raise ValueError(
@@ -173,10 +176,8 @@ def _as_references(
                 "their own: give it to `ShardedReferences.prepare`."
             )
         return references
-    if isinstance(references, References):
-        if group is None:
-            return references
-        return References(references.rows, references.squared_norms, references.centre, group)
+    if isinstance(references, References | StoredReferences):
+        return references if group is None else replace(references, group=group)
     check_samples("references", references)
     return PlainReferences(references.flatten(1), group, _work_dtype(xt.dtype, references.dtype))
 
@@ -193,7 +194,7 @@ def _per_row(value: Tensor | float, xt: Tensor, dtype: torch.dtype) -> Tensor:
 def _check(
     xt: Tensor,
     sigma: Tensor | float,
-    references: References | PlainReferences | ShardedReferences,
+    references: Prepared,
     own: Tensor | None,
     query_group: Tensor | None,
     chunk_size: int | None,

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from lightning_vr.core.validation import check_samples
 
-_COPY_ELEMENTS = 1 << 21
-_LOGIT_ELEMENTS = 1 << 20
+_ON_CPU = (1 << 20, 3 << 21)
+"""Most logits, and numbers of references, in a chunk: these stay in the cache for both products."""
+
+_ON_ACCELERATOR = (1 << 24, 1 << 27)
+"""The same where each chunk costs a launch of every kernel, and memory is large."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class References:
         self, size: int | None, queries: int, dtype: torch.dtype
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield ``(start, rows, squared_norms)`` of consecutive references."""
-        size = size or max(1, _LOGIT_ELEMENTS // max(1, queries))
+        size = size or chunk_length(queries, self.rows.shape[1], self.rows.device)
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield start, self.rows[part].to(dtype), self.squared_norms[part].to(dtype)
@@ -122,15 +125,19 @@ class PlainReferences:
         self, size: int | None, queries: int, dtype: torch.dtype
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield ``(start, rows, squared_norms)`` of consecutive references."""
-        copied = 0 if self.is_centred else self.x.shape[1]
-        limit = min(_LOGIT_ELEMENTS // max(1, queries), _COPY_ELEMENTS // max(1, copied))
-        size = min(len(self), size or max(1, limit))
+        size = min(len(self), size or chunk_length(queries, self.x.shape[1], self.x.device))
         copy = self.x.new_empty(0 if self.is_centred else size, self.x.shape[1], dtype=dtype)
         for start in range(0, len(self), size):
             rows = self.x[start : start + size]
             if not self.is_centred:
                 rows = torch.sub(rows, self.centre, out=copy[: len(rows)])
             yield start, rows, torch.linalg.vector_norm(rows, dim=1).square_()
+
+
+def chunk_length(queries: int, dim: int, device: torch.device) -> int:
+    """Return how many references to compare with the queries at a time, by default."""
+    logits, numbers = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
+    return max(1, min(logits // max(1, queries), numbers // max(1, dim)))
 
 
 def flat_rows(x: Tensor) -> Tensor:

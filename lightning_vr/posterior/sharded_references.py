@@ -7,6 +7,7 @@ set is in row ``p // W`` on rank ``p % W``, the rank that has read it. A subset 
 their ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -24,6 +25,7 @@ from lightning_vr.core.distributed import (
 )
 from lightning_vr.core.validation import check_samples
 from lightning_vr.posterior.references import References, columns, flat_rows
+from lightning_vr.posterior.stored_references import StoredReferences, mean_of_some
 from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums
 
 
@@ -37,7 +39,7 @@ class ShardedReferences:
         size: n, the number of references on all ranks.
     """
 
-    local: References
+    local: References | StoredReferences
     positions: Tensor
     size: int
 
@@ -68,6 +70,19 @@ class ShardedReferences:
         rows = flat.sub_(centre) if in_place else flat - centre
         return cls(References.centred(rows, centre, group), positions, size)
 
+    @classmethod
+    def stored(cls, x: Sequence[Tensor], group: Tensor | None = None) -> "ShardedReferences":
+        """Keep this rank's references as they are stored; all ranks must call it.
+
+        Args:
+            x: References ``rank, rank + W, ...`` of all, in order, ``(m, *)`` each.
+            group: Their labels ``(m,)`` or ``(m, k)``, or None.
+        """
+        centre = all_reduce_sum(mean_of_some([part.flatten(1) for part in x])) / world_size()
+        local = StoredReferences.prepare(x, group, centre)
+        size = int(all_reduce_sum(torch.tensor(len(local), device=centre.device)))
+        return cls(local, torch.arange(rank(), size, world_size(), device=centre.device), size)
+
     def __deepcopy__(self, memo: dict[int, object]) -> "ShardedReferences":
         return self  # references are never changed: copies of a module share them
 
@@ -90,6 +105,7 @@ class ShardedReferences:
 
     def at_origin(self) -> "ShardedReferences":
         """Return the references moved so that their centre is the origin."""
+        assert isinstance(self.local, References)  # stored ones are taken first
         return replace(self, local=self.local.at_origin())
 
     def take(self, index: Tensor) -> "ShardedReferences":
@@ -103,7 +119,7 @@ class ShardedReferences:
         return replace(self, local=self.local.to(device), positions=self.positions.to(device))
 
 
-Bank: TypeAlias = References | ShardedReferences
+Bank: TypeAlias = References | StoredReferences | ShardedReferences
 """References prepared for many calls, all on each rank or sharded over the ranks."""
 
 
@@ -122,7 +138,7 @@ def distances_to_copies(bank: Bank, x: Tensor, positions: Tensor | None) -> Tens
     local = bank.local
     row = _nearest_rows(local, x) if positions is None else bank.rows_at(positions.to(x.device))
     here = row >= 0
-    copies = local.rows[row[here]] + local.centre
+    copies = local.take(row[here]).rows + local.centre
     norm = torch.sqrt(local.squared_norms.mean() + torch.linalg.vecdot(local.centre, local.centre))
     distance: Tensor = torch.linalg.vector_norm(flat_rows(x)[here] - copies, dim=1) / norm
     return distance
@@ -175,6 +191,12 @@ def _gathered(references: ShardedReferences, queries: Queries) -> tuple[list[int
     return counts, Queries(numbers[:, 3:], curvature, offset, own_logit, excluded, group)
 
 
-def _nearest_rows(references: References, x: Tensor) -> Tensor:
-    centred = flat_rows(x).to(references.rows) - references.centre
-    return (0.5 * references.squared_norms - centred @ references.rows.mT).argmin(1)
+def _nearest_rows(references: References | StoredReferences, x: Tensor) -> Tensor:
+    centred = flat_rows(x).to(references.centre) - references.centre
+    least = torch.full_like(centred[:, 0], torch.inf)
+    nearest = torch.zeros_like(least, dtype=torch.int64)
+    for start, rows, norms in references.chunks(None, len(centred), centred.dtype):
+        length, row = (0.5 * norms - centred @ rows.mT).min(1)
+        nearest = torch.where(length < least, start + row, nearest)
+        least = torch.minimum(length, least)
+    return nearest

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_vr.posterior.low_noise import LowNoiseRows
 from lightning_vr.posterior.references import PlainReferences, References, columns
+from lightning_vr.posterior.stored_references import StoredReferences
 
 _NEGLIGIBLE = -60.0
 """Log weight relative to the largest below which a weight is set to zero."""
@@ -84,7 +85,10 @@ class SoftmaxSums:
 
     @classmethod
     def over(
-        cls, references: References | PlainReferences, queries: Queries, chunk_size: int | None
+        cls,
+        references: References | PlainReferences | StoredReferences,
+        queries: Queries,
+        chunk_size: int | None,
     ) -> "SoftmaxSums":
         """Sum over references, ``chunk_size`` at a time."""
         a, b, c, d = (torch.zeros_like(queries.own_logit) for _ in range(4))

@@ -5,13 +5,11 @@ It is the pilot of training (``training.resamples_pilot``) on gradients by the s
 of views stay together, so that what they save counts as less variance between views.
 """
 
-from functools import partial
 from typing import Any
 
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.lifecycle.run_context import RunContext
-from lightning_vr.teachers.noisy_distillation import NoisyDistillation
 from lightning_vr.training.resamples_pilot import ResamplesPilot
 
 
@@ -51,4 +49,4 @@ def distillation_pilot(module: Any, run: RunContext) -> DistillationPilot | None
     if not isinstance(draws, CARV) or draws.resamples != "auto":
         return None
     rows = 1 if module.views is None else module.views.rows
-    return DistillationPilot(module, draws, run, partial(NoisyDistillation, module), rows)
+    return DistillationPilot(module, draws, run, module.noisy_loss, rows)

@@ -62,7 +62,7 @@ class DistributionMatching(EstimatorModule):
     """Trains a one-step student on the difference of a teacher's and a fake model's scores.
 
     Of a batch it takes the shape, the labels and the condition: the data itself plays no part.
-    On several processes use ``strategy="ddp_find_unused_parameters_true"``.
+    On several processes use ``strategy="ddp_find_unused_parameters_true"``, or ``"sharded"``.
 
     Args:
         teacher: The teacher. It is in no checkpoint: give it again when one is loaded.
@@ -154,11 +154,6 @@ class DistributionMatching(EstimatorModule):
         return self.generate(self._conditions(batch), generator(seed, "z", device=self.device))
 
     def noisy_loss(self, precision: Precision = nullcontext) -> NoisyDistillation:
-        """Return the loss with draws to draw again, of which ``GradientVariance`` finds components.
-
-        Args:
-            precision: The trainer's precision.
-        """
         return NoisyDistillation(self, precision)
 
     def check_slots(self) -> None:

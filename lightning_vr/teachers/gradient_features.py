@@ -148,17 +148,27 @@ class GradientFeatures:
             proposal.observe(v, torch.ones_like(moment), moment)
         proposal.advance()
 
-    def loss_function(self) -> Callable[[dict[str, Tensor], Any], Tensor]:
+    def loss_function(self, shape: tuple[int, ...]) -> Callable[[dict[str, Tensor], Any], Tensor]:
         """Return ``f(parameters, (x0, label))`` of one sample without a batch axis.
 
         It is what ``AttributionTask`` of dattri takes as its loss, with this model; all samples
         share their draws. ``parameters`` are those of the model by name, and a label is optional.
+
+        Args:
+            shape: Shape of a sample.
         """
+        # here and not in a vmap, which would draw anew for each sample
+        tape = self._tape(torch.zeros(1, *shape, device=device_of(self.model)))
 
         def loss(parameters: dict[str, Tensor], data: Any) -> Tensor:
             x0, *rest = data if isinstance(data, (tuple, list)) else (data,)
+            if x0.shape != shape:
+                raise ValueError(
+                    f"A sample must have the `shape` of the loss function, {tuple(shape)}, got "
+                    f"{tuple(x0.shape)}: call loss_function({tuple(x0.shape)})."
+                )
             group = rest[0][None] if rest else None
-            noised = self._shared_draws(Clean(x0[None], group))
+            noised = _on_tape(Clean(x0[None], group), tape)
             named = {f"model.{name}": x for name, x in parameters.items()}
             rows = tensors(noised)
             found: Tensor = functional_call(self._function, named, (rows,))
@@ -175,25 +185,16 @@ class GradientFeatures:
 
     def _draw(self, clean: Clean, purpose: str, number: int) -> Noised:
         if self.shared:
-            return self._shared_draws(clean)
+            return _on_tape(clean, self._tape(clean.x0[:1]))
         source = self._source(purpose, number)
         noised: Noised = self.draws(clean, self.model.objective, source)
         return noised
 
-    def _shared_draws(self, clean: Clean) -> Noised:
-        """Return draws whose times and noises are the same for each sample ``(K·B, *)``."""
-        first = Clean(torch.zeros_like(clean.x0[:1]))
-        tape = self.draws(first, self.model.objective, self._source("shared"))
-        own, count = clean.repeated(len(tape.t)), len(clean.x0)
-        t, alpha, sigma, weight, noise = (
-            torch.cat([x] * count)
-            for x in (tape.t, tape.alpha, tape.sigma, tape.weight, tape.noise)
-        )
-        xt = expand(alpha, noise) * own.x0 + expand(sigma, noise) * noise
-        noised = Noised(xt, own.x0, noise, t, alpha, sigma, weight, own.group, own.cond, own.index)
-        if tape.loss_weight is None:
-            return noised
-        return replace(noised, loss_weight=torch.cat([tape.loss_weight] * count))
+    def _tape(self, like: Tensor) -> Noised:
+        """Return the draws that samples share ``(K, *)``, for the shape of one ``(1, *)``."""
+        first, source = Clean(torch.zeros_like(like)), self._source("shared")
+        tape: Noised = self.draws(first, self.model.objective, source)
+        return tape
 
     def _gradients(self, noised: Noised, samples: int) -> Iterator[list[Tensor]]:
         """Yield gradients of some samples at a time ``(n, *)``, by parameter."""
@@ -251,6 +252,19 @@ class DrawOutput(nn.Module):
             output = network_output(model.predict, noised, model.objective)
             found = output.flatten(1).square().mean(dim=1)
         return noised.weight * found
+
+
+def _on_tape(clean: Clean, tape: Noised) -> Noised:
+    """Return draws whose times and noises are those of a tape for each sample ``(K·B, *)``."""
+    own, count = clean.repeated(len(tape.t)), len(clean.x0)
+    t, alpha, sigma, weight, noise = (
+        torch.cat([x] * count) for x in (tape.t, tape.alpha, tape.sigma, tape.weight, tape.noise)
+    )
+    xt = expand(alpha, noise) * own.x0 + expand(sigma, noise) * noise
+    noised = Noised(xt, own.x0, noise, t, alpha, sigma, weight, own.group, own.cond, own.index)
+    if tape.loss_weight is None:
+        return noised
+    return replace(noised, loss_weight=torch.cat([tape.loss_weight] * count))
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

@@ -142,11 +142,6 @@ class ScoreDistillation(TimeRange, MonitoredSchedules, EstimatorModule):
         return self.teacher.noise_residual(noised)
 
     def noisy_loss(self, precision: Precision = nullcontext) -> NoisyDistillation:
-        """Return the loss with draws to draw again, of which ``GradientVariance`` finds components.
-
-        Args:
-            precision: The trainer's precision.
-        """
         return NoisyDistillation(self, precision)
 
     def check_slots(self) -> None:
@@ -154,7 +149,6 @@ class ScoreDistillation(TimeRange, MonitoredSchedules, EstimatorModule):
         check_distillation(self.draws, self.objective)
 
     def make_resamples_pilot(self, run: RunContext) -> DistillationPilot | None:
-        """Return a pilot for draws that leave K open, else None."""
         return distillation_pilot(self, run)
 
     def prepare_training(self) -> None:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from lightning_vr.core.types import Clean, LossEstimate
+from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.lifecycle.run_context import RunContext
@@ -58,6 +59,9 @@ class EstimatorModule(ResumableModule, ABC):
         Args:
             run: The run that it trains in.
         """
+        draws = self.draws
+        if isinstance(draws, CARV) and draws.resamples == "auto":
+            return ResamplesPilot(self, draws, run, self.noisy_loss)
         return None
 
     def other_work(self, batch: Any) -> None:

@@ -50,9 +50,13 @@ from lightning_vr.training.latents import LatentDiffusionModule
 
 log = logging.getLogger(__name__)
 
-CacheDtype = Literal["float32", "float16"]
+CacheDtype = Literal["float32", "float16", "bfloat16"]
 
-_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
+_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 def cache_latents(

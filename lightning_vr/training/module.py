@@ -42,7 +42,7 @@ from lightning_vr.training.hand_over import HandOver
 from lightning_vr.training.monitors import MonitoredSchedules
 from lightning_vr.training.noisy_losses import DiffusionLoss, Precision
 from lightning_vr.training.reference_bank import fill_target, refill_target
-from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
+from lightning_vr.training.resamples_pilot import ResamplesPilot
 from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
 from lightning_vr.training.training_checks import check_ranks, check_sharded
 from lightning_vr.training.upstream import NullCondition
@@ -145,9 +145,6 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
     def check_slots(self) -> None:
         slots = self.draws, self.control_variate
         check_estimators(*slots, self.objective, self.network, self.variance)
-
-    def make_resamples_pilot(self, run: RunContext) -> ResamplesPilot | None:
-        return resamples_pilot(self, run)
 
     def on_train_epoch_start(self) -> None:
         """Fill the target's bank again if the training set is drawn anew."""

@@ -12,8 +12,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_vr.lifecycle.precision import clippable
 from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.training.training_checks import check_optimization, check_schedules
@@ -67,6 +69,11 @@ class MonitoredSchedules(ResumableModule):
         if isinstance(schedule, ReduceLROnPlateau):
             settings |= plateau_settings(schedule)
         return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clip gradients, also for a fused optimizer in bfloat16."""
+        with clippable(self.trainer, optimizer):
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
     def on_train_start(self) -> None:
         """Raise if a schedule ends before the run, or a monitored number is never logged."""

@@ -1,12 +1,16 @@
 """The target's bank: the training set, encoded once before training, or once in each epoch."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.types import Clean
+from lightning_vr.data.dataset import SampleDataset
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import Target
 from lightning_vr.lifecycle.stopping import raise_if_asked
@@ -14,10 +18,16 @@ from lightning_vr.lifecycle.training_set import (
     check_equal_chances,
     encoded_training_set,
     first_batch_again,
+    training_batches,
     training_loader,
 )
+from lightning_vr.posterior.sharded_references import Bank, ShardedReferences
+from lightning_vr.posterior.stored_references import StoredReferences, as_numbers, as_stored
 from lightning_vr.training.checks import check_clean
 from lightning_vr.training.diffusion import Diffusion
+
+_COMPARED = 16
+"""Number of samples over all ranks that are encoded, to compare them with the files."""
 
 
 @torch.no_grad()
@@ -34,7 +44,10 @@ def fill_target(model: Diffusion, trainer: Trainer) -> None:
         target.bank = None  # an earlier fit's, beside which there may be no room
     if target.bank_size is None:
         check_equal_chances(trainer)
-    clean = read_references(model, trainer, target.bank_size, is_shard=target.sharded)
+    if isinstance(target, STF) and target.storage == "data":
+        map_references(model, trainer, target)
+        return
+    clean = read_references(model, trainer, target.bank_size, target)
     if clean is not None:
         set_references(target, clean)
     target.data_version = _data_version(trainer)
@@ -70,7 +83,7 @@ def compare_by_reading_again(model: Diffusion, trainer: Trainer, target: STF) ->
 
 
 def read_references(
-    model: Diffusion, trainer: Trainer, limit: int | None = None, *, is_shard: bool = False
+    model: Diffusion, trainer: Trainer, limit: int | None = None, target: Target | None = None
 ) -> Clean | None:
     """Return the encoded and checked training set, or None if no samples are exchangeable.
 
@@ -78,16 +91,77 @@ def read_references(
         model: The model.
         trainer: A trainer that is fitting it.
         limit: At most so many samples, evenly spaced, or None for all.
-        is_shard: Whether to return what this rank has read alone.
+        target: A target that gets them, as it keeps them: in its dtype, and of this rank alone if
+            it is sharded.
     """
+    dtype = target.dtype if isinstance(target, STF) else "float32"
 
     def encode(positions: Tensor, batch: object) -> Clean:
         raise_if_asked(trainer)  # to encode a large set takes long, and nothing is trained yet
         clean = model.clean(batch)
         check_clean(clean, model.num_classes, positions)
-        return clean
+        return replace(clean, x0=as_stored(clean.x0, dtype))
 
+    is_shard = target is not None and target.sharded
     return encoded_training_set(trainer, encode, "Encoding references", limit, is_shard=is_shard)
+
+
+@torch.no_grad()
+def map_references(model: Diffusion, trainer: Trainer, target: STF) -> None:
+    """Give a target the files of the training set as its bank.
+
+    Raises:
+        ValueError: If the data set has no such files, or ``encode`` makes other samples of them.
+    """
+    dataset = training_loader(trainer).dataset
+    found = dataset.stored_samples() if isinstance(dataset, SampleDataset) else None
+    if found is None:
+        raise ValueError(
+            f"`storage='data'` needs data whose samples are in files as they are, got a "
+            f"{type(dataset).__name__} that makes them: use CachedLatents(posterior='mean'), or "
+            f"storage='memory'."
+        )
+    parts, labels = found
+    labels = labels if model.num_classes is not None else None
+    precision = trainer.precision_plugin.forward_context()
+    for positions, batch in training_batches(trainer, "Comparing references", _COMPARED):
+        with precision:
+            clean = model.clean(batch)
+        check_clean(clean, model.num_classes, positions)
+        if clean.cond is not None or clean.index is None:
+            raise ValueError(
+                "`storage='data'` needs samples with an index and without a condition besides "
+                "class labels: let the data set return `index`, or use storage='memory'."
+            )
+        rows = as_numbers(torch.cat([part_rows(parts, int(i)) for i in positions]))
+        if not torch.equal(clean.x0.cpu(), rows.reshape(clean.x0.shape)):
+            raise ValueError(
+                "`encode` must return samples as they are in the files with storage='data', got "
+                "other numbers: use storage='memory', which keeps what `encode` returns."
+            )
+    target.set_bank(_mapped(parts, labels, target.sharded), indexed=True)
+    target.data_version = _data_version(trainer)
+
+
+def part_rows(parts: Sequence[Tensor], position: int) -> Tensor:
+    """Return one row ``(1, *)`` of all parts together."""
+    for part in parts:
+        if position < len(part):
+            return part[position : position + 1]
+        position -= len(part)
+    raise IndexError(position)
+
+
+def _mapped(parts: Sequence[Tensor], labels: Tensor | None, sharded: bool) -> Bank:
+    ranks = world_size()
+    if not sharded or ranks == 1:
+        return StoredReferences.prepare(parts, labels)
+    own, first = [], 0
+    for part in parts:
+        own.append(part[(rank() - first) % ranks :: ranks])
+        first += len(part)
+    labels = None if labels is None else labels[rank() :: ranks]
+    return ShardedReferences.stored([part for part in own if len(part) > 0], labels)
 
 
 def set_references(target: Target, clean: Clean) -> None:

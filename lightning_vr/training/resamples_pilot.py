@@ -13,7 +13,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -29,8 +28,7 @@ from lightning_vr.core.types import Clean
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.process.objective import Objective
-from lightning_vr.training.diffusion import Diffusion
-from lightning_vr.training.noisy_losses import DiffusionLoss, Precision
+from lightning_vr.training.noisy_losses import Precision
 from lightning_vr.variance.accounting import (
     CostModel,
     best_resamples,
@@ -265,14 +263,6 @@ class ResamplesPilot:
         mean = all_reduce_mean(torch.tensor(values, dtype=torch.float32, device=device))
         found: list[float] = mean.tolist()
         return found
-
-
-def resamples_pilot(model: Diffusion, run: RunContext) -> ResamplesPilot | None:
-    """Return a pilot for a model whose draws leave K open, else None."""
-    draws = model.draws
-    if isinstance(draws, CARV) and draws.resamples == "auto":
-        return ResamplesPilot(model, draws, run, partial(DiffusionLoss, model))
-    return None
 
 
 def _gain(between: float, within: float, cost: CostModel, resamples: int, over: int) -> float:

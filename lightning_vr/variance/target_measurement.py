@@ -55,7 +55,7 @@ def measure_target_variance(
     cond_group: Tensor | None = None,
     label_dropout: float = 0.0,
     samples: int = 1024,
-    blocks: int = 64,
+    blocks: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> TargetVarianceCurve:
@@ -73,13 +73,15 @@ def measure_target_variance(
         cond_group: Numbers of further conditions ``(N,)``, which references must share too.
         label_dropout: Fraction of rows whose label is dropped, so that they use all references.
         samples: Number of x_t for each noise level, rounded down to a multiple of ``blocks``.
-        blocks: Number of independent sets of references that these share, at least 2.
+        blocks: Number of independent sets of references that these share, at least 2. If not given,
+            one for every 4 samples and at most 64: the standard errors rest on their scatter.
         seed: Seed of the draws.
         progress: Whether to show a progress bar if it takes longer than a second.
 
     Raises:
         ValueError: If the data is not finite, a noise level not positive, or a count out of range.
     """
+    blocks = max(2, min(64, samples // 4)) if blocks is None else blocks
     _check(x0, noise_levels, references, samples, blocks)
     data = EmpiricalDistribution.prepare(x0, group, cond_group)
     levels = noise_levels.to(data.device, torch.float64)

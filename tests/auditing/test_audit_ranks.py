@@ -4,12 +4,11 @@ import json
 import os
 import sys
 import warnings
-from importlib.util import find_spec
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from support.forks import exit_code
+from support.forks import exit_code, let_lightning_fork
 
 from lightning_vr import DiffusionModule, ResidualMLP, audit
 from lightning_vr.cli import main
@@ -32,8 +31,7 @@ def on_the_command_line(folder, arguments):
             os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         warnings.simplefilter("default")
-        # Lightning starts the second rank as `python -m` of this module with these arguments
-        sys.modules["__main__"].__spec__ = find_spec("lightning_vr.__main__")
+        let_lightning_fork()
         sys.argv = ["lightning_vr", *arguments]
         os.environ["OMP_NUM_THREADS"] = "1"
         main()

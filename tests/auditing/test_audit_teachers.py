@@ -79,18 +79,18 @@ def known(resamples=1):
 
 
 @pytest.fixture(scope="module")
-def found():
+def audited():
     rivals = [
         Candidate("4 draws", draws=CARV(4, scope="none")),
         Candidate("1 view", views=OrbitViews(1)),
         Candidate("opposite", views=OrbitViews(2, antipodal=True)),
-        Candidate("learned", draws=CARV(2, LearnedProposal(bins=4), antithetic=True)),
     ]
-    return audit(Scene(), data(), rivals, budget=120, progress=False)
+    torch.manual_seed(0)
+    return audit(Scene(), data(), rivals, budget=150, progress=False)
 
 
-def test_components_are_those_of_views_times_and_noise(found):
-    by_name = {each.name: each for each in found.estimators}
+def test_components_are_those_of_views_times_and_noise(audited):
+    by_name = {each.name: each for each in audited.estimators}
     expected = {
         "current": known(),
         "4 draws": known(4),
@@ -100,14 +100,15 @@ def test_components_are_those_of_views_times_and_noise(found):
         "opposite": torch.tensor([2 * 2, 2, 2]) * known(),
     }
     for name, parts in expected.items():
-        measured, error = (
-            torch.stack(x[:3])[:, 0] for x in (by_name[name].components, by_name[name].errors)
-        )
-        assert ((measured - parts) / error).abs().max() < 4, (name, measured, parts)
-        assert float(measured.sum()) == pytest.approx(float(parts.sum()), rel=0.4)
+        found = by_name[name]
+        measured, error = (torch.stack(x[:4])[:, 0] for x in (found.components, found.errors))
+        whole = torch.cat([parts, parts.sum(dim=0, keepdim=True)])
+        assert ((measured - whole) / error).abs().max() < 4, (name, measured, whole)
+        assert float(error[3] / whole[3]) < 0.4, name
 
 
-def test_what_pays_is_found_and_reports_speak_of_views(found):
+def test_what_pays_is_found_and_reports_speak_of_views(audited):
+    found = audited
     assert found.batch == 4
     assert found.statistics.parts == ("view", "timestep", "noise")
     text = page(found)
@@ -199,3 +200,13 @@ def test_a_distillation_shows_its_draws_what_a_step_would(draws, monkeypatch):
     expected = weight * module.residual(noised).square().mean(dim=1)
     torch.testing.assert_close(estimate.per_draw, expected)
     assert not isinstance(module.noisy_loss(), DiffusionLoss)
+
+
+def test_draws_that_leave_k_open_get_the_k_of_a_pilot_on_views(monkeypatch):
+    monkeypatch.setattr("lightning_vr.training.resamples_pilot._LEAST_GAIN", 1.0)  # however cheap
+    rivals = [Candidate("auto", draws=CARV(max_resamples=4))]
+    found = audit(Scene(), data(), rivals, budget=10, progress=False)
+    (auto,) = found.estimators[1:]
+    assert auto.draws_per_sample in (1, 2, 3, 4)
+    assert not found.skipped
+    assert rivals[0].draws.pilot is None  # a copy was measured

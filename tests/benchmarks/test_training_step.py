@@ -15,7 +15,6 @@ from lightning_vr.estimators.taylor.terms import clean_points, first_term
 from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.training.control_pilot import control_pilot
 from lightning_vr.training.module import DiffusionModule
-from lightning_vr.training.resamples_pilot import resamples_pilot
 
 BATCH_SIZE = 128
 
@@ -32,7 +31,7 @@ def training_step(prepare=None, **settings):
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     module.log = lambda *_, **__: None
     run = RunContext.of(module.trainer)
-    pilots = resamples_pilot(module, run), control_pilot(module, run)
+    pilots = module.make_resamples_pilot(run), control_pilot(module, run)
     module._pilots = [pilot for pilot in pilots if pilot is not None]
     if prepare is not None:
         prepare(module)

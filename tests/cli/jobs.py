@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import uuid
 from contextlib import suppress
 
 import torch
-from lightning.fabric.strategies.launchers import subprocess_script as lightning_launcher
+from support.forks import Fork, let_lightning_fork, set_environment
 from torch.distributed import run as torch_launcher
 
 from lightning_vr import __main__
@@ -47,41 +46,17 @@ def start_fresh(folder, arguments, torchrun=(), **given):
     )
 
 
-class Fork:
-    """A function in a fork of this process, with what ``subprocess.Popen`` says of a process."""
+def start_fork(folder, arguments, torchrun=(), fork_others=True, **given):
+    """Start the command line in a folder, in a fork of this process.
 
-    def __init__(self, function):
-        self.returncode = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            _run_and_leave(function)
-
-    def poll(self):
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def wait(self, seconds):
-        end = time.monotonic() + seconds
-        while self.poll() is None:
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired("fork", seconds)
-            time.sleep(0.02)
-
-
-def start_fork(folder, arguments, torchrun=(), **given):
-    """Start the command line in a folder, in a fork of this process."""
+    Ranks that Lightning starts from there are forks too, or else fresh interpreters.
+    """
     log = folder / f"{uuid.uuid4()}.txt"
 
     def run():
         os.setsid()
         os.chdir(folder)
-        _set_environment(environment(given))
+        set_environment(environment(given))
         sys.path.insert(0, str(folder))
         sys.argv = ["lightning_vr", *arguments]
         _write_to(log)
@@ -90,7 +65,10 @@ def start_fork(folder, arguments, torchrun=(), **given):
             fork = ["--start-method=fork", "--run-path", __main__.__file__]
             torch_launcher.main([*torchrun, *fork, *arguments])
         else:
-            _let_lightning_fork()
+            if fork_others:
+                let_lightning_fork()
+            else:  # by the command that has started this process, had it been one
+                sys.modules["__main__"].__spec__ = __main__.__spec__
             main()
 
     process = Fork(run)
@@ -114,42 +92,6 @@ def finish(processes):
         for process in processes:
             _end_group(process)
     return [process.returncode for process in processes], said
-
-
-def _let_lightning_fork():
-    """Let Lightning start the other ranks as forks, and look every second whether one has ended."""
-
-    def start(command, env, cwd):
-        def run():
-            _set_environment(env)
-            main()
-
-        return Fork(run)
-
-    lightning_launcher.subprocess.Popen = start
-    lightning_launcher._ChildProcessObserver.__init__.__defaults__ = (1,)
-
-
-def _set_environment(variables):
-    os.environ.clear()
-    os.environ.update(variables)
-
-
-def _run_and_leave(function):
-    """Run a function and end this process as Python would."""
-    status = 1
-    try:
-        function()
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException as error:
-        traceback.print_exception(error)
-    finally:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
 
 
 def _write_to(log):

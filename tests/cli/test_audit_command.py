@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from commands import write
+from support.audits import counted_looks
 
 from lightning_vr.cli import main, vr_trainer
 
@@ -62,7 +63,8 @@ def test_what_is_recommended_trains_as_a_second_configuration(run, folder):
     arguments = {"resamples": 1, "proposal": poor, "scope": "none"}
     own = {"class_path": "CARV", "init_args": arguments}
     base = write(folder / "base.yaml", model={"init_args": {"draws": own}})
-    audited = run("audit", "--budget=8", f"--candidates={path}", f"--config={base}")
+    with counted_looks():
+        audited = run("audit", "--budget=60", f"--candidates={path}", f"--config={base}")
     found = json.loads((audited / "audit.json").read_text())
     assert found["recommended"] == "learned"
 

@@ -8,6 +8,8 @@ import yaml
 
 from lightning_vr.callbacks import Convergence, TargetVariance
 from lightning_vr.cli import main
+from lightning_vr.metrics import ImageClassifier
+from tests.support.images import random_picture
 
 pytestmark = [
     pytest.mark.usefixtures("no_pictures"),
@@ -42,6 +44,14 @@ WRITTEN = {
     "convergence.png",
     "checkpoints/last.ckpt",
 }
+SMALL_UNET = [  # as many levels as the configuration has
+    "--model.network.init_args.layers_per_block=1",
+    "--model.network.init_args.norm_num_groups=4",
+    "--model.target.init_args.references=64",
+    "--data.batch_size=4",
+    "--data.num_workers=0",
+]
+WIDTHS = {"cifar10": [4] * 4, "cifar10_edm": [4] * 3}
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +67,25 @@ def few(monkeypatch):
         monkeypatch.setattr(kind.__init__, "__defaults__", defaults)
 
 
+@pytest.fixture
+def files(config, folder):
+    """The configuration; for CIFAR-10 with fewer samples, images and a classifier."""
+    if config.stem not in WIDTHS:
+        return [BASE, config] if config.stem in OVERLAYS else [config]
+    (folder / "cifar10/train").mkdir(parents=True)
+    for i in range(80):
+        random_picture(i, 32, 32).save(folder / f"cifar10/train/{i}.png")
+    ImageClassifier(3, 32, num_classes=10).save(folder / "cifar10/classifier.pt")
+    # a distance needs more samples than features
+    fewer = config.read_text().replace("samples: 10000", "samples: 130")
+    fewer = fewer.replace("samples: 64", "samples: 4")
+    (folder / config.name).write_text(fewer)
+    return [folder / config.name]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_a_configuration_runs_and_leaves_all_in_one_folder(config, folder, capsys):
-    files = [BASE, config] if config.stem in OVERLAYS else [config]
+def test_a_configuration_runs_and_leaves_all_in_one_folder(files, folder, capsys):
+    beside = {path.name for path in folder.glob("*")} | {"runs"}
 
     main(["fit", *(f"--config={file}" for file in files), *tiny(files[0])])
 
@@ -69,8 +95,7 @@ def test_a_configuration_runs_and_leaves_all_in_one_folder(config, folder, capsy
     assert ("samples/step_00000002.png" in written) == ("SampleGrid" in files[0].read_text())
     assert "V_STF" in capsys.readouterr().out
 
-    beside = {path.name for path in folder.glob("*")} - {"runs"}
-    assert not beside
+    assert {path.name for path in folder.glob("*")} <= beside
     header = (run / "metrics.csv").read_text().splitlines()[0]
     assert "train/loss" in header
     assert "val/loss" in header
@@ -91,5 +116,8 @@ def test_a_configuration_of_a_run_serves_the_other_subcommands(folder):
 
 def tiny(config):
     """Flags that make a run short; synthetic data comes in any number."""
+    if config.stem in WIDTHS:
+        widths = f"--model.network.init_args.block_out_channels={WIDTHS[config.stem]}"
+        return [*TINY, *SMALL_UNET, widths]
     is_synthetic = yaml.safe_load(config.read_text())["data"]["class_path"] != "Digits"
     return [*TINY, "--data.num_samples=1100"] if is_synthetic else TINY

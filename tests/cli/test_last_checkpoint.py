@@ -3,12 +3,15 @@
 import os
 
 import pytest
+import torch
 from commands import settings, write
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_vr.cli.checkpoint_path import last_checkpoint
+from lightning_vr.lifecycle import atomic_files
+from lightning_vr.lifecycle.sharded_checkpoints import save_folder
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -30,6 +33,16 @@ def test_a_link_to_what_is_not_there_is_refused_if_it_is_the_newest(run, refused
     assert "last.ckpt is a link to" in refused("validate", "--ckpt_path=last")
     os.utime(link, (0, 0), follow_symlinks=False)
     run("validate", "--ckpt_path=last", network=[])
+
+
+def test_last_finds_a_folder_that_a_killed_process_was_about_to_replace(run):
+    path = run("fit") / "checkpoints/last.ckpt"
+    whole = torch.load(path, weights_only=True)
+    path.unlink()
+    save_folder(whole, path)
+    path.rename(atomic_files._beside(path, ".old"))
+    run("validate", "--ckpt_path=last", network=[])
+    assert path.is_dir()
 
 
 def test_last_looks_where_the_logger_writes(run, refused):

@@ -178,8 +178,10 @@ def test_two_processes_train_to_the_same_weights_however_they_are_started(name, 
     check_weights(jobs(name), jobs("lightning"))
 
 
-def test_fresh_interpreters_train_to_the_same_weights_as_forks(jobs):
-    check_weights(jobs("lightning", start_fresh), jobs("lightning"))
+def test_a_fresh_interpreter_trains_to_the_same_weights_as_a_fork(jobs):
+    """As the second rank, which Lightning starts by the command of the first."""
+    start = partial(start_fork, fork_others=False)
+    check_weights(jobs("lightning", start), jobs("lightning"))
 
 
 @pytest.mark.slow

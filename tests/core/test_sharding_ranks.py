@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_vr.core.distributed import all_reduce_mean
@@ -132,6 +133,20 @@ def components_by_differences(rank):
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), **rounding)
 
 
+def what_is_gathered_by_itself(rank):
+    """A module that is never called is opened, and so is one that wraps all of another."""
+    outer = nn.Module()
+    outer.holder = nn.Module()
+    outer.holder.model, outer.teacher = Model(rank), nn.Linear(9, 9).requires_grad_(False)
+    shard(outer, init_device_mesh("cpu", (2,)), block_size=15)
+    found = {name for name, part in outer.named_modules() if isinstance(part, FSDPModule)}
+    blocks = {"holder.model.network.1", "holder.model.network.3"}
+    assert found == {"holder.model", *blocks}
+    assert not any(isinstance(p, DTensor) for p in outer.teacher.parameters())
+    outer.holder.model(rows(rank)).mean().backward()
+    assert close(whole(p.grad for p in outer.holder.parameters()), expected_gradients(rank))
+
+
 def refusals(rank):
     model = Model()
     model.scale = nn.Parameter(torch.ones(1))
@@ -140,7 +155,13 @@ def refusals(rank):
     assert not is_sharded(model)
 
 
-CLAIMS = [gradients_in_chunks, weights_that_are_whole, components_by_differences, refusals]
+CLAIMS = [
+    gradients_in_chunks,
+    weights_that_are_whole,
+    components_by_differences,
+    what_is_gathered_by_itself,
+    refusals,
+]
 
 
 def every_claim(rank):

@@ -38,7 +38,7 @@ def drawing(paper, count):
 def test_memory_traffic_and_flop_are_those_of_the_formulas(paper, ranks, sizes, drawn):
     work, modes = paper.Workload("small", *sizes), drawing(paper, drawn)
     for mode, found in zip(modes, paper.on_processes(work, modes, ranks), strict=True):
-        expected = paper.cost(work, mode, ranks)
+        expected = paper.cost(work, mode, ranks, "cpu")
         for name in ("bank", "fill_sent", "sent", "flop"):
             assert getattr(found, name) == getattr(expected, name), (str(mode), name)
         for name in ("fill_peak", "temporaries", "moved"):
@@ -128,3 +128,72 @@ def test_a_ranks_part_of_the_queries_and_references_is_timed(paper, monkeypatch)
         assert example["milliseconds"](work, paper.Mode(*mode), torch.device("cpu")) > 0
         assert set(calls) == {sizes}
         calls.clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "mapped"])
+def test_a_bank_of_each_kind_is_measured(monkeypatch, tmp_path, kind):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    example = runpy.run_path(str(EXAMPLE.with_name("bank_memory.py")), run_name="bank_memory")
+    names = example["measure"].__globals__
+    for name, value in {"SHAPE": (1, 2, 3), "BATCH": 4, "SHARD": 8, "STEPS": 1}.items():
+        monkeypatch.setitem(names, name, value)
+    example["write_cache"](tmp_path, 16, torch.bfloat16)
+    answers = []
+    example["measure"](kind, str(tmp_path), answers.append)
+    ((own, files, seconds),) = answers
+    assert own < files
+    assert seconds > 0
+    numbers = {"float32": 4, "bfloat16": 2, "mapped": 0}[kind]
+    paper = 1e6 * (example["on_paper"](1000, numbers) - example["on_paper"](0, numbers))
+    assert paper == pytest.approx(1000 * (6 * numbers + 4))
+
+
+@pytest.fixture
+def on_gpu(paper, monkeypatch):
+    """The names of the script for a GPU."""
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    return runpy.run_path(str(EXAMPLE.with_name("scale_on_gpu.py")), run_name="scale_on_gpu")
+
+
+def test_posterior_means_are_compared_with_other_ways_in_one_run(on_gpu, monkeypatch):
+    monkeypatch.setitem(on_gpu["ratios"].__globals__, "ROUNDS", 1)
+    row = on_gpu["ratios"](64, 8, 6, torch.device("cpu"))
+    assert len(row) == len(on_gpu["HEAD"])
+    assert all(float(cell) > 0 for cell in row[:-1])
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 4, generator=source)
+    xt, sigma = x[:7] + torch.randn(7, 4, generator=source), torch.ones(7)
+    means = on_gpu["materialised"](xt, sigma, x, 3)
+    torch.testing.assert_close(means, posterior_mean(xt, 1.0, sigma, x).mean)
+
+
+def test_three_products_of_halves_have_the_digits_of_float32(on_gpu):
+    example = SimpleNamespace(**runpy.run_path(str(EXAMPLE.with_name("tensor_cores.py"))))
+    source = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 96, generator=source), torch.randn(96, 8, generator=source)
+    high, low = example.halves(x)
+    assert torch.equal(high + low, x)
+    assert int((high.view(torch.int32) & 0x1FFF).abs().max()) == 0
+    assert float((low / x).abs().max()) <= 2**-11
+
+    exact = x.double() @ y.double()
+    rounded, cut = (
+        example.product(x, y, lambda a, b, cuts=cuts: example.emulated(a, b, cuts=cuts))
+        for cuts in (False, True)
+    )
+    single = example.emulated(x, y, cuts=False)
+    assert float((single.double() - exact).abs().max()) > 1e-3
+    assert float((rounded.double() - exact).abs().max()) < 1e-5
+    # sums of positive terms are too small if bits are cut off
+    positive = example.emulated(x.abs(), y.abs(), cuts=True)
+    assert bool((positive <= example.emulated(x.abs(), y.abs(), cuts=False)).all())
+    assert float((cut.double() - exact).abs().max()) < 1e-4
+
+
+def test_sums_that_are_cut_off_are_too_rough_for_logits(on_gpu):
+    example = SimpleNamespace(**runpy.run_path(str(EXAMPLE.with_name("tensor_cores.py"))))
+    single, rounded, cut = example.logit_errors(1.0, 55.0, 1024)
+    assert single < 2
+    assert rounded < 4
+    assert cut > 10

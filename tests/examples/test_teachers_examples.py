@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from lightning_vr.core import devices
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*`max_epochs`"),
 ]
 
 
@@ -31,6 +34,15 @@ def test_score_distillation_is_measured(tmp_path, monkeypatch, capsys):
     assert any(row.startswith('"quality/(2,1) uniform/3/0",') for row in rows)
 
 
+def test_the_scene_of_score_distillation_is_audited(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "time", devices.time)  # the study has CPU seconds in its place
+    run(monkeypatch, "score_distillation/audit_scene.py", "--folder", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "1 view, 8 weight, strata, pairs" in printed
+    assert "view/timestep/noise in %" in printed
+    assert (tmp_path / "audit" / "audit.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("data", ["digits", "eight_gaussians"])
 def test_distribution_matching_is_measured(tmp_path, monkeypatch, capsys, data):
     script = "distribution_matching/distribution_matching.py"
@@ -47,3 +59,13 @@ def test_attribution_is_measured(tmp_path, monkeypatch, capsys):
     assert "ECM of features at equal draws" in printed
     assert "lds, independent → shared draws" in printed
     assert (tmp_path / "attribution.png").stat().st_size > 10_000
+
+
+def test_loss_weights_of_attribution_are_exchanged(monkeypatch, capsys):
+    run(monkeypatch, "attribution/loss_weights.py")
+    printed = capsys.readouterr().out
+    for prediction in ("epsilon", "edm"):
+        for weight in ("epsilon", "edm"):
+            assert f"{prediction}, the weight of {weight}: LDS" in printed
+    assert printed.count("times of quarter") == 8
+    assert "two of them correlate by" in printed

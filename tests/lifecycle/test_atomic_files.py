@@ -161,6 +161,16 @@ def test_a_folder_is_there_again_if_a_process_was_killed_while_it_was_replaced(t
     assert not hidden(tmp_path)
 
 
+def test_a_folder_without_the_files_of_another_node_takes_no_place(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    save_folder({"number": 1}, path)
+    monkeypatch.setattr(sharded_checkpoints, "world_size", lambda: 2)
+    with pytest.raises(OSError, match=r"rank-1.pt of other nodes .* that all nodes share"):
+        save_folder({"number": 2}, path)
+    assert load_folder(path) == {"number": 1}
+    assert not hidden(tmp_path)
+
+
 def test_a_folder_that_another_process_is_writing_stays(tmp_path):
     path = tmp_path / "last.ckpt"
     save_folder({"number": 1}, path)

@@ -12,9 +12,11 @@ from torch import nn
 
 import lightning_vr.metrics
 from lightning_vr.metrics import (
+    ClassifierFeatures,
     DigitFeatures,
     Features,
     IdentityFeatures,
+    ImageClassifier,
     InceptionFeatures,
     RandomConvFeatures,
 )
@@ -172,3 +174,48 @@ def test_the_metrics_import_no_package_that_they_can_do_without():
         }
         imported |= {node.module for node in body if isinstance(node, ast.ImportFrom)}
         assert not heavy & {module.split(".")[0] for module in imported}
+
+
+class TestClassifierFeatures:
+    @pytest.fixture
+    def weights(self, tmp_path):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            classifier = ImageClassifier(channels=3, size=8, num_classes=2)
+        classifier(images(16, 3, 8, 8))  # moves running statistics
+        classifier.save(tmp_path / "classifier.pt")
+        return tmp_path / "classifier.pt", classifier.eval()
+
+    def test_they_are_those_of_the_saved_classifier_and_draw_nothing(self, weights):
+        path, classifier = weights
+        before = torch.get_rng_state()
+        features = ClassifierFeatures(path)
+        assert torch.equal(torch.get_rng_state(), before)
+        with torch.no_grad():
+            found = features(images(4, 3, 8, 8))
+            torch.testing.assert_close(found, classifier.features(images(4, 3, 8, 8)))
+            logits = found @ classifier.head.weight.T + classifier.head.bias
+            torch.testing.assert_close(logits, classifier(images(4, 3, 8, 8)))
+
+    def test_other_weights_have_another_name(self, weights, tmp_path):
+        path, classifier = weights
+        name = ClassifierFeatures(path).name
+        with torch.no_grad():
+            classifier.head.bias += 1
+        classifier.save(tmp_path / "other.pt")
+        assert ClassifierFeatures(tmp_path / "other.pt").name != name
+
+    def test_images_of_another_size_are_refused(self, weights):
+        with pytest.raises(ValueError, match=r"\(B, 3, 8, 8\) for the features 'classifier-"):
+            ClassifierFeatures(weights[0])(images(2, 3, 16, 16))
+
+    def test_a_file_that_is_missing_is_refused_with_the_command_that_makes_it(self):
+        with pytest.raises(FileNotFoundError, match=r"train_classifier\.py FOLDER nowhere\.pt"):
+            ClassifierFeatures("nowhere.pt")
+
+    @pytest.mark.parametrize("content", [b"", b"none", None])
+    def test_another_file_is_refused(self, content, tmp_path):
+        path = tmp_path / "other.pt"
+        torch.save({"weights": {}}, path) if content is None else path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"`ImageClassifier\.save` wrote, got .*other\.pt"):
+            ClassifierFeatures(path)

@@ -21,6 +21,7 @@ from lightning_vr.posterior.sharded_references import ShardedReferences
 from lightning_vr.process.networks import ResidualMLP
 from lightning_vr.process.schedules import EDM
 from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.reference_bank import _mapped
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
@@ -121,6 +122,11 @@ def of_near_duplicates(rows, wide=False, share=slice(None), prepare=References.p
     return posterior_mean(xt, 1.0, sigma, prepare(x[share].clone()), **given)
 
 
+def stored(x, group):
+    """A rank's references in two parts, of which one may be empty."""
+    return ShardedReferences.stored([part for part in (x[:11], x[11:]) if len(part) > 0], group)
+
+
 def error_message(call):
     """The message of the error that a call raises."""
     try:
@@ -147,6 +153,10 @@ def posteriors(rank):
     nothing = slice(0, 0)
     found["nobody asks"] = [*posterior_of("own", nothing, share, ShardedReferences.prepare)]
     found["spread"] = [at_low_noise(rows, False, share, ShardedReferences.prepare)]
+    files = _mapped([x[:5], x[5:6], x[6:]], x[:, 0], sharded=True)
+    everything = files.local.take(torch.arange(len(files.local)))
+    found["mapped"] = [everything.rows + files.local.centre, files.positions, files.local.group]
+    found["stored"] = [*posterior_of("float32", rows, share, stored)]
     for own in (True, False):
         near = of_near_duplicates(rows, False, share, ShardedReferences.prepare, own)
         found[f"near, {own}"] = [*near]
@@ -175,6 +185,22 @@ def test_the_posterior_over_references_on_all_ranks_is_that_of_one_process(resul
         scale = 1 + float(whole.log_evidence.abs().max()) if name == "log_evidence" else 1
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * scale)
         assert torch.isfinite(found).all()
+
+
+def test_stored_references_on_all_ranks_have_the_posterior_of_one_process(results):
+    whole = posterior_of("float32", slice(0, QUERIES))
+    parts = zip(*(found["stored"] for found, _ in results), strict=True)
+    for part, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(torch.cat(part), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_map_their_own_rows_of_files(results):
+    x = torch.arange(2.0 * COUNT).reshape(COUNT, 2)
+    for rank, (found, _) in enumerate(results):
+        rows, positions, group = found["mapped"]
+        assert positions.tolist() == list(range(rank, COUNT, len(results)))
+        torch.testing.assert_close(rows, x[positions])
+        assert torch.equal(group, x[positions, 0])
 
 
 def test_the_cases_reach_from_one_reference_to_all_and_hold_an_empty_class_on_a_rank():

@@ -1,15 +1,41 @@
-"""Results of audits that were never measured, in round numbers."""
+"""Audits that count looks at the clock; and results that were never measured, in round numbers."""
 
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from lightning_vr.auditing import Audit
+from lightning_vr.auditing import measurement as measuring
 from lightning_vr.auditing.measured_estimator import MeasuredEstimator
 from lightning_vr.auditing.step_cost import StepCost
+from lightning_vr.core import devices
 from lightning_vr.variance.components import Components
 from lightning_vr.variance.gradient_statistics import GradientStatistics
 from lightning_vr.variance.intervals import Interval
+
+
+class Clock:
+    """Time that passes by a second at each look."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+@contextmanager
+def counted_looks():
+    """Count budgets in looks: what is measured, and how often, is not left to the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "time", SimpleNamespace(perf_counter=Clock()))
+        # what is timed takes a second, whatever it is
+        patch.setattr(devices, "time", SimpleNamespace(perf_counter=Clock()))
+        yield
 
 
 def components(data=1.0, timestep=2.0, noise=7.0, squared_mean=0.1):

@@ -1,8 +1,17 @@
 """Functions run in a forked process."""
 
+import os
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
 from multiprocessing import get_context
 
 import torch
+from lightning.fabric.strategies.launchers import subprocess_script as lightning_launcher
+
+from lightning_vr.cli import main
 
 
 def exit_code(function, seconds):
@@ -18,3 +27,67 @@ def exit_code(function, seconds):
     code = process.exitcode
     process.kill()  # this process would wait for it at its own end
     return code
+
+
+class Fork:
+    """A function in a fork of this process, with what ``subprocess.Popen`` says of a process."""
+
+    def __init__(self, function):
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run_and_leave(function)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self, seconds):
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("fork", seconds)
+            time.sleep(0.02)
+
+
+def let_lightning_fork():
+    """Let Lightning start the other ranks as forks, and look every second whether one has ended."""
+
+    def start(command, env, cwd):
+        def run():
+            set_environment(env)
+            main()
+
+        return Fork(run)
+
+    lightning_launcher.subprocess.Popen = start
+    lightning_launcher._ChildProcessObserver.__init__.__defaults__ = (1,)
+
+
+def set_environment(variables):
+    """Replace the environment of this process."""
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def _run_and_leave(function):
+    """Run a function and end this process as Python would."""
+    status = 1
+    try:
+        function()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        traceback.print_exception(error)
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)

@@ -158,14 +158,17 @@ def test_blocks_of_a_projection_are_one_matrix(monkeypatch):
 
 
 def test_the_loss_of_one_sample_for_other_libraries_has_the_features_as_gradient():
+    """As dattri 0.3 calls it: in a vmap that would draw anew for each sample."""
     own = model()
     features = GradientFeatures(own, CARV(4, antithetic=True), projection=None)
-    loss = features.loss_function()
+    loss = features.loss_function((2,))
     parameters = {name: p.detach() for name, p in own.named_parameters()}
-    one = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")
+    one = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
     found = one(parameters, (POINTS.x0, POINTS.group))
     flat = torch.cat([x.flatten(1) for x in found.values()], dim=1)
     torch.testing.assert_close(flat, features(POINTS), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"\(2,\), got \(4,\): call loss_function\(\(4,\)\)"):
+        loss(parameters, torch.zeros(4))
 
 
 def test_a_network_of_images_and_a_frozen_teacher_have_features():

@@ -66,7 +66,6 @@ from lightning_vr.process.sampling import Sampler, Samples
 from lightning_vr.process.weightings import UnitWeighting
 from lightning_vr.training import resamples_pilot as resamples_pilots
 from lightning_vr.training.control_pilot import control_pilot
-from lightning_vr.training.resamples_pilot import resamples_pilot
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
@@ -239,7 +238,7 @@ def by_hand(name, parts, clipping, device):
     unseen = dict.fromkeys(("log", "open_curve_log", "log_rows", "log_table"), lambda *given: None)
     run = replace(RunContext.of(module.trainer), **unseen)
     pilots = [
-        pilot for pilot in (resamples_pilot(module, run), control_pilot(module, run)) if pilot
+        pilot for pilot in (module.make_resamples_pilot(run), control_pilot(module, run)) if pilot
     ]
     size, parameters, found = BATCH // parts, list(module.parameters()), []
     for step in range(STEPS):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_vr import CARV, Clean, DiffusionModule, ResidualMLP
 from lightning_vr.core.rng import generator
 from lightning_vr.lifecycle.run_context import RunContext
-from lightning_vr.training.resamples_pilot import ResamplesPilot, resamples_pilot
+from lightning_vr.training.resamples_pilot import ResamplesPilot
 from lightning_vr.variance.accounting import CostModel, best_resamples
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -197,7 +197,7 @@ def test_the_pilot_finds_closed_form_components(z_score):
         model = Model()
         model._trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
         model.seed = i
-        pilot = resamples_pilot(model, RunContext.of(model.trainer))
+        pilot = model.make_resamples_pilot(RunContext.of(model.trainer))
         pilot._batches = [Clean(torch.randn(32, 2, generator=generator("x", i)))]
         found.append(pilot._components())
     between, within = torch.tensor(found).T

@@ -1,0 +1,88 @@
+"""Does STF train faster, or better, with VE? Fréchet distance against references and seconds.
+
+Source: Xu, Tong and Jaakkola 2023, arXiv 2302.00670, figures 4a and 5, section 6.3, appendix E.1.
+"""
+
+import statistics
+
+import numpy as np
+from digits_models import STEPS, frechet, model
+from matplotlib.figure import Figure
+from study import Study, Table, interval, markdown, mean_and_half
+
+from lightning_vr import Sampler
+
+ARMS = ("ve, n = 1", "ve, n = 16", "ve, n = all")
+SEEDS = (0, 1, 2)
+
+
+def run(study: Study) -> None:
+    table = Table(
+        study.folder / "stf_training.csv", ("arm", "seed", "step"), ("seconds", "distance")
+    )
+    seeds, steps = ((0,), (2, 4)) if study.is_quick else (SEEDS, STEPS[1:])
+    count, sampler = (64, Sampler(steps=2)) if study.is_quick else (1000, Sampler(steps=12))
+    for seed in seeds:
+        for arm in ARMS:
+            for step in steps:
+                if not table.has(arm, seed, step):
+                    found, seconds = model(arm, seed, step, study)
+                    study.check_time()
+                    distance = frechet(found, sampler, count, seed)
+                    table.add(arm=arm, seed=seed, step=step, seconds=seconds, distance=distance)
+    report(table, steps)
+    draw(table, steps, study)
+
+
+def report(table: Table, steps: tuple[int, ...]) -> None:
+    rows = []
+    seeds = dict.fromkeys(row["seed"] for row in table.rows)
+    for arm in ARMS:
+        cells = [interval(table.select("distance", arm=arm, step=step), 2) for step in steps]
+        last = table.select("distance", arm=arm, step=steps[-1])
+        plain = table.select("distance", arm=ARMS[0], step=steps[-1])
+        less = interval([a - b for a, b in zip(last, plain, strict=True)], 2)
+        spread = f"{statistics.stdev(last):.2f}" if len(last) > 1 else ""
+        seconds = interval(table.select("seconds", arm=arm, step=steps[-1]), 1)
+        faster = interval([speedup(table, arm, seed, steps) for seed in seeds], 2)
+        rows.append((arm, *cells, less, spread, seconds, faster))
+    header = ("arm", *(f"step {step}" for step in steps), "less n = 1", "deviation", "seconds")
+    print(markdown((*header, "times faster to the end of n = 1"), rows))
+
+
+def speedup(table: Table, arm: str, seed: str, steps: tuple[int, ...]) -> float:
+    """Return the seconds of n = 1 over those of an arm to the last distance of n = 1.
+
+    Distances are interpolated linearly in both logarithms.
+    """
+    goal = np.log(table.select("distance", arm=ARMS[0], seed=seed, step=steps[-1])[0])
+    plain = table.select("seconds", arm=ARMS[0], seed=seed, step=steps[-1])[0]
+    seconds, distances = (
+        np.log([table.select(name, arm=arm, seed=seed, step=step)[0] for step in steps])
+        for name in ("seconds", "distance")
+    )
+    return float(plain / np.exp(np.interp(-goal, -distances, seconds)))
+
+
+def draw(table: Table, steps: tuple[int, ...], study: Study) -> None:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for arm in ARMS:
+        means = [mean_and_half(table.select("distance", arm=arm, step=step)) for step in steps]
+        seconds = [np.mean(table.select("seconds", arm=arm, step=step)) for step in steps]
+        y, half = np.array(means).T
+        left.errorbar(seconds, y, np.nan_to_num(half), capsize=3, label=arm)
+    left.set_xlabel("CPU seconds of training")
+    left.set_ylabel("Fréchet distance, digit features, n = 1000")
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.legend()
+    for seed in sorted({row["seed"] for row in table.rows}):
+        last = [table.select("distance", arm=a, step=steps[-1], seed=seed)[0] for a in ARMS]
+        right.plot([a.split("= ")[1] for a in ARMS], last, "o-", label=f"seed {seed}")
+    right.set_xlabel("references n")
+    right.set_title(f"after {steps[-1]} steps")
+    right.legend()
+    for each in (left, right):
+        each.grid(alpha=0.3)
+    figure.savefig(study.folder / "stf_training.png", dpi=100)

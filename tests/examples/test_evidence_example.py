@@ -1,0 +1,140 @@
+"""The rows of the table of evidence: `pytest -m slow` runs each in its quick mode."""
+
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
+
+EVIDENCE = Path(__file__).parents[2] / "examples/evidence"
+ROWS = (
+    "stf_variance",
+    "stf_training",
+    "stf_samplers",
+    "carv_proposals",
+    "carv_cost",
+    "grids",
+    "bell_weight",
+    "taylor_optimizers",
+    "combined",
+    "readmes",
+)
+"""Those that train, sample or start processes."""
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import scripts of the study, which are gone afterwards: other studies have such names."""
+    monkeypatch.setattr(sys, "path", [str(EVIDENCE), *sys.path])
+    before = dict(sys.modules)
+    yield import_module
+    for name in sys.modules.keys() - before.keys():
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).parent.parent == EVIDENCE.parent:
+            del sys.modules[name]
+
+
+def run_rows(load, monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+    load("run").main()
+    return capsys.readouterr().out
+
+
+def test_every_row_has_a_script(load, monkeypatch, capsys):
+    printed = run_rows(load, monkeypatch, capsys, "--list")
+    for line in printed.splitlines():
+        assert (EVIDENCE / f"{line.split(':')[0]}.py").exists(), line
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_control_of_the_objective_is_control_of_the_gradient(load, monkeypatch, capsys, tmp_path):
+    arguments = ["--only", "taylor_equivalence", "--folder", tmp_path]
+    printed = run_rows(load, monkeypatch, capsys, *arguments)
+    errors = re.findall(r"largest difference (\S+)", printed)
+    assert len(errors) == 3
+    assert max(map(float, errors)) < 1e-13
+
+
+def test_a_row_stops_at_its_budget_and_keeps_what_it_has(load, tmp_path):
+    study = load("study")
+    with pytest.raises(study.OutOfTimeError):
+        study.Study(tmp_path, budget=0.0, started=-1.0).check_time()
+    table = study.Table(tmp_path / "t.csv", ("arm", "seed"), ("loss",))
+    table.add(arm="plain", seed=0, loss=0.5)
+    again = study.Table(tmp_path / "t.csv", ("arm", "seed"), ("loss",))
+    assert again.has("plain", 0)
+    assert not again.has("plain", 1)
+    assert again.select("loss", arm="plain") == [0.5]
+
+
+def test_half_an_interval_is_that_of_students_t(load):
+    mean, half = load("study").mean_and_half([1.0, 2.0, 4.5])
+    assert mean == pytest.approx(2.5)
+    assert half == pytest.approx(4.3027 * 1.8028 / 3**0.5, rel=1e-4)  # t of 2 degrees of freedom
+
+
+def test_a_target_that_follows_the_law_is_seen_to(load):
+    levels = torch.tensor([1.0, 10.0], dtype=torch.float64)
+    curve = MeasuredCurve(levels**-2, 0 * levels)
+    stf = {5: MeasuredCurve(curve.mean / 4, 0 * levels)}
+    ones = MeasuredCurve(torch.ones_like(levels), 0 * levels)
+    found = TargetVarianceCurve(levels, 100, curve, stf, {100: ones, 5: ones}, ones)
+    row = load("stf_variance").law({"digits": found}).splitlines()[-1]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2] == cells[3] == "1.00 ± 0.00"
+    assert cells[4:6] == ["1", "4.00"]
+
+
+def test_far_from_two_gaussians_the_law_holds(load):
+    module = load("stf_variance")
+    data = module.TwoGaussians()
+    errors = [module.population_error(data, 16.0, 16, key) / 16.0**4 for key in range(100)]
+    ratio = 15 * sum(errors) / 100 / float(data.target_variance(1.0, 16.0))
+    assert 0.6 < ratio < 1.2
+
+
+def test_a_control_variate_that_explains_half_of_the_variance_is_worth_two(load):
+    ones = torch.ones(8, dtype=torch.float64)
+    kept = {"own": ones, "cross": ones[:, None], "square": 2 * ones[:, None]}
+    kept |= {"second": 3 * ones, "gram": torch.ones(8, 8, dtype=torch.float64)}
+    module = load("taylor_mnist")
+    assert module.factor(kept, 0, torch.arange(8)) == pytest.approx(2)
+    # a variance of 2 in all, of which the noise makes 1
+    bins = torch.arange(8) // 3
+    assert module.whole(kept, 0, torch.arange(8), bins) == pytest.approx(2 / 1.5)
+
+
+def test_predictions_are_compared_with_what_came_true(load, monkeypatch, capsys, tmp_path):
+    header = "workload,recommended,predicted,low,high,noise_ratio,time_ratio,seed,realised"
+    rows = ["a,pairs,2.0,1.8,2.2,1,1,0,2.0", "a,pairs,2.0,1.8,2.2,1,1,1,2.0"]
+    rows += ["b,pairs,3.0,2.8,3.2,1,1,0,1.5", "c,,,,,1,,,"]
+    (tmp_path / "results.csv").write_text("\n".join([header, *rows]))
+    arguments = ["--only", "predictions", "--predictions", tmp_path / "results.csv"]
+    printed = run_rows(load, monkeypatch, capsys, *arguments, "--folder", tmp_path)
+    assert "within a factor of 1.25: 1 of 2" in printed
+    assert "nothing to come true: c" in printed
+    assert (tmp_path / "predictions.png").stat().st_size > 10_000
+
+
+def test_a_number_on_a_page_that_changed_is_noticed(load, monkeypatch, capsys, tmp_path):
+    readmes = load("readmes")
+    monkeypatch.setattr(readmes, "CLAIMS", readmes.CLAIMS[-1:])
+    for found, verdict in (("9.2248", "same"), ("9.2148", "DIFFERS")):
+        text = f"E w m = {found}\nE w m = 9.2423"
+        monkeypatch.setattr(readmes, "output", lambda command, text=text: text)
+        readmes.run(load("study").Study(tmp_path))
+        assert verdict in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_runs(row, load, monkeypatch, capsys, tmp_path):
+    arguments = ["--only", row, "--quick", "--folder", tmp_path]
+    printed = run_rows(load, monkeypatch, capsys, *arguments)
+    assert printed.count("| ") > 10
+    assert "used up" not in printed
