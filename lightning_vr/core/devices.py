@@ -33,6 +33,11 @@ class PendingNumber:
         return self._host.item()
 
 
+def host_waits(device: torch.device) -> bool:
+    """Return whether the host must wait for a device to read a number from it."""
+    return device.type != "cpu"
+
+
 def timed(function: Callable[[], _Found], device: torch.device) -> tuple[_Found, float]:
     """Return what a function returns, and its seconds."""
     _synchronize(device)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_vr.core import devices
+
 _TOLERANCE = 1e-4
 """Error of a logit, relative to others of its row, that is let be."""
 
@@ -100,7 +102,7 @@ class LowNoiseRows:
             references: The references of the chunk, centred ``(c, d)``.
         """
         floor = torch.maximum(largest, maximum).sub_(self.offset, alpha=self._slope).sub_(_NEAR)
-        if logits.device.type != "cpu":
+        if devices.host_waits(logits.device):
             return self._without_waiting(logits, floor + self.offset, references)
         some = ((largest > floor) & self.is_low).nonzero().squeeze(1)
         if len(some) == 0:

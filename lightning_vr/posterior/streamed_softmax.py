@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_vr.core import devices
 from lightning_vr.posterior.low_noise import LowNoiseRows
 from lightning_vr.posterior.references import PlainReferences, References, columns
 from lightning_vr.posterior.stored_references import StoredReferences
@@ -54,7 +55,7 @@ class Queries:
     @cached_property
     def low_noise(self) -> LowNoiseRows | None:
         """The rows with an offset; None where it is known that there are none."""
-        is_known = self.offset.device.type == "cpu"
+        is_known = not devices.host_waits(self.offset.device)
         if self.offset.dtype == torch.float64 or (is_known and not bool(self.offset.any())):
             return None
         return LowNoiseRows(self.scaled, self.curvature, self.offset)

@@ -4,12 +4,10 @@ But once: before the optimizer's step one look tells whether all gradients are f
 the host wait on a device is an operation that on a CPU can be seen too.
 """
 
-import traceback
-
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.waits import Waits
 
 from lightning_vr import (
     CARV,
@@ -21,8 +19,8 @@ from lightning_vr import (
     TaylorCV,
     WeightProposal,
 )
+from lightning_vr.core import devices
 
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
 SLOTS = {
     "plain": dict,
     "stf-batch": lambda: {"target": STF("batch")},
@@ -36,23 +34,6 @@ SLOTS = {
 }
 
 
-class Waits(TorchDispatchMode):
-    """Notes where operations ask for what is on the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.places = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        is_mask = name == "index" and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if name in WAITS or is_mask:
-            self.places.append(f"{name}: {traceback.format_stack(limit=4)}")
-        return func(*args, **(kwargs or {}))
-
-
 def points(count):
     index = torch.arange(count)
     source = torch.Generator().manual_seed(0)
@@ -60,7 +41,8 @@ def points(count):
 
 
 @pytest.mark.parametrize("slots", SLOTS)
-def test_a_training_step_waits_for_no_number(slots):
+def test_a_training_step_waits_for_no_number(slots, monkeypatch):
+    monkeypatch.setattr(devices, "host_waits", lambda device: True)
     module = DiffusionModule(
         ResidualMLP(2, width=8, depth=1, num_class_embeds=4),
         schedule=Cosine(),
