@@ -148,26 +148,26 @@ def points(dataset: Any) -> Tensor:
 
 
 def train(
-    workload: tuple[str, Any], arm: str, truth: Truth, seed: int, steps: int, size: int
+    options: argparse.Namespace, workload: tuple[str, Any], arm: str, truth: Truth, seed: int
 ) -> dict:
     """Train one arm and return its errors, seconds and open fraction."""
     seed_everything(seed, verbose=False)
     batch_size, slots = ARMS[arm]
     name, weight = workload
     module = DiffusionModule(
-        ResidualMLP(2, width=WIDTH),
+        ResidualMLP(2, width=WIDTH, depth=options.depth),
         schedule=VE(0.002, 1.0),
         prediction=weight,
         weighting=UnitWeighting(weight),
-        optimizer=partial(torch.optim.Adam, lr=1e-3),
-        lr_scheduler=partial(CosineAnnealingLR, T_max=steps),
+        optimizer=partial(torch.optim.Adam, lr=options.rate),
+        lr_scheduler=partial(CosineAnnealingLR, T_max=options.steps),
         **slots(),
     )
-    data = SETS[name](batch_size=batch_size, num_samples=size)
-    history = History(truth, steps // EVALUATIONS)
+    data = SETS[name](batch_size=batch_size, num_samples=options.size)
+    history = History(truth, options.steps // EVALUATIONS)
     trainer = Trainer(
         accelerator="cpu",
-        max_steps=steps,
+        max_steps=options.steps,
         callbacks=[history],
         limit_val_batches=0,
         logger=False,
@@ -246,17 +246,19 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     options.folder.mkdir(parents=True, exist_ok=True)
     workloads = WORKLOADS[:1] if options.quick else WORKLOADS
-    seeds, steps = (1, 70) if options.quick else (options.seeds, options.steps)
-    size = POINTS // 16 if options.quick else POINTS
+    settings = {"size": POINTS, "depth": 3, "rate": 1e-3}
+    if options.quick:
+        settings = {"size": POINTS // 16, "depth": 2, "rate": 6e-3, "seeds": 1, "steps": 20}
+    vars(options).update(settings)
 
     begin = time.perf_counter()
     runs: list[dict] = []
     for workload in workloads:
-        truth = Truth(workload[0], size)
+        truth = Truth(workload[0], options.size)
         for arm in ARMS:
             if arm in SLOW and workload != WORKLOADS[0]:
                 continue
-            runs += [train(workload, arm, truth, seed, steps, size) for seed in range(seeds)]
+            runs += [train(options, workload, arm, truth, seed) for seed in range(options.seeds)]
         (options.folder / "runs.json").write_text(json.dumps(runs))
         report(runs, workload)
     draw(runs, workloads, options.folder / "taylor_small_batches.png")
