@@ -57,7 +57,6 @@ LATENT_SPREAD = 0.5
 PILOT = 4
 """K of the pilot from which the predictions are made."""
 
-BATCHES_PER_ESTIMATE = 4
 KINDS = {"independent": "independent draws", "stratified": "strata and learned proposal"}
 
 
@@ -202,12 +201,14 @@ def encoded_batches(module: LatentDiffusion, data: Digits, count: int) -> list[C
     return found[:count]
 
 
-def components(module: LatentDiffusion, batches: list[Clean], key: str) -> list[list[float]]:
+def components(
+    options: argparse.Namespace, module: LatentDiffusion, batches: list[Clean], key: str
+) -> list[list[float]]:
     """Return the components of a step's variance for one sample: ``data, timestep, noise, total``.
 
     Each estimate rests on a few batches of its own, so that estimates can be resampled.
     """
-    size = BATCHES_PER_ESTIMATE
+    size = options.batches_per_estimate
     groups = [0 for p in module.parameters() if p.requires_grad]
     measurement = GradientMeasurement(DiffusionLoss(module), module.generator, groups)
     parts = [batches[i : i + size] for i in range(0, len(batches), size)]
@@ -274,7 +275,7 @@ def measure(options: argparse.Namespace, data: Digits, weights: Path, results: R
 
     if "pilot" not in results:
         module.draws = estimator("independent", PILOT, weights)
-        results.store("pilot", components(module, batches()[options.batches :], "pilot"))
+        results.store("pilot", components(options, module, batches()[options.batches :], "pilot"))
     arms = {f"{kind} {k}": estimator(kind, k, weights) for kind in KINDS for k in options.resamples}
     for kind in KINDS:
         chosen = results.get(f"auto {kind}") or []
@@ -287,9 +288,8 @@ def measure(options: argparse.Namespace, data: Digits, weights: Path, results: R
     for name, draws in arms.items():
         if f"variance {name}" not in results:
             module.draws = draws
-            results.store(
-                f"variance {name}", components(module, batches()[: options.batches], "sweep")
-            )
+            found = components(options, module, batches()[: options.batches], "sweep")
+            results.store(f"variance {name}", found)
             total = statistics.fmean(each[3] for each in results[f"variance {name}"])
             print(f"{name}: variance {total:.4g}", flush=True)
     steps = {name: (options.samples, draws) for name, draws in arms.items()}
@@ -524,9 +524,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="run for a few seconds, as a test")
     options = parser.parse_args()
     options.resamples, options.widths = [1, 2, 4, 8, 16], [16, 32]
+    options.batches_per_estimate = 4
     if options.quick:
         quick = {"image_size": 16, "vae_width": 4, "samples": 8, "vae_steps": 3, "steps": 3}
-        quick |= {"batches": 8, "rounds": 2, "seeds": 1, "resamples": [1, 4], "widths": [8]}
+        quick |= {"batches": 6, "batches_per_estimate": 2}
+        quick |= {"rounds": 2, "seeds": 1, "resamples": [1, 4], "widths": [8]}
         vars(options).update(quick)
     return options
 
