@@ -55,12 +55,12 @@ class TextEncoder(nn.Module):
 class CaptionedDigits(DiffusionModule):
     """Digits on captions: in training drawn at random, in samples those that are asked for."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, width: int = 32, **settings: Any) -> None:
         network = UNet2DConditionModel(
             sample_size=8,
             in_channels=1,
             out_channels=1,
-            block_out_channels=(32, 64),
+            block_out_channels=(width, 2 * width),
             layers_per_block=1,
             norm_num_groups=8,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -105,6 +105,7 @@ def guidance_table(module: CaptionedDigits, count: int, steps: int) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=750)
+    parser.add_argument("--width", type=int, default=32, help="of the network")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--sampler_steps", type=int, default=18)
     parser.add_argument("--folder", type=Path, default=Path("runs/captions"))
@@ -112,6 +113,7 @@ def main() -> None:
 
     seed_everything(0)
     module = CaptionedDigits(
+        options.width,
         sigma_data=0.75,
         cond_dropout=0.1,
         sampler=Sampler(steps=options.sampler_steps),

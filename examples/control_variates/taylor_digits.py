@@ -114,7 +114,7 @@ def candidates(options: argparse.Namespace) -> list[Candidate]:
     return found + [Candidate(name, draws=each) for name, each in draws.items()]
 
 
-def network(widths: list[int]) -> UNet2DModel:
+def network(widths: list[int], middle: str | None) -> UNet2DModel:
     return UNet2DModel(
         sample_size=8,
         in_channels=1,
@@ -123,6 +123,7 @@ def network(widths: list[int]) -> UNet2DModel:
         layers_per_block=1,
         norm_num_groups=8,
         down_block_types=["DownBlock2D"] * len(widths),
+        mid_block_type=middle,
         up_block_types=["UpBlock2D"] * len(widths),
         num_class_embeds=11,
     )
@@ -130,7 +131,7 @@ def network(widths: list[int]) -> UNet2DModel:
 
 def build(options: argparse.Namespace, **slots: Any) -> DiffusionModule:
     return DiffusionModule(
-        network(options.widths),
+        network(options.widths, options.middle),
         schedule=SCHEDULES[options.schedule](),
         num_classes=10,
         label_dropout=0.1,
@@ -559,6 +560,7 @@ def parse() -> argparse.Namespace:
     settings: dict[str, Any] = {
         "batch": 128,
         "widths": [32, 64],
+        "middle": "UNetMidBlock2D",
         "sampler_steps": 18,
         "evaluations": 10,
     }
@@ -567,6 +569,7 @@ def parse() -> argparse.Namespace:
         settings |= {
             "batch": 16,
             "widths": [8],
+            "middle": None,
             "sampler_steps": 2,
             "evaluations": 2,
             "samples": 40,

@@ -9,7 +9,7 @@ SCRIPT = Path(__file__).parents[2] / "examples/captions/captioned_digits.py"
 
 
 def test_digits_are_trained_on_captions_and_judged_under_guidance(tmp_path, monkeypatch, capsys):
-    short = ["--steps", "3", "--samples", "10", "--sampler_steps", "2"]
+    short = ["--steps", "3", "--width", "8", "--samples", "10", "--sampler_steps", "2"]
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, *short, "--folder", str(tmp_path)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     table = json.loads((tmp_path / "guidance.json").read_text())

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 
 import lightning_vr
 from lightning_vr import DiffusionModule, ResidualMLP, Sampler, TargetVariance
-from lightning_vr.data import Digits
+from lightning_vr.data import Digits, EightGaussians
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -49,6 +49,12 @@ def test_an_audit_is_compared_with_training(tmp_path, monkeypatch, capsys):
     settings = example["main"].__globals__
     monkeypatch.setitem(settings, "EVALUATIONS", 4)
     monkeypatch.setitem(settings, "WORKLOADS", {"eight_gaussians": 12})
+    monkeypatch.setitem(settings, "network", lambda _: ResidualMLP(2, width=16, depth=1))
+
+    def few_points(batch_size, **_):
+        return EightGaussians(batch_size=batch_size, num_samples=2048, num_validation=256)
+
+    monkeypatch.setitem(settings, "EightGaussians", few_points)
     arguments = ["--seeds", "2", "--budget", "0.1", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["audit_against_training.py", *arguments])
     example["main"]()
