@@ -218,7 +218,7 @@ def measure(module: DiffusionModule, x0: Tensor, level: float) -> dict:
 def report(found: dict[tuple[int, int], dict[float, dict]]) -> None:
     """Print reductions of every network, at each noise level."""
     methods = ("pairs", *TERMS)
-    for level in LEVELS:
+    for level in found[SHOWN]:
         print(f"\ns = {level:g}: variance of the noise without over with")
         print(f"{'width':>6}{'depth':>6}{'loss':>8}" + "".join(f"{m:>11}" for m in methods))
         for (width, depth), by_level in found.items():
@@ -246,11 +246,12 @@ def draw(found: dict[tuple[int, int], dict[float, dict]], path: Path) -> None:
 
     widths = sorted({width for width, _ in found})
     ticks = sorted({depth for _, depth in found})
-    figure = Figure(figsize=(3 * len(LEVELS), 2.6 * len(widths)), layout="constrained")
-    grid = figure.subplots(len(widths), len(LEVELS), squeeze=False, sharex=True, sharey="col")
+    levels = list(found[SHOWN])
+    figure = Figure(figsize=(3 * len(levels), 2.6 * len(widths)), layout="constrained")
+    grid = figure.subplots(len(widths), len(levels), squeeze=False, sharex=True, sharey="col")
     for row, width in zip(grid, widths, strict=True):
         depths = sorted(depth for w, depth in found if w == width)
-        for axes, level in zip(row, LEVELS, strict=True):
+        for axes, level in zip(row, levels, strict=True):
             for method in ("pairs", *TERMS):
                 values = [found[width, d][level]["reductions"][method] for d in depths]
                 axes.plot(depths, values, marker=".", label=method)
@@ -259,7 +260,7 @@ def draw(found: dict[tuple[int, int], dict[float, dict]], path: Path) -> None:
             axes.set_yscale("log")
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
         row[0].set_ylabel(f"width {width}\nreduction")
-    for axes, level in zip(grid[0], LEVELS, strict=True):
+    for axes, level in zip(grid[0], levels, strict=True):
         axes.set_title(f"s = {level:g}")
     for axes in grid[-1]:
         axes.set_xlabel("depth")
@@ -276,9 +277,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     options.folder.mkdir(parents=True, exist_ok=True)
-    networks, steps, samples = NETWORKS, options.steps, options.samples
+    networks, levels, steps, samples = NETWORKS, LEVELS, options.steps, options.samples
     if options.quick:
-        networks, steps, samples = [(16, 1), SHOWN], 100, 32
+        networks, levels, steps, samples = [(16, 1), SHOWN], LEVELS[::3], 60, 32
 
     begin = time.perf_counter()
     data = EightGaussians()
@@ -289,7 +290,7 @@ def main() -> None:
     for width, depth in networks:
         module = trained(width, depth, 0, steps)
         found[width, depth] = {
-            level: measure(module, x0[: samples // (1 + (width > WIDE))], level) for level in LEVELS
+            level: measure(module, x0[: samples // (1 + (width > WIDE))], level) for level in levels
         }
         named = {f"width {w}, depth {d}": each for (w, d), each in found.items()}
         (options.folder / "reductions.json").write_text(json.dumps(named, indent=1))
