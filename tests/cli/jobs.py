@@ -46,11 +46,8 @@ def start_fresh(folder, arguments, torchrun=(), **given):
     )
 
 
-def start_fork(folder, arguments, torchrun=(), fork_others=True, **given):
-    """Start the command line in a folder, in a fork of this process.
-
-    Ranks that Lightning starts from there are forks too, or else fresh interpreters.
-    """
+def start_fork(folder, arguments, torchrun=(), **given):
+    """Start the command line in a folder, in a fork of this process, as are Lightning's ranks."""
     log = folder / f"{uuid.uuid4()}.txt"
 
     def run():
@@ -65,10 +62,7 @@ def start_fork(folder, arguments, torchrun=(), fork_others=True, **given):
             fork = ["--start-method=fork", "--run-path", __main__.__file__]
             torch_launcher.main([*torchrun, *fork, *arguments])
         else:
-            if fork_others:
-                let_lightning_fork()
-            else:  # by the command that has started this process, had it been one
-                sys.modules["__main__"].__spec__ = __main__.__spec__
+            let_lightning_fork()
             main()
 
     process = Fork(run)

@@ -49,7 +49,10 @@ CONFIG = {
         "callbacks": [
             {"class_path": "EMA", "init_args": {"decay": 0.9}},
             {"class_path": "TargetVariance", "init_args": {"samples": 64, "noise_levels": 3}},
-            {"class_path": "GradientVariance", "init_args": {"every_n_steps": 5}},
+            {
+                "class_path": "GradientVariance",
+                "init_args": {"every_n_steps": 5, "noise_levels": 2},
+            },
             {"class_path": "FrechetDistance", "init_args": {"samples": 20}},
             {
                 "class_path": "ModelCheckpoint",
@@ -104,7 +107,7 @@ def end(folder):
 
 
 def test_a_job_that_is_killed_six_times_ends_as_one_that_was_not(tmp_path):
-    check_kills(tmp_path, kills=6, steps=40)
+    check_kills(tmp_path, kills=6, steps=20)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from jobs import finish, start_fork, start_fresh
+from support.selections import mostly_slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 
@@ -173,15 +174,9 @@ def weights(folder):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("name", DONE)
+@pytest.mark.parametrize("name", mostly_slow(DONE, ["lightning", "torchrun", "srun"]))
 def test_two_processes_train_to_the_same_weights_however_they_are_started(name, jobs):
     check_weights(jobs(name), jobs("lightning"))
-
-
-def test_a_fresh_interpreter_trains_to_the_same_weights_as_a_fork(jobs):
-    """As the second rank, which Lightning starts by the command of the first."""
-    start = partial(start_fork, fork_others=False)
-    check_weights(jobs("lightning", start), jobs("lightning"))
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from lightning_vr.training.resamples_pilot import ResamplesPilot
 from lightning_vr.variance.gradient_measurement import GradientMeasurement
 
 pytestmark = [
+    pytest.mark.usefixtures("no_pictures_in_module"),
     pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
 ]

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from support.networks import small_mlp
+from support.selections import mostly_slow
 from support.trainers import quiet_trainer
 from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException
@@ -118,21 +119,25 @@ def ended(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("number", [0, 1])
+KINDS = {"exit": "SystemExit", "interrupt": "SystemExit", "error": "OSError"}
+LONE = [(how, number) for how in KINDS for number in (0, 1)]
+
+
 @pytest.mark.parametrize(
-    ("how", "kind"), [("exit", "SystemExit"), ("interrupt", "SystemExit"), ("error", "OSError")]
+    ("how", "number"),
+    mostly_slow(LONE, [("exit", 0), ("interrupt", 1), ("error", 0), ("error", 1)]),
 )
-def test_a_rank_that_ends_alone_ends_both_and_the_first_saves(how, kind, number, ended):
+def test_a_rank_that_ends_alone_ends_both_and_the_first_saves(how, number, ended):
     """Lightning turns an interrupt into an exit."""
     ranks, steps = ended(how, number)
-    assert ranks[number] == {"error": kind, "notes": [], "lost": None}
+    assert ranks[number] == {"error": KINDS[how], "notes": [], "lost": None}
     other = ranks[1 - number]
     assert other["lost"] == f"rank {number}"
     assert f"rank {number} ended; see its message" in other["notes"]
     assert steps == 2
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", mostly_slow([0, 1], [1]))
 def test_a_rank_that_ends_after_a_validation_batch_ends_both(number, ended):
     """The checkpoint holds metrics, which synchronize themselves when they are read."""
     ranks, steps = ended("exit", number, "on_validation_batch_end", 1)

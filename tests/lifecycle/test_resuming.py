@@ -287,6 +287,8 @@ def test_stopped_after_the_last_step_where_steps_are_counted(whole, tmp_path):
     assert set(expected) - set(found) == {("6", "val/loss"), ("6", "frechet_distance/identity_n40")}
 
 
+@pytest.mark.slow
 def test_stopped_with_worker_processes(whole, tmp_path):
+    """As runs of `test_epoch_position.py` are, of a simpler model."""
     found = stop_and_resume(tmp_path, "on_train_batch_end", 7, workers=1)
     check(found, whole())

@@ -1,10 +1,14 @@
 """Two ranks that are stopped anywhere and resumed, on two ranks and on one."""
 
+import functools
+import os
+import socket
 from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -41,6 +45,7 @@ LIMIT = timedelta(seconds=60)
 EPOCHS, BATCHES, WINDOW, SAMPLES = 2, 5, 2, 4
 WITHIN_WINDOW = [1, 3, 6, 8]
 BETWEEN_WINDOWS = [2, 5, 7]
+QUICK_BATCHES = [2, 3, 5, 8]
 
 # Between two windows nothing is summed: what is resumed is the very state that was saved.
 BITWISE = {"rtol": 0.0, "atol": 0.0}
@@ -120,6 +125,17 @@ class SaveAt(Callback):
         trainer.save_checkpoint(self.folder / f"{self.hook}-{self.count}.ckpt")
 
 
+class EndAt(Callback):
+    """Ends the run after the n-th batch, as if it were over."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def on_train_batch_end(self, trainer, *args):
+        self.count -= 1
+        trainer.should_stop = self.count == 0
+
+
 @pytest.fixture(scope="module")
 def warm(no_pictures_in_module, tmp_path_factory):
     """Imports, and other first times, that each fork would have for itself."""
@@ -140,12 +156,18 @@ def runs(warm, tmp_path_factory):
         fit(folder / "whole", start="popen")
         saving = (SaveAt(hook, folder / "stopped") for hook in hooks)
         fit(folder / "stopped", *saving, start="popen")
-        for batch in WITHIN_WINDOW + BETWEEN_WINDOWS:
-            path = checkpoint(folder, batch)
-            fit(folder / str(batch), ckpt_path=path, start="popen")
+        for batch in QUICK_BATCHES:
+            resume(folder, batch)
+        saver = ModelCheckpoint(folder / "kept", save_last=True)
+        fit(folder / "ended", EndAt(2), saver, start="popen")
+        fit(folder / "ended", ckpt_path=folder / "kept/last.ckpt", start="popen")
 
     launch(make, 2)
     return folder
+
+
+def resume(folder, batch):
+    fit(folder / str(batch), ckpt_path=checkpoint(folder, batch), start="popen")
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +203,12 @@ def assert_alike(found, expected, where, **tolerance):
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "lightning_vr")
 
 
-@pytest.mark.parametrize("batch", sorted(WITHIN_WINDOW + BETWEEN_WINDOWS))
+@pytest.mark.parametrize(
+    "batch", mostly_slow(sorted(WITHIN_WINDOW + BETWEEN_WINDOWS), QUICK_BATCHES)
+)
 def test_resumed_on_as_many_ranks_it_is_the_run_that_was_not_stopped(batch, runs, whole):
+    if batch not in QUICK_BATCHES:
+        launch(lambda _: resume(runs, batch), 2)
     end, *ranks = read(runs / str(batch), 2)
     tolerance = ROUNDING if batch in WITHIN_WINDOW else BITWISE
     for part in PARTS:
@@ -203,21 +229,8 @@ def test_resumed_on_one_rank_with_as_large_a_batch_it_takes_the_samples_of_both(
         assert sorted(mine.tolist()) == sorted(torch.cat(both).tolist())
 
 
-class EndAt(Callback):
-    """Ends the run after the n-th batch, as if it were over."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def on_train_batch_end(self, trainer, *args):
-        self.count -= 1
-        trainer.should_stop = self.count == 0
-
-
-def test_ranks_that_end_within_an_epoch_go_on_within_it(whole, tmp_path):
-    saver = ModelCheckpoint(tmp_path / "kept", save_last=True)
-    fit(tmp_path, EndAt(2), saver)
-    end, *ranks = fit(tmp_path, ckpt_path=tmp_path / "kept/last.ckpt")
+def test_ranks_that_end_within_an_epoch_go_on_within_it(runs, whole):
+    end, *ranks = read(runs / "ended", 2)
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_alike(end[part], whole[0][part], part, **BITWISE)
     for rank, expected in zip(ranks, whole[1:], strict=True):
@@ -255,13 +268,28 @@ def test_resumed_within_an_epoch_with_another_number_of_samples_it_is_refused(
         fit(tmp_path, ranks=1, ckpt_path=path)
 
 
-def stop_by_signal(folder, terminate):
+def stop_by_signal_and_resume(folder, place):
     """For a launched process: Lightning hears of no errors in those it forks itself."""
+    hook, count, _, rank = place
+    if dist.is_initialized():
+        meet_anew()
     saving = ModelCheckpoint(
         folder / "kept", save_last=True, save_on_exception=True, every_n_epochs=100
     )
     with pytest.raises(SIGTERMException):
-        fit(folder, saving, terminate, start="popen")
+        fit(folder, saving, Terminate(hook, count, rank), start="popen")
+    meet_anew()
+    fit(folder, ckpt_path=folder / "kept/last.ckpt", start="popen")
+
+
+def meet_anew():
+    """Let ranks meet at another port: those of one meeting know that they were asked to stop."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = [free.getsockname()[1]]
+    dist.broadcast_object_list(port)
+    dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(port[0])
 
 
 PLACES = [
@@ -272,19 +300,31 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("hook", "count", "steps", "rank"),
-    mostly_slow(
-        [(*place, rank) for place in PLACES for rank in (0, 1)],
-        [(*place, i % 2) for i, place in enumerate(PLACES)],
-    ),
-)
+SIGNALS = [(*place, rank) for place in PLACES for rank in (0, 1)]
+QUICK_SIGNALS = [(*place, i % 2) for i, place in enumerate(PLACES)]
+
+
+@pytest.fixture(scope="module")
+def signalled(warm, tmp_path_factory):
+    """The folder of two ranks of which one was sent a signal, and which then went on."""
+
+    @functools.cache
+    def made(is_quick):
+        places = [each for each in SIGNALS if (each in QUICK_SIGNALS) == is_quick]
+        folders = {place: tmp_path_factory.mktemp("signalled") for place in places}
+        launch(lambda _: [stop_by_signal_and_resume(folders[each], each) for each in places], 2)
+        return folders
+
+    return lambda place: made(place in QUICK_SIGNALS)[place]
+
+
+@pytest.mark.parametrize(("hook", "count", "steps", "rank"), mostly_slow(SIGNALS, QUICK_SIGNALS))
 def test_a_signal_to_one_rank_stops_both_at_the_end_of_the_batch_and_they_resume(
-    hook, count, steps, rank, whole, tmp_path
+    hook, count, steps, rank, whole, signalled
 ):
-    launch(lambda _: stop_by_signal(tmp_path, Terminate(hook, count, rank)), 2)
-    path = tmp_path / "kept/last.ckpt"
+    folder = signalled((hook, count, steps, rank))
+    path = folder / "kept/last.ckpt"
     assert torch.load(path, weights_only=True)["global_step"] == steps
-    (end, *_), (expected, *_) = fit(tmp_path, ckpt_path=path), whole
+    (end, *_), (expected, *_) = read(folder, 2), whole
     for part in ("state_dict", "optimizer_states"):
         assert_alike(end[part], expected[part], part, **ROUNDING)

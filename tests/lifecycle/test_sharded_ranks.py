@@ -47,6 +47,7 @@ from lightning_vr.lifecycle.checkpoints import read_checkpoint
 from lightning_vr.pipelines import to_pipeline
 
 pytestmark = [
+    pytest.mark.usefixtures("no_pictures_in_module"),
     pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

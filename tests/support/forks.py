@@ -1,6 +1,7 @@
 """Functions run in a forked process."""
 
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from multiprocessing import get_context
 import torch
 from lightning.fabric.strategies.launchers import subprocess_script as lightning_launcher
 
-from lightning_vr.cli import main
+from lightning_vr import __main__
 
 
 def exit_code(function, seconds):
@@ -57,12 +58,21 @@ class Fork:
 
 
 def let_lightning_fork():
-    """Let Lightning start the other ranks as forks, and look every second whether one has ended."""
+    """Let Lightning start the other ranks as forks, and look every second whether one has ended.
+
+    They do what its command says, which is that of this process, had it been a fresh interpreter.
+    """
+    sys.modules["__main__"].__spec__ = __main__.__spec__
 
     def start(command, env, cwd):
+        executable, flag, module, *arguments = command
+        assert (executable, flag) == (sys.executable, "-m")
+
         def run():
             set_environment(env)
-            main()
+            sys.argv = [module, *arguments]
+            del sys.modules[module]  # Python warns of what it is to run and has imported
+            runpy.run_module(module, run_name="__main__")
 
         return Fork(run)
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from support.points import Points, normal_points, two_classes
 from support.ranks import launch
+from support.selections import mostly_slow
 from support.trainers import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -112,7 +113,20 @@ ESTIMATORS = {
     "angles": lambda: labelled(STF("batch")),
     "angles-sharded": lambda: labelled(STF("all", sharded=True)),
 }
-CASES = [(name, ranks) for name in ESTIMATORS for ranks in (2, 3)]
+ON_THREE = ["n-sharded", "all-sharded", "strata", "learned", "angles-sharded"]
+"""What is shared out among ranks, in shares that are not halves; ``-m slow`` runs the rest too."""
+
+QUICK = [(name, 3 if name in ON_THREE else 2) for name in ESTIMATORS]
+
+
+def on_ranks(*names):
+    """Run a test of some estimators on two and on three ranks, mostly on one of them."""
+    cases = [(name, ranks) for ranks in (2, 3) for name in names]
+    quick = [case for case in QUICK if case[0] in names]
+    return pytest.mark.parametrize(("name", "ranks"), mostly_slow(cases, quick))
+
+
+every = on_ranks(*ESTIMATORS)
 
 
 def build(name):
@@ -329,14 +343,15 @@ def run(no_pictures_in_module, tmp_path_factory):
     fit("plain", 1, tmp_path_factory.mktemp("warm"))  # imports what every fork would import again
 
     @functools.cache
-    def trained(ranks):
-        folders = {name: tmp_path_factory.mktemp(name) for name in ESTIMATORS}
-        launch(lambda _: [fit(name, ranks, folders[name]) for name in ESTIMATORS], ranks)
+    def trained(ranks, is_quick):
+        names = [name for name in ESTIMATORS if ((name, ranks) in QUICK) == is_quick]
+        folders = {name: tmp_path_factory.mktemp(name) for name in names}
+        launch(lambda _: [fit(name, ranks, folders[name]) for name in names], ranks)
         return folders
 
     @functools.cache
     def both(name, ranks):
-        found = read(trained(ranks)[name], ranks)
+        found = read(trained(ranks, (name, ranks) in QUICK)[name], ranks)
         return found, Alone(name, found)
 
     return both
@@ -354,9 +369,6 @@ def curve_of_one_process(no_pictures_in_module, tmp_path_factory):
         return read(folder, 1)[0]["curve"]
 
     return curve
-
-
-every = pytest.mark.parametrize(("name", "ranks"), CASES)
 
 
 @every
@@ -406,10 +418,10 @@ def test_no_two_ranks_batches_or_steps_have_a_time_or_a_noise_in_common(name, ra
     assert len(sources) == len(found) * WINDOW * STEPS
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize(("name", "draws"), [("strata", 1), ("learned", 2)])
-def test_ranks_and_batches_of_a_step_cover_its_strata_once(name, draws, ranks, run):
-    found, _ = run(name, ranks)
+@on_ranks("strata", "learned")
+def test_ranks_and_batches_of_a_step_cover_its_strata_once(name, ranks, run):
+    found, alone = run(name, ranks)
+    draws = alone.module.draws.resamples
     for step in range(STEPS if name == "strata" else 1):
         batches = [rank["batches"][step * WINDOW + i] for rank in found for i in range(WINDOW)]
         t = torch.stack([batch["noised"]["t"] for batch in batches])
@@ -419,9 +431,9 @@ def test_ranks_and_batches_of_a_step_cover_its_strata_once(name, draws, ranks, r
         assert of_sample.tolist() == [list(range(draws))] * len(of_sample)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_labels_are_dropped_by_each_rank_for_itself(ranks, run):
-    found, _ = run("classes", ranks)
+@on_ranks("classes")
+def test_labels_are_dropped_by_each_rank_for_itself(name, ranks, run):
+    found, _ = run(name, ranks)
     dropped = [
         torch.cat([batch["noised"]["group"] < 0 for batch in rank["batches"]]) for rank in found
     ]
@@ -464,8 +476,7 @@ def test_the_target_variance_is_measured_as_on_one_process(name, ranks, run, cur
     assert_logged(found, expected, "target_variance/removed/")
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("name", ["plain", "all", "classes", "all-sharded"])
+@on_ranks("plain", "all", "classes", "all-sharded")
 def test_the_gradient_variance_is_the_mean_of_what_ranks_measure_apart(name, ranks, run):
     found, alone = run(name, ranks)
     levels = alone.module.schedule.noise_level(
