@@ -190,10 +190,8 @@ RUNS = {
         DDPM,
         pictures,
         [
-            lambda: [each()],
-            both(ddpm_given, each),
-            both(ddpm_given, targets_of_pictures),
-            both(targets_of_pictures, ddpm_given),
+            lambda: [each(), ddpm_given(), targets_of_pictures()],
+            lambda: [targets_of_pictures(), ddpm_given(), each()],
         ],
         list,
     ),

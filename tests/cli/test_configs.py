@@ -119,5 +119,7 @@ def tiny(config):
     if config.stem in WIDTHS:
         widths = f"--model.network.init_args.block_out_channels={WIDTHS[config.stem]}"
         return [*TINY, *SMALL_UNET, widths]
+    if "digits" in config.stem:
+        return [*TINY, "--model.network.init_args.block_out_channels=[8,16]"]
     is_synthetic = yaml.safe_load(config.read_text())["data"]["class_path"] != "Digits"
     return [*TINY, "--data.num_samples=1100"] if is_synthetic else TINY
