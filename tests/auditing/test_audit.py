@@ -137,11 +137,11 @@ def test_the_exact_target_on_well_separated_data_at_low_noise_leaves_nothing_to_
     assert "Variance reduction does not pay here" in found.advice
 
 
-def test_nothing_of_the_module_or_the_random_state_changes():
-    model, points = module(STF(16)), data()
+def audit_in_place(model):
+    """Audit a module, of which nothing changes, nor of the random state."""
     before = copy.deepcopy(model.state_dict())
     slots, seed, state = model.target, model.seed, torch.get_rng_state()
-    audit(model, points, RIVALS, budget=1, progress=False)
+    audit(model, data(), RIVALS, budget=1, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.target is slots
     assert model.seed is seed
@@ -170,12 +170,12 @@ def test_an_audit_that_fails_leaves_the_module_and_the_settings_of_the_trainer_a
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_training_after_an_audit_is_what_it_would_have_been():
+def test_an_audit_changes_nothing_and_training_after_it_is_what_it_would_have_been():
     def train(is_audited):
         model = module(STF(16))
         torch.manual_seed(1)
         if is_audited:
-            audit(model, data(), RIVALS, budget=1, progress=False)
+            audit_in_place(model)
         Trainer(
             max_steps=3,
             accelerator="cpu",

@@ -18,7 +18,7 @@ FLAGS = """
     --model.network ResidualMLP --model.network.width 16
     --data EightGaussians --data.num_samples 512 --data.batch_size 32
     --trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp
-    --budget 3
+    --budget 1
 """
 
 

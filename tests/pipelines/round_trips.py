@@ -1,6 +1,5 @@
 """Models of each kind that goes out, and a process without this package that samples from them."""
 
-import json
 import subprocess
 import sys
 import warnings
@@ -10,8 +9,10 @@ from unittest import mock
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, EulerDiscreteScheduler
+from diffusers.utils import dynamic_modules_utils
 from lightning.pytorch import seed_everything
-from safetensors.torch import load_file
+from safetensors import safe_open
+from support.forks import exit_code
 from support.gaussian_reverse import scheduler
 from support.latents import save_autoencoder
 from support.networks import small_unet
@@ -46,7 +47,7 @@ SEED = 3
 ABROAD = (
     f"STEPS, COUNT, SEED = {STEPS}, {COUNT}, {SEED}"
     + """
-import json, sys
+import sys
 import torch
 sys.modules["lightning_vr"] = None  # importing it raises
 from diffusers import DiffusionPipeline
@@ -70,7 +71,6 @@ for name in names:
     else:
         images = pipeline(COUNT, **asked).images
     save_file({"images": images}, f"{folder}/{name}.safetensors", {"kind": kind})
-    print(json.dumps([name, kind]))
 """
 )
 
@@ -234,10 +234,33 @@ def sampled_abroad(folder, modules):
     """Return each model's pipeline and samples, of a process that cannot import this package."""
     for name, module in modules.items():
         export(module, folder / name)
-    command = [sys.executable, "-c", ABROAD, str(folder), *modules]
+
+    def without_this_package():
+        for name in list(sys.modules):
+            if name.split(".")[0] == "lightning_vr":
+                del sys.modules[name]
+        dynamic_modules_utils.HF_MODULES_CACHE = str(folder / "code")
+        sys.argv = ["-c", str(folder), *modules]
+        warnings.simplefilter("default")
+        exec(ABROAD, {})
+
+    assert exit_code(without_this_package, seconds=120) == 0
+    return brought_back(folder, modules)
+
+
+def sampled_in_a_fresh_process(folder, names):
+    """As ``sampled_abroad`` for models that went out, of a process that has imported nothing."""
+    command = [sys.executable, "-c", ABROAD, str(folder), *names]
     environment = {"HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    kinds = dict(json.loads(line) for line in done.stdout.splitlines())
-    images = {name: load_file(folder / f"{name}.safetensors")["images"] for name in modules}
-    return {name: (kinds[name], images[name]) for name in modules}
+    return brought_back(folder, names)
+
+
+def brought_back(folder, names):
+    """The pipeline and the samples of each name."""
+    found = {}
+    for name in names:
+        with safe_open(folder / f"{name}.safetensors", "pt") as file:
+            found[name] = file.metadata()["kind"], file.get_tensor("images")
+    return found

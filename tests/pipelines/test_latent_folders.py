@@ -1,7 +1,5 @@
 """Latents of text and of classes: parts of diffusers' pipelines come in, train and go out again."""
 
-import json
-
 import pytest
 import torch
 import yaml
@@ -15,82 +13,21 @@ from diffusers import (
     PNDMScheduler,
     UNet2DConditionModel,
 )
-from round_trips import AtLevels, latent_dit
+from round_trips import latent_dit
 from support.diffusers_networks import tiny
 from support.latents import save_autoencoder
 from support.networks import small_unet
-from support.trainers import quiet_trainer
-from torch.utils.data import DataLoader
+from text_models import STEPS, WORDS, OfText, fitted, of_text, pictures_of
 
 from lightning_vr import (
-    AutoencoderFolder,
     DiffusionModule,
     Euler,
-    LatentDiffusionModule,
     LearnedVariance,
     Sampler,
     export,
 )
 from lightning_vr.cli import main
 from lightning_vr.training.incoming_folder import IncomingFolder
-
-WORDS = ["one", "two"]
-STEPS = 5
-TABLE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
-V = {"prediction_type": "v_prediction", "clip_sample": False, "timestep_spacing": "trailing"}
-V |= {"steps_offset": 1}
-
-
-class OfText(LatentDiffusionModule):
-    """Latents of pictures that are conditioned on one of two words."""
-
-    def encode_condition(self, rows):
-        numbers = torch.tensor([WORDS.index(text) for text in rows["prompt"]])
-        return {"encoder_hidden_states": embedded(numbers)}
-
-
-def embedded(numbers):
-    return torch.eye(2).repeat(1, 3)[numbers][:, None].expand(-1, 3, -1)
-
-
-def of_text(folder, **options):
-    settings = {"schedule": DDIMScheduler(**TABLE, **V), "prediction": "v"}
-    settings |= {"cond_dropout": 0.1, "null_cond": "zeros"}
-    save_autoencoder(folder / "vae")
-    autoencoder = AutoencoderFolder(str(folder / "vae"))
-    return OfText(tiny("conditional UNet"), autoencoder, **(settings | options))
-
-
-def fitted(module):
-    """Train two steps on pictures with labels and prompts."""
-    pictures = 0.5 * torch.randn(16, 1, 8, 8)
-    data = [{"image": x, "label": i % 3, "prompt": WORDS[i % 2]} for i, x in enumerate(pictures)]
-    loader = DataLoader(data, batch_size=8)
-    quiet_trainer(max_steps=2, limit_val_batches=0).fit(module, loader, loader)
-    return module
-
-
-def at_levels_of(scheduler, module, guidance):
-    scheduler.set_timesteps(STEPS)
-    levels = module.schedule.noise_level(scheduler.timesteps.double())
-    return AtLevels(Euler(), STEPS, levels=levels, guidance=guidance)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A trained model of text, and the folder that it went out to."""
-    folder = tmp_path_factory.mktemp("text")
-    module = fitted(of_text(folder))
-    export(module, folder / "out")
-    return module, folder / "out"
-
-
-def pictures_of(module, scheduler, noise_seed):
-    """Return guided samples of two prompts at the steps of a scheduler, as pictures in [0, 1]."""
-    source = torch.Generator().manual_seed(noise_seed)
-    sampler = at_levels_of(scheduler, module, guidance=3.0)
-    cond = module.encode_condition({"prompt": WORDS})
-    return module.decode(module.sample(2, cond=cond, sampler=sampler, source=source)) / 2 + 0.5
 
 
 def test_a_model_of_text_goes_out_with_its_autoencoder_and_draws_the_same_pictures(text):
@@ -136,48 +73,6 @@ def test_its_parts_are_those_that_stable_diffusion_is_made_of(text):
         "`unet`, `scheduler` and `vae` are the other parts of a StableDiffusionPipeline"
         in (folder / "README.md").read_text()
     )
-
-
-def test_a_stable_diffusion_pipeline_of_these_parts_draws_the_same_pictures(text, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    from diffusers import StableDiffusionPipeline
-
-    module, folder = text
-    config = transformers.CLIPTextConfig(
-        vocab_size=4,
-        hidden_size=6,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=3,
-    )
-    (tmp_path / "vocab.json").write_text(
-        json.dumps({"a": 0, "a</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3})
-    )
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(
-        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=3
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae"),
-        text_encoder=transformers.CLIPTextModel(config),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
-        scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    asked = {"height": 8, "width": 8, "num_inference_steps": STEPS, "output_type": "pt"}
-    generator = torch.Generator().manual_seed(1)
-    prompts = module.encode_condition({"prompt": WORDS})["encoder_hidden_states"]
-    given = {"prompt_embeds": prompts, "negative_prompt_embeds": torch.zeros(2, 3, 6)}
-    images = pipeline(guidance_scale=3.0, generator=generator, **given, **asked).images
-    torch.testing.assert_close(
-        images, pictures_of(module, pipeline.scheduler, 1), rtol=0, atol=1e-4
-    )
-    assert pipeline("a", **asked).images.isfinite().all()  # its own encoder fits too
 
 
 def test_parts_of_stable_diffusion_come_in_train_and_go_out_again(tmp_path, capsys):

@@ -6,7 +6,13 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 from lightning.pytorch import Callback
-from round_trips import expected, models, sampled_abroad, trained
+from round_trips import (
+    expected,
+    models,
+    sampled_abroad,
+    sampled_in_a_fresh_process,
+    trained,
+)
 from safetensors.torch import load_file
 from support.networks import small_mlp, small_unet
 
@@ -51,6 +57,15 @@ def test_a_process_without_this_package_draws_the_samples_of_the_module(trip, na
         wanted = (wanted / 2 + 0.5).clamp(0, 1)
     assert wanted.std() > 0.05
     torch.testing.assert_close(images, wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow  # imports diffusers again
+def test_a_fresh_process_draws_the_same(trip):
+    folder, modules, abroad = trip
+    fresh = sampled_in_a_fresh_process(folder, list(modules))
+    for name, (kind, images) in abroad.items():
+        assert fresh[name][0] == kind
+        assert torch.equal(fresh[name][1], images)
 
 
 def test_nothing_is_pickled(trip):

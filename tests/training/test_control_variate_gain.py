@@ -80,11 +80,18 @@ def test_no_fixed_coefficient_takes_off_more_than_the_fitted_ones(order, level):
     """Up to the error of few draws, where next to nothing is left of the noise."""
     module, clean = trained(order)
     window = {"low": level / 4, "high": (level + 1) / 4}
-    plain, fitted = (noise(module, clean, c, **window) for c in (None, module.control_variate))
+    controls = [TaylorCV(order, gate="open", bins=4, coefficient=c) for c in (0.5, 1.0)]
+    plain, half, whole, fitted = (
+        noise(module, clean, control, **window)
+        for control in (None, *controls, module.control_variate)
+    )
     assert fitted < plain
+    # of the same draws, the variance is a parabola of the coefficient
+    curvature = 2 * (plain - 2 * half + whole)
+    slope = whole - plain - curvature
     for coefficient in FIXED:
-        fixed = TaylorCV(order, gate="open", bins=4, coefficient=coefficient)
-        assert fitted < 1.1 * noise(module, clean, fixed, **window) + 1e-3 * plain
+        fixed = plain + slope * coefficient + curvature * coefficient**2
+        assert fitted < 1.1 * fixed + 1e-3 * plain
 
 
 @pytest.mark.parametrize(
