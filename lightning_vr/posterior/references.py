@@ -7,6 +7,7 @@ digits on; distances do not change.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +21,35 @@ _ON_ACCELERATOR = (1 << 24, 1 << 27)
 """The same where each chunk costs a launch of every kernel, and memory is large."""
 
 
+_Whole = TypeVar("_Whole", bound="WholeReferences")
+
+
+class WholeReferences:
+    """References that are all on this rank."""
+
+    def __deepcopy__(self: _Whole, memo: dict[int, object]) -> _Whole:
+        return self  # references are never changed: copies of a module share them
+
+    @property
+    def local(self: _Whole) -> _Whole:
+        """The references on this rank: all of them."""
+        return self
+
+    def rows_at(self, positions: Tensor) -> Tensor:
+        """Return the rows of ``local`` at ``positions (m,)`` of all references."""
+        return positions
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of ``x`` over the ranks with shards of the references: ``x`` itself."""
+        return x
+
+    def from_rank_zero(self, x: Tensor) -> Tensor:
+        """Return the first rank's ``x``, where ranks have shards of references: ``x`` itself."""
+        return x
+
+
 @dataclass(frozen=True)
-class References:
+class References(WholeReferences):
     """Prepared references, ready for many calls of ``posterior_mean``.
 
     Attributes:
@@ -49,32 +77,12 @@ class References:
         """Keep the squared norms of ``rows (n, d)`` that ``centre (d,)`` is subtracted from."""
         return cls(rows, torch.linalg.vector_norm(rows, dim=1).square_(), centre, group)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "References":
-        return self  # references are never changed: copies of a module share them
-
     def __len__(self) -> int:
         return len(self.rows)
 
     def at_origin(self) -> "References":
         """Return the references moved so that their centre is the origin."""
         return replace(self, centre=torch.zeros_like(self.centre))
-
-    @property
-    def local(self) -> "References":
-        """The references on this rank: all of them."""
-        return self
-
-    def rows_at(self, positions: Tensor) -> Tensor:
-        """Return the rows of ``local`` at ``positions (m,)`` of all references."""
-        return positions
-
-    def total(self, x: Tensor) -> Tensor:
-        """Return the sum of ``x`` over the ranks with shards of the references: ``x`` itself."""
-        return x
-
-    def from_rank_zero(self, x: Tensor) -> Tensor:
-        """Return the first rank's ``x``, where ranks have shards of references: ``x`` itself."""
-        return x
 
     def take(self, index: Tensor) -> "References":
         """Return the references at ``index (m,)``, centred as before."""
@@ -98,7 +106,7 @@ class References:
             yield start, self.rows[part].to(dtype), self.squared_norms[part].to(dtype)
 
 
-class PlainReferences:
+class PlainReferences(WholeReferences):
     """References for a single call: centred chunk by chunk, so that no copy of all is made.
 
     The centre is the mean of a few of them, and the origin where that lies within one standard
@@ -112,11 +120,6 @@ class PlainReferences:
         is_near = bool(centre.square().sum() <= (some - centre).square().sum(1).mean())
         self.centre = torch.zeros_like(centre) if is_near else centre
         self.is_centred = is_near and x.dtype == dtype
-
-    @property
-    def local(self) -> "PlainReferences":
-        """The references on this rank: all of them."""
-        return self
 
     def __len__(self) -> int:
         return len(self.x)

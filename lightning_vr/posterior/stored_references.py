@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_vr.posterior.references import References, chunk_length
+from lightning_vr.posterior.references import References, WholeReferences, chunk_length
 
 StoredDtype = Literal["float32", "bfloat16", "uint8"]
 
@@ -94,7 +94,7 @@ class _Ahead:
 
 
 @dataclass(frozen=True)
-class StoredReferences:
+class StoredReferences(WholeReferences):
     """Prepared references whose rows are read from where they are stored, chunk by chunk.
 
     Attributes:
@@ -130,28 +130,8 @@ class StoredReferences:
             found.squared_norms[start : start + len(rows)] = norms
         return found
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "StoredReferences":
-        return self  # references are never changed: copies of a module share them
-
     def __len__(self) -> int:
         return len(self.squared_norms)
-
-    @property
-    def local(self) -> "StoredReferences":
-        """The references on this rank: all of them."""
-        return self
-
-    def rows_at(self, positions: Tensor) -> Tensor:
-        """Return the rows of ``local`` at ``positions (m,)`` of all references."""
-        return positions
-
-    def total(self, x: Tensor) -> Tensor:
-        """Return the sum of ``x`` over the ranks with shards of the references: ``x`` itself."""
-        return x
-
-    def from_rank_zero(self, x: Tensor) -> Tensor:
-        """Return the first rank's ``x``, where ranks have shards of references: ``x`` itself."""
-        return x
 
     def take(self, index: Tensor) -> References:
         """Read the references at ``index (m,)`` alone, centred as before."""
