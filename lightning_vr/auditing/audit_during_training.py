@@ -6,6 +6,7 @@ the weights of that time, and draws of its own.
 """
 
 import copy
+import math
 import statistics
 import time
 from collections import deque
@@ -122,17 +123,21 @@ class AuditDuringTraining(Callback):
         start = time.perf_counter()
         if self._last_start is not None:
             self._durations.append(start - self._last_start)
-            self._trained += start - self._last_start
+            self._trained += 1
         self._last_start = start
         if self._comparison is None and not self._is_due(trainer, batch_idx, pl_module.device):
             return
+        if self._comparison is None:
+            self._present_cost = 0.0
         with preserve_global_rng():
             self._audit(trainer, pl_module, batch)
         self._last_start = time.perf_counter()
-        self._spent += self._last_start - start
-        self._present_cost += self._last_start - start
+        # in steps timed just before: what else the machine does slows both
+        steps = (self._last_start - start) / statistics.median(self._durations or [math.inf])
+        self._spent += steps
+        self._present_cost += steps
         if self._comparison is None:
-            self._cost = self._present_cost
+            self._cost = max(self._cost or 0.0, self._present_cost)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not take the seconds of a validation for those of a step."""
@@ -176,8 +181,7 @@ class AuditDuringTraining(Callback):
         if cost is None:
             # passes with more draws of each sample take longer
             rivals = 3 if self.candidates is None else len(self.candidates)
-            passes = 2 * _PASSES * self.repetitions * (1 + rivals)
-            cost = passes * statistics.median(self._durations)
+            cost = 2 * _PASSES * self.repetitions * (1 + rivals)
         is_due = self._spent + cost <= TIME_BUDGET * self._trained
         return bool(broadcast(torch.tensor(is_due, device=device)))
 
@@ -223,7 +227,7 @@ class AuditDuringTraining(Callback):
             rank_zero_info(f"AuditDuringTraining does not measure {name}: {why}.")
         self._rivals = [c for c in self._rivals if c.name not in reasons]
         self._comparison = Comparison(module, batch_size(batch) * world_size())
-        self._pending, self._number, self._present_cost = batch, 0, 0.0
+        self._pending, self._number = batch, 0
         self._audited_step = trainer.global_step
 
     def _finish(self, trainer: Trainer, module: DiffusionModule) -> None:

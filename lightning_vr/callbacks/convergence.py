@@ -43,8 +43,12 @@ from lightning_vr.variance.optimum import Population
 
 log = logging.getLogger(__name__)
 
-_PASSES = 3
-"""Forward passes that a training step costs for each sample: a backward pass is two."""
+_PASSES = 2.5
+"""Passes of a measurement, each with its noising and loss, that cost a training step of a sample.
+
+A backward pass is two forward ones, but a pass of a measurement costs more than one of training:
+2.85 were measured on a small U-Net (``tests/benchmarks/test_convergence_cost.py``).
+"""
 
 
 class Convergence(Callback):

@@ -112,6 +112,36 @@ def test_audits_take_two_percent_of_the_time_of_a_run(monkeypatch):
     assert 100 * len(begun) <= 0.02 * now.seconds
 
 
+@pytest.mark.parametrize("second", [1.0, 0.8])
+def test_all_audits_of_a_run_take_two_percent_though_other_work_slows_the_machine(
+    monkeypatch, second
+):
+    """All takes 5 times as long in every other 1700 steps; every second audit may take less."""
+    now = SimpleNamespace(seconds=0.0, slowness=1.0)
+    monkeypatch.setattr(watching, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    watch = AuditDuringTraining(RIVALS[:1], repetitions=3)
+    module = DiffusionModule(ResidualMLP())
+    trainer = SimpleNamespace(global_step=0)
+    audits = []
+
+    def audit(trainer, module, batch):
+        """Prepare for as long as 30 steps, then measure for as long as 60."""
+        begins = watch._comparison is None
+        watch._comparison = object() if begins else None
+        steps = (30 if begins else 60) * (second if len(audits) % 4 > 1 else 1)
+        now.seconds += steps * now.slowness
+        audits.append(steps)
+
+    monkeypatch.setattr(watch, "_audit", audit)
+    for step in range(60_000):
+        trainer.global_step = step
+        now.slowness = 5.0 if step // 1700 % 2 else 1.0
+        watch.on_train_batch_start(trainer, module, None, step)
+        now.seconds += now.slowness
+        assert sum(audits) <= 0.02 * step or watch._comparison is not None
+    assert sum(audits) >= 0.015 * step
+
+
 def test_a_run_that_is_too_short_for_one_says_so(caplog):
     with caplog.at_level("INFO"):
         trained(AuditDuringTraining(RIVALS), steps=12)

@@ -41,5 +41,5 @@ def test_a_validation_against_the_training_steps_that_it_is_made_once_in(compare
         label="a validation of Convergence and a training step",
     )
     draws = 2 * 12 * 128
-    every = math.ceil(draws / (3 * BATCH_SIZE) / 0.02)  # what the callback chooses
+    every = math.ceil(draws / (2.5 * BATCH_SIZE) / 0.02)  # what the callback chooses
     print(f"one in {every} steps: {100 * ours / other / every:.2f} % of the training time")
