@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from jobs import finish, start_fork, start_fresh
-from support.selections import mostly_slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 
@@ -174,7 +173,7 @@ def weights(folder):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("name", mostly_slow(DONE, ["lightning", "torchrun", "srun"]))
+@pytest.mark.parametrize("name", DONE)
 def test_two_processes_train_to_the_same_weights_however_they_are_started(name, jobs):
     check_weights(jobs(name), jobs("lightning"))
 
