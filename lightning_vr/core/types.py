@@ -4,13 +4,13 @@
 loss is a ``LossEstimate``. Shapes: ``x`` is ``(B, *)``; ``t``, ``alpha``, ``sigma`` are ``(B,)``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_vr.core.conditions import Condition, condition_rows
+from lightning_vr.core.conditions import Condition, condition_rows, expanded
 
 UNLABELLED = -1
 """The group of a row whose label is dropped or unknown: every reference is exchangeable with it."""
@@ -51,6 +51,12 @@ class Clean:
         own = None if self.index is None else self.index[index]
         cond_group = None if self.cond_group is None else self.cond_group[index]
         return Clean(self.x0[index], group, condition_rows(self.cond, index), own, cond_group)
+
+    def expanded(self) -> "Clean":
+        """Return the same with a row of the condition for each sample, if one was for all."""
+        if self.cond is None:
+            return self
+        return replace(self, cond=expanded(self.cond, len(self.x0)))
 
     def repeated(self, count: int) -> "Clean":
         """Return ``count`` copies of each sample next to each other."""

@@ -54,9 +54,13 @@ def as_stored(x: Tensor, dtype: StoredDtype) -> Tensor:
 
 def as_numbers(stored: Tensor) -> Tensor:
     """Return stored samples in float32."""
-    if stored.dtype == torch.uint8:
-        return stored.float().div_(127.5).sub_(1)
-    return stored.float()
+    numbers = stored.float()
+    return _from_levels(numbers) if stored.dtype == torch.uint8 else numbers
+
+
+def _from_levels(x: Tensor) -> Tensor:
+    """Turn levels of 8 bits into numbers of [-1, 1], in place."""
+    return x.div_(127.5).sub_(1)
 
 
 class _Ahead:
@@ -184,7 +188,7 @@ class StoredReferences(WholeReferences):
                 rows[low - start : high - start] = part[low - first : high - first]
             first += len(part)
         if self.parts[0].dtype == torch.uint8:
-            rows.div_(127.5).sub_(1)
+            _from_levels(rows)
         return rows.sub_(self.centre)
 
 

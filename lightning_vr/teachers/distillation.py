@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_vr.core.conditions import expanded
 from lightning_vr.core.rows import in_chunks, tensors
 from lightning_vr.core.types import (
     WHOLE_STEP,
@@ -98,8 +97,7 @@ def distill(
             f"one: render with gradients enabled and without `detach`."
         )
     with torch.no_grad():
-        cond = None if clean.cond is None else expanded(clean.cond, len(x0))
-        noised = draws(replace(clean, x0=x0.detach(), cond=cond), objective, source, part)
+        noised = draws(replace(clean.expanded(), x0=x0.detach()), objective, source, part)
         direction = _residuals(residual, noised, draws.chunk(len(noised.t), noised.t.device))
         weight = loss_weight(noised, objective)
         per_draw = weight * direction.flatten(1).square().mean(dim=1)

@@ -245,10 +245,9 @@ class DistributionMatching(EstimatorModule):
         self.sample_shape = tuple(shape) if shape else None
 
     def _conditions(self, batch: Any) -> Clean:
-        clean = Clean.from_batch(batch)
-        cond = None if clean.cond is None else expanded(clean.cond, len(clean.x0))
+        clean = Clean.from_batch(batch).expanded()
         group = clean.group if self.teacher.model.num_classes is not None else None
-        return Clean(clean.x0, group, cond)
+        return Clean(clean.x0, group, clean.cond)
 
     def _fake_estimate(self, like: Clean, step: int) -> LossEstimate:
         """Return the diffusion loss of the fake model on fresh samples of the student."""

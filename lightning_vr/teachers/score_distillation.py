@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_vr.core.conditions import expanded
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import detached
@@ -125,9 +124,8 @@ class ScoreDistillation(TimeRange, MonitoredSchedules, EstimatorModule):
 
         Views of a batch that has none yet are drawn from torch's global generator.
         """
-        clean = self.rendered(batch)
-        cond = None if clean.cond is None else expanded(clean.cond, len(clean.x0))
-        return replace(clean, x0=self.teacher.encode(clean.x0), cond=cond)
+        clean = self.rendered(batch).expanded()
+        return replace(clean, x0=self.teacher.encode(clean.x0))
 
     def rendered(self, batch: Any) -> Clean:
         """Do what ``clean`` does, without the teacher's autoencoder."""

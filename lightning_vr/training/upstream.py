@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_vr.core.conditions import Condition, expanded, null_condition
+from lightning_vr.core.conditions import Condition, null_condition
 from lightning_vr.core.keyed_module import KeyedModule
 from lightning_vr.core.types import Clean
 
@@ -63,10 +63,8 @@ class Upstream(KeyedModule):
         Samples are exchangeable given what the network is conditioned on, so labels that it does
         not see must not mask references. A condition of one row is given to every sample.
         """
-        clean = self.encode(batch)
-        group = None if self.num_classes is None else clean.group
-        cond = None if clean.cond is None else expanded(clean.cond, len(clean.x0))
-        return replace(clean, group=group, cond=cond)
+        clean = self.encode(batch).expanded()
+        return clean if self.num_classes is not None else replace(clean, group=None)
 
     @property
     def has_null_cond(self) -> bool:

@@ -7,12 +7,10 @@ sees them, and only then do they decide which samples are exchangeable.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from lightning_vr.core.conditions import expanded
 from lightning_vr.core.types import Clean
 from lightning_vr.core.validation import check_one_per_sample
 
@@ -32,10 +30,7 @@ def sees_conditions(loss: LossFunction) -> bool:
 
 def given_clean(batch: Any) -> Clean:
     """Return the clean samples of a batch, whose conditions have a row for each."""
-    clean = Clean.from_batch(batch)
-    if clean.cond is None:
-        return clean
-    return replace(clean, cond=expanded(clean.cond, len(clean.x0)))
+    return Clean.from_batch(batch).expanded()
 
 
 def given_loss(loss: LossFunction, model: Any, clean: Clean, noise: Tensor, t: Tensor) -> Tensor:
