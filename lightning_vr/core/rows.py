@@ -1,7 +1,7 @@
 """Rows of draws: what a loss needs of each, as nested dictionaries of tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -55,8 +55,7 @@ def in_chunks(rows: Rows, chunk: int) -> Iterator[Rows]:
 
 def tensors(bundle: Any) -> Rows:
     """Return what a dataclass holds as rows; what is None is left out."""
-    values = {field.name: getattr(bundle, field.name) for field in fields(bundle)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in vars(bundle).items() if value is not None}
 
 
 def detached(bundle: Bundle) -> Bundle:

@@ -5,7 +5,7 @@ loss is a ``LossEstimate``. Shapes: ``x`` is ``(B, *)``; ``t``, ``alpha``, ``sig
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -156,6 +156,26 @@ class TargetEstimate:
     x0: Tensor
     ess: Tensor
     spread: Tensor
+
+
+class DrawEstimate(Protocol):
+    """What draws learn from and a guard looks at: an estimate in which each draw has its part."""
+
+    @property
+    def noised(self) -> Noised:
+        """The draws."""
+
+    @property
+    def per_draw(self) -> Tensor:
+        """Weighted squared error of each draw ``(B,)``."""
+
+    @property
+    def control(self) -> Tensor | None:
+        """The term of a control variate for each draw ``(B,)``, or None."""
+
+    @property
+    def bound(self) -> Tensor | None:
+        """The term of a learned variance for each draw ``(B,)``, or None."""
 
 
 @dataclass(frozen=True)

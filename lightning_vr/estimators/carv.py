@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_vr.core.types import WHOLE_STEP, Clean, LossEstimate, Noised, StepPart, Times
+from lightning_vr.core.types import WHOLE_STEP, Clean, DrawEstimate, Noised, StepPart, Times
 from lightning_vr.core.validation import check_at_least, check_choice
 from lightning_vr.estimators.draws import Draws, open_uniform
 from lightning_vr.estimators.proposals import Proposal, draw_times
@@ -137,7 +137,7 @@ class CARV(Draws):
         if self.proposal is not None:
             self.proposal.check(objective)
 
-    def observe(self, estimate: LossEstimate, objective: Objective) -> None:
+    def observe(self, estimate: DrawEstimate, objective: Objective) -> None:
         if self.proposal is not None:
             noised = estimate.noised
             v, weight = objective.timesteps.cdf(noised.t.double()), objective.weight(noised.t)

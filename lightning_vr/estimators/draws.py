@@ -15,7 +15,7 @@ from lightning_vr.core.types import (
     UNLABELLED,
     WHOLE_STEP,
     Clean,
-    LossEstimate,
+    DrawEstimate,
     Noised,
     StepPart,
     Times,
@@ -83,7 +83,7 @@ class Draws(Slot, ABC):
     def check(self, objective: Objective) -> None:
         """Raise if the draws would not estimate the objective."""
 
-    def observe(self, estimate: LossEstimate, objective: Objective) -> None:
+    def observe(self, estimate: DrawEstimate, objective: Objective) -> None:
         """Learn from the losses of a micro-step."""
 
     def advance(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_vr.core.types import LossEstimate, Noised, TargetEstimate
 from lightning_vr.estimators.slot import Slot
 from lightning_vr.process.objective import Objective
+from lightning_vr.process.predictions import Prediction
 from lightning_vr.process.schedules import expand
 
 Network = Callable[[Tensor, Noised], Tensor]
@@ -67,12 +68,11 @@ def diffusion_loss(
         control_variate: A term with a zero-mean gradient, or None. It is left out where gradients
             are disabled.
     """
-    control = None
+    control, coefficients = None, _coefficients(noised, objective)
     if control_variate is None or not torch.is_grad_enabled():
-        output = network_output(network, noised, objective)
+        output = _output(network, noised, coefficients)
     else:
         output, control = control_variate(network, noised, target, objective)
-    coefficients = objective.coefficients(noised.t)
     residual = output - coefficients.output(noised.x0, noised.noise, target.x0)
     per_draw = loss_weight(noised, objective) * residual.flatten(1).square().mean(dim=1)
     loss = per_draw.mean() if control is None else (per_draw + control).mean()
@@ -81,8 +81,7 @@ def diffusion_loss(
 
 def network_output(network: Network, noised: Noised, objective: Objective) -> Tensor:
     """Return the raw network's output ``(B, *)``, in float32 or better."""
-    scale = objective.coefficients(noised.t).input_scale
-    return network(expand(scale, noised.xt) * noised.xt, noised).to(noised.xt.dtype)
+    return _output(network, noised, _coefficients(noised, objective))
 
 
 def loss_weight(noised: Noised, objective: Objective) -> Tensor:
@@ -94,5 +93,14 @@ def loss_weight(noised: Noised, objective: Objective) -> Tensor:
 
 def denoise(network: Network, noised: Noised, objective: Objective) -> Tensor:
     """Return x0_hat ``(B, *)``, in float32 or better."""
-    output = network_output(network, noised, objective)
-    return objective.coefficients(noised.t).x0_hat(noised.xt, output)
+    coefficients = _coefficients(noised, objective)
+    return coefficients.x0_hat(noised.xt, _output(network, noised, coefficients))
+
+
+def _coefficients(noised: Noised, objective: Objective) -> Prediction:
+    return objective.coefficients(noised.t, (noised.alpha, noised.sigma))
+
+
+def _output(network: Network, noised: Noised, coefficients: Prediction) -> Tensor:
+    scaled = expand(coefficients.input_scale, noised.xt) * noised.xt
+    return network(scaled, noised).to(noised.xt.dtype)

@@ -27,7 +27,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from lightning_vr.core.devices import PendingNumber
 from lightning_vr.core.distributed import SynchronizedError, all_reduce_sum, world_size
 from lightning_vr.core.sharding import is_sharded
-from lightning_vr.core.types import LossEstimate
+from lightning_vr.core.types import DrawEstimate
 from lightning_vr.core.validation import check_choice
 from lightning_vr.lifecycle.nonfinite_cause import (
     BatchRecord,
@@ -93,7 +93,7 @@ class FiniteGuard:
         """Note whether the loss of a batch is finite, without waiting for the device."""
         self._losses.append(loss.detach().isfinite().all())
 
-    def add_draws(self, estimate: LossEstimate, micro_step: int) -> None:
+    def add_draws(self, estimate: DrawEstimate, micro_step: int) -> None:
         """Note which draws of a batch are finite, to name the first that is not."""
         self._batches.append(BatchRecord.of(estimate, micro_step))
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_vr.core.distributed import gather_objects, rank, world_size
 from lightning_vr.core.rows import leaves
 from lightning_vr.core.sharding import local
-from lightning_vr.core.types import LossEstimate, Noised
+from lightning_vr.core.types import DrawEstimate, Noised
 
 _ADVICE = {
     "sample_is_finite": "is not finite: remove it from the data or fix `encode`.",
@@ -31,7 +31,7 @@ class BatchRecord:
     index: Tensor | None
 
     @classmethod
-    def of(cls, estimate: LossEstimate, number: int) -> "BatchRecord":
+    def of(cls, estimate: DrawEstimate, number: int) -> "BatchRecord":
         """Note which draws are finite, without waiting for the device."""
         noised = estimate.noised
         terms = (estimate.per_draw, estimate.control, estimate.bound)

@@ -83,11 +83,11 @@ class NetworkCall:
             ValueError: If its signature fits no convention.
         """
         network = without_compiler(network)
-        settings = configuration(network)
         forward: Any = network.forward
         is_method = inspect.ismethod(forward)
-        signature = _read(forward.__func__ if is_method else forward, int(is_method))
-        return cls._by_signature(type(network).__name__, signature, settings)
+        function = forward.__func__ if is_method else forward
+        needed = _needed_by(configuration(network))
+        return _network_call(function, int(is_method), type(network).__name__, needed)
 
     @classmethod
     def of_class(cls, kind: type[nn.Module], config: Mapping[str, Any]) -> "NetworkCall":
@@ -96,18 +96,7 @@ class NetworkCall:
         Raises:
             ValueError: If its signature fits no convention.
         """
-        return cls._by_signature(kind.__name__, _read(kind.forward, 1), config)
-
-    @classmethod
-    def _by_signature(
-        cls, name: str, signature: "_Signature", config: Mapping[str, Any]
-    ) -> "NetworkCall":
-        convention = _convention(name, signature)
-        sample, time = signature.places[:2] if convention == "plain" else _HIDDEN
-        made = {sample, time} | (_IDS if convention == "Flux" else set())
-        needs = dict.fromkeys((*signature.required, *_NEEDS[convention], *_needed_by(config)))
-        takes = None if signature.takes_any else frozenset(signature.names) - made
-        return cls(name, convention, sample, time, tuple(x for x in needs if x not in made), takes)
+        return _network_call(kind.forward, 1, kind.__name__, _needed_by(config))
 
     def check(self, given: Collection[str]) -> None:
         """Raise if an argument is missing, or is none.
@@ -190,8 +179,29 @@ class _Signature(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+def _network_call(
+    function: Callable[..., Any], own: int, name: str, needed: tuple[str, ...]
+) -> NetworkCall:
+    """Return how a network is called; each call of it asks.
+
+    Args:
+        function: Its ``forward``.
+        own: Number of arguments of this that a caller does not give.
+        name: The name of its class.
+        needed: What it needs by its settings.
+    """
+    signature = _read(function, own)
+    convention = _convention(name, signature)
+    sample, time = signature.places[:2] if convention == "plain" else _HIDDEN
+    made = {sample, time} | (_IDS if convention == "Flux" else set())
+    needs = dict.fromkeys((*signature.required, *_NEEDS[convention], *needed))
+    takes = None if signature.takes_any else frozenset(signature.names) - made
+    own_needs = tuple(x for x in needs if x not in made)
+    return NetworkCall(name, convention, sample, time, own_needs, takes)
+
+
 def _read(function: Callable[..., Any], own: int) -> _Signature:
-    """Return the arguments of a function without the first ``own``; each call asks for them."""
+    """Return the arguments of a function without the first ``own``."""
     found = list(inspect.signature(function).parameters.values())[own:]
     places = [x.name for x in found if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
     if any(x.kind == x.VAR_POSITIONAL for x in found):
@@ -223,7 +233,7 @@ def _convention(name: str, signature: _Signature) -> Convention:
     )
 
 
-def _needed_by(config: Mapping[str, Any]) -> list[str]:
+def _needed_by(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what a model of diffusers needs by its settings, and not by its signature."""
     needed = []
     if config.get("num_class_embeds") or config.get("class_embed_type"):
@@ -235,4 +245,4 @@ def _needed_by(config: Mapping[str, Any]) -> list[str]:
         has_more = config.get("sample_size") == 128  # PixArt's at 1024 pixels
     if has_more or config.get("addition_embed_type") not in (None, "text"):
         needed.append(_ADDED)
-    return needed
+    return tuple(needed)

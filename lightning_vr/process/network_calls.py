@@ -46,7 +46,7 @@ def class_labels(group: Tensor | None, t: Tensor, num_classes: int | None) -> Te
         return None
     if group is None:
         return torch.full_like(t, num_classes, dtype=torch.int64)
-    return torch.where(group < 0, num_classes, group.long())
+    return group.long().masked_fill(group < 0, num_classes)
 
 
 def call_network(

@@ -169,7 +169,8 @@ class VP(Schedule):
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+        # numbers first: each product with a tensor is a call of torch
+        return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
 
     def _log_alpha_derivative(self, t: Tensor) -> Tensor:
         return -0.5 * (self.beta_min + t * (self.beta_max - self.beta_min))
@@ -253,6 +254,37 @@ class RectifiedFlow(Schedule):
 
     def time(self, noise_level: Tensor) -> Tensor:
         return 1 / (1 + 1 / noise_level)
+
+
+class KnownScales:
+    """A schedule for a function that asks for scales which are known at some times.
+
+    Args:
+        schedule: The schedule; what is not known is asked of it.
+        t: The times ``(B,)``.
+        scales: Its alpha and sigma there.
+    """
+
+    def __init__(self, schedule: Schedule, t: Tensor, scales: tuple[Tensor, Tensor]) -> None:
+        self._schedule, self._t, self._scales = schedule, t, scales
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._schedule, name)
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._scales if t is self._t else self._schedule.scales(t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._scales[0] if t is self._t else self._schedule.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._scales[1] if t is self._t else self._schedule.sigma(t)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        if t is not self._t:
+            return self._schedule.noise_level(t)
+        alpha, sigma = self._scales
+        return sigma / alpha
 
 
 def is_diffusers_scheduler(kind: type) -> bool:

@@ -268,8 +268,11 @@ class Truncated(Density):
 
     def icdf(self, u: Tensor) -> Tensor:
         inner = self.low + (self.high - self.low) * u
+        eps = torch.finfo(inner.dtype).eps
+        if self.high < 1 - 2 * eps:
+            return self.density.icdf(inner)
         # rounded up to 1, it would be at infinity
-        largest = 1 - torch.finfo(inner.dtype).eps / 2
+        largest = 1 - eps / 2
         return self.density.icdf(torch.where(u < 1, inner.clamp(max=largest), inner))
 
     def cdf(self, t: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_vr.core.validation import (
     check_finite_number,
     check_positive,
 )
-from lightning_vr.process.predictions import PredictionType, prediction
+from lightning_vr.process.predictions import PredictionType, jacobian
 from lightning_vr.process.schedules import Schedule
 
 DistillationWeight = Literal["alpha_sigma2", "sigma2", "uniform"]
@@ -144,7 +144,7 @@ class UnitWeighting(Weighting):
         self.sigma_data = sigma_data
 
     def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
-        return prediction(self.prediction, schedule, t, self.sigma_data).b ** -2
+        return jacobian(self.prediction, schedule, t, self.sigma_data) ** -2
 
 
 class LogNormalWeighting(Weighting):

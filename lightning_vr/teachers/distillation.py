@@ -20,14 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.rows import in_chunks, tensors
-from lightning_vr.core.types import (
-    WHOLE_STEP,
-    Clean,
-    LossEstimate,
-    Noised,
-    StepPart,
-    TargetEstimate,
-)
+from lightning_vr.core.types import WHOLE_STEP, Clean, Noised, StepPart
 from lightning_vr.core.validation import check_samples
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import loss_weight
@@ -38,21 +31,47 @@ Residual = Callable[[Noised], Tensor]
 """From draws to the direction of each ``(n, *)``, in the unit of the objective's prediction."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistillationEstimate(LossEstimate):
+@dataclass(frozen=True)
+class DistillationEstimate:
     """An unbiased estimate of the gradient that a teacher gives the outputs of an upstream.
 
     Attributes:
         loss: Scalar to differentiate. Its gradient is ĝ; its value is half of the mean over the
             outputs of ``‖g_r‖²``, which tells of the size of the gradient and has no minimum.
-        per_draw: Weighted squared residual of each draw per dimension ``(K·R,)``.
-        target: The clean sample that each residual stands for.
+        noised: The draws.
         gradient: g_r, the gradient by each output ``(R, *)``.
         residual: Direction f of each draw, without weight ``(K·R, *)``.
+        weight: Product of importance weight and w of each draw ``(K·R,)``.
+        x0_scale: What turns a residual into one of x0 ``(K·R,)``; None for residuals of noise.
     """
 
+    loss: Tensor
+    noised: Noised
     gradient: Tensor
     residual: Tensor
+    weight: Tensor
+    x0_scale: Tensor | None = None
+
+    # what each step would pay for and few ask for is computed when it is asked for
+
+    @property
+    def per_draw(self) -> Tensor:
+        """Weighted squared residual of each draw per dimension ``(K·R,)``."""
+        return self.weight * self.residual.flatten(1).square().mean(dim=1)
+
+    @property
+    def x0_hat(self) -> Tensor:
+        """The clean sample that each residual stands for ``(K·R, *)``."""
+        scale = -self.noised.noise_level if self.x0_scale is None else self.x0_scale
+        return self.noised.x0 + expand(scale, self.residual) * self.residual
+
+    @property
+    def control(self) -> None:
+        """There is no control variate."""
+
+    @property
+    def bound(self) -> None:
+        """There is no learned variance."""
 
     def numbers(self) -> dict[str, float | Tensor]:
         """Return what loggers show, without waiting for the device.
@@ -100,21 +119,15 @@ def distill(
         noised = draws(replace(clean.expanded(), x0=x0.detach()), objective, source, part)
         direction = _residuals(residual, noised, draws.chunk(len(noised.t), noised.t.device))
         weight = loss_weight(noised, objective)
-        per_draw = weight * direction.flatten(1).square().mean(dim=1)
         gradient = expand(weight, direction) * direction
-        gradient = gradient.reshape(len(x0), -1, *x0.shape[1:]).mean(dim=1)
-        target = noised.x0 + _x0_scale(noised, objective, direction) * direction
-        unit = torch.ones_like(noised.t)
+        if len(gradient) > len(x0):
+            gradient = gradient.reshape(len(x0), -1, *x0.shape[1:]).mean(dim=1)
         value = 0.5 * gradient.square().sum() / len(x0)
+        is_noise = objective.prediction == "epsilon"
+        x0_scale = None if is_noise else objective.coefficients(noised.t).b
     pull = (x0 * gradient.to(x0.dtype)).sum() / len(x0)
-    return DistillationEstimate(
-        value + (pull - pull.detach()),
-        per_draw,
-        noised,
-        TargetEstimate(target, unit, torch.zeros_like(unit)),
-        gradient=gradient,
-        residual=direction,
-    )
+    loss = value + (pull - pull.detach())
+    return DistillationEstimate(loss, noised, gradient, direction, weight, x0_scale)
 
 
 def check_distillation(
@@ -144,20 +157,14 @@ def check_distillation(
         )
 
 
-def _x0_scale(noised: Noised, objective: Objective, like: Tensor) -> Tensor:
-    """Return what turns a residual into one of x0; that of noise is most often asked for."""
-    is_noise = objective.prediction == "epsilon"
-    return expand(-noised.noise_level if is_noise else objective.coefficients(noised.t).b, like)
-
-
 def _residuals(residual: Residual, noised: Noised, chunk: int) -> Tensor:
-    parts, whole = [], chunk >= len(noised.t)
-    for part in [noised] if whole else (Noised(**x) for x in in_chunks(tensors(noised), chunk)):
-        found = residual(part)
-        if found.shape != part.x0.shape:
-            raise ValueError(
-                f"`residual` must return the shape of the draws, {tuple(part.x0.shape)}, got "
-                f"{tuple(found.shape)}: return one direction for each draw."
-            )
-        parts.append(found.to(part.x0.dtype))
-    return torch.cat(parts)
+    if chunk < len(noised.t):
+        parts = (Noised(**rows) for rows in in_chunks(tensors(noised), chunk))
+        return torch.cat([_residuals(residual, part, chunk) for part in parts])
+    found = residual(noised)
+    if found.shape != noised.x0.shape:
+        raise ValueError(
+            f"`residual` must return the shape of the draws, {tuple(noised.x0.shape)}, got "
+            f"{tuple(found.shape)}: return one direction for each draw."
+        )
+    return found.to(noised.x0.dtype)

@@ -48,7 +48,7 @@ from lightning_vr.process.schedules import expand
 from lightning_vr.process.weightings import UnitWeighting, Weighting
 from lightning_vr.teachers.distillation import DistillationEstimate, check_distillation, distill
 from lightning_vr.teachers.frozen_teacher import FrozenTeacher
-from lightning_vr.teachers.negative_condition import split_negative
+from lightning_vr.teachers.guided_output import split_negative
 from lightning_vr.teachers.noisy_distillation import NoisyDistillation
 from lightning_vr.teachers.one_step_student import OneStepStudent
 from lightning_vr.training import sample_arguments

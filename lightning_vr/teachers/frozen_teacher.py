@@ -18,7 +18,6 @@ own, whatever the precision of a run.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_vr.core.conditions import Condition
-from lightning_vr.core.rows import concatenated, mapped, tensors
 from lightning_vr.core.shared_model import SharedModel
-from lightning_vr.core.types import UNLABELLED, Noised
+from lightning_vr.core.types import Noised
 from lightning_vr.core.validation import check_finite_number
 from lightning_vr.process.diffusers_autoencoder import Autoencoder, AutoencoderFolder
 from lightning_vr.process.network_dtype import InDtype, NetworkDtype
 from lightning_vr.process.objective import Objective
-from lightning_vr.process.predictions import Prediction, PredictionType
-from lightning_vr.process.predictions import prediction as prediction_of
+from lightning_vr.process.predictions import Prediction, PredictionType, prediction
 from lightning_vr.process.schedules import Schedule, expand
 from lightning_vr.process.timesteps import Density
 from lightning_vr.process.weightings import Weighting
-from lightning_vr.teachers.negative_condition import NEGATIVE, split_negative
+from lightning_vr.teachers.guided_output import guided_output
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.guidance import check_guidance
 from lightning_vr.training.upstream import NullCondition
@@ -236,10 +232,11 @@ class FrozenTeacher(nn.Module):
         Raises:
             ValueError: If guidance has nothing to lead away from.
         """
-        output = self._output(noised, guidance)
-        if self.model.prediction == "epsilon":
+        model = self.model
+        output = self._output(model, noised, guidance)
+        if model.prediction == "epsilon":
             return output - noised.noise
-        c = self._coefficients(noised)
+        c = _coefficients(model, noised)
         exact = expand(c.p, output) * noised.x0 + expand(c.q, output) * noised.noise
         factor = -noised.alpha / noised.sigma * c.b
         return expand(factor, output) * (output - exact)
@@ -247,7 +244,9 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def denoise(self, noised: Noised, guidance: float | None = None) -> Tensor:
         """Return x0_hat ``(n, *)``; arguments as for ``noise_residual``."""
-        return self._coefficients(noised).x0_hat(noised.xt, self._output(noised, guidance))
+        model = self.model
+        output = self._output(model, noised, guidance)
+        return _coefficients(model, noised).x0_hat(noised.xt, output)
 
     @classmethod
     def _of(cls, model: Diffusion, *settings: Any) -> Self:
@@ -272,44 +271,13 @@ class FrozenTeacher(nn.Module):
         self._shared = SharedModel(model.requires_grad_(False).eval())
         self.register_buffer("_device", torch.zeros(()), persistent=False)
 
-    def _coefficients(self, noised: Noised) -> Prediction:
-        model, scales = self.model, (noised.alpha, noised.sigma)
-        return prediction_of(model.prediction, model.schedule, noised.t, model.sigma_data, scales)
+    def _output(self, model: Diffusion, noised: Noised, guidance: float | None) -> Tensor:
+        x = noised.xt
+        if model.prediction == "edm":
+            x = expand(_coefficients(model, noised).input_scale, x) * x
+        return guided_output(model, x, noised, self.guidance if guidance is None else guidance)
 
-    def _output(self, noised: Noised, guidance: float | None) -> Tensor:
-        """Return the network's output ``(n, *)``, guided, in float32 or better."""
-        scale = self.guidance if guidance is None else guidance
-        model, xt, (cond, negative) = self.model, noised.xt, split_negative(noised.cond)
-        given = replace(noised, cond=cond, group=noised.group if model.num_classes else None)
-        is_scaled = model.prediction == "edm"
-        x = expand(self._coefficients(noised).input_scale, xt) * xt if is_scaled else xt
-        with torch.autocast(xt.device.type, enabled=False):
-            if scale == 1:
-                return model.predict(x, given).to(xt.dtype)
-            rows = [tensors(self._null(given, negative, scale)), tensors(given)]
-            both = model.predict(torch.cat([x, x]), Noised(**concatenated(rows))).to(xt.dtype)
-        null, conditional = both.chunk(2)
-        return torch.lerp(null, conditional, scale)
 
-    def _null(self, noised: Noised, negative: Condition | None, scale: float) -> Noised:
-        """Return draws without what they are conditioned on."""
-        if noised.group is None and noised.cond is None:
-            raise ValueError(
-                f"`guidance` must be 1 for draws without labels and without a condition, got "
-                f"{scale:g}: give `group` or `cond`, or use guidance 1."
-            )
-        group = None if noised.group is None else torch.full_like(noised.group, UNLABELLED)
-        if noised.cond is None or negative is not None:
-            return replace(noised, group=group, cond=negative)
-        if not self.model.has_null_cond:
-            name = next(iter(noised.cond))
-            raise ValueError(
-                f"`cond` must hold {NEGATIVE + name!r} beside {name!r} with guidance {scale:g}, "
-                f"got {sorted(noised.cond)}: give the embedding of an empty or a negative prompt, "
-                f"or a `null_cond` of the teacher."
-            )
-        null, count = self.model.null_condition(noised.cond), len(noised.t)
-        assert null is not None
-        return replace(
-            noised, group=group, cond=mapped(null, lambda x: x.expand(count, *x.shape[1:]))
-        )
+def _coefficients(model: Diffusion, noised: Noised) -> Prediction:
+    scales = noised.alpha, noised.sigma
+    return prediction(model.prediction, model.schedule, noised.t, model.sigma_data, scales)

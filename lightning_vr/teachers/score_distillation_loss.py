@@ -5,6 +5,7 @@
 (DreamFusion, Poole et al. 2022, arXiv 2209.14988, equation 3), estimated by ``distill``.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class ScoreDistillationLoss(TimeRange, nn.Module):
         self.calls += 1
         objective = self.objective
         found = distill(clean, self.residual, self.draws, objective, source, part)
-        if not bool(found.loss.isfinite()):
+        if not math.isfinite(found.loss.item()):
             what = "`x0`" if not bool(clean.x0.isfinite().all()) else "the teacher's residual"
             raise ValueError(
                 f"The score distillation loss must be finite, but {what} is not: lower the "

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
-from lightning_vr.core.types import Clean, LossEstimate
+from lightning_vr.core.types import Clean, DrawEstimate
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.lifecycle.resumable_module import ResumableModule
@@ -30,7 +30,7 @@ class EstimatorModule(ResumableModule, ABC):
     variance_parts: ClassVar[tuple[str, str, str]] = PARTS
 
     draws: Draws
-    estimate: LossEstimate | None
+    estimate: DrawEstimate | None
 
     @property
     @abstractmethod
