@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -62,17 +62,10 @@ def uncompiled() -> AbstractContextManager[Any]:
     return stance
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Switch autocast off, where it is on."""
-    kind = device.type
-    # to enter and leave it takes as long as ten small operations
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
 def without_compiler(network: nn.Module) -> nn.Module:
     """Return the network that ``torch.compile`` has wrapped, or ``network`` itself."""
-    inner: nn.Module = getattr(network, "_orig_mod", network)
-    return inner
+    inner = network._modules.get("_orig_mod")  # to look for what is not there takes longer
+    return network if inner is None else inner
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -87,10 +80,20 @@ def device_of(module: nn.Module) -> torch.device:
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """Return the dtype of a module's first floating-point tensor; torch's default if none."""
-    kinds = (x.dtype for x in _tensors(module) if x.is_floating_point())
-    return next(kinds, torch.get_default_dtype())
+    for x in _tensors(module):
+        if x.is_floating_point():
+            return x.dtype
+    return torch.get_default_dtype()
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
+    yield from _parameters(module)
     yield from module.buffers()
+
+
+def _parameters(module: nn.Module) -> Iterator[Tensor]:
+    """Yield what ``parameters`` does, the first of them, which each call asks for, at once."""
+    yield from (x for x in module._parameters.values() if x is not None)
+    for part in module._modules.values():
+        if part is not None:
+            yield from _parameters(part)

@@ -59,7 +59,7 @@ def leave_ranks() -> None:
 
 def rank() -> int:
     """Return this process's rank, 0 without DDP."""
-    return dist.get_rank() if dist.is_available() and _is_initialized() else 0
+    return dist.get_rank() if _is_initialized() else 0
 
 
 def all_gather_rows(x: Tensor) -> Tensor:

@@ -58,6 +58,12 @@ class Clean:
             return self
         return replace(self, cond=expanded(self.cond, len(self.x0)))
 
+    def detached(self) -> "Clean":
+        """Return ``expanded`` samples without their graph."""
+        clean = self.expanded()
+        given = clean.group, clean.cond, clean.index, clean.cond_group
+        return Clean(clean.x0.detach(), *given)
+
     def repeated(self, count: int) -> "Clean":
         """Return ``count`` copies of each sample next to each other."""
         if count == 1:

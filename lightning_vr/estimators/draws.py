@@ -100,7 +100,7 @@ class IID(Draws):
         generator: torch.Generator,
         part: StepPart = WHOLE_STEP,
     ) -> Times:
-        t = objective.timesteps(open_uniform(len(clean.x0), generator)).to(torch.float32)
+        t = objective.timesteps.icdf(open_uniform(len(clean.x0), generator)).to(torch.float32)
         return Times(t, torch.ones_like(t))
 
 

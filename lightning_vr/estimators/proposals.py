@@ -300,11 +300,11 @@ def draw_times(u: Tensor, objective: WeightedTimes, proposal: Proposal | None) -
         proposal: Density to draw from; that of the loss if None.
     """
     if proposal is None:
-        t = objective.timesteps(u).to(torch.float32)
+        t = objective.timesteps.icdf(u).to(torch.float32)
         return Times(t, torch.ones_like(t))
     h = proposal(objective, u.device)
     v = h.icdf(u)
-    t, weight = objective.timesteps(v), 1 / h(v)
+    t, weight = objective.timesteps.icdf(v), 1 / h(v)
     product = objective.weight(t) * weight
     return Times(*(x.to(torch.float32) for x in (t, weight, product)))
 

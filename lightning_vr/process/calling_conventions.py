@@ -20,8 +20,8 @@ the same arguments one may count time the other way round, and would train witho
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -83,11 +83,16 @@ class NetworkCall:
             ValueError: If its signature fits no convention.
         """
         network = without_compiler(network)
+        known = _KNOWN.get(network)
+        if known is not None:
+            return known
         forward: Any = network.forward
         is_method = inspect.ismethod(forward)
         function = forward.__func__ if is_method else forward
         needed = _needed_by(configuration(network))
-        return _network_call(function, int(is_method), type(network).__name__, needed)
+        found = _network_call(function, int(is_method), type(network).__name__, needed)
+        _KNOWN[network] = found
+        return found
 
     @classmethod
     def of_class(cls, kind: type[nn.Module], config: Mapping[str, Any]) -> "NetworkCall":
@@ -107,6 +112,8 @@ class NetworkCall:
         Raises:
             ValueError: With the name of the first, and what to override.
         """
+        if set(self.needs) <= set(given) and (self.takes is None or self.takes.issuperset(given)):
+            return
         missing = next((name for name in self.needs if name not in given), None)
         if missing is not None:
             own = "set `num_classes`, or " if missing == "class_labels" else ""
@@ -178,11 +185,14 @@ class _Signature(NamedTuple):
     takes_any: bool
 
 
-@lru_cache(maxsize=64)
+_KNOWN: WeakKeyDictionary[nn.Module, NetworkCall] = WeakKeyDictionary()
+"""How networks are called; each call of one asks."""
+
+
 def _network_call(
     function: Callable[..., Any], own: int, name: str, needed: tuple[str, ...]
 ) -> NetworkCall:
-    """Return how a network is called; each call of it asks.
+    """Return how a network is called.
 
     Args:
         function: Its ``forward``.

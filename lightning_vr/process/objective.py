@@ -17,7 +17,12 @@ from lightning_vr.core.devices import device_of
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.noise_level_densities import NoiseLevelDensity
 from lightning_vr.process.noise_level_table import NoiseLevelTable
-from lightning_vr.process.predictions import Prediction, PredictionType, jacobian, prediction
+from lightning_vr.process.predictions import (
+    Prediction,
+    PredictionType,
+    prediction,
+    squared_jacobian,
+)
 from lightning_vr.process.schedules import KnownScales, Schedule
 from lightning_vr.process.timesteps import Density, Truncated
 from lightning_vr.process.total_weight import TotalWeighting, log_level_density
@@ -78,7 +83,7 @@ class Objective:
         """
         schedule = self.schedule if scales is None else KnownScales(self.schedule, t, scales)
         weight: Tensor = self.weighting(schedule, t)
-        return weight * jacobian(self.prediction, self.schedule, t, self.sigma_data, scales) ** 2
+        return weight * squared_jacobian(self.prediction, self.schedule, t, self.sigma_data, scales)
 
     def times(self, count: int) -> Tensor:
         """Return the time in the middle of each of ``count`` equally likely bins ``(count,)``."""

@@ -69,18 +69,20 @@ class Prediction:
         return expand(self.p, x0) * x0 + expand(self.q, x0) * noise + shift
 
 
-def jacobian(
+def squared_jacobian(
     kind: PredictionType,
     schedule: Schedule,
     t: Tensor,
     sigma_data: float = 0.5,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return b of ``prediction`` alone ``(B,)``; arguments are its own."""
+    """Return b² alone ``(B,)``, of which loss weights are made; arguments as for ``prediction``."""
     if kind == "epsilon":
         alpha, sigma = scales or schedule.scales(t)
-        return -sigma / alpha
-    return prediction(kind, schedule, t, sigma_data, scales).b
+        b = sigma / alpha
+    else:
+        b = prediction(kind, schedule, t, sigma_data, scales).b
+    return b * b
 
 
 def prediction(

@@ -170,7 +170,7 @@ class VP(Schedule):
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         # numbers first: each product with a tensor is a call of torch
-        return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
+        return -0.25 * (self.beta_max - self.beta_min) * (t * t) - 0.5 * self.beta_min * t
 
     def _log_alpha_derivative(self, t: Tensor) -> Tensor:
         return -0.5 * (self.beta_min + t * (self.beta_max - self.beta_min))

@@ -80,6 +80,11 @@ class Uniform(Density):
         density = torch.full_like(t, -math.log(self.high - self.low))
         return torch.where(inside, density, -math.inf)
 
+    def between(self, low: float, high: float) -> "Uniform":
+        """Return the uniform density between two quantiles."""
+        width = self.high - self.low
+        return Uniform(self.low + low * width, self.low + high * width)
+
 
 class LogUniform(Density):
     """log t uniform on ``[log low, log high]``: all orders of magnitude are equally likely.

@@ -19,7 +19,7 @@ from lightning_vr.core.validation import (
     check_finite_number,
     check_positive,
 )
-from lightning_vr.process.predictions import PredictionType, jacobian
+from lightning_vr.process.predictions import PredictionType, squared_jacobian
 from lightning_vr.process.schedules import Schedule
 
 DistillationWeight = Literal["alpha_sigma2", "sigma2", "uniform"]
@@ -144,7 +144,7 @@ class UnitWeighting(Weighting):
         self.sigma_data = sigma_data
 
     def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
-        return jacobian(self.prediction, schedule, t, self.sigma_data) ** -2
+        return 1 / squared_jacobian(self.prediction, schedule, t, self.sigma_data)
 
 
 class LogNormalWeighting(Weighting):
@@ -193,5 +193,5 @@ class DistillationWeighting(Weighting):
     def forward(self, schedule: Schedule, t: Tensor) -> Tensor:
         alpha = schedule.alpha(t)
         if self.weight == "alpha_sigma2":
-            return alpha**3
-        return alpha**2 if self.weight == "sigma2" else (alpha / schedule.sigma(t)) ** 2
+            return alpha * alpha * alpha
+        return alpha * alpha if self.weight == "sigma2" else (alpha / schedule.sigma(t)) ** 2

@@ -14,7 +14,7 @@ The teacher runs without gradient and in chunks: its memory does not depend on K
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -116,13 +116,13 @@ def distill(
             f"one: render with gradients enabled and without `detach`."
         )
     with torch.no_grad():
-        noised = draws(replace(clean.expanded(), x0=x0.detach()), objective, source, part)
+        noised = draws(clean.detached(), objective, source, part)
         direction = _residuals(residual, noised, draws.chunk(len(noised.t), noised.t.device))
         weight = loss_weight(noised, objective)
         gradient = expand(weight, direction) * direction
         if len(gradient) > len(x0):
             gradient = gradient.reshape(len(x0), -1, *x0.shape[1:]).mean(dim=1)
-        value = 0.5 * gradient.square().sum() / len(x0)
+        value = 0.5 * (gradient * gradient).sum() / len(x0)
         is_noise = objective.prediction == "epsilon"
         x0_scale = None if is_noise else objective.coefficients(noised.t).b
     pull = (x0 * gradient.to(x0.dtype)).sum() / len(x0)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.conditions import Condition
-from lightning_vr.core.devices import full_precision
 from lightning_vr.core.rows import concatenated, mapped
 from lightning_vr.core.types import UNLABELLED, Noised
 from lightning_vr.training.diffusion import Diffusion
@@ -31,21 +30,24 @@ def guided_output(model: Diffusion, x: Tensor, noised: Noised, guidance: float) 
     Raises:
         ValueError: If guidance has nothing to lead away from.
     """
+    kind = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return guided_output(model, x, noised, guidance)
     group = noised.group if model.num_classes else None
     cond, negative = split_negative(noised.cond)
-    with full_precision(x.device):
-        if guidance == 1:
-            return model.predict(x, replace(noised, group=group, cond=cond)).to(x.dtype)
-        if group is None and cond is None:
-            raise ValueError(
-                f"`guidance` must be 1 for draws without labels and without a condition, got "
-                f"{guidance:g}: give `group` or `cond`, or use guidance 1."
-            )
-        if group is not None:
-            group = torch.cat([torch.full_like(group, UNLABELLED), group])
-        if cond is not None:
-            cond = concatenated([negative or _null(model, cond, len(x), guidance), cond])
-        both = model.predict(torch.cat([x, x]), _twice(noised, group, cond)).to(x.dtype)
+    if guidance == 1:
+        return model.predict(x, replace(noised, group=group, cond=cond)).to(x.dtype)
+    if group is None and cond is None:
+        raise ValueError(
+            f"`guidance` must be 1 for draws without labels and without a condition, got "
+            f"{guidance:g}: give `group` or `cond`, or use guidance 1."
+        )
+    if group is not None:
+        group = torch.cat([torch.full_like(group, UNLABELLED), group])
+    if cond is not None:
+        cond = concatenated([negative or _null(model, cond, len(x), guidance), cond])
+    both = _output(model, torch.cat([x, x]), noised, group, cond).to(x.dtype)
     unconditional, conditional = both.chunk(2)
     return torch.lerp(unconditional, conditional, guidance)
 
@@ -70,11 +72,15 @@ def split_negative(cond: Condition | None) -> tuple[Condition | None, Condition 
     return own, negative or None
 
 
-def _twice(noised: Noised, group: Tensor | None, cond: Condition | None) -> Noised:
-    """Return draws one after the other under two conditions, in what a network may ask of them."""
+def _output(
+    model: Diffusion, x: Tensor, noised: Noised, group: Tensor | None, cond: Condition | None
+) -> Tensor:
+    """Return the output for the draws under one condition and, after it, under another."""
+    if not model.overrides_predict():
+        return model.call_network(x, torch.cat([noised.t, noised.t]), group, cond).mean
     names = ("xt", "x0", "noise", "t", "alpha", "sigma", "weight")
     both = {name: torch.cat([getattr(noised, name)] * 2) for name in names}
-    return Noised(**both, group=group, cond=cond)
+    return model.predict(x, Noised(**both, group=group, cond=cond))
 
 
 def _null(model: Diffusion, cond: Condition, count: int, guidance: float) -> Condition:

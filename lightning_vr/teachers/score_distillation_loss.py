@@ -109,7 +109,7 @@ class ScoreDistillationLoss(TimeRange, nn.Module):
             key = ("distillation", self.calls)
             source = generator(self.seed, rank(), *key, device=clean.x0.device)
         self.calls += 1
-        objective = self.objective
+        objective = self._objective  # the residual moves the teacher to its device
         found = distill(clean, self.residual, self.draws, objective, source, part)
         if not math.isfinite(found.loss.item()):
             what = "`x0`" if not bool(clean.x0.isfinite().all()) else "the teacher's residual"

@@ -35,9 +35,21 @@ class Denoising(Upstream):
 
         Override this one in place of ``predict`` where the variance is learned.
         """
-        time = self.schedule.embedding_time(noised.t)
-        labels = class_labels(noised.group, noised.t, self.num_classes)
-        return call_network(self.network, x, time, labels, noised.cond)
+        return self.call_network(x, noised.t, noised.group, noised.cond)
+
+    def call_network(
+        self, x: Tensor, t: Tensor, group: Tensor | None, cond: Condition | None
+    ) -> NetworkOutput:
+        """Call the network on scaled samples, unless how it is called is overridden.
+
+        Args:
+            x: Scaled samples ``(B, *)``.
+            t: Times ``(B,)``.
+            group: Class labels ``(B,)``, negative where unconditional; None if all are.
+            cond: Further condition of the network.
+        """
+        time, labels = self.schedule.embedding_time(t), class_labels(group, t, self.num_classes)
+        return call_network(self.network, x, time, labels, cond)
 
     def denoise(
         self,
@@ -87,6 +99,12 @@ class Denoising(Upstream):
         """Return whether ``predict`` is one's own, and what is said about the variance is not."""
         own = cls.predict is not Denoising.predict
         return own and cls.predict_with_variance is Denoising.predict_with_variance
+
+    @classmethod
+    def overrides_predict(cls) -> bool:
+        """Return whether how the network is called is one's own."""
+        own = cls.predict is not Denoising.predict
+        return own or cls.predict_with_variance is not Denoising.predict_with_variance
 
     def _outputs(self, x: Tensor, noised: Noised) -> NetworkOutput:
         if self.overrides_mean_alone():

@@ -49,7 +49,7 @@ def by_hand(views):
             source = torch.Generator().manual_seed(next(calls))  # it draws again what it drew
             t = 0.02 + 0.96 * torch.rand(views, generator=source)
             noise = torch.randn(x.shape, generator=source)
-            alpha, sigma = schedule.alpha(t).view(-1, 1, 1, 1), schedule.sigma(t).view(-1, 1, 1, 1)
+            alpha, sigma = (scale.view(-1, 1, 1, 1) for scale in schedule.scales(t))
             xt = alpha * x + sigma * noise
             both = teacher(torch.cat([xt, xt]), torch.cat([1000 * t, 1000 * t]), labels).sample
             null, text = both.chunk(2)
