@@ -115,18 +115,18 @@ def distill(
             f"`x0` must have the graph of what made it, got a tensor {tuple(x0.shape)} without "
             f"one: render with gradients enabled and without `detach`."
         )
+    clean = clean.detached()
     with torch.no_grad():
-        noised = draws(clean.detached(), objective, source, part)
+        noised = draws(clean, objective, source, part)
         direction = _residuals(residual, noised, draws.chunk(len(noised.t), noised.t.device))
         weight = loss_weight(noised, objective)
         gradient = expand(weight, direction) * direction
         if len(gradient) > len(x0):
             gradient = gradient.reshape(len(x0), -1, *x0.shape[1:]).mean(dim=1)
-        value = 0.5 * (gradient * gradient).sum() / len(x0)
         is_noise = objective.prediction == "epsilon"
         x0_scale = None if is_noise else objective.coefficients(noised.t).b
-    pull = (x0 * gradient.to(x0.dtype)).sum() / len(x0)
-    loss = value + (pull - pull.detach())
+    # x0 less itself is zero, and has the gradient of x0
+    loss = ((0.5 * gradient + (x0 - clean.x0)) * gradient).sum() / len(x0)
     return DistillationEstimate(loss, noised, gradient, direction, weight, x0_scale)
 
 

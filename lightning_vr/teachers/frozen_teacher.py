@@ -220,7 +220,6 @@ class FrozenTeacher(nn.Module):
         model = self.model
         return Objective(model.schedule, model.timesteps.between(low, high), weighting, prediction)
 
-    @torch.no_grad()
     def noise_residual(self, noised: Noised, guidance: float | None = None) -> Tensor:
         """Return the noise prediction less the noise ``(n, *)``, without cancellation.
 
@@ -232,6 +231,9 @@ class FrozenTeacher(nn.Module):
         Raises:
             ValueError: If guidance has nothing to lead away from.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.noise_residual(noised, guidance)
         model = self.model
         output = self._output(model, noised, guidance)
         if model.prediction == "epsilon":
