@@ -93,7 +93,9 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 def _parameters(module: nn.Module) -> Iterator[Tensor]:
     """Yield what ``parameters`` does, the first of them, which each call asks for, at once."""
-    yield from (x for x in module._parameters.values() if x is not None)
+    for x in module._parameters.values():
+        if x is not None:
+            yield x
     for part in module._modules.values():
         if part is not None:
             yield from _parameters(part)

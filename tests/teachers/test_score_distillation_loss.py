@@ -306,7 +306,7 @@ def test_numbers_for_loggers_are_norms_of_gradients_and_residuals():
     weight = loss.objective.weight(found.noised.t)
     torch.testing.assert_close(found.per_draw, weight * found.residual.square().mean(1))
     # the clean sample that a residual stands for
-    torch.testing.assert_close(found.target.x0, loss.teacher.denoise(found.noised))
+    torch.testing.assert_close(found.x0_hat, loss.teacher.denoise(found.noised))
 
 
 def test_without_gradients_nothing_is_learned_and_no_graph_is_asked_for():
@@ -323,6 +323,6 @@ def test_a_direction_in_x0_space_has_its_own_unit():
     residual = lambda noised: frozen.denoise(noised) - noised.x0  # noqa: E731
     found = distill(Clean(x0), residual, IID(), objective, generator(0))
     torch.testing.assert_close(found.gradient, found.residual)
-    torch.testing.assert_close(found.target.x0, frozen.denoise(found.noised))
-    assert isinstance(objective.timesteps.density, Uniform)
+    torch.testing.assert_close(found.x0_hat, frozen.denoise(found.noised))
+    assert isinstance(objective.timesteps, Uniform)
     assert expand(found.noised.t, x0).shape == (3, 1)
