@@ -107,10 +107,8 @@ def main() -> None:
                 found[name] += [taken] * (i >= 0)
         own, other = (median(found[name]) for name in steps)
         extra = median(a - b for a, b in zip(*found.values(), strict=True))
-        print(
-            f"S = {size}: {own:.2f} and {other:.2f} ms, {own / other:.3f} times as long,", end=" "
-        )
-        print(f"{extra:.2f} ms in the median round")
+        ratio = f"{own / other:.3f} times as long"
+        print(f"S = {size}: {own:.2f} and {other:.2f} ms, {ratio}, {extra:.2f} ms more")
 
 
 if __name__ == "__main__":

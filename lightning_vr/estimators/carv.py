@@ -117,7 +117,9 @@ class CARV(Draws):
         copies = self.least_resamples
         count = self.draws_per_sample // copies
         u = open_uniform(len(clean.x0) * count, generator).reshape(-1, count)
-        u = stratify(u, self.scope, part, generator).flatten().repeat_interleave(copies)
+        u = stratify(u, self.scope, part, generator).flatten()
+        if copies > 1:
+            u = u.repeat_interleave(copies)
         return draw_times(u, objective, self.proposal)
 
     def noise(
@@ -176,10 +178,10 @@ def stratify(u: Tensor, scope: Scope, part: StepPart, generator: torch.Generator
     Returns:
         Uniform numbers ``(B, K)``, one in each stratum.
     """
-    samples, count = u.shape
-    strata = torch.arange(count, dtype=u.dtype, device=u.device)
     if scope == "none":
         return u
+    samples, count = u.shape
+    strata = torch.arange(count, dtype=u.dtype, device=u.device)
     if scope == "sample":
         found = (strata + u) / count
     else:

@@ -1,5 +1,8 @@
 """Each kind of network is called as its own library calls it."""
 
+import gc
+import weakref
+
 import diffusers
 import pytest
 import torch
@@ -48,6 +51,15 @@ def by_hand(kind, network, x, cond):
         i, j = divmod(number, 4)
         output[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = token.reshape(3, 2, 2, 2)
     return output
+
+
+def test_how_a_network_is_called_is_forgotten_with_it():
+    network = tiny("MLP")
+    assert NetworkCall.of(network) is NetworkCall.of(network)
+    kept = weakref.ref(network)
+    del network
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

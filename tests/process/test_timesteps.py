@@ -101,6 +101,16 @@ def test_a_truncated_density_lies_between_its_quantiles(density, low, high):
     torch.testing.assert_close(integral(part, part(u)), u.diff(), rtol=1e-7, atol=0)
 
 
+@bins
+def test_a_part_of_a_uniform_density_is_uniform(low, high):
+    part, expected = Uniform(0.3, 1.7).between(low, high), Truncated(Uniform(0.3, 1.7), low, high)
+    assert isinstance(part, Uniform)
+    u, t = (torch.linspace(*ends, 400, dtype=torch.float64) for ends in ((0, 0.999), (0.2, 1.8)))
+    torch.testing.assert_close(part(u), expected(u))
+    torch.testing.assert_close(part.cdf(t), expected.cdf(t))
+    torch.testing.assert_close(part.log_prob(t), expected.log_prob(t))
+
+
 @continuous
 @bins
 def test_a_truncated_density_integrates_to_one_and_is_zero_elsewhere(density, low, high):

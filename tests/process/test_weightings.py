@@ -8,7 +8,7 @@ from lightning_vr.core.types import Noised, TargetEstimate
 from lightning_vr.estimators.loss import denoise, diffusion_loss
 from lightning_vr.process.objective import Objective
 from lightning_vr.process.predictions import PredictionType, prediction
-from lightning_vr.process.schedules import VP, expand
+from lightning_vr.process.schedules import VP, KnownScales, expand
 from lightning_vr.process.weightings import (
     EDMWeighting,
     LogNormalWeighting,
@@ -61,6 +61,28 @@ def test_one_weight_is_one_loss_whatever_the_network_predicts(weighting, schedul
     plain = noised.weight * weighting(schedule, noised.t) * (x0_hat - target.x0).square().mean(1)
     torch.testing.assert_close(estimate.per_draw, plain, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(estimate.loss, plain.mean(), rtol=1e-6, atol=0)
+
+
+@every_weighting
+def test_a_weight_is_that_of_the_scales_that_are_known(weighting, schedule, kind):
+    objective = Objective(schedule, schedule.default_timesteps(), weighting, kind)
+    t = draws(schedule)[0].t
+    expected = objective.weight(t)
+    assert torch.equal(objective.weight(t, schedule.scales(t)), expected)
+    if "velocity" not in (kind, getattr(weighting, "prediction", "")):  # by derivatives in time
+        found = objective.weight(t, schedule.scales(t.flip(0)))
+        torch.testing.assert_close(found.flip(0), expected)
+
+
+def test_what_is_not_known_is_asked_of_the_schedule(schedule):
+    t, other = draws(schedule)[0].t.split(32)
+    known = KnownScales(schedule, t, (2 * torch.ones_like(t), torch.ones_like(t)))
+    assert known.noise_level(t).unique().tolist() == [0.5]
+    assert torch.equal(known.noise_level(other), schedule.noise_level(other))
+    for found, expected in zip(known.scales(other), schedule.scales(other), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(known.alpha(other), schedule.alpha(other))
+    assert torch.equal(known.sigma_derivative(t), schedule.sigma_derivative(t))
 
 
 def test_denoise_is_the_affine_map_of_the_raw_network(schedule, kind):

@@ -165,17 +165,37 @@ def test_a_module_that_goes_on_training_leaves_its_teacher_as_it_was():
     assert torch.equal(teacher.denoise(noised), before)
 
 
-class Doubled(Diffusion):
+class Scaled(Diffusion):
     def predict(self, x, noised):
-        return 2 * super().predict(x, noised)
+        return (noised.weight * noised.alpha / noised.sigma)[:, None] * super().predict(x, noised)
 
 
-def test_what_a_module_overrides_counts_in_its_teacher():
-    network = small_mlp(std=1.0)
-    plain = FrozenTeacher.from_module(Diffusion(network, schedule=VP(), prediction="x0"))
-    doubled = FrozenTeacher.from_module(Doubled(network, schedule=VP(), prediction="x0"))
-    noised = draws_of(plain)
-    torch.testing.assert_close(doubled.denoise(noised), 2 * plain.denoise(noised))
+guidances = pytest.mark.parametrize("guidance", [1.0, 3.0])
+
+
+@guidances
+def test_what_a_module_overrides_counts_in_its_teacher(guidance):
+    network = small_mlp(std=1.0, num_class_embeds=3)
+    settings = {"prediction": "x0", "num_classes": 2, "label_dropout": 0.1}
+    plain, scaled = (
+        FrozenTeacher.from_module(kind(network, VP(), **settings), guidance=guidance)
+        for kind in (Diffusion, Scaled)
+    )
+    noised = draws_of(plain, group=two_classes(6))
+    factor = noised.weight * noised.alpha / noised.sigma
+    expected = factor[:, None] * plain.denoise(noised)
+    torch.testing.assert_close(scaled.denoise(noised), expected, rtol=1e-6, atol=1e-6)
+
+
+@guidances
+def test_a_teacher_keeps_its_precision_under_autocast(guidance):
+    network = small_mlp(std=1.0, num_class_embeds=3)
+    teacher = FrozenTeacher(network, VP(), num_classes=2, guidance=guidance)
+    noised = draws_of(teacher, group=two_classes(6))
+    expected = teacher.noise_residual(noised)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher.noise_residual(noised), expected)
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_a_teacher_comes_from_a_checkpoint(tmp_path):
