@@ -34,6 +34,12 @@ def test_score_distillation_is_measured(tmp_path, monkeypatch, capsys):
     assert any(row.startswith('"quality/(2,1) uniform/3/0",') for row in rows)
 
 
+def test_score_distillation_is_timed_against_a_loop_by_hand(monkeypatch, capsys):
+    run(monkeypatch, "score_distillation/loop_by_hand.py")
+    sizes = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert sizes == ["S = 5", "S = 8", "S = 16"]
+
+
 def test_the_scene_of_score_distillation_is_audited(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices, "time", devices.time)  # the study has CPU seconds in its place
     run(monkeypatch, "score_distillation/audit_scene.py", "--folder", str(tmp_path))
