@@ -70,11 +70,14 @@ class Results:
                 csv.writer(file).writerows(self.rows.items())
         return self.rows[name]
 
-    def get_interval(self, name: str, measure: Callable[[], Interval]) -> Interval:
-        """Return a number and its interval, measured if they are not there."""
+    def add_interval(self, name: str, measure: Callable[[], Interval]) -> None:
+        """Keep a number and its interval, measured if they are not there."""
         if f"{name}/high" not in self.rows:
             for end, value in measure()._asdict().items():
                 self.get(f"{name}/{end}", partial(float, value))
+
+    def interval(self, name: str) -> Interval:
+        """Return a number and its interval."""
         return Interval(*(self.rows[f"{name}/{end}"] for end in Interval._fields))
 
 
@@ -120,14 +123,8 @@ class Study:
         saved = torch.load(path, weights_only=True)
         self.model.load_state_dict(saved["weights"], strict=False)
         self.outputs = saved["outputs"]
-        self.proposals = [self._learned(pairs) for pairs in (False, True)]
-
-    def _learned(self, pairs: bool) -> LearnedProposal:
-        """Return a proposal that has learned of single draws, or of pairs."""
-        proposal = LearnedProposal(bins=16)
-        draws = CARV(2 if pairs else 1, proposal, antithetic=pairs)
-        self.features(draws).learn(self.train, 16)
-        return proposal
+        self.proposal = LearnedProposal(bins=16)
+        self.features(CARV(1, self.proposal)).learn(self.train, 16)
 
     def _model(self, prediction: str, labels: bool) -> Diffusion:
         torch.manual_seed(0)
@@ -150,8 +147,8 @@ class Study:
     def draws(self, design: str, count: int) -> CARV:
         """Return draws by name; strata are those of a sample."""
         strata = "sample" if design in ("strata", "strata, pairs", "all") else "none"
+        proposal = self.proposal if design in ("learned", "all") else None
         pairs = count > 1 and design in ("pairs", "strata, pairs", "all")
-        proposal = self.proposals[pairs] if design in ("learned", "all") else None
         return CARV(count, proposal, scope=strata, antithetic=pairs)
 
     def efficiency(self, design: str, count: int, repeats: int) -> Interval:
@@ -160,13 +157,12 @@ class Study:
             *(self._variances(x, count, repeats) for x in ("uniform", design))
         )
 
-    def spread(self, pairs: bool) -> float:
-        """Return ``E m / (E sqrt m)²`` of the second moments m over t, of gradients or their pairs.
+    def spread(self) -> float:
+        """Return ``E m / (E sqrt m)²`` of the second moments m of gradients over t.
 
-        It is what the best proposal gains of them, and 1 where t makes no difference.
+        It is what one draw gains from the best proposal, and 1 where t makes no difference.
         """
-        table = self.proposals[pairs].table
-        moments = table[0] / table[1]
+        moments = self.proposal.table[0] / self.proposal.table[1]
         return float(moments.mean() / moments.sqrt().mean() ** 2)
 
     def _variances(self, design: str, count: int, repeats: int) -> Tensor:
@@ -225,11 +221,10 @@ def measure_retraining(results: Results, folder: Path, prediction: str, quick: b
         study = Study(prediction, folder, *size(quick), **settings)
         scores = study.scores(study.draws("strata, pairs", 64), shared=False, seed=0)
         results.get(f"{prediction}/retraining/{way}", partial(study.lds, scores))
-        for kind, pairs in (("draws", False), ("pairs", True)):
-            results.get(f"{prediction}/spread of {kind}/{way}", partial(study.spread, pairs))
+        results.get(f"{prediction}/spread over t/{way}", study.spread)
         for count, design in product((4,) if quick else (4, 16, 64), DESIGNS[1:]):
             taken = partial(study.efficiency, design, count, 4 if quick else 16)
-            results.get_interval(f"{prediction}/ECM, {way}/{count}/{design}", taken)
+            results.add_interval(f"{prediction}/ECM, {way}/{count}/{design}", taken)
 
 
 def size(quick: bool) -> tuple[int, int]:
@@ -258,8 +253,7 @@ def report(results: Results, path: Path) -> None:
         for kind in dict.fromkeys(key[1] for key in keys if key[1].startswith("ECM")):
             print(f"\n{name}: {kind}: of features at equal draws, over uniform draws")
             for count in dict.fromkeys(key[2] for key in keys if key[1] == kind):
-                ends = partial(results.get_interval, measure=NotImplemented)
-                own = {x: ends(f"{name}/{kind}/{count}/{x}") for x in DESIGNS[1:]}
+                own = {x: results.interval(f"{name}/{kind}/{count}/{x}") for x in DESIGNS[1:]}
                 said = (
                     f"{x} {m:.2f} ({low:.2f} to {high:.2f})" for x, (m, low, high) in own.items()
                 )
@@ -273,7 +267,7 @@ def report(results: Results, path: Path) -> None:
                 print(f"  K = {case}: " + " → ".join(f"{m:.3f} ± {e:.3f}" for m, e in pair))
         sizes = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "projected"}
         print(f"{name}: LDS by number of projected features: {sizes}")
-        for kind in ("retraining", "spread of draws", "spread of pairs"):
+        for kind in ("retraining", "spread over t"):
             ways = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == kind}
             print(f"{name}: {kind}, by the way of training: {ways}")
         ridge = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "trak"}

@@ -67,6 +67,12 @@ def with_own_state(candidates: list[Candidate]) -> list[Candidate]:
     ]
 
 
+def own_copies(module: EstimatorModule) -> Candidate:
+    """Return copies of those of a module's slots that learn: its own must not learn in an audit."""
+    learning = {"draws", "control_variate"} & set(module.estimator_slots)
+    return Candidate("own", **{name: copy.deepcopy(getattr(module, name)) for name in learning})
+
+
 def fill_targets(
     trainer: Trainer, module: DiffusionModule, candidates: list[Candidate]
 ) -> dict[str, str]:

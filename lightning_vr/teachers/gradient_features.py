@@ -27,7 +27,7 @@ from lightning_vr.core.rows import Rows, mapped, tensors
 from lightning_vr.core.types import Clean, Noised
 from lightning_vr.core.validation import check_choice, check_integer
 from lightning_vr.estimators.carv import CARV
-from lightning_vr.estimators.draws import Draws
+from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.loss import diffusion_loss, network_output
 from lightning_vr.estimators.proposals import LearnedProposal
 from lightning_vr.estimators.targets import DSM
@@ -118,34 +118,31 @@ class GradientFeatures:
     def learn(self, data: Any, count: int = 16) -> None:
         """Let the draws' proposal learn where gradients are large, before features are computed.
 
-        Of antithetic pairs it learns where their means are large.
-
         Args:
             data: Samples as for a call; a few hundred draws in all are enough.
-            count: Independent draws of each sample, or pairs.
+            count: Independent draws of each sample.
 
         Raises:
             ValueError: If the draws have no proposal that learns.
         """
         check_integer("count", count, 1)
-        draws, proposal = self.draws, getattr(self.draws, "proposal", None)
-        if not (isinstance(draws, CARV) and isinstance(proposal, LearnedProposal)):
+        proposal = getattr(self.draws, "proposal", None)
+        if not isinstance(proposal, LearnedProposal):
             raise ValueError(
-                f"`draws` must have a LearnedProposal to learn, got {type(draws).__name__} "
+                f"`draws` must have a LearnedProposal to learn, got {type(self.draws).__name__} "
                 f"with {type(proposal).__name__}: use CARV(16, LearnedProposal())."
             )
-        objective, rows = self.model.objective, draws.least_resamples
-        single = CARV(rows, scope="none", antithetic=draws.antithetic)
+        objective = self.model.objective
         for number, clean in enumerate(self._batches(data)):
             source = self._source("learn", number)
             with torch.no_grad():
-                noised = single(clean.repeated(count), objective, source)
+                noised = IID()(clean.repeated(count), objective, source)
             moments = [
                 cast(Tensor, sum(each.flatten(1).square().sum(dim=1) for each in gradients))
-                for gradients in self._gradients(noised, len(noised.t) // rows)
+                for gradients in self._gradients(noised, len(noised.t))
             ]
             moment = torch.cat(moments)
-            v = objective.timesteps.cdf(noised.t[::rows].double())
+            v = objective.timesteps.cdf(noised.t.double())
             if proposal.moment == "loss":
                 moment = moment.sqrt()  # which it squares
             proposal.observe(v, torch.ones_like(moment), moment)

@@ -20,6 +20,7 @@ from lightning_vr import (
     DSM,
     IID,
     VP,
+    AuditDuringTraining,
     Candidate,
     DistributionMatching,
     FrozenTeacher,
@@ -29,6 +30,9 @@ from lightning_vr import (
     WeightProposal,
     audit,
 )
+from lightning_vr.auditing import audit_during_training
+from lightning_vr.auditing.comparison import Comparison
+from lightning_vr.auditing.default_candidates import few_candidates_for
 from lightning_vr.auditing.report import page
 from lightning_vr.auditing.step_cost import step_cost
 from lightning_vr.core.rng import generator
@@ -147,6 +151,48 @@ def test_training_after_an_audit_is_what_it_would_have_been():
     assert torch.equal(trained(True), trained(False))
 
 
+def learning():
+    return CARV(2, LearnedProposal(bins=2))
+
+
+def student():
+    teacher = FrozenTeacher(small_mlp(std=1.0), VP(), "x0")
+    return DistributionMatching(teacher, fake_steps=2, normalizer=False)
+
+
+@pytest.mark.parametrize(
+    ("build", "batch", "step"), [(lambda: Scene(draws=learning()), 4, 5), (student, 2, 6)]
+)
+def test_audits_within_a_run_change_nothing_of_it(build, batch, step, monkeypatch):
+    """A step of the student counts as three; a scene's batch is its views."""
+
+    def trained(*callbacks):
+        torch.manual_seed(0)
+        module = build()
+        quiet_trainer(*callbacks, max_epochs=1, limit_val_batches=0).fit(module, data())
+        table = getattr(module.draws.proposal, "table", torch.empty(0))
+        return [*module.parameters(), table, torch.get_rng_state()]
+
+    def compared(module, size):
+        sizes.append(size)
+        return Comparison(module, size)
+
+    sizes = []
+    monkeypatch.setattr(audit_during_training, "Comparison", compared)
+    watch = AuditDuringTraining([Candidate("q", draws=learning())], 5, repetitions=3)
+    watched, plain = trained(watch), trained()
+    assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
+    assert watch.history.state()[0]["step"] == step
+    assert set(sizes) == {batch}
+
+
+def test_small_audits_compare_draws_and_where_there_are_any_views():
+    draws = ["8 draws, q = weight, pairs", "8 draws, q learned, pairs", "8 draws"]
+    assert [each.name for each in few_candidates_for(student(), None)] == draws
+    viewed = [*draws[:2], "2 opposite views"]
+    assert [each.name for each in few_candidates_for(Scene(), None)] == viewed
+
+
 def test_a_student_is_audited_with_the_steps_of_the_fake_model_in_its_cost(monkeypatch):
     estimate, steps = DistributionMatching._fake_estimate, []
 
@@ -155,8 +201,7 @@ def test_a_student_is_audited_with_the_steps_of_the_fake_model_in_its_cost(monke
         return estimate(self, like, step)
 
     monkeypatch.setattr(DistributionMatching, "_fake_estimate", counted)
-    teacher = FrozenTeacher(small_mlp(std=1.0), VP(), "x0")
-    module = DistributionMatching(teacher, fake_steps=2, normalizer=False)
+    module = student()
     before = [p.clone() for p in module.parameters()]
     rivals = [Candidate("4 draws", draws=CARV(4, scope="none"))]
     found = audit(module, data(), rivals, budget=20, progress=False)

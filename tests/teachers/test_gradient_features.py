@@ -109,17 +109,14 @@ def test_the_mean_of_features_does_not_depend_on_the_draws(name, plain):
     assert float(((found.mean(0) - plain.mean(0)) / error).abs().max()) < 4.5
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_proposal_learns_where_gradients_of_draws_or_pairs_are_large(rows):
-    own, is_paired = model(), rows == 2
-    draws = CARV(4, LearnedProposal(bins=4, floor=0.01), antithetic=is_paired)
-    features = GradientFeatures(own, draws, projection=None)
+def test_a_proposal_learns_where_gradients_are_large_before_features_are_computed():
+    own = model()
+    features = GradientFeatures(own, CARV(4, LearnedProposal(bins=4, floor=0.01)), projection=None)
     features.learn([POINTS, POINTS], 200)
-    unit = CARV(rows, scope="none", antithetic=is_paired)
-    single = GradientFeatures(own, unit, projection=None, shared=False, seed=1)
+    single = GradientFeatures(own, IID(), projection=None, shared=False, seed=1)
     points = POINTS.rows(torch.arange(5).repeat(800))
     norms = single(points).norm(dim=1)
-    t = unit(points, own.objective, generator(1, "features", "train", 0)).t[::rows]
+    t = IID()(points, own.objective, generator(1, "features", "train", 0)).t
     bins = (4 * own.objective.timesteps.cdf(t)).long().clamp(max=3)
     oracle = torch.stack([norms[bins == i].square().mean().sqrt() for i in range(4)]).double()
     h = features.draws.proposal(own.objective, torch.device("cpu"))
