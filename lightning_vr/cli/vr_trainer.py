@@ -198,12 +198,12 @@ class VRTrainer(Trainer):
             ValueError: If no checkpoint is given, or if what is written would not sample as the
                 model does.
         """
+        _check_samples(model, "export")
         if ckpt_path is None:
             raise ValueError(
                 "`ckpt_path` must be given, as export takes a trained module, got None: name a "
                 "checkpoint file, or 'last'."
             )
-        _check_samples(model, "export")
         checkpoint = self._load_for_sampling(model, ckpt_path)
         if self.is_global_zero:
             facts = Provenance.of_checkpoint(checkpoint, ckpt_path)
