@@ -162,8 +162,17 @@ class Study:
 
         It is what one draw gains from the best proposal, and 1 where t makes no difference.
         """
-        moments = self.proposal.table[0] / self.proposal.table[1]
+        moments = self._moments()
         return float(moments.mean() / moments.sqrt().mean() ** 2)
+
+    def decline(self) -> float:
+        """Return the size of gradients at the highest noise, over that at the lowest."""
+        moments = self._moments()
+        return float((moments[-1] / moments[0]).sqrt())
+
+    def _moments(self) -> Tensor:
+        """Return second moments of gradients in 16 equally likely bins of t."""
+        return self.proposal.table[0] / self.proposal.table[1]
 
     def _variances(self, design: str, count: int, repeats: int) -> Tensor:
         """Return the variance of each sample's features, of all parameters, over repetitions."""
@@ -222,6 +231,7 @@ def measure_retraining(results: Results, folder: Path, prediction: str, quick: b
         scores = study.scores(study.draws("strata, pairs", 64), shared=False, seed=0)
         results.get(f"{prediction}/retraining/{way}", partial(study.lds, scores))
         results.get(f"{prediction}/spread over t/{way}", study.spread)
+        results.get(f"{prediction}/decline over t/{way}", study.decline)
         for count, design in product((4,) if quick else (4, 16, 64), DESIGNS[1:]):
             taken = partial(study.efficiency, design, count, 4 if quick else 16)
             results.add_interval(f"{prediction}/ECM, {way}/{count}/{design}", taken)
@@ -267,7 +277,7 @@ def report(results: Results, path: Path) -> None:
                 print(f"  K = {case}: " + " → ".join(f"{m:.3f} ± {e:.3f}" for m, e in pair))
         sizes = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "projected"}
         print(f"{name}: LDS by number of projected features: {sizes}")
-        for kind in ("retraining", "spread over t"):
+        for kind in ("retraining", "spread over t", "decline over t"):
             ways = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == kind}
             print(f"{name}: {kind}, by the way of training: {ways}")
         ridge = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "trak"}
