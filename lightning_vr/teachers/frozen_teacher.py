@@ -153,7 +153,12 @@ class FrozenTeacher(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: NetworkDtype | None = None, **settings: Any
+        cls,
+        folder: str | Path,
+        *,
+        guidance: float = 1.0,
+        dtype: NetworkDtype | None = None,
+        **settings: Any,
     ) -> "FrozenTeacher":
         """Return the teacher in a folder of diffusers, with the autoencoder in its ``vae`` if any.
 
@@ -162,8 +167,9 @@ class FrozenTeacher(nn.Module):
 
         Args:
             folder: What a pipeline's ``save_pretrained``, or ``export``, wrote.
+            guidance: As for the class.
             dtype: The dtype of the weights; float32 if not given.
-            **settings: Arguments of the class, which count before those of the folder.
+            **settings: Further arguments of the class, which count before those of the folder.
 
         Raises:
             ValueError: If there is no network or scheduler, or if weights are missing.
@@ -174,7 +180,7 @@ class FrozenTeacher(nn.Module):
         given = {name: x for name, x in found.objective.items() if name != "label_dropout"}
         if (Path(folder).expanduser() / "vae" / "config.json").is_file():
             given["vae"] = Autoencoder(AutoencoderFolder(str(folder), "vae", kind))
-        return cls(found.load_network(kind), **(given | settings))
+        return cls(found.load_network(kind), guidance=guidance, **(given | settings))
 
     @property
     def model(self) -> Diffusion:

@@ -14,6 +14,7 @@ import torch
 from support.networks import small_mlp
 from support.trainers import quiet_trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_vr import (
     CARV,
@@ -161,17 +162,21 @@ def student(fake_steps=2):
 
 
 @pytest.mark.parametrize(
-    ("build", "batch", "step"),
-    [(lambda: Scene(draws=learning()), 4, 5), (lambda: student(fake_steps=1), 2, 6)],
+    ("build", "loader", "batch", "step"),
+    [
+        (lambda: Scene(draws=learning()), lambda: DataLoader(torch.arange(32), 2), 4, 5),
+        (lambda: student(fake_steps=1), data, 2, 6),
+    ],
+    ids=["scene", "student"],
 )
-def test_audits_within_a_run_change_nothing_of_it(build, batch, step, monkeypatch):
+def test_audits_within_a_run_change_nothing_of_it(build, loader, batch, step, monkeypatch):
     """A step of the student counts as two; a scene's batch is its views."""
 
     def trained(*callbacks):
         torch.manual_seed(0)
         module = build()
         options = {"max_epochs": 1, "limit_train_batches": 12, "limit_val_batches": 0}
-        quiet_trainer(*callbacks, **options).fit(module, data())
+        quiet_trainer(*callbacks, **options).fit(module, loader())
         table = getattr(module.draws.proposal, "table", torch.empty(0))
         return [*module.parameters(), table, torch.get_rng_state()]
 
