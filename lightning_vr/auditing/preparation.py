@@ -193,10 +193,12 @@ def choose_resamples(
     Returns:
         Names of candidates whose pilot found no K, and why.
     """
+    # what a pilot finds here is not of the run that loggers show
+    run = replace(RunContext.of(trainer), log=lambda *_: None)
     reasons = {}
     for candidate in candidates:
         with candidate.in_place(module):
-            pilot = module.make_resamples_pilot(RunContext.of(trainer))
+            pilot = module.make_resamples_pilot(run)
             while pilot is not None and pilot.draws.pilot is None and not pilot.failures:
                 with trainer.precision_plugin.forward_context():
                     pilot.before_step(next(batches))

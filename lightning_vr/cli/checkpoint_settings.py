@@ -151,9 +151,10 @@ def _changes(
     return changes
 
 
-def _default(kind: type, name: str) -> Any:
-    """Return the default of an argument, which may be that of a base class."""
-    parameters = (inspect.signature(each).parameters.get(name) for each in kind.__mro__)
+def _default(kind: Any, name: str) -> Any:
+    """Return the default of an argument of a class or function, or of a base class."""
+    kinds = getattr(kind, "__mro__", (kind,))
+    parameters = (inspect.signature(each).parameters.get(name) for each in kinds)
     defaults = (each.default for each in parameters if each is not None)
     return next((each for each in defaults if each is not inspect.Parameter.empty), None)
 

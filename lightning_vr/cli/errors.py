@@ -93,7 +93,7 @@ def _is_of_parser(error: BaseException) -> bool:
 def _cause_in_union(error: BaseException) -> BaseException | None:
     """Return what a constructor raised of the types of a union, of which the parser names one.
 
-    Seen in jsonargparse 4.49 to 4.53, in ``_typehints.raise_union_unexpected_value``.
+    Seen in jsonargparse 4.53.0, in ``_typehints.raise_union_unexpected_value``.
     """
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     found = map(cause, frame.f_locals.get("exceptions", []))

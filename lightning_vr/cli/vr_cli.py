@@ -64,8 +64,8 @@ class VRCLI(LightningCLI):
     """Lightning's command line with our modules as the model and without its pitfalls.
 
     Args:
-        model_class: The class that ``--model`` names a subclass of; by default ours, of which
-            ``DiffusionModule`` is meant where only arguments are given.
+        model_class: The class that ``--model`` names a subclass of; where there are only arguments
+            and this is ``EstimatorModule``, it is ``DiffusionModule`` itself.
         datamodule_class: The class that ``--data`` names a subclass of.
         **kwargs: As ``LightningCLI`` takes them.
     """
@@ -125,8 +125,9 @@ class VRCLI(LightningCLI):
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{name}": x for name, x in self.trainer_defaults.items()})
         if self._model_class is EstimatorModule:
+            group = parser.add_argument_group("Trains a diffusion model, or by a frozen one")
             bases = (DiffusionModule, EstimatorModule)  # the first where only arguments are given
-            parser.add_subclass_arguments(bases, "model", fail_untyped=False)
+            group.add_subclass_arguments(bases, "model", as_group=False, fail_untyped=False)
         else:
             parser.add_lightning_class_args(self._model_class, "model", True, required=False)
         parser.add_lightning_class_args(self._datamodule_class, "data", True, required=False)
