@@ -158,9 +158,14 @@ def test_a_soak_survives_its_faults(tmp_path, monkeypatch, capsys):
     config["data"]["init_args"] |= {"num_samples": 600, "batch_size": 64}
     config["model"]["init_args"]["target"]["init_args"]["references"] = 64
     config["model"]["init_args"]["network"]["init_args"] |= {"width": 16, "depth": 1}
+    fewer = {
+        "TargetVariance": {"noise_levels": 4, "samples": 64},
+        "GradientVariance": {"noise_levels": 2, "samples": 4},
+        "Convergence": {"noise_levels": 2, "samples": 16},
+    }
     for callback in config["trainer"]["callbacks"]:
-        if callback["class_path"] == "TargetVariance":
-            callback["init_args"] = {"noise_levels": 4, "samples": 64}
+        if callback["class_path"] in fewer:
+            callback["init_args"] = fewer[callback["class_path"]]
         if callback["class_path"] in ("FrechetDistance", "SampleGrid"):
             callback["init_args"]["samples"] = 64
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))

@@ -71,7 +71,8 @@ def build(kind, slots):
 
 
 def watchers(slots):
-    callbacks = [EMAWeightAveraging(decay=0.9), GradientVariance(every_n_steps=3, noise_levels=2)]
+    gradients = GradientVariance(every_n_steps=3, samples=4, noise_levels=2)
+    callbacks = [EMAWeightAveraging(decay=0.9), gradients]
     if slots != "taylor":
         callbacks.append(TargetVariance(references=[4], noise_levels=3, samples=64))
     return [*callbacks, FrechetDistance(samples=40)]

@@ -134,7 +134,7 @@ class TestNonFinite:
     def test_skipping_makes_every_step_but_the_bad_ones(self, estimator, points, tmp_path):
         kept = Weights()
         watch = [TargetVariance(references=[4], noise_levels=3, samples=64)]
-        watch += [GradientVariance(every_n_steps=1, noise_levels=2), EMA(decay=0.5)]
+        watch += [GradientVariance(every_n_steps=1, samples=4, noise_levels=2), EMA(decay=0.5)]
         watch = [] if estimator == "auto" else watch
         model = module(estimator, on_nonfinite="skip")
         fit = trainer(kept, *watch, Arm(), logger=CSVLogger(tmp_path))
