@@ -610,6 +610,7 @@ class Raising(Logger):
         raise ConnectionError("no route")
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.filterwarnings("ignore:.*failed .ConnectionError")
 def test_a_logger_that_raises_ends_no_run_and_the_others_get_everything(tmp_path):
     good = CSVLogger(tmp_path, name="good")
