@@ -567,7 +567,7 @@ def parse() -> argparse.Namespace:
     settings |= {"level_batch": 8, "levels": LEVELS, "orders": (0, 1, 2), "bins": 8}
     if options.quick:
         settings |= {
-            "batch": 8,
+            "batch": 16,
             "widths": [8],
             "middle": None,
             "sampler_steps": 2,
