@@ -363,7 +363,7 @@ FLAGS = {
     "audit": [*DATA, "--budget=1"],
 }
 CASES = [(kind, command) for kind, (_, commands, _) in DAMAGED.items() for command in commands]
-# what all refuse mostly without the second that a command line takes to parse
+# most of what every command refuses without a command line: to parse it takes nearly all the time
 FIRST = [
     (kind, commands[min(number % 8, len(commands) - 1) if commands is ALL else 0])
     for number, (kind, (_, commands, _)) in enumerate(DAMAGED.items())
