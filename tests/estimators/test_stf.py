@@ -100,8 +100,8 @@ def test_leaving_the_own_sample_out_is_a_bias_that_the_same_test_finds(size, z_s
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0])
 def test_two_references_halve_the_variance_on_the_two_point_set(sigma, z_score):
     source = generator("two points")
-    group = torch.arange(20_000).repeat_interleave(2)
-    signs = torch.randint(2, (40_000, 1), generator=source).to(WIDE) * 2 - 1
+    group = torch.arange(10_000).repeat_interleave(2)
+    signs = torch.randint(2, (20_000, 1), generator=source).to(WIDE) * 2 - 1
     clean = Clean(signs, group)
     noised = noised_at(clean, sigma, source)
     exact = torch.tanh(noised.xt / sigma**2)
@@ -113,7 +113,7 @@ def test_two_references_halve_the_variance_on_the_two_point_set(sigma, z_score):
 
 
 def batch_target(clean, noised):
-    # 40,000 × 40,000 logits would not fit: 200 sets at a time
+    # 20,000 × 20,000 logits would not fit: 200 sets at a time
     parts = []
     for start in range(0, len(clean.x0), 400):
         rows = slice(start, start + 400)
@@ -133,7 +133,7 @@ def batch_target(clean, noised):
 @pytest.mark.parametrize("size", [2, 16])
 def test_the_mean_spread_is_the_variance_removed(size, sigma, z_score):
     source = generator("spread", size)
-    clean, noised = independent_sets(40_000 // size, size, source, sigma)
+    clean, noised = independent_sets(20_000 // size, size, source, sigma)
     target = batch_target(clean, noised)
     exact = two_gaussians_mean(noised.xt, sigma)
     removed = (noised.x0 - exact).square() - (target.x0 - exact).square()

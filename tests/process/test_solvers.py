@@ -51,7 +51,9 @@ def normal(source, count, dtype=torch.float64):
 @functools.cache
 def found_by_rk45(schedule):
     fine = Sampler(RK45(1e-10, 1e-10), noise_level_min=LOW, noise_level_max=HIGH)
-    return fine.solve(mixture_denoiser(schedule), schedule, normal(torch.Generator().manual_seed(0), 8))
+    return fine.solve(
+        mixture_denoiser(schedule), schedule, normal(torch.Generator().manual_seed(0), 8)
+    )
 
 
 @pytest.mark.parametrize("schedule", [EDM(), VP(), RectifiedFlow()], ids=name)
