@@ -91,7 +91,7 @@ def audited():
         Candidate("opposite", views=OrbitViews(2, antipodal=True)),
     ]
     torch.manual_seed(0)
-    return audit(Scene(), data(), rivals, budget=150, progress=False)
+    return audit(Scene(), data(), rivals, budget=110, progress=False)
 
 
 def test_components_are_those_of_views_times_and_noise(audited):
@@ -132,7 +132,7 @@ def test_views_and_draws_are_combined_and_a_learned_proposal_has_learned():
         Candidate("learned", draws=CARV(4, LearnedProposal(bins=4), antithetic=True)),
     ]
     module = Scene()
-    found = audit(module, data(), rivals, budget=30, progress=False)
+    found = audit(module, data(), rivals, budget=15, progress=False)
     assert "8 views, learned" in {each.name for each in found.finalists}
     assert module.views == VIEWS
     assert isinstance(module.draws, IID)
@@ -211,7 +211,7 @@ def test_a_student_is_audited_with_the_steps_of_the_fake_model_in_its_cost(monke
     module = student()
     before = [p.clone() for p in module.parameters()]
     rivals = [Candidate("4 draws", draws=CARV(4, scope="none"))]
-    found = audit(module, data(), rivals, budget=20, progress=False)
+    found = audit(module, data(), rivals, budget=10, progress=False)
     assert found.statistics.parts == ("sample", "timestep", "noise")
     assert set(steps) == {0, 1}
     # the optimizer's second, and one for the fake model's steps
@@ -257,7 +257,7 @@ def test_a_distillation_shows_its_draws_what_a_step_would(draws, monkeypatch):
 def test_draws_that_leave_k_open_get_the_k_of_a_pilot_on_views(monkeypatch):
     monkeypatch.setattr("lightning_vr.training.resamples_pilot._LEAST_GAIN", 1.0)  # however cheap
     rivals = [Candidate("auto", draws=CARV(max_resamples=4))]
-    found = audit(Scene(), data(), rivals, budget=10, progress=False)
+    found = audit(Scene(), data(), rivals, budget=5, progress=False)
     (auto,) = found.estimators[1:]
     assert auto.draws_per_sample in (1, 2, 3, 4)
     assert not found.skipped
