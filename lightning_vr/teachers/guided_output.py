@@ -31,7 +31,7 @@ def guided_output(model: Diffusion, x: Tensor, noised: Noised, guidance: float) 
         ValueError: If guidance has nothing to lead away from.
     """
     kind = "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind):  # where it is off, a context costs more than to ask
         with torch.autocast(kind, enabled=False):
             return guided_output(model, x, noised, guidance)
     group = noised.group if model.num_classes else None
