@@ -67,6 +67,7 @@ JOBS = {
     "vp, n = 1": Job(VP, prediction="epsilon", steps=400),
     "vp, n = all": Job(VP, partial(STF, "all"), "epsilon", steps=400),
     "edm, n = 1": Job(EDM),
+    "bell, n = 1": Job(EDM, steps=400),
     "flat, n = 1": Job(EDM, timesteps=LogUniform(0.002, 80), steps=400),
     "low, n = 1": Job(EDM, timesteps=LogNormal(-3.6), steps=400),
     "high, n = 1": Job(EDM, timesteps=LogNormal(1.2), steps=400),
