@@ -8,6 +8,7 @@ several, to the held-out loss that the plain run ends at with the workload's own
 """
 
 import functools
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -130,8 +131,10 @@ def train(job: str, seed: int, steps: int, factor: int, filled: dict[str, object
 def report(audits: Table, trained: Table) -> None:
     rows = []
     for job in REFERENCES:
-        ratios, lows, highs = (audits.select(n, job=job) for n in ("ratio", "low", "high"))
-        seeds = dict.fromkeys(row["seed"] for row in trained.rows if row["job"] == job)
+        measured = [audits.select(n, job=job) for n in ("point", "ratio", "low", "high")]
+        ratios = measured[1]
+        whole = [r for r in trained.rows if r["job"] == job and r["arm"] == "recommended"]
+        seeds = dict.fromkeys(row["seed"] for row in whole)
         if not ratios or not seeds:
             continue
         points = ", ".join(f"{x:.1f}" for x in ratios)
@@ -140,17 +143,21 @@ def report(audits: Table, trained: Table) -> None:
             for name, is_tuned in (("averaged", False), ("raw", False), ("averaged", True))
         )
         cells = (written(x) for x in (fixed, raw, tuned))
-        rows.append((job, points, along(ratios, lows, highs), *cells, best_factors(trained, job)))
+        rows.append((job, points, along(*measured), *cells, best_factors(trained, job)))
     header = ("workload", "predicted at 10, 25, 50, 75, 95 %", "along the run", "realised, rate 1")
     more = ("of raw weights", "each at its best rate", "best rates, plain and recommended")
     print("Times fewer steps, 95 % intervals:\n" + markdown((*header, *more), rows))
 
 
-def along(ratios: list[float], lows: list[float], highs: list[float]) -> str:
-    """Return the harmonic mean, as the candidate needs 1 / ratio of each of the plain steps."""
-    inverse = 1 / np.array(ratios)
-    errors = inverse / inverse.sum() * np.log(np.array(highs) / np.array(lows)) / 2
-    mean, half = 1 / inverse.mean(), float(np.sqrt((errors**2).sum()))
+def along(points: list[float], ratios: list[float], lows: list[float], highs: list[float]) -> str:
+    """Return the harmonic mean, as the candidate needs 1 / ratio of each of the plain steps.
+
+    Each point counts for the part of the run that is nearest to it.
+    """
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(points)]
+    parts = np.diff([0.0, *middles, 1.0]) / np.array(ratios)
+    errors = parts / parts.sum() * np.log(np.array(highs) / np.array(lows)) / 2
+    mean, half = 1 / parts.sum(), float(np.sqrt((errors**2).sum()))
     return f"{mean:.2f} ({mean * math.exp(-half):.2f} to {mean * math.exp(half):.2f})"
 
 

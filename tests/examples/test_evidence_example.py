@@ -123,9 +123,10 @@ def test_predictions_are_compared_with_what_came_true(load, monkeypatch, capsys,
 
 def test_a_candidate_on_the_plain_runs_path_saves_the_harmonic_mean(load):
     along = load("prediction_gaps").along
-    assert along([1.0, 3.0], [1.0, 3.0], [1.0, 3.0]) == "1.50 (1.50 to 1.50)"
+    assert along([0.25, 0.75], *[[1.0, 3.0]] * 3) == "1.50 (1.50 to 1.50)"
     # of four equal logarithmic errors half an error is left
-    assert along([4.0] * 4, [1.0] * 4, [16.0] * 4) == "4.00 (2.00 to 8.00)"
+    points = [0.125, 0.375, 0.625, 0.875]
+    assert along(points, [4.0] * 4, [1.0] * 4, [16.0] * 4) == "4.00 (2.00 to 8.00)"
 
 
 def test_learning_rates_are_each_arms_own(load, tmp_path):
