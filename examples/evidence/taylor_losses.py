@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1] / "audit"))
 from audit_against_training import HeldOutLoss
 
 ARMS = {"plain": dict, "order 0": lambda: {"control_variate": control()}}
-RATES = {"SGD": 0.1, "Adam": 1e-3}
+RATES = {"SGD": 0.03, "Adam": 1e-3}
 EVALUATIONS = 5
 
 
