@@ -17,7 +17,7 @@ from study import OutOfTimeError, Study
 
 ROWS = {
     "stf_variance": "STF, figures 2 and 3, theorem 2: phases, V_DSM, D, V_STF against n",
-    "cifar10_audit": "STF and all others: an audit at a checkpoint of CIFAR-10",
+    "cifar10_audit": "STF, CARV, Taylor: an audit at a checkpoint of CIFAR-10",
     "stf_training": "STF, figures 4a and 5: Fréchet distance against n, steps, seconds, with VE",
     "stf_samplers": "STF, tables 1 and 2: plain against STF under RK45, PC and DDIM",
     "carv_proposals": "CARV, table 6, figure 13: proposal from the weight against the best",
