@@ -12,8 +12,8 @@ TOLERANCE = 1e-3
 SAMPLERS = {
     "vp, DDIM, 25 steps": Sampler(DDIM(), steps=25),
     "vp, RK45": Sampler(RK45(TOLERANCE, TOLERANCE)),
-    "ve, RK45": Sampler(RK45(TOLERANCE, TOLERANCE)),
     "ve, PC, 50 levels": Sampler(PredictorCorrector(), steps=50),
+    "ve, RK45": Sampler(RK45(TOLERANCE, TOLERANCE)),
 }
 SEEDS = (0, 1, 2)
 
