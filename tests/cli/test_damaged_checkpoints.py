@@ -222,7 +222,7 @@ DAMAGED = {
     "a tensor for a setting": (hyper(lr_scheduler=torch.zeros(2, 3)), ALL, "`lr_scheduler`"),
     "numbers for arguments": (hyper(network={1: 2}), ALL, "`network` .* with the key 1"),
     "a class of no name": (hyper(_class_path={1: 2}), ALL, "_class_path` .* the name of a class"),
-    "another class": (hyper(**OTHER), ALL, "holds a lightning.*no subclass of DiffusionModule"),
+    "another class": (hyper(**OTHER), ALL, r"holds a lightning.*no subclass of \w+Module"),
     "another network": (hyper(network=WIDER), ALL, "does not fit the module"),
     "a network of terabytes": (hyper(network=HUGE), ALL, r"does not fit .* \(10000000, 2\) as"),
     # the package's own state
@@ -363,8 +363,9 @@ FLAGS = {
     "audit": [*DATA, "--budget=1"],
 }
 CASES = [(kind, command) for kind, (_, commands, _) in DAMAGED.items() for command in commands]
+# most of what every command refuses without a command line: to parse it takes nearly all the time
 FIRST = [
-    (kind, commands[number % len(commands)])
+    (kind, commands[min(number % 8, len(commands) - 1) if commands is ALL else 0])
     for number, (kind, (_, commands, _)) in enumerate(DAMAGED.items())
 ]
 
