@@ -83,8 +83,15 @@ def report(table: Table) -> None:
             found = [table.select(name, job=job, arm=arm) for name in ("fewer", "saved")]
             if not found[0]:
                 continue
-            rows.append((job, arm, *(interval(each, 2) for each in found)))
-    print(markdown(("job", "arm", "times fewer steps", "times fewer processor seconds"), rows))
+            pairs = [table.select(name, job=job, arm="pairs") for name in ("fewer", "saved")]
+            more = [
+                [a - b for a, b in zip(own, other, strict=False)]
+                for own, other in zip(found, pairs, strict=True)
+            ]
+            cells = (interval(x, 2) if x else "" for x in (*found, *more))
+            rows.append((job, arm, *cells))
+    header = ("job", "arm", "times fewer steps", "times fewer processor seconds")
+    print(markdown((*header, "steps, more than pairs", "seconds, more than pairs"), rows))
 
 
 def train(job: str, seed: int, steps: int, **slots: object) -> tuple[HeldOutLoss, float]:

@@ -17,6 +17,7 @@ from study import OutOfTimeError, Study
 
 ROWS = {
     "stf_variance": "STF, figures 2 and 3, theorem 2: phases, V_DSM, D, V_STF against n",
+    "cifar10_audit": "STF, CARV, Taylor: an audit at a checkpoint of CIFAR-10",
     "stf_training": "STF, figures 4a and 5: Fréchet distance against n, steps, seconds, with VE",
     "stf_samplers": "STF, tables 1 and 2: plain against STF under RK45, PC and DDIM",
     "carv_proposals": "CARV, table 6, figure 13: proposal from the weight against the best",
@@ -24,10 +25,12 @@ ROWS = {
     "grids": "Design space, table 2: polynomial against exponential, poor and good network",
     "bell_weight": "Design space: a bell-shaped weight against others at equal steps",
     "taylor_mnist": "Taylor: variance reduction of orders 0, 1, 2 on MNIST, a U-Net",
+    "taylor_losses": "Taylor: loss curves on MNIST, SGD and Adam",
     "taylor_optimizers": "Taylor: SGD beside Adam",
     "taylor_equivalence": "Taylor: control of the objective and of the gradient, a printed check",
     "combined": "Beyond the papers: pairs in training; pairs, strata, learned q, STF together",
     "predictions": "Beyond the papers: predicted against realised savings of all audits",
+    "prediction_gaps": "Beyond the papers: why audits predict more savings than come true",
     "readmes": "Exact numbers of the studies' pages against what their commands print",
 }
 

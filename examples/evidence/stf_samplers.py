@@ -10,10 +10,10 @@ from lightning_vr import DDIM, RK45, PredictorCorrector, Sampler
 
 TOLERANCE = 1e-3
 SAMPLERS = {
-    "ve, RK45": Sampler(RK45(TOLERANCE, TOLERANCE)),
-    "ve, PC, 50 levels": Sampler(PredictorCorrector(), steps=50),
-    "vp, DDIM, 50 steps": Sampler(DDIM(), steps=50),
+    "vp, DDIM, 25 steps": Sampler(DDIM(), steps=25),
     "vp, RK45": Sampler(RK45(TOLERANCE, TOLERANCE)),
+    "ve, PC, 50 levels": Sampler(PredictorCorrector(), steps=50),
+    "ve, RK45": Sampler(RK45(TOLERANCE, TOLERANCE)),
 }
 SEEDS = (0, 1, 2)
 

@@ -21,6 +21,7 @@ ROWS = (
     "bell_weight",
     "taylor_optimizers",
     "combined",
+    "prediction_gaps",
     "readmes",
 )
 """Those that train, sample or start processes."""
@@ -118,6 +119,25 @@ def test_predictions_are_compared_with_what_came_true(load, monkeypatch, capsys,
     assert "within a factor of 1.25: 1 of 2" in printed
     assert "nothing to come true: c" in printed
     assert (tmp_path / "predictions.png").stat().st_size > 10_000
+
+
+def test_a_candidate_on_the_plain_runs_path_saves_the_harmonic_mean(load):
+    along = load("prediction_gaps").along
+    assert along([0.25, 0.75], *[[1.0, 3.0]] * 3) == "1.50 (1.50 to 1.50)"
+    # of four equal logarithmic errors half an error is left
+    points = [0.125, 0.375, 0.625, 0.875]
+    assert along(points, [4.0] * 4, [1.0] * 4, [16.0] * 4) == "4.00 (2.00 to 8.00)"
+
+
+def test_learning_rates_are_each_arms_own(load, tmp_path):
+    keys = ("job", "arm", "factor", "seed")
+    table = load("study").Table(tmp_path / "t.csv", keys, ("averaged", "raw"))
+    for arm, factor, steps in (("plain", 1, 300), ("plain", 3, 200), ("recommended", 1, 100)):
+        table.add(job="a", arm=arm, factor=factor, seed=0, averaged=steps, raw=steps)
+    table.add(job="a", arm="recommended", factor=3, seed=0, averaged=40, raw=40)
+    fewer_steps = load("prediction_gaps").fewer_steps
+    assert fewer_steps(table, "a", "0", "averaged", False) == pytest.approx(3)
+    assert fewer_steps(table, "a", "0", "averaged", True) == pytest.approx(5)
 
 
 def test_a_number_on_a_page_that_changed_is_noticed(load, monkeypatch, capsys, tmp_path):
