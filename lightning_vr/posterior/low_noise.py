@@ -84,9 +84,9 @@ class LowNoiseRows:
     def __init__(self, scaled: Tensor, curvature: Tensor, offset: Tensor) -> None:
         self.offset, self.is_low = offset, offset > 0
         self._scaled, self._curvature = scaled, curvature
-        # eps s is twice the offset's; of other rows nothing is near
-        margin = 2 * _NEAR_SLOPE * torch.finfo(offset.dtype).eps * offset + _NEAR
-        self._margin = margin.masked_fill_(~self.is_low, -torch.inf)
+        # eps s is twice that of the offset; of other rows nothing is near
+        margin = offset * (2 * _NEAR_SLOPE * torch.finfo(offset.dtype).eps) + _NEAR
+        self._margin = torch.where(self.is_low, margin, -torch.inf)
 
     def own_logits(self, rounded: Tensor, samples: Tensor) -> Tensor:
         """Return logits of one sample of each row ``(B, d)``: right ones for ``rounded (B,)``."""
