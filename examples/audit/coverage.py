@@ -6,7 +6,7 @@ least that an audit takes, and say what it would find with those. Steps take the
 simulated machine, so that the true ratio of times is known: so many for each row, times log-normal
 noise.
 
-    python examples/audit/coverage.py --audits 200
+    python examples/audit/coverage.py --job two_gaussians --audits 200
 
 All repetitions are kept in ``runs/audit_coverage``: a study that was stopped goes on there, and one
 that is done says at once what other intervals would hold.
@@ -238,31 +238,11 @@ def report(job: str, audits: list, truth: dict) -> None:
         coverage.report(job, count)
 
 
-def resample(job: str, audits: list, truth: dict, looks: int) -> None:
-    """Print what looks drawn from the repetitions of all audits hold: many more than there were."""
-    random = np.random.default_rng(0)
-    for count in (FIRST, LEAST, MOST):
-        coverage = Coverage(truth)
-        for name in truth:
-            measured = [look for found in audits for look in found if name in look]
-            pairs = [
-                pair for look in measured for pair in zip(look[CURRENT], look[name], strict=True)
-            ]
-            if len(pairs) < count:
-                continue
-            for _ in range(looks):
-                rows = [pairs[i] for i in random.choice(len(pairs), count, replace=False)]
-                current, own = zip(*rows, strict=True)
-                coverage.add(said(job, {CURRENT: list(current), name: list(own)}, count))
-        coverage.report(job, count)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--job", choices=JOBS, help="both if not given")
     parser.add_argument("--audits", type=int, default=200)
     parser.add_argument("--reference", type=int, default=1500, help="repetitions of the truth")
-    parser.add_argument("--resample", type=int, default=0, help="looks drawn from what is kept")
     parser.add_argument("--folder", type=Path, default=Path("runs/audit_coverage"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -279,10 +259,7 @@ def main() -> None:
     print("| job | repetitions | candidate | intervals | RE holds | ECM holds | saving holds |")
     print("|---|---|---|---|---|---|---|")
     for job in jobs:
-        if options.resample:
-            resample(job, audits[job], truths[job], options.resample)
-        else:
-            report(job, audits[job], truths[job])
+        report(job, audits[job], truths[job])
 
 
 if __name__ == "__main__":

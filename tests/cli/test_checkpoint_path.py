@@ -85,8 +85,9 @@ def test_a_configured_loss_takes_effect_on_the_weights_of_the_checkpoint(run, tr
         return float((folder / "metrics.csv").read_text().splitlines()[-1].split(",")[-1])
 
     weighted = ["--model.weighting=MinSNRWeighting"]
-    assert loss() == loss()
-    assert loss() != loss(*weighted) != loss(*weighted, "--model.weighting.gamma=1")
+    plain = loss()
+    assert plain == loss()
+    assert plain != loss(*weighted) != loss(*weighted, "--model.weighting.gamma=1")
 
 
 def test_resuming_with_the_same_settings_continues(run, trained, same):

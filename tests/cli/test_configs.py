@@ -1,6 +1,7 @@
 """Every shipped configuration runs, and its run writes to one folder only."""
 
 import inspect
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -47,6 +48,8 @@ WRITTEN = {
     "checkpoints/last.ckpt",
 }
 SMALL_UNET = [  # as many levels as the configuration has
+    "--model.network.init_args.sample_size=16",
+    "--data.size=16",
     "--model.network.init_args.layers_per_block=1",
     "--model.network.init_args.norm_num_groups=4",
     "--model.target.init_args.references=64",
@@ -80,18 +83,22 @@ def no_jobs(monkeypatch):
 
 @pytest.fixture
 def files(config, folder):
-    """The configuration; for CIFAR-10 with fewer samples, images and a classifier."""
-    if config.stem not in WIDTHS:
-        return [BASE, config] if config.stem in OVERLAYS else [config]
-    (folder / "cifar10/train").mkdir(parents=True)
-    for i in range(80):
-        random_picture(i, 32, 32).save(folder / f"cifar10/train/{i}.png")
-    ImageClassifier(3, 32, num_classes=10).save(folder / "cifar10/classifier.pt")
+    """The configuration with fewer samples; for CIFAR-10 with images and a classifier."""
+    if config.stem in WIDTHS:
+        (folder / "cifar10/train").mkdir(parents=True)
+        for i in range(80):
+            random_picture(i, 16, 16).save(folder / f"cifar10/train/{i}.png")
+        ImageClassifier(3, 16, num_classes=10).save(folder / "cifar10/classifier.pt")
+    given = [BASE, config] if config.stem in OVERLAYS else [config]
+    return [fewer_samples(file, folder) for file in given]
+
+
+def fewer_samples(file, folder):
+    """A copy of a configuration that evaluates few samples."""
     # a distance needs more samples than features
-    fewer = config.read_text().replace("samples: 10000", "samples: 130")
-    fewer = fewer.replace("samples: 64", "samples: 4")
-    (folder / config.name).write_text(fewer)
-    return [folder / config.name]
+    text = re.sub(r" samples: \d{4,}", " samples: 130", file.read_text())
+    (folder / file.name).write_text(re.sub(r" samples: (64|100)\b", " samples: 4", text))
+    return folder / file.name
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -114,7 +121,7 @@ def test_a_configuration_runs_and_leaves_all_in_one_folder(files, folder, capsys
 
 
 def test_a_configuration_of_a_run_serves_the_other_subcommands(folder):
-    flags = [f"--config={BASE}", *tiny(BASE)]
+    flags = [f"--config={fewer_samples(BASE, folder)}", *tiny(BASE)]
     main(["fit", *flags])
 
     for version, stage in enumerate(["validate", "test", "predict"], start=1):

@@ -100,18 +100,43 @@ def test_a_module_of_ones_own_is_named_by_its_path(folder, monkeypatch):
         (["--model.network.width=3"], ["`width`", "3"]),
         (["--model.network=Nonesuch"], ["`model.network` must be a class", "Nonesuch"]),
         (["--model.sigma=3"], ["`model.sigma` is not an argument of DiffusionModule"]),
-        (["--model.target=STF", "--model.target.references=few"], ["model.target.ref", "few"]),
         (["--model.target=STF", "--model.target.references=513"], ["`references`", "512", "513"]),
-        (["--model.control_variate=TaylorCV", "--model.control_variate.order=3"], ["`order`", "3"]),
-        (["--model.label_dropout=0.1"], ["`label_dropout`", "num_classes"]),
-        (["--model.optimizer=AdamW", "--model.optimizer.lr=-1"], ["learning rate", "-1"]),
-        (["--data=Nonesuch"], ["`data` must be a class", "Nonesuch"]),
-        (["--data.batch_size=513"], ["`batch_size`", "512", "513"]),
-        (["--trainer.max_steps=many"], ["trainer.max_steps", "int", "many"]),
         (["--trainer.precision=3"], ["trainer.precision", "3"]),
         (["--trainer.devices=0"], ["devices", "0"]),
         (["--nonesuch=1"], ["`--nonesuch` is not a setting"]),
         (["--config=nonesuch.yaml"], ["config", "does not exist", "nonesuch.yaml"]),
+        # what finds these has found another of them
+        pytest.param(
+            ["--model.target=STF", "--model.target.references=few"],
+            ["model.target.ref", "few"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--model.control_variate=TaylorCV", "--model.control_variate.order=3"],
+            ["`order`", "3"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--model.label_dropout=0.1"],
+            ["`label_dropout`", "num_classes"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--model.optimizer=AdamW", "--model.optimizer.lr=-1"],
+            ["learning rate", "-1"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--data=Nonesuch"], ["`data` must be a class", "Nonesuch"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--data.batch_size=513"], ["`batch_size`", "512", "513"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--trainer.max_steps=many"],
+            ["trainer.max_steps", "int", "many"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda flags: flags[-1] if flags[-1].startswith("--") else "",
 )

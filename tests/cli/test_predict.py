@@ -9,6 +9,7 @@ import torch
 from commands import NETWORK, run_in, write
 from PIL import Image
 from support.conditions import captioned, embedded
+from support.selections import mostly_slow
 
 from lightning_vr import DiffusionModule, Sampler
 from lightning_vr.cli import sample_writer
@@ -178,7 +179,10 @@ def test_two_processes_write_all_samples_in_order_and_differ(run, trained):
     assert len(np.unique(samples["samples"], axis=0)) == 7
 
 
-@pytest.mark.parametrize(("devices", "num_samples"), [(1, 5), (2, 5), (2, 7), (2, 8), (2, 9)])
+@pytest.mark.parametrize(
+    ("devices", "num_samples"),
+    mostly_slow([(1, 5), (2, 5), (2, 7), (2, 8), (2, 9)], [(1, 5), (2, 5), (2, 9)]),
+)
 def test_each_sample_is_where_its_request_is(run, points, monkeypatch, devices, num_samples):
     """Also where the last batch of a rank is short, or missing, as with 5 and 9 samples."""
 

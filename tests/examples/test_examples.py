@@ -97,6 +97,7 @@ def test_recommendations_are_compared_with_training_and_not_done_twice(
     assert "seed 1" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_callbacks_attach_to_a_trainer_that_is_not_ours(tmp_path, monkeypatch):
     few = partial(TargetVariance, noise_levels=4, samples=64)
     monkeypatch.setattr(lightning_vr, "TargetVariance", few)
@@ -153,14 +154,20 @@ def test_the_slope_of_a_soak_is_that_of_its_second_half():
     assert slope([(1.0, 100.0)]) == 0
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_soak_survives_its_faults(tmp_path, monkeypatch, capsys):
     config = yaml.safe_load((EXAMPLES.parent / "configs/eight_gaussians.yaml").read_text())
     config["data"]["init_args"] |= {"num_samples": 600, "batch_size": 64}
     config["model"]["init_args"]["target"]["init_args"]["references"] = 64
     config["model"]["init_args"]["network"]["init_args"] |= {"width": 16, "depth": 1}
+    fewer = {
+        "TargetVariance": {"noise_levels": 4, "samples": 64},
+        "GradientVariance": {"noise_levels": 2, "samples": 4},
+        "Convergence": {"noise_levels": 2, "samples": 16},
+    }
     for callback in config["trainer"]["callbacks"]:
-        if callback["class_path"] == "TargetVariance":
-            callback["init_args"] = {"noise_levels": 4, "samples": 64}
+        if callback["class_path"] in fewer:
+            callback["init_args"] = fewer[callback["class_path"]]
         if callback["class_path"] in ("FrechetDistance", "SampleGrid"):
             callback["init_args"]["samples"] = 64
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))

@@ -53,7 +53,7 @@ def block_with(text):
 
 @pytest.fixture
 def quiet_trainer(tmp_path, monkeypatch):
-    """Let ``lightning.pytorch.Trainer`` be one that is silent and writes into a folder."""
+    """Let trainers be silent and write into a folder, and targets be measured on few samples."""
     monkeypatch.chdir(tmp_path)
     quiet = partial(
         lightning.pytorch.Trainer,
@@ -65,6 +65,8 @@ def quiet_trainer(tmp_path, monkeypatch):
         log_every_n_steps=1,
     )
     monkeypatch.setattr(lightning.pytorch, "Trainer", quiet)
+    few = partial(TargetVariance, noise_levels=4, samples=64)
+    monkeypatch.setattr(lightning_vr, "TargetVariance", few)
 
 
 def test_the_readme_is_short():
@@ -124,6 +126,7 @@ def test_a_script_has_the_options_that_the_pages_give_it(arguments):
             assert f'add_argument("{option}"' in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_subclass_of_the_readme_trains_and_samples(quiet_trainer):
     code = block_with("class Latents").replace("4096", "64").replace("100_000", "2")
     vae = AutoencoderKL(1, 1, block_out_channels=[4], norm_num_groups=4, latent_channels=2)
@@ -137,9 +140,8 @@ def test_the_subclass_of_the_readme_trains_and_samples(quiet_trainer):
     assert names["latents"].shape == (64, 2, 8, 8)
 
 
-def test_the_callbacks_of_the_readme_attach_to_another_module(quiet_trainer, tmp_path, monkeypatch):
-    few = partial(TargetVariance, noise_levels=4, samples=64)
-    monkeypatch.setattr(lightning_vr, "TargetVariance", few)
+@pytest.mark.usefixtures("no_pictures")
+def test_the_callbacks_of_the_readme_attach_to_another_module(quiet_trainer, tmp_path):
     code = block_with("watch_targets").replace("max_steps=1000", "max_steps=11")
     example = runpy.run_path(str(ROOT / "examples/attach_to_a_trainer.py"))
     exec(code, {"module": example["Denoiser"](), "datamodule": Digits()})

@@ -141,9 +141,8 @@ def test_a_bank_of_each_kind_is_measured(monkeypatch, tmp_path, kind):
     example["write_cache"](tmp_path, 16, torch.bfloat16)
     answers = []
     example["measure"](kind, str(tmp_path), answers.append)
-    ((own, files, seconds),) = answers
+    ((own, files, _),) = answers
     assert own < files
-    assert seconds > 0
     numbers = {"float32": 4, "bfloat16": 2, "mapped": 0}[kind]
     paper = 1e6 * (example["on_paper"](1000, numbers) - example["on_paper"](0, numbers))
     assert paper == pytest.approx(1000 * (6 * numbers + 4))

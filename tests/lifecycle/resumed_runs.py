@@ -14,6 +14,7 @@ from lightning_vr import (
     STF,
     Clean,
     DiffusionModule,
+    Euler,
     FrechetDistance,
     GradientVariance,
     LearnedProposal,
@@ -63,7 +64,7 @@ def build(kind, slots):
         network,
         num_classes=8,
         label_dropout=0.2,
-        sampler=Sampler(steps=3),
+        sampler=Sampler(Euler(), steps=2),
         optimizer=lambda p: torch.optim.AdamW(p, lr=0.01),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.9),
         **SLOTS[slots](),
@@ -71,7 +72,8 @@ def build(kind, slots):
 
 
 def watchers(slots):
-    callbacks = [EMAWeightAveraging(decay=0.9), GradientVariance(every_n_steps=3, noise_levels=2)]
+    gradients = GradientVariance(every_n_steps=3, samples=4, noise_levels=2)
+    callbacks = [EMAWeightAveraging(decay=0.9), gradients]
     if slots != "taylor":
         callbacks.append(TargetVariance(references=[4], noise_levels=3, samples=64))
     return [*callbacks, FrechetDistance(samples=40)]

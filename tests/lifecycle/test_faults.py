@@ -134,7 +134,7 @@ class TestNonFinite:
     def test_skipping_makes_every_step_but_the_bad_ones(self, estimator, points, tmp_path):
         kept = Weights()
         watch = [TargetVariance(references=[4], noise_levels=3, samples=64)]
-        watch += [GradientVariance(every_n_steps=1, noise_levels=2), EMA(decay=0.5)]
+        watch += [GradientVariance(every_n_steps=1, samples=4, noise_levels=2), EMA(decay=0.5)]
         watch = [] if estimator == "auto" else watch
         model = module(estimator, on_nonfinite="skip")
         fit = trainer(kept, *watch, Arm(), logger=CSVLogger(tmp_path))
@@ -610,6 +610,7 @@ class Raising(Logger):
         raise ConnectionError("no route")
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.filterwarnings("ignore:.*failed .ConnectionError")
 def test_a_logger_that_raises_ends_no_run_and_the_others_get_everything(tmp_path):
     good = CSVLogger(tmp_path, name="good")

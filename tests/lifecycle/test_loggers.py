@@ -24,7 +24,7 @@ from lightning_vr.data import EightGaussians
 from lightning_vr.lifecycle import loggers
 from lightning_vr.lifecycle.loggers import log_numbers, log_table, markdown_table, shows_pictures
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures_in_module")
 
 CURVES = ("target_variance", "convergence", "gradient_variance")
 
@@ -138,10 +138,22 @@ def fit(folder, logger, control_variate=None, **options):
     return trainer
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shown")
+
+
+@pytest.fixture(scope="module")
+def shown(folder):
+    """What a logger of each kind got of one run, by kind."""
+    of_kinds = {kind: kind() for kind in KINDS}
+    fit(folder, [CSVLogger(folder, name="", version=""), *of_kinds.values()])
+    return of_kinds
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_curves_are_shown_after_each_validation_run_and_at_the_end(tmp_path, kind):
-    logger = kind()
-    fit(tmp_path, logger)
+def test_curves_are_shown_after_each_validation_run_and_at_the_end(shown, kind):
+    logger = shown[kind]
     for name in CURVES:
         steps = [0] if name == "target_variance" else [4, 9, 14]
         assert [step for step, _ in logger.of("picture", f"{name}/picture")] == steps
@@ -186,13 +198,11 @@ def test_numbers_are_those_of_a_table_of_a_few_columns(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tables_hold_the_rows_of_the_last_event(tmp_path, kind):
-    logger = kind()
-    trainer = fit(tmp_path, [CSVLogger(tmp_path, name="", version=""), logger])
-    _, (columns, table) = logger.of("table", "convergence/table")[-1]
-    lines = (tmp_path / "convergence.csv").read_text().splitlines()
+def test_tables_hold_the_rows_of_the_last_event(folder, shown, kind):
+    step, (columns, table) = shown[kind].of("table", "convergence/table")[-1]
+    lines = (folder / "convergence.csv").read_text().splitlines()
     header, *rows = [line.split(",") for line in lines]
-    last = [row[1:] for row in rows if row[0] == str(trainer.global_step)]
+    last = [row[1:] for row in rows if row[0] == str(step)]
     assert columns == header[1:]
     numbers = [
         [float(cell or "nan") if cell is not None else float("nan") for cell in row]
@@ -204,11 +214,10 @@ def test_tables_hold_the_rows_of_the_last_event(tmp_path, kind):
     )
 
 
-def test_a_picture_and_its_table_are_one_row_of_the_history(tmp_path):
-    logger = Wandb()
-    fit(tmp_path, logger)
-    shown = [(step, names) for step, names in logger.calls if "convergence/picture" in names]
-    assert shown == [(s, {"convergence/picture", "convergence/table"}) for s in (4, 9, 14)]
+def test_a_picture_and_its_table_are_one_row_of_the_history(shown):
+    calls = shown[Wandb].calls
+    together = [(step, names) for step, names in calls if "convergence/picture" in names]
+    assert together == [(s, {"convergence/picture", "convergence/table"}) for s in (4, 9, 14)]
 
 
 def test_a_page_knows_the_step_and_the_smallest_value_of_what_should_be_small(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from _pytest.runner import pytest_runtest_protocol as run_protocol
 from lightning.fabric.utilities import registry
+from lightning.pytorch.trainer.connectors.logger_connector import result
 
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, VE, VP, Cosine, RectifiedFlow
@@ -40,6 +41,8 @@ def pytest_configure(config):
     if not torch.cuda.is_available():
         # each seed would wait for a GPU of each make, with the stack of its caller as text
         torch.random._manual_seed_impl = lambda seed: torch.default_generator.manual_seed(int(seed))
+        # each value that is logged would be moved to the CPU, with copies of all that describes it
+        result._ResultMetric.to = lambda metric, *device, **options: metric
     if sys.platform == "linux":
         keep_memory()
 
