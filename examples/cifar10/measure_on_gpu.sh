@@ -13,8 +13,8 @@
 out=$(realpath -m "${1:?give a folder for the results}")
 work=$(realpath -m "${WORK:-$out/work}")
 here=$(cd "$(dirname "$0")/../.." && pwd)
-limit=${LIMIT:-570} samples=2000 slower=1
-[ "$TOY" ] && limit=${LIMIT:-36000} samples=130 slower=6
+limit=${LIMIT:-570} samples=2000 budget=40 slower=1
+[ "$TOY" ] && limit=${LIMIT:-36000} samples=130 budget=5 slower=6
 mkdir -p "$out" "$work/ddp"
 ln -sfn "$PWD/cifar10" "$work/cifar10"
 ln -sfn "$PWD/cifar10" "$work/ddp/cifar10"
@@ -52,7 +52,7 @@ part() {  # part NAME SECONDS COMMAND...: into a file, never through a pipe
     elif ((SECONDS + seconds > limit)); then
         say "$name: not run, as it may take $seconds s of the $((limit - SECONDS)) s left"
     else
-        timeout -k 10 "$seconds" "$@" > "$out/$name.log" 2>&1
+        timeout -k 20 "$seconds" "$@" > "$out/$name.log" 2>&1
         status=$?
         [ $status = 0 ] && echo $((SECONDS - start)) > "$out/$name.done"
         say "$name: exit status $status, $((SECONDS - start)) s"
@@ -71,9 +71,9 @@ part fit 130 $vr fit "${job[@]}" "${short[@]}" $([ "$(checkpoint)" ] && echo --c
 last=$(checkpoint)
 part predict 30 $vr predict "${job[@]}" --ckpt_path "$last" --num_samples 64
 part export 30 $vr export "${job[@]}" --ckpt_path "$last" --output exported
-part audit 70 $vr audit "${job[@]}" --ckpt_path "$last" --budget 40
+part audit 70 $vr audit "${job[@]}" --ckpt_path "$last" --budget $budget
 part ddp 30 env -C ddp $vr fit "${job[@]}" --trainer.strategy ddp --trainer.max_steps 20 \
-    --trainer.limit_val_batches 0 --trainer.devices 1
+    --trainer.devices 1
 find runs \( -name "*.csv" -o -name "*.png" -o -name "*.md" \) -exec cp --parents -t "$out" {} +
 # last, as to compile takes long
 part steps_compiled 150 $steps "$here/configs/cifar10.yaml" \
