@@ -169,7 +169,7 @@ class LowNoiseRows:
 
     def _points(self, rows: Tensor | None = None) -> Tensor:
         """Return ``x_t/alpha``; it is rounded, but alike for all references."""
-        scaled, curvature = self._scaled, self._curvature[:, None]
+        scaled, curvature = self._scaled, self._curvature
         if rows is not None:
-            scaled, curvature = scaled.index_select(0, rows), curvature[rows]
-        return scaled / (2 * curvature)
+            scaled, curvature = (x.index_select(0, rows) for x in (scaled, curvature))
+        return scaled / (2 * curvature)[:, None]
