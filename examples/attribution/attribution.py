@@ -4,7 +4,8 @@ A small diffusion model of 128 digits is retrained on half of them, again and ag
 one vmap. Scores made of gradient features should predict which query digits each model learns well.
 This measures the variance of features at 4, 16 and 64 draws, the rank correlation of scores with
 those of a thousand draws, the linear datamodeling score (LDS), with shared and with independent
-draws, and what class labels, a constant learning rate and the optimizer change.
+draws, and what class labels, a constant learning rate and the optimizer change. Intervals are 95 %,
+by the jackknife over samples.
 
     python examples/attribution/attribution.py
     python examples/attribution/attribution.py --quick
@@ -17,6 +18,7 @@ import argparse
 import csv
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from lightning_vr.teachers import (
     subset_masks,
     trak_scores,
 )
+from lightning_vr.variance.accounting import relative_efficiency
+from lightning_vr.variance.intervals import Interval
 
 TRAINING, QUERIES = 128, 40
 DESIGNS = ("uniform", "strata", "learned", "pairs", "strata, pairs", "all")
@@ -65,6 +69,16 @@ class Results:
             with self.path.open("w", newline="") as file:
                 csv.writer(file).writerows(self.rows.items())
         return self.rows[name]
+
+    def add_interval(self, name: str, measure: Callable[[], Interval]) -> None:
+        """Keep a number and its interval, measured if they are not there."""
+        if f"{name}/high" not in self.rows:
+            for end, value in measure()._asdict().items():
+                self.get(f"{name}/{end}", partial(float, value))
+
+    def interval(self, name: str) -> Interval:
+        """Return a number and its interval."""
+        return Interval(*(self.rows[f"{name}/{end}"] for end in Interval._fields))
 
 
 def data(labelled: bool) -> tuple[Clean, Clean]:
@@ -110,10 +124,7 @@ class Study:
         self.model.load_state_dict(saved["weights"], strict=False)
         self.outputs = saved["outputs"]
         self.proposal = LearnedProposal(bins=16)
-
-    def learn(self) -> None:
-        """Let the proposal learn."""
-        self.features(CARV(1, self.proposal), learn=True)
+        self.features(CARV(1, self.proposal)).learn(self.train, 16)
 
     def _model(self, prediction: str, labels: bool) -> Diffusion:
         torch.manual_seed(0)
@@ -128,14 +139,10 @@ class Study:
         shared: bool = False,
         projection: int | None = None,
         seed: int = 0,
-        learn: bool = False,
     ) -> GradientFeatures:
-        """Return features of the model, which may teach a proposal first."""
+        """Return features of the model."""
         settings = {"shared": shared, "projection": projection}
-        found = GradientFeatures(self.model, draws, seed=seed, **settings)
-        if learn:
-            found.learn(self.train, 16)
-        return found
+        return GradientFeatures(self.model, draws, seed=seed, **settings)
 
     def draws(self, design: str, count: int) -> CARV:
         """Return draws by name; strata are those of a sample."""
@@ -144,16 +151,34 @@ class Study:
         pairs = count > 1 and design in ("pairs", "strata, pairs", "all")
         return CARV(count, proposal, scope=strata, antithetic=pairs)
 
-    def variance(self, design: str, count: int, repeats: int) -> float:
-        """Return the variance of the features of a sample, of all parameters, over repetitions."""
+    def efficiency(self, design: str, count: int, repeats: int) -> Interval:
+        """Return the variance of features of uniform draws over that of a design."""
+        return relative_efficiency(
+            *(self._variances(x, count, repeats) for x in ("uniform", design))
+        )
+
+    def spread(self) -> float:
+        """Return ``E m / (E sqrt m)²`` of the second moments m of gradients over t.
+
+        It is what one draw gains from the best proposal, and 1 where t makes no difference.
+        """
+        moments = self._moments()
+        return float(moments.mean() / moments.sqrt().mean() ** 2)
+
+    def decline(self) -> float:
+        """Return the size of gradients at the highest noise, over that at the lowest."""
+        moments = self._moments()
+        return float((moments[-1] / moments[0]).sqrt())
+
+    def _moments(self) -> Tensor:
+        """Return second moments of gradients in 16 equally likely bins of t."""
+        return self.proposal.table[0] / self.proposal.table[1]
+
+    def _variances(self, design: str, count: int, repeats: int) -> Tensor:
+        """Return the variance of each sample's features, of all parameters, over repetitions."""
         some = self.train.rows(torch.arange(32).repeat_interleave(repeats))
         found = self.features(self.draws(design, count))(some)
-        return float(found.reshape(32, repeats, -1).double().var(dim=1).sum(dim=-1).mean())
-
-    def efficiency(self) -> float:
-        """Return the ECM of all at 16 draws over uniform ones."""
-        uniform, every = (self.variance(design, 16, 16) for design in ("uniform", "all"))
-        return uniform / every
+        return found.reshape(32, repeats, -1).double().var(dim=1).sum(dim=-1)
 
     def scores(
         self,
@@ -177,13 +202,8 @@ class Study:
 
 
 def measure(results: Results, study: Study, name: str, quick: bool) -> None:
-    """Measure all that the tables show for one prediction type."""
-    study.learn()
-    counts, seeds = ((4,), 1) if quick else ((4, 16, 64), 5)
-    for count in counts:
-        for design in DESIGNS:
-            taken = partial(study.variance, design, count, 4 if quick else 16)
-            results.get(f"{name}/variance/{count}/{design}", taken)
+    """Measure the scores of one prediction type."""
+    seeds = 1 if quick else 5
     many = CARV(32 if quick else 1024, scope="sample", antithetic=True)
     reference = study.scores(many, shared=True, seed=99)
     cases = [(1, "uniform"), (4, "uniform"), (4, "strata"), (16, "uniform"), (16, "all")]
@@ -205,13 +225,16 @@ def measure(results: Results, study: Study, name: str, quick: bool) -> None:
 
 
 def measure_retraining(results: Results, folder: Path, prediction: str, quick: bool) -> None:
-    """Measure the LDS of scores of 64 draws, and the ECM of all, by how the models are trained."""
+    """Measure the noise of features, and the LDS of scores of 64 draws, by the way of training."""
     for way, settings in WAYS.items():
         study = Study(prediction, folder, *size(quick), **settings)
-        study.learn()
         scores = study.scores(study.draws("strata, pairs", 64), shared=False, seed=0)
         results.get(f"{prediction}/retraining/{way}", partial(study.lds, scores))
-        results.get(f"{prediction}/trained ECM/{way}", study.efficiency)
+        results.get(f"{prediction}/spread over t/{way}", study.spread)
+        results.get(f"{prediction}/decline over t/{way}", study.decline)
+        for count, design in product((4,) if quick else (4, 16, 64), DESIGNS[1:]):
+            taken = partial(study.efficiency, design, count, 4 if quick else 16)
+            results.add_interval(f"{prediction}/ECM, {way}/{count}/{design}", taken)
 
 
 def size(quick: bool) -> tuple[int, int]:
@@ -237,11 +260,14 @@ def report(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.5), squeeze=False)
     for name, panel in zip(names, axes[0], strict=True):
         keys = [key.split("/") for key in results.rows if key.startswith(f"{name}/")]
-        print(f"\n{name}: ECM of features at equal draws, over uniform draws")
-        for count in dict.fromkeys(key[2] for key in keys if key[1] == "variance"):
-            base = results.rows[f"{name}/variance/{count}/uniform"]
-            own = {x: base / results.rows[f"{name}/variance/{count}/{x}"] for x in DESIGNS}
-            print(f"  K = {count}: " + ", ".join(f"{x} {value:.2f}" for x, value in own.items()))
+        for kind in dict.fromkeys(key[1] for key in keys if key[1].startswith("ECM")):
+            print(f"\n{name}: {kind}: of features at equal draws, over uniform draws")
+            for count in dict.fromkeys(key[2] for key in keys if key[1] == kind):
+                own = {x: results.interval(f"{name}/{kind}/{count}/{x}") for x in DESIGNS[1:]}
+                said = (
+                    f"{x} {m:.2f} ({low:.2f} to {high:.2f})" for x, (m, low, high) in own.items()
+                )
+                print(f"  K = {count}: " + ", ".join(said))
         for kind in ("lds", "rank"):
             print(f"{name}: {kind}, independent → shared draws")
             for case in dict.fromkeys(key[2] for key in keys if key[1] == kind):
@@ -251,7 +277,7 @@ def report(results: Results, path: Path) -> None:
                 print(f"  K = {case}: " + " → ".join(f"{m:.3f} ± {e:.3f}" for m, e in pair))
         sizes = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "projected"}
         print(f"{name}: LDS by number of projected features: {sizes}")
-        for kind in ("retraining", "trained ECM"):
+        for kind in ("retraining", "spread over t", "decline over t"):
             ways = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == kind}
             print(f"{name}: {kind}, by the way of training: {ways}")
         ridge = {key[2]: results.rows["/".join(key)] for key in keys if key[1] == "trak"}

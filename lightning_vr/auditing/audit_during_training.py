@@ -5,7 +5,6 @@ becomes the bottleneck, and its parts change. Each audit takes the batches that 
 the weights of that time, and draws of its own.
 """
 
-import copy
 import math
 import statistics
 import time
@@ -15,16 +14,20 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_vr.auditing.audit_history import AuditHistory
 from lightning_vr.auditing.candidate_measurement import CandidateMeasurement
-from lightning_vr.auditing.candidates import CURRENT, Candidate, check_candidates
+from lightning_vr.auditing.candidates import (
+    CURRENT,
+    Candidate,
+    check_candidates,
+    check_exchangeable,
+)
 from lightning_vr.auditing.comparison import Comparison
-from lightning_vr.auditing.default_candidates import few_candidates
-from lightning_vr.auditing.preparation import with_own_state
+from lightning_vr.auditing.default_candidates import few_candidates_for
+from lightning_vr.auditing.preparation import own_copies, with_own_state
 from lightning_vr.callbacks.cadence import TIME_BUDGET
 from lightning_vr.callbacks.probe_choice import check_strategy
 from lightning_vr.core.batches import batch_size
@@ -34,7 +37,7 @@ from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
 from lightning_vr.lifecycle.loggers import log_numbers
 from lightning_vr.lifecycle.training_set import training_batches, training_loader
-from lightning_vr.training.module import DiffusionModule
+from lightning_vr.training.estimator_module import EstimatorModule
 
 _PASSES = 8
 """Passes of a repetition for each candidate."""
@@ -44,7 +47,7 @@ _LOOKS_EVERY = 10
 
 
 class AuditDuringTraining(Callback):
-    """Repeats a small audit while a ``DiffusionModule`` trains.
+    """Repeats a small audit while a module trains whose estimators can be exchanged.
 
     Each audit adds rows to ``audit_during_training.csv`` in the run's folder, and sends
     ``audit/noise_ratio`` and ``audit/saving/<candidate>`` to the loggers: how many times less
@@ -54,7 +57,7 @@ class AuditDuringTraining(Callback):
 
     Args:
         candidates: What to compare with; by default an STF, strata with a learned proposal, and
-            antithetic pairs.
+            antithetic pairs, or three of other draws and views where there is a frozen teacher.
         every_n_steps: Audit at one in this many optimizer steps. By default as often as takes
             about 2 % of the training time. The first audit is taken to need as many passes as 384
             steps (16 for each repetition of each estimator), so it comes after some 19,000 steps:
@@ -97,14 +100,11 @@ class AuditDuringTraining(Callback):
         """Raise if the estimators of a module cannot be exchanged.
 
         Raises:
-            MisconfigurationException: If it is not a DiffusionModule, or its weights are sharded.
+            MisconfigurationException: If the module has none, or its weights are sharded.
+            ValueError: If a candidate fills a slot that the module lacks.
         """
-        if not isinstance(pl_module, DiffusionModule):
-            raise MisconfigurationException(
-                f"`AuditDuringTraining` needs a DiffusionModule, whose estimators can be "
-                f"exchanged, got a {type(pl_module).__name__}: use the callback GradientVariance."
-            )
-
+        check_exchangeable(pl_module)
+        check_candidates(self.candidates or [], pl_module)
         check_strategy(trainer, "AuditDuringTraining")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +119,7 @@ class AuditDuringTraining(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin an audit that is due, or go on with one."""
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, EstimatorModule)
         start = time.perf_counter()
         if self._last_start is not None:
             self._durations.append(start - self._last_start)
@@ -174,7 +174,8 @@ class AuditDuringTraining(Callback):
     def _is_due(self, trainer: Trainer, batch_idx: int, device: torch.device) -> bool:
         step = trainer.global_step
         if self.every_n_steps is not None:
-            return step > 0 and step % self.every_n_steps == 0 and step != self._audited_step
+            # a step of manual optimization may count as several
+            return step // self.every_n_steps > max(0, self._audited_step) // self.every_n_steps
         if batch_idx % _LOOKS_EVERY or not self._durations:
             return False
         cost = self._cost
@@ -185,19 +186,17 @@ class AuditDuringTraining(Callback):
         is_due = self._spent + cost <= TIME_BUDGET * self._trained
         return bool(broadcast(torch.tensor(is_due, device=device)))
 
-    def _audit(self, trainer: Trainer, module: DiffusionModule, batch: Any) -> None:
+    def _audit(self, trainer: Trainer, module: EstimatorModule, batch: Any) -> None:
         """Take a batch, and measure on every second one."""
-        # what candidates learn the module's own must not
-        draws, control_variate = copy.deepcopy((module.draws, module.control_variate))
-        with Candidate("own", draws=draws, control_variate=control_variate).in_place(module):
+        with own_copies(module).in_place(module):
             if self._comparison is None:
                 self._begin(trainer, module, batch)
                 return
-            if batch_size(batch) != batch_size(self._pending or batch):
-                return  # the last one of an epoch
             if self._pending is None:
                 self._pending = batch
                 return
+            if batch_size(batch) != batch_size(self._pending):
+                return  # the last one of an epoch
             assert self._measuring is not None
             assert self._rivals is not None
             pair, self._pending = [self._pending, batch], None
@@ -208,14 +207,13 @@ class AuditDuringTraining(Callback):
         if self._number == self.repetitions:
             self._finish(trainer, module)
 
-    def _begin(self, trainer: Trainer, module: DiffusionModule, batch: Any) -> None:
+    def _begin(self, trainer: Trainer, module: EstimatorModule, batch: Any) -> None:
         """Prepare candidates at the present weights."""
         is_first = self._measuring is None
         if self._measuring is None or self._rivals is None:
             self._measuring = CandidateMeasurement(trainer, module)
-            size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
-            given = few_candidates(module, size) if self.candidates is None else self.candidates
-            self._rivals = with_own_state(given)
+            few = few_candidates_for(module, training_loader(trainer))
+            self._rivals = with_own_state(few if self.candidates is None else self.candidates)
         with closing(_batches(trainer)) as batches:
             reasons = self._measuring.prepare(
                 [Candidate(CURRENT), *self._rivals],
@@ -226,11 +224,12 @@ class AuditDuringTraining(Callback):
         for name, why in reasons.items():
             rank_zero_info(f"AuditDuringTraining does not measure {name}: {why}.")
         self._rivals = [c for c in self._rivals if c.name not in reasons]
-        self._comparison = Comparison(module, batch_size(batch) * world_size())
+        samples = len(self._measuring.encode(batch).x0)
+        self._comparison = Comparison(module, samples * world_size())
         self._pending, self._number = batch, 0
         self._audited_step = trainer.global_step
 
-    def _finish(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def _finish(self, trainer: Trainer, module: EstimatorModule) -> None:
         """Log what an audit has found."""
         comparison, rivals = self._comparison, self._rivals
         assert comparison is not None

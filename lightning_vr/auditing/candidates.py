@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_vr.core.devices import device_of
@@ -116,7 +117,21 @@ def read_candidates(path: str | Path) -> list[Candidate]:
     return found
 
 
-def check_candidates(candidates: list[Candidate], module: EstimatorModule | None = None) -> None:
+def check_exchangeable(module: Any) -> None:
+    """Raise if a module has no estimators to exchange.
+
+    Raises:
+        MisconfigurationException: With its class.
+    """
+    if not isinstance(module, EstimatorModule):
+        raise MisconfigurationException(
+            f"`module` must be a DiffusionModule, ScoreDistillation or DistributionMatching, whose "
+            f"estimators can be exchanged, got a {type(module).__name__}: measure it with the "
+            f"callback GradientVariance."
+        )
+
+
+def check_candidates(candidates: list[Candidate], module: Any = None) -> None:
     """Raise if a candidate fills no slot or one that the module lacks, or two have the same name.
 
     Args:

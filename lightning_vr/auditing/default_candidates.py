@@ -21,6 +21,8 @@ _LARGEST_BANK = 100_000
 
 _SIMPLE, _LONGEST = ("DSM", "IID", "no control variate"), "4 resamples"
 
+_FEW = 3
+
 _LEAST_SPREAD = 0.01
 """Relative spread of the loss weight below which its proposal is the base density."""
 
@@ -35,6 +37,18 @@ def candidates_for(module: EstimatorModule, loader: Any) -> list[Candidate]:
     if isinstance(module, DiffusionModule):
         return default_candidates(module, len(loader.dataset))
     return draws_candidates(module)
+
+
+def few_candidates_for(module: EstimatorModule, loader: Any) -> list[Candidate]:
+    """Return the most promising of the default candidates of a module, to measure often.
+
+    Args:
+        module: The module that trains.
+        loader: As ``candidates_for`` takes it.
+    """
+    if isinstance(module, DiffusionModule):
+        return few_candidates(module, len(loader.dataset))
+    return draws_candidates(module)[:_FEW]
 
 
 def default_candidates(module: DiffusionModule, size: int) -> list[Candidate]:

@@ -67,6 +67,12 @@ def with_own_state(candidates: list[Candidate]) -> list[Candidate]:
     ]
 
 
+def own_copies(module: EstimatorModule) -> Candidate:
+    """Return copies of those of a module's slots that learn: its own must not learn in an audit."""
+    learning = {"draws", "control_variate"} & set(module.estimator_slots)
+    return Candidate("own", **{name: copy.deepcopy(getattr(module, name)) for name in learning})
+
+
 def fill_targets(
     trainer: Trainer, module: DiffusionModule, candidates: list[Candidate]
 ) -> dict[str, str]:
@@ -187,10 +193,12 @@ def choose_resamples(
     Returns:
         Names of candidates whose pilot found no K, and why.
     """
+    # what a pilot finds here is not of the run that loggers show
+    run = replace(RunContext.of(trainer), log=lambda *_: None)
     reasons = {}
     for candidate in candidates:
         with candidate.in_place(module):
-            pilot = module.make_resamples_pilot(RunContext.of(trainer))
+            pilot = module.make_resamples_pilot(run)
             while pilot is not None and pilot.draws.pilot is None and not pilot.failures:
                 with trainer.precision_plugin.forward_context():
                     pilot.before_step(next(batches))

@@ -92,7 +92,8 @@ def draw(audit: Audit, path: Path) -> None:
 
 def _row(measured: MeasuredEstimator) -> list[str]:
     total, error = float(measured.components.total[0]), float(measured.errors.total[0])
-    percent = [100 * float(part[0]) / total for part in measured.components[:3]]
+    # without noise at all, as in pairs of a linear network, there are no parts
+    percent = [100 * float(part[0]) / total if total else 0.0 for part in measured.components[:3]]
     variance = _short(total, 3) if math.isnan(error) else f"{_short(total, 3)} ± {_short(error, 1)}"
     return [
         f"{measured.name} *" if measured.is_finalist else measured.name,

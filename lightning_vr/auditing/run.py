@@ -1,14 +1,11 @@
 """The audit of a module: a trainer measures instead of training."""
 
-import copy
-from typing import Any
-
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 
 from lightning_vr.auditing.before_training import measure_before_training
-from lightning_vr.auditing.candidates import Candidate, check_candidates
+from lightning_vr.auditing.candidates import Candidate, check_candidates, check_exchangeable
 from lightning_vr.auditing.measurement import AuditMeasurement
+from lightning_vr.auditing.preparation import own_copies
 from lightning_vr.auditing.result import Audit
 from lightning_vr.core.validation import check_positive
 from lightning_vr.training.estimator_module import EstimatorModule
@@ -51,24 +48,12 @@ def audit(
         ValueError: If the budget is not positive and finite, a candidate fills no slot or one that
             the module lacks, names repeat, or an epoch has fewer than two whole batches.
     """
-    _check(module, candidates, budget)
+    check_positive("budget", budget)
+    check_exchangeable(module)
+    check_candidates(candidates or [], module)
 
     def measure(trainer: Trainer, module: EstimatorModule) -> Audit:
-        # slots learn, but the module's own must not
-        learning = {"draws", "control_variate"} & set(module.estimator_slots)
-        own = {name: copy.deepcopy(getattr(module, name)) for name in learning}
-        with Candidate("own", **own).in_place(module):
+        with own_copies(module).in_place(module):
             return AuditMeasurement(trainer, module, candidates, budget, progress).measure()
 
     return measure_before_training(measure, module, datamodule, trainer)
-
-
-def _check(module: Any, candidates: list[Candidate] | None, budget: float) -> None:
-    check_positive("budget", budget)
-    if not isinstance(module, EstimatorModule):
-        raise MisconfigurationException(
-            f"`module` must be a DiffusionModule, ScoreDistillation or DistributionMatching, whose "
-            f"estimators can be exchanged, got a {type(module).__name__}: measure it with the "
-            f"callback GradientVariance."
-        )
-    check_candidates(candidates or [], module)

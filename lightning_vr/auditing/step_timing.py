@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_vr.auditing.candidates import Candidate
 from lightning_vr.auditing.step_cost import StepCost, step_cost
 from lightning_vr.core.devices import timed
+from lightning_vr.core.distributed import all_reduce_mean
 from lightning_vr.core.gradients import is_trained
 from lightning_vr.core.rows import Rows
 from lightning_vr.core.types import Clean
@@ -94,6 +95,8 @@ class StepTimer:
     ) -> tuple[float, StepCost]:
         """Return the seconds that all candidates share, and the cost of the current step.
 
+        Both are means over ranks, which all must call it.
+
         Args:
             clean: An encoded batch.
             encode: Encodes it.
@@ -114,13 +117,18 @@ class StepTimer:
             others = timed(other, self.module.device)[1]
             times["optimizer"].append(self._time_optimizer() + others)
 
-        # the first round warms up
-        found = {name: torch.tensor(seconds[1:]).double() for name, seconds in times.items()}
+        # the first round warms up; ranks that saw other times would choose other finalists
+        found = {name: self._over_ranks(seconds[1:]) for name, seconds in times.items()}
         shared = float(found["encode"].median() + found["optimizer"].median())
         seconds = {draws: found[draws] for draws in passes}
         parts = found["encode"], found["optimizer"]
         is_through = is_trained(clean)
         return shared, step_cost(seconds, *parts, len(clean.x0), through_upstream=is_through)
+
+    def _over_ranks(self, seconds: list[float]) -> Tensor:
+        own = torch.tensor(seconds, dtype=torch.float32, device=self.module.device)
+        found: Tensor = all_reduce_mean(own).cpu().double()
+        return found
 
     def _passes(self, clean: Clean) -> dict[int, Callable[[], Any]]:
         """Return passes of two sizes by their number of draws: of fewer samples, or of more draws.

@@ -13,10 +13,13 @@ from lightning_vr.lifecycle.rebuilding import SavedArguments, class_to_load
 from lightning_vr.lifecycle.trust import Trust
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import EDM, Schedule
-from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.sigma_data import SigmaData
 
-_OPTIMIZATION = {"optimizer": OptimizerCallable, "lr_scheduler": LRSchedulerCallable | None}
+_OPTIMIZATION = {
+    "optimizer": OptimizerCallable,
+    "fake_optimizer": OptimizerCallable | None,
+    "lr_scheduler": LRSchedulerCallable | None,
+}
 _NETWORK = {
     "schedule": Schedule,
     "prediction": PredictionType,
@@ -127,14 +130,14 @@ def changed_network(
 def _changes(
     model: dict[str, Any], checkpoint: dict[str, Any], types: dict[str, Any], trust: Trust
 ) -> list[Change]:
-    arguments = SavedArguments.of(checkpoint)
-    described = arguments.checked(DiffusionModule, trust, types)
+    arguments, kind_of_model = SavedArguments.of(checkpoint), imported(model["class_path"])
+    described = arguments.checked(kind_of_model, trust, types)
     saved = dict.fromkeys(arguments.objects, "an object of Python's") | described
     changes = []
     for name, kind in types.items():
         if name not in model["init_args"] or model["init_args"][name] == "auto":
             continue  # "auto" takes the checkpoint's value
-        default = describe(inspect.signature(DiffusionModule).parameters[name].default)
+        default = describe(_default(kind_of_model, name))
         if kind is Schedule:
             default = {"class_path": f"{EDM.__module__}.{EDM.__qualname__}"}
         now, then = (
@@ -146,6 +149,14 @@ def _changes(
         changed = [f"model.{name}"] if f"model.{name}" in changed else changed
         changes += [Change(key, now.get(key), then.get(key)) for key in changed]
     return changes
+
+
+def _default(kind: Any, name: str) -> Any:
+    """Return the default of an argument of a class or function, or of a base class."""
+    kinds = getattr(kind, "__mro__", (kind,))
+    parameters = (inspect.signature(each).parameters.get(name) for each in kinds)
+    defaults = (each.default for each in parameters if each is not None)
+    return next((each for each in defaults if each is not inspect.Parameter.empty), None)
 
 
 def _parsed(kind: Any, given: Any) -> Any:

@@ -79,11 +79,25 @@ _NO_MEMORY = re.compile(r"(?i)tried to allocate|out of memory|not enough memory"
 
 def cause(error: BaseException) -> BaseException:
     """Return what a constructor raised, where the parser has wrapped it."""
-    while error.__cause__ is not None and _modules(error)[-1].startswith("jsonargparse"):
+    while error.__cause__ is not None and _is_of_parser(error):
         if isinstance(error, ArgumentError):
             break
-        error = error.__cause__
+        error = _cause_in_union(error) or error.__cause__
     return error
+
+
+def _is_of_parser(error: BaseException) -> bool:
+    return _modules(error)[-1].startswith("jsonargparse")
+
+
+def _cause_in_union(error: BaseException) -> BaseException | None:
+    """Return what a constructor raised of the types of a union, of which the parser names one.
+
+    Seen in jsonargparse 4.53.0, in ``_typehints.raise_union_unexpected_value``.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    found = map(cause, frame.f_locals.get("exceptions", []))
+    return next((each for each in found if not _is_of_parser(each)), None)
 
 
 def is_wrong_setting(error: BaseException) -> bool:

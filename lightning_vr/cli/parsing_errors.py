@@ -65,6 +65,9 @@ def parsing_error(text: str) -> str:
     if "<class 'torch.Tensor'>" in text:
         # a learning rate may be a tensor, which nobody writes
         text = re.sub(r"- (Expected a dot import path|Not a valid subclass of Tensor).*", "", text)
+    for kind in re.findall(r"Problem with given class_path '([^']+)'", text):
+        # of a union, that type counts which takes the class
+        text = text.replace(f"Import path {kind} does not correspond to a subclass", "")
     for pattern, explain in _REASONS.items():
         if reason := re.search(pattern, text):
             failure = _read(text, reason)

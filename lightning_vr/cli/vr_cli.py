@@ -11,7 +11,6 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # a short class name resolves once its class is imported
@@ -21,7 +20,9 @@ import lightning_vr.data
 import lightning_vr.estimators
 import lightning_vr.lifecycle
 import lightning_vr.metrics
-import lightning_vr.process  # noqa: F401
+import lightning_vr.process
+import lightning_vr.teachers.distribution_matching
+import lightning_vr.teachers.score_distillation  # noqa: F401
 from lightning_vr.cli.checkpoint_path import checkpoint_path
 from lightning_vr.cli.checkpoint_settings import check_changes, model_settings, saved_seed
 from lightning_vr.cli.class_names import monitored_plateau
@@ -29,6 +30,7 @@ from lightning_vr.cli.comments import comments_as_text
 from lightning_vr.cli.nested_values import values_as_written
 from lightning_vr.cli.network_mapping import NetworkMappingParser
 from lightning_vr.cli.optimization_classes import check_optimization_classes
+from lightning_vr.cli.pretrained_settings import check_pretrained
 from lightning_vr.cli.run_names import check_run_names
 from lightning_vr.cli.save_run_config import SaveRunConfig
 from lightning_vr.cli.setting_values import check_values
@@ -42,6 +44,7 @@ from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
 from lightning_vr.lifecycle.rebuilding import check_size
 from lightning_vr.lifecycle.step_progress_bar import use_step_progress_bar
 from lightning_vr.lifecycle.trust import Trust
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.incoming_folder import IncomingFolder
 from lightning_vr.training.latents import LatentDiffusionModule
 from lightning_vr.training.module import DiffusionModule
@@ -58,17 +61,18 @@ _LOGGER = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": 
 
 
 class VRCLI(LightningCLI):
-    """Lightning's command line with ``DiffusionModule`` as the model and without its pitfalls.
+    """Lightning's command line with our modules as the model and without its pitfalls.
 
     Args:
-        model_class: The class that ``--model`` names a subclass of.
+        model_class: The class that ``--model`` names a subclass of; where there are only arguments
+            and this is ``EstimatorModule``, it is ``DiffusionModule`` itself.
         datamodule_class: The class that ``--data`` names a subclass of.
         **kwargs: As ``LightningCLI`` takes them.
     """
 
     def __init__(
         self,
-        model_class: type[LightningModule] = DiffusionModule,
+        model_class: type[LightningModule] = EstimatorModule,
         datamodule_class: type[LightningDataModule] = LightningDataModule,
         **kwargs: Any,
     ) -> None:
@@ -120,7 +124,12 @@ class VRCLI(LightningCLI):
         """Add trainer, model and data; a checkpoint may stand in for the last two."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{name}": x for name, x in self.trainer_defaults.items()})
-        parser.add_lightning_class_args(self._model_class, "model", True, required=False)
+        if self._model_class is EstimatorModule:
+            group = parser.add_argument_group("Trains a diffusion model, or by a frozen one")
+            bases = (DiffusionModule, EstimatorModule)  # the first where only arguments are given
+            group.add_subclass_arguments(bases, "model", as_group=False, fail_untyped=False)
+        else:
+            parser.add_lightning_class_args(self._model_class, "model", True, required=False)
         parser.add_lightning_class_args(self._datamodule_class, "data", True, required=False)
         parser.add_argument(
             "--trust",
@@ -274,19 +283,11 @@ class VRCLI(LightningCLI):
 
     def _begin_with_pretrained(self, args: ArgsType) -> None:
         """Parse with the network of a folder as the default."""
-        self._pretrained = IncomingFolder.read(self._settings.pretrained)
-        found = self._pretrained
+        self._pretrained = found = IncomingFolder.read(self._settings.pretrained)
         arguments = found.settings(frozen=self._has_adapter)
         self._set_default("model", self._module_of(arguments, found.autoencoder))
         self._parse(args)
-        configured = self._settings.model.as_dict()["init_args"]
-        for name, saved in self._pretrained.others.items():
-            if configured.get(name) not in (saved, "auto"):
-                rank_zero_warn(
-                    f"Setting `model.{name}` is {configured.get(name)}, but {saved} in "
-                    f"{self._settings.pretrained}, whose weights were trained with it: leave it "
-                    f"out, unless you mean this."
-                )
+        check_pretrained(self._settings, found)
 
     @property
     def _has_adapter(self) -> bool:
@@ -297,7 +298,8 @@ class VRCLI(LightningCLI):
         self, arguments: dict[str, Any], autoencoder: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Return settings of a module, of one of latents where there is an autoencoder."""
-        kind = self._model_class
+        kind: Any = self._model_class
+        kind = DiffusionModule if kind is EstimatorModule else kind
         if autoencoder and isinstance(kind, type) and issubclass(LatentDiffusionModule, kind):
             kind, arguments = LatentDiffusionModule, arguments | {"autoencoder": autoencoder}
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}

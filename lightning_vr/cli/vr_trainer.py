@@ -33,6 +33,7 @@ from lightning_vr.pipelines.export_folder import ExportFormat
 from lightning_vr.pipelines.export_folder import export as export_model
 from lightning_vr.pipelines.provenance import Provenance
 from lightning_vr.process.sampling import Sampler
+from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.latent_cache import CacheDtype, cache_latents
 from lightning_vr.training.latents import LatentDiffusionModule
 from lightning_vr.training.module import DiffusionModule
@@ -68,7 +69,7 @@ class VRTrainer(Trainer):
 
     def audit(
         self,
-        model: DiffusionModule,
+        model: EstimatorModule,
         datamodule: LightningDataModule,
         candidates: str | Path | None = None,
         budget: PositiveFloat = 120.0,
@@ -197,6 +198,7 @@ class VRTrainer(Trainer):
             ValueError: If no checkpoint is given, or if what is written would not sample as the
                 model does.
         """
+        _check_samples(model, "export")
         if ckpt_path is None:
             raise ValueError(
                 "`ckpt_path` must be given, as export takes a trained module, got None: name a "
@@ -233,6 +235,7 @@ class VRTrainer(Trainer):
         Raises:
             ValueError: If the module is not trained, or if there are fewer samples than processes.
         """
+        _check_samples(model, "predict")
         if ckpt_path is None and model.sample_shape is None:
             raise ValueError(
                 "`ckpt_path` must be given, as predict draws from a trained module: name a "
@@ -268,6 +271,15 @@ class VRTrainer(Trainer):
         model.on_load_checkpoint(checkpoint)
         load_weights(model, checkpoint["state_dict"], path, strict=model.strict_loading)
         return checkpoint
+
+
+def _check_samples(model: Any, command: str) -> None:
+    if not isinstance(model, DiffusionModule):
+        kind = type(model).__name__
+        raise ValueError(
+            f"`model` must be a DiffusionModule for {command}, which is of what a sampler draws, "
+            f"got a {kind}: use {kind}.load_from_checkpoint in a script of your own."
+        )
 
 
 def _requests(conditions: Conditions | None, numbers: list[int]) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def _as_built(given: dict[str, Any], arguments: dict[str, Any]) -> tuple[dict[st
 
 
 def _is_other(network: nn.Module, named: Any) -> bool:
-    """Return whether a network is of another class than the one that has made it."""
-    return isinstance(named, type) and not isinstance(network, named)
+    """Return whether a network was made by a function, or is of another class than its maker."""
+    return not (isinstance(named, type) and isinstance(network, named))
 
 
 def _constructor_arguments(module: LightningModule, frame: FrameType) -> dict[str, Any]:

@@ -8,8 +8,6 @@ of views stay together, so that what they save counts as less variance between v
 from typing import Any
 
 from lightning_vr.core.types import Clean
-from lightning_vr.estimators.carv import CARV
-from lightning_vr.lifecycle.run_context import RunContext
 from lightning_vr.training.resamples_pilot import ResamplesPilot
 
 
@@ -42,11 +40,7 @@ class DistillationPilot(ResamplesPilot):
         self._costs = {f"pilot/{name}_s": value for name, value in costs.items()}
         return upstream, denoise
 
-
-def distillation_pilot(module: Any, run: RunContext) -> DistillationPilot | None:
-    """Return a pilot for a ``ScoreDistillation`` whose draws leave K open, else None."""
-    draws = module.draws
-    if not isinstance(draws, CARV) or draws.resamples != "auto":
-        return None
-    rows = 1 if module.views is None else module.views.rows
-    return DistillationPilot(module, draws, run, module.noisy_loss, rows)
+    @property
+    def _rows(self) -> int:
+        views = getattr(self.model, "views", None)
+        return 1 if views is None else int(views.rows)

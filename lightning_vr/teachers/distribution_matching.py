@@ -42,7 +42,6 @@ from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.strategies import check_alternating_steps
 from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
-from lightning_vr.process.objective import Objective
 from lightning_vr.process.sampling import evaluating
 from lightning_vr.process.schedules import expand
 from lightning_vr.process.weightings import UnitWeighting, Weighting
@@ -51,6 +50,7 @@ from lightning_vr.teachers.frozen_teacher import FrozenTeacher
 from lightning_vr.teachers.negative_condition import split_negative
 from lightning_vr.teachers.noisy_distillation import NoisyDistillation
 from lightning_vr.teachers.one_step_student import OneStepStudent
+from lightning_vr.teachers.time_range import TimeRange
 from lightning_vr.training import sample_arguments
 from lightning_vr.training.diffusion import Diffusion
 from lightning_vr.training.estimator_module import EstimatorModule
@@ -58,7 +58,7 @@ from lightning_vr.training.noisy_losses import Precision
 from lightning_vr.variance.components import PARTS
 
 
-class DistributionMatching(EstimatorModule):
+class DistributionMatching(TimeRange, EstimatorModule):
     """Trains a one-step student on the difference of a teacher's and a fake model's scores.
 
     Of a batch it takes the shape, the labels and the condition: the data itself plays no part.
@@ -88,6 +88,7 @@ class DistributionMatching(EstimatorModule):
         ValueError: If the draws would give a biased estimate, or leave K open.
     """
 
+    residual_space = "x0"
     variance_parts = ("sample", *PARTS[1:])
 
     logged = ("train/fake_loss", "train/gradient_norm", "train/residual_norm")
@@ -118,17 +119,12 @@ class DistributionMatching(EstimatorModule):
         self.optimizer = Uncopied(optimizer)
         self.fake_optimizer = Uncopied(fake_optimizer or optimizer)
         self.on_nonfinite = on_nonfinite
-        self._objective = teacher.objective(weighting or UnitWeighting("x0"), time_range, "x0")
+        self.weighting = weighting or UnitWeighting("x0")
+        self.time_range = time_range
         self.estimate: DistillationEstimate | None = None
         self.iteration = 0
         self.sample_shape: tuple[int, ...] | None = None
         self.check_slots()
-
-    @property
-    def objective(self) -> Objective:
-        """What the draws are an expectation of."""
-        self.teacher.model  # noqa: B018  # moves the schedule to the teacher's device
-        return self._objective
 
     @torch.no_grad()
     def residual(self, noised: Noised) -> Tensor:

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from lightning_vr.core.conditions import Condition
 from lightning_vr.core.rows import concatenated, mapped, tensors
@@ -107,7 +106,7 @@ class FrozenTeacher(nn.Module):
         guidance: float = 1.0,
         vae: Autoencoder | None = None,
         dtype: NetworkDtype | None = None,
-    ) -> Self:
+    ) -> "FrozenTeacher":
         """Return a teacher of a copy of a model, with the weights that it has now.
 
         What the model overrides, such as ``predict``, counts.
@@ -133,7 +132,7 @@ class FrozenTeacher(nn.Module):
         dtype: NetworkDtype | None = None,
         trust: Sequence[str] = (),
         **settings: Any,
-    ) -> Self:
+    ) -> "FrozenTeacher":
         """Return the teacher in a checkpoint of a ``DiffusionModule``: of averaged weights if any.
 
         Args:
@@ -154,8 +153,13 @@ class FrozenTeacher(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: NetworkDtype | None = None, **settings: Any
-    ) -> Self:
+        cls,
+        folder: str | Path,
+        *,
+        guidance: float = 1.0,
+        dtype: NetworkDtype | None = None,
+        **settings: Any,
+    ) -> "FrozenTeacher":
         """Return the teacher in a folder of diffusers, with the autoencoder in its ``vae`` if any.
 
         Network, scheduler and autoencoder are read from their subfolders alone. Nothing is
@@ -163,8 +167,9 @@ class FrozenTeacher(nn.Module):
 
         Args:
             folder: What a pipeline's ``save_pretrained``, or ``export``, wrote.
+            guidance: As for the class.
             dtype: The dtype of the weights; float32 if not given.
-            **settings: Arguments of the class, which count before those of the folder.
+            **settings: Further arguments of the class, which count before those of the folder.
 
         Raises:
             ValueError: If there is no network or scheduler, or if weights are missing.
@@ -175,7 +180,7 @@ class FrozenTeacher(nn.Module):
         given = {name: x for name, x in found.objective.items() if name != "label_dropout"}
         if (Path(folder).expanduser() / "vae" / "config.json").is_file():
             given["vae"] = Autoencoder(AutoencoderFolder(str(folder), "vae", kind))
-        return cls(found.load_network(kind), **(given | settings))
+        return cls(found.load_network(kind), guidance=guidance, **(given | settings))
 
     @property
     def model(self) -> Diffusion:
@@ -250,7 +255,7 @@ class FrozenTeacher(nn.Module):
         return self._coefficients(noised).x0_hat(noised.xt, self._output(noised, guidance))
 
     @classmethod
-    def _of(cls, model: Diffusion, *settings: Any) -> Self:
+    def _of(cls, model: Diffusion, *settings: Any) -> "FrozenTeacher":
         teacher = cls.__new__(cls)
         nn.Module.__init__(teacher)
         teacher._hold(model, *settings)

@@ -29,7 +29,7 @@ from lightning_vr.lifecycle.uncopied import Uncopied
 from lightning_vr.lifecycle.weight_averaging import keep_learned
 from lightning_vr.process.weightings import DistillationWeighting, Weighting
 from lightning_vr.teachers.distillation import DistillationEstimate, check_distillation, distill
-from lightning_vr.teachers.distillation_pilot import DistillationPilot, distillation_pilot
+from lightning_vr.teachers.distillation_pilot import DistillationPilot
 from lightning_vr.teachers.frozen_teacher import FrozenTeacher
 from lightning_vr.teachers.noisy_distillation import NoisyDistillation
 from lightning_vr.teachers.orbit_views import OrbitViews, ViewBatch
@@ -37,6 +37,7 @@ from lightning_vr.teachers.time_range import TimeRange
 from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.monitors import MonitoredSchedules
 from lightning_vr.training.noisy_losses import Precision
+from lightning_vr.training.resamples_pilot import ResamplesPilot
 from lightning_vr.training.training_checks import check_ranks
 from lightning_vr.variance.components import PARTS
 
@@ -72,6 +73,7 @@ class ScoreDistillation(TimeRange, MonitoredSchedules, EstimatorModule):
 
     estimator_slots = ("draws", "views")
     variance_parts = ("view", *PARTS[1:])
+    resamples_pilot = DistillationPilot
 
     logged = tuple(f"train/{name}" for name in _NUMBERS)
 
@@ -97,7 +99,7 @@ class ScoreDistillation(TimeRange, MonitoredSchedules, EstimatorModule):
         self.on_nonfinite = on_nonfinite
         self.time_range = time_range
         self.estimate: DistillationEstimate | None = None
-        self._pilot: DistillationPilot | None = None
+        self._pilot: ResamplesPilot | None = None
         self.check_slots()
 
     def render(self, batch: Any) -> Clean | Tensor:
@@ -145,9 +147,6 @@ class ScoreDistillation(TimeRange, MonitoredSchedules, EstimatorModule):
     def check_slots(self) -> None:
         """Raise if the draws would give a biased estimate."""
         check_distillation(self.draws, self.objective)
-
-    def make_resamples_pilot(self, run: RunContext) -> DistillationPilot | None:
-        return distillation_pilot(self, run)
 
     def prepare_training(self) -> None:
         """Make the pilot of draws that leave K open."""

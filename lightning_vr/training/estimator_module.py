@@ -22,12 +22,14 @@ class EstimatorModule(ResumableModule, ABC):
         estimator_slots: Names of the attributes that hold estimators; None in one means that it is
             left out.
         variance_parts: Names of what makes the gradient vary, outermost first.
+        resamples_pilot: What chooses K for draws that leave it open.
         draws: Times and noise.
         estimate: The latest estimate of a training step, without gradient.
     """
 
     estimator_slots: ClassVar[tuple[str, ...]] = ("draws",)
     variance_parts: ClassVar[tuple[str, str, str]] = PARTS
+    resamples_pilot: ClassVar[type[ResamplesPilot]] = ResamplesPilot
 
     draws: Draws
     estimate: LossEstimate | None
@@ -61,7 +63,7 @@ class EstimatorModule(ResumableModule, ABC):
         """
         draws = self.draws
         if isinstance(draws, CARV) and draws.resamples == "auto":
-            return ResamplesPilot(self, draws, run, self.noisy_loss)
+            return self.resamples_pilot(self, draws, run, self.noisy_loss)
         return None
 
     def other_work(self, batch: Any) -> None:

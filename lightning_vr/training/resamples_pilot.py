@@ -73,7 +73,6 @@ class ResamplesPilot:
         draws: Its draws.
         run: The run that it trains in.
         loss: Makes the model's loss, whose draws can be drawn again, from the run's precision.
-        rows: Consecutive samples of a batch that depend on each other, such as pairs of views.
 
     Attributes:
         failures: Number of times in a row that gradients were not finite.
@@ -85,10 +84,9 @@ class ResamplesPilot:
         draws: CARV,
         run: RunContext,
         loss: Callable[[Precision], NoisyLoss],
-        rows: int = 1,
     ) -> None:
         self.model, self.draws, self.run = model, draws, run
-        self._make_loss, self._rows = loss, rows
+        self._make_loss = loss
         self._batches: list[Any] = []
         self.failures = self._not_before = 0
 
@@ -232,6 +230,11 @@ class ResamplesPilot:
         measurement = GradientMeasurement(loss, self._source, groups)
         measurement.loss_scale = self.run.loss_scale()
         return measurement
+
+    @property
+    def _rows(self) -> int:
+        """Consecutive samples of a batch that depend on each other, such as pairs of views."""
+        return 1
 
     @property
     def _device(self) -> torch.device:

@@ -191,6 +191,11 @@ def test_all_that_was_found_is_written(tmp_path):
     assert table(audit).row_count == 3
 
 
+def test_an_estimator_without_noise_has_no_parts():
+    still = replace(measured("still", 2.0), components=components(0.0, 0.0, 0.0))
+    assert "| still * | 0 ± 0.3 | 0/0/0 |" in page(an_audit(still))
+
+
 def test_what_is_not_finite_is_written_as_nothing(tmp_path):
     audit = an_audit(measured("a", 2.0), noise_ratio=-1.0)
     save_report(audit, tmp_path)

@@ -73,7 +73,7 @@ class Points(LightningDataModule):
 def compared():
     """An audit of the plain target beside STF over the whole data set."""
     rivals = [Candidate("all", target=STF("all"))]
-    return audit(module(), data(), rivals, budget=100, progress=False)
+    return audit(module(), data(), rivals, budget=60, progress=False)
 
 
 def test_stf_has_less_variance_than_the_plain_target_and_the_audit_sees_it(compared):

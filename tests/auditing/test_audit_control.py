@@ -59,7 +59,7 @@ def test_at_low_noise_it_removes_what_the_noise_adds():
         Candidate("one", control_variate=TaylorCV(gate="open", coefficient=1.0)),
         Candidate("tenfold", control_variate=TaylorCV(gate="open", coefficient=10.0)),
     ]
-    found = audit(module(), Points(), rivals, budget=60, progress=False)
+    found = audit(module(), Points(), rivals, budget=40, progress=False)
     saved = efficiency(found)
     assert saved["fitted"] > 2
     assert saved["one"] > 2
@@ -71,7 +71,7 @@ def test_at_low_noise_it_removes_what_the_noise_adds():
 def test_a_gate_that_stays_closed_is_left_out_and_says_why(costing):
     costing(Cost(5.0, 5.0))
     rivals = [Candidate("gated", control_variate=TaylorCV())]
-    found = audit(module(), Points(), rivals, budget=20, progress=False)
+    found = audit(module(), Points(), rivals, budget=5, progress=False)
     assert list(efficiency(found)) == ["current"]
     assert "off in all 8 bins" in found.skipped["gated"]
     assert "11.00 times as long" in found.skipped["gated"]
@@ -81,7 +81,7 @@ def test_a_gate_that_stays_closed_is_left_out_and_says_why(costing):
 def test_a_gate_that_opens_is_measured(costing):
     costing(Cost(0.0, 0.01))
     rivals = [Candidate("gated", control_variate=TaylorCV())]
-    found = audit(module(), Points(), rivals, budget=20, progress=False)
+    found = audit(module(), Points(), rivals, budget=10, progress=False)
     assert efficiency(found)["gated"] > 2
 
 
@@ -104,7 +104,7 @@ def test_what_lacks_derivatives_is_left_out_and_says_what_to_change():
         Candidate("order 1", control_variate=TaylorCV(1, gate="open")),
     ]
     opaque = module(Network(2, width=16, depth=1))
-    found = audit(opaque, Points(), rivals, budget=20, progress=False)
+    found = audit(opaque, Points(), rivals, budget=1, progress=False)
     assert set(efficiency(found)) == {"current", "order 0"}
     assert "use order=0" in found.skipped["order 1"]
 
@@ -113,7 +113,7 @@ def test_the_modules_own_is_fitted_for_the_audit_alone_and_compared_with_none():
     audited = module(control_variate=TaylorCV(gate="open"))
     before = copy.deepcopy(audited.control_variate.get_extra_state())
     rivals = [Candidate("none", control_variate="none")]
-    found = audit(audited, Points(), rivals, budget=60, progress=False)
+    found = audit(audited, Points(), rivals, budget=20, progress=False)
     assert efficiency(found)["none"] < 0.5
     assert audited.control_variate.get_extra_state() == before
 
@@ -121,5 +121,5 @@ def test_the_modules_own_is_fitted_for_the_audit_alone_and_compared_with_none():
 def test_candidates_of_the_caller_stay_as_they_are():
     control = TaylorCV(gate="open")
     rivals = [Candidate("fitted", control_variate=control)]
-    audit(module(), Points(), rivals, budget=20, progress=False)
+    audit(module(), Points(), rivals, budget=1, progress=False)
     assert control.fit.state() == TaylorCV(gate="open").fit.state()

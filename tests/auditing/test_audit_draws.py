@@ -119,7 +119,7 @@ def measured(monkeypatch):
 def test_resamples_are_recommended_where_encoding_is_dear_and_not_where_it_is_free(counted):
     rivals = [Candidate("4 resamples", draws=CARV(4))]
     trained = upstream(work=30, weight=TRAINED)
-    dear = audit(trained, Points(), rivals, budget=150, progress=False)
+    dear = audit(trained, Points(), rivals, budget=100, progress=False)
     assert dear.recommended.name == "4 resamples"
     assert dear.recommended.efficiency.low > 3
     assert dear.recommended.draws_per_sample == 4
@@ -127,18 +127,18 @@ def test_resamples_are_recommended_where_encoding_is_dear_and_not_where_it_is_fr
     assert best > 4
     assert gain > 2
 
-    free = audit(upstream(), Points(1.0), rivals, budget=150, progress=False)
+    free = audit(upstream(), Points(1.0), rivals, budget=100, progress=False)
     assert free.recommended is None
     assert free.estimators[1].predicted_speedup.high < 1
     assert not free.finalists
-    assert free.seconds < 150
+    assert free.seconds < 100
     assert free.resamples[0] == 1
     assert "one noise draw per sample is best" in page(free)
 
 
 def test_k_independent_draws_of_a_sample_have_the_kth_part_of_the_variance_within_it():
     rivals = [Candidate("four", draws=CARV(4, scope="none"))]
-    found = audit(upstream(), Points(spread=0.0), rivals, budget=150, progress=False)
+    found = audit(upstream(), Points(spread=0.0), rivals, budget=100, progress=False)
     efficiency = found.estimators[1].efficiency
     assert efficiency.low < 4 < efficiency.high
     assert efficiency.high - efficiency.low < 4
@@ -147,9 +147,9 @@ def test_k_independent_draws_of_a_sample_have_the_kth_part_of_the_variance_withi
 
 
 def test_the_best_number_of_draws_is_found_from_any_number(counted):
-    by_one = audit(upstream(work=30), Points(0.5), [], budget=150, progress=False)
+    by_one = audit(upstream(work=30), Points(0.5), [], budget=100, progress=False)
     by_four = audit(
-        upstream(CARV(4, scope="none"), work=30), Points(0.5), [], budget=150, progress=False
+        upstream(CARV(4, scope="none"), work=30), Points(0.5), [], budget=100, progress=False
     )
     assert by_four.current.draws_per_sample == 4
     for found in (by_one, by_four):
@@ -236,7 +236,7 @@ def test_a_candidate_that_surely_loses_is_not_looked_at_again(measured, counted)
     # weights of 5 in nine tenths of p: at equal seconds several times the variance
     worse = CARV(1, TableProposal([1.0, *[0.02] * 9]), scope="none")
     rivals = [Candidate("worse", draws=worse), Candidate("same", draws=CARV(1, scope="none"))]
-    found = audit(upstream(), Points(), rivals, budget=300, progress=False)
+    found = audit(upstream(), Points(), rivals, budget=200, progress=False)
     assert [each.name for each in found.finalists] in ([], ["same"])
     assert found.estimators[1].predicted_speedup.high < 0.8
     assert sum(table is not None for _, table in measured) == found.repetitions

@@ -155,5 +155,5 @@ def test_what_cannot_be_audited_is_refused():
         AuditDuringTraining(every_n_steps=0)
     with pytest.raises(ValueError, match="fills no slot"):
         AuditDuringTraining([Candidate("empty")])
-    with pytest.raises(MisconfigurationException, match="needs a DiffusionModule"):
+    with pytest.raises(MisconfigurationException, match="must be a DiffusionModule, Score"):
         AuditDuringTraining().setup(None, LightningModule(), "fit")

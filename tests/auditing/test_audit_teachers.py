@@ -14,12 +14,14 @@ import torch
 from support.networks import small_mlp
 from support.trainers import quiet_trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_vr import (
     CARV,
     DSM,
     IID,
     VP,
+    AuditDuringTraining,
     Candidate,
     DistributionMatching,
     FrozenTeacher,
@@ -29,6 +31,9 @@ from lightning_vr import (
     WeightProposal,
     audit,
 )
+from lightning_vr.auditing import audit_during_training
+from lightning_vr.auditing.comparison import Comparison
+from lightning_vr.auditing.default_candidates import few_candidates_for
 from lightning_vr.auditing.report import page
 from lightning_vr.auditing.step_cost import step_cost
 from lightning_vr.core.rng import generator
@@ -86,7 +91,7 @@ def audited():
         Candidate("opposite", views=OrbitViews(2, antipodal=True)),
     ]
     torch.manual_seed(0)
-    return audit(Scene(), data(), rivals, budget=150, progress=False)
+    return audit(Scene(), data(), rivals, budget=110, progress=False)
 
 
 def test_components_are_those_of_views_times_and_noise(audited):
@@ -127,7 +132,7 @@ def test_views_and_draws_are_combined_and_a_learned_proposal_has_learned():
         Candidate("learned", draws=CARV(4, LearnedProposal(bins=4), antithetic=True)),
     ]
     module = Scene()
-    found = audit(module, data(), rivals, budget=30, progress=False)
+    found = audit(module, data(), rivals, budget=15, progress=False)
     assert "8 views, learned" in {each.name for each in found.finalists}
     assert module.views == VIEWS
     assert isinstance(module.draws, IID)
@@ -147,6 +152,54 @@ def test_training_after_an_audit_is_what_it_would_have_been():
     assert torch.equal(trained(True), trained(False))
 
 
+def learning():
+    return CARV(2, LearnedProposal(bins=2))
+
+
+def student(fake_steps=2):
+    teacher = FrozenTeacher(small_mlp(std=1.0), VP(), "x0")
+    return DistributionMatching(teacher, fake_steps=fake_steps, normalizer=False)
+
+
+@pytest.mark.parametrize(
+    ("build", "loader", "batch", "step"),
+    [
+        (lambda: Scene(draws=learning()), lambda: DataLoader(torch.arange(32), 2), 4, 5),
+        (lambda: student(fake_steps=1), data, 2, 6),
+    ],
+    ids=["scene", "student"],
+)
+def test_audits_within_a_run_change_nothing_of_it(build, loader, batch, step, monkeypatch):
+    """A step of the student counts as two; a scene's batch is its views."""
+
+    def trained(*callbacks):
+        torch.manual_seed(0)
+        module = build()
+        options = {"max_epochs": 1, "limit_train_batches": 12, "limit_val_batches": 0}
+        quiet_trainer(*callbacks, **options).fit(module, loader())
+        table = getattr(module.draws.proposal, "table", torch.empty(0))
+        return [*module.parameters(), table, torch.get_rng_state()]
+
+    def compared(module, size):
+        sizes.append(size)
+        return Comparison(module, size)
+
+    sizes = []
+    monkeypatch.setattr(audit_during_training, "Comparison", compared)
+    watch = AuditDuringTraining([Candidate("q", draws=learning())], 5, repetitions=3)
+    watched, plain = trained(watch), trained()
+    assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
+    assert watch.history.state()[0]["step"] == step
+    assert set(sizes) == {batch}
+
+
+def test_small_audits_compare_draws_and_where_there_are_any_views():
+    draws = ["8 draws, q = weight, pairs", "8 draws, q learned, pairs", "8 draws"]
+    assert [each.name for each in few_candidates_for(student(), None)] == draws
+    viewed = [*draws[:2], "2 opposite views"]
+    assert [each.name for each in few_candidates_for(Scene(), None)] == viewed
+
+
 def test_a_student_is_audited_with_the_steps_of_the_fake_model_in_its_cost(monkeypatch):
     estimate, steps = DistributionMatching._fake_estimate, []
 
@@ -155,11 +208,10 @@ def test_a_student_is_audited_with_the_steps_of_the_fake_model_in_its_cost(monke
         return estimate(self, like, step)
 
     monkeypatch.setattr(DistributionMatching, "_fake_estimate", counted)
-    teacher = FrozenTeacher(small_mlp(std=1.0), VP(), "x0")
-    module = DistributionMatching(teacher, fake_steps=2, normalizer=False)
+    module = student()
     before = [p.clone() for p in module.parameters()]
     rivals = [Candidate("4 draws", draws=CARV(4, scope="none"))]
-    found = audit(module, data(), rivals, budget=20, progress=False)
+    found = audit(module, data(), rivals, budget=10, progress=False)
     assert found.statistics.parts == ("sample", "timestep", "noise")
     assert set(steps) == {0, 1}
     # the optimizer's second, and one for the fake model's steps
@@ -205,7 +257,7 @@ def test_a_distillation_shows_its_draws_what_a_step_would(draws, monkeypatch):
 def test_draws_that_leave_k_open_get_the_k_of_a_pilot_on_views(monkeypatch):
     monkeypatch.setattr("lightning_vr.training.resamples_pilot._LEAST_GAIN", 1.0)  # however cheap
     rivals = [Candidate("auto", draws=CARV(max_resamples=4))]
-    found = audit(Scene(), data(), rivals, budget=10, progress=False)
+    found = audit(Scene(), data(), rivals, budget=5, progress=False)
     (auto,) = found.estimators[1:]
     assert auto.draws_per_sample in (1, 2, 3, 4)
     assert not found.skipped

@@ -55,12 +55,12 @@ def test_every_order_of_callbacks_gives_the_same_numbers_and_pictures(tmp_path):
             FrechetDistance(samples=40),
             SampleGrid(samples=8),
         ]
-        fit = trainer(tmp_path / str(i), *(callbacks[k] for k in order))
+        fit = trainer(tmp_path / str(i), *(callbacks[k] for k in order), max_steps=4)
         fit.fit(module(), data())
         pictures = sorted((tmp_path / str(i) / "samples").glob("*.png"))
         results.append((float(fit.callback_metrics[FRECHET]), [p.read_bytes() for p in pictures]))
     assert all(result == results[0] for result in results)
-    assert len(results[0][1]) == 2
+    assert len(results[0][1]) == 1
 
 
 def test_averaged_weights_are_what_is_measured(tmp_path):

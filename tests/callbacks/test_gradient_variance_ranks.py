@@ -1,4 +1,4 @@
-"""GradientVariance under ``Trainer(strategy="ddp_fork", devices=2)``."""
+"""GradientVariance in runs on two ranks, which Lightning or a launcher starts."""
 
 import functools
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from support.ranks import launch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -73,11 +75,11 @@ class Save(Callback):
         torch.save(found, self.folder / f"{trainer.global_rank}.pt")
 
 
-def fit(model, folder, *callbacks, **options):
+def fit(model, folder, *callbacks, strategy="ddp_fork", **options):
     torch.manual_seed(5)
     Trainer(
         accelerator="cpu",
-        strategy="ddp_fork",
+        strategy=strategy,
         devices=2,
         max_epochs=2,
         logger=CSVLogger(folder, name="", version=""),
@@ -88,6 +90,10 @@ def fit(model, folder, *callbacks, **options):
         callbacks=[*callbacks, Save(folder)],
         **options,
     ).fit(model, DataLoader(POINTS, batch_size=3))
+
+
+def read(folder):
+    """What both ranks have written."""
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -104,12 +110,24 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def run(request, tmp_path_factory):
-    make, settings, options = RUNS[request.param]
-    folders = [tmp_path_factory.mktemp(name) for name in ("with", "without")]
-    with_callback = fit(make(), folders[0], each(**settings), **options)
-    return request.param, with_callback, fit(make(), folders[1], **options)
+@pytest.fixture(scope="module")
+def runs(no_pictures_in_module, tmp_path_factory):
+    """Runs with the callback and without it, all on the same two processes."""
+    folders = {name: [tmp_path_factory.mktemp(name) for _ in range(2)] for name in RUNS}
+
+    def train(_):
+        for name, (make, settings, options) in RUNS.items():
+            for folder, callbacks in zip(folders[name], ([each(**settings)], []), strict=True):
+                strategy = DDPStrategy(start_method="popen")
+                fit(make(), folder, *callbacks, strategy=strategy, **options)
+
+    launch(train, 2)
+    return {name: [read(folder) for folder in folders[name]] for name in RUNS}
+
+
+@pytest.fixture(params=RUNS)
+def run(request, runs):
+    return request.param, *runs[request.param]
 
 
 def test_weights_and_random_states_are_those_of_a_run_without_the_callback(run):
@@ -141,7 +159,8 @@ def test_the_decomposition_is_told_where_noise_can_be_drawn_again(run):
 def test_without_a_loss_it_is_what_one_process_computes_from_all_ranks_gradients(
     tmp_path, accumulation
 ):
-    found = fit(Plain(), tmp_path, each(), accumulate_grad_batches=accumulation)
+    fit(Plain(), tmp_path, each(), accumulate_grad_batches=accumulation)
+    found = read(tmp_path)
     model, totals, squares = Plain(), [], []
     parameters = list(model.parameters())
     batches = torch.stack([one["batches"] for one in found])  # (ranks, batches, 3, 3)

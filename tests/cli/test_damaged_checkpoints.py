@@ -222,7 +222,7 @@ DAMAGED = {
     "a tensor for a setting": (hyper(lr_scheduler=torch.zeros(2, 3)), ALL, "`lr_scheduler`"),
     "numbers for arguments": (hyper(network={1: 2}), ALL, "`network` .* with the key 1"),
     "a class of no name": (hyper(_class_path={1: 2}), ALL, "_class_path` .* the name of a class"),
-    "another class": (hyper(**OTHER), ALL, "holds a lightning.*no subclass of DiffusionModule"),
+    "another class": (hyper(**OTHER), ALL, r"holds a lightning.*no subclass of \w+Module"),
     "another network": (hyper(network=WIDER), ALL, "does not fit the module"),
     "a network of terabytes": (hyper(network=HUGE), ALL, r"does not fit .* \(10000000, 2\) as"),
     # the package's own state

@@ -394,7 +394,7 @@ def test_the_variance_of_a_linear_response_is_its_closed_form(
         found = responses(draws, 1, 20_000)
         expected = A**2 + noise + B**2 / 12 / (pairs if scope == "none" else pairs**3)
     else:
-        found = responses(draws, 1500, samples)
+        found = responses(draws, 1000, samples)
         time = B**2 / 12 / (samples * pairs) ** 3
         expected = (A**2 + noise) / samples + time
     assert abs(z_score(found**2, expected)) < 4.5

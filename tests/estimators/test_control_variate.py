@@ -333,7 +333,7 @@ def gradients_of_control(model, steps, samples=8):
 def test_with_other_estimators_too_the_mean_of_the_gradient_stays(options, slots):
     control = with_coefficients(TaylorCV(bins=4, gate="open", **options))
     model = module(control, width=4, timesteps=LogUniform(0.05, 5.0), **slots)
-    found = z_scores(gradients_of_control(model, 120))
+    found = z_scores(gradients_of_control(model, 60))
     assert len(found) > 40
     assert float(found.abs().max()) < 4.5
 
@@ -347,7 +347,7 @@ def test_the_same_test_finds_the_bias_of_a_coefficient_that_depends_on_the_noise
             return found * found.detach().sign()
 
     model = module(Biased(1, gate="open"), width=4, timesteps=LogUniform(0.05, 5.0))
-    assert float(z_scores(gradients_of_control(model, 120)).abs().max()) > 8
+    assert float(z_scores(gradients_of_control(model, 60)).abs().max()) > 8
 
 
 def test_antithetic_pairs_leave_nothing_for_order_0():

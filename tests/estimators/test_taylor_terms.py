@@ -304,8 +304,8 @@ def test_the_term_of_order_0_is_that_of_the_output_at_the_clean_points(kind):
 @pytest.mark.parametrize("kind", ["epsilon", "edm", "v"])
 def test_at_low_noise_little_variance_of_the_gradient_is_left(kind, order, least):
     network, objective = Small((2,)), objective_of(kind)
-    noise = torch.randn(200, 2, generator=generator("noise"), dtype=WIDE)
-    noised = with_noise(repeated(draws_of((2,), [0.005]), 200), noise)
+    noise = torch.randn(100, 2, generator=generator("noise"), dtype=WIDE)
+    noised = with_noise(repeated(draws_of((2,), [0.005]), 100), noise)
     target = TargetEstimate(noised.x0, noised.t, noised.t)
     losses = diffusion_loss(network, noised, target, objective).per_draw
     terms = taylor_terms(network, noised, objective, order).sum(dim=1)

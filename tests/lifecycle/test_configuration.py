@@ -244,7 +244,7 @@ def test_what_does_not_rebuild_is_named_and_not_guessed(value):
 
 def test_an_import_path_leads_back():
     assert import_path(ResidualMLP) == "lightning_vr.process.networks.ResidualMLP"
-    shadowed = type("ResidualMLP", (ResidualMLP,), {"__module__": "lightning_vr.process.networks"})
+    shadowed = type("ResidualMLP", (), {"__module__": "lightning_vr.process.networks"})
     with pytest.raises(UndescribableError):
         import_path(shadowed)
 

@@ -144,7 +144,7 @@ def check_findings(samples, resamples, accumulated, z_score):
     model._trainer = quiet_trainer(accumulate_grad_batches=accumulated)
     pilot = ControlMeasurement(model, model.control_variate, RunContext.of(model.trainer))
     found = []
-    for i in range(80):
+    for i in range(50):
         clean = Clean(torch.randn(samples, 2, generator=generator("x", i)))
         found.append(pilot.measure(clean, lambda *key, i=i: generator(i, *key)))
     found = PilotStatistics(*(torch.stack(x) for x in zip(*found, strict=True)))

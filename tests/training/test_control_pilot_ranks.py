@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 POINTS = torch.randn(64, 2, generator=generator("points of ranks"))
-SAMPLES, PILOTS = 20, 60
+SAMPLES, PILOTS = 20, 40
 
 
 class Saved(DiffusionModule):

@@ -30,7 +30,7 @@ def train(network, control, steps):
         control_variate=control,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
     )
-    data = EightGaussians(batch_size=32, num_samples=4096, num_validation=512)
+    data = EightGaussians(batch_size=32, num_samples=4096, num_validation=256)
     quiet_trainer(max_steps=steps, limit_val_batches=0).fit(module, data)
     return module, data
 

@@ -39,6 +39,7 @@ from support.compilers import Compiled
 from support.covering_arrays import covering_array
 from support.networks import small_mlp, small_unet
 from support.points import Points, normal_points
+from support.selections import mostly_slow
 from support.trainers import quiet_trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -437,7 +438,11 @@ def test_pilots_and_fits_of_the_cases_decide_something():
 PICTURES = Points(torch.randn(SAMPLES, 1, 8, 8, generator=generator("pictures")))
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+CHECKPOINTED = ["plain", "stf-bank", "carv-learned", "carv-auto", "taylor-0", "taylor-1"]
+"""What pilots, chunks and pairs of passes do; ``-m slow`` runs the rest too."""
+
+
+@pytest.mark.parametrize("name", mostly_slow([*ESTIMATORS], CHECKPOINTED))
 def test_a_unet_that_checkpoints_its_blocks_trains_as_one_that_does_not(name):
     found = []
     refused = name == "taylor-1"

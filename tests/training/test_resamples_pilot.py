@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from support.networks import small_mlp
 from support.points import Points, normal_points
 from support.trainers import quiet_trainer
@@ -192,10 +191,9 @@ def test_the_pilot_finds_closed_form_components(z_score):
             error = self.w - 2.0 * noised["x0"] - noised["noise"]
             return 0.5 * error.square().sum(dim=1)
 
-    found = []
+    model, found = Model(), []
+    model._trainer = quiet_trainer()
     for i in range(60):
-        model = Model()
-        model._trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
         model.seed = i
         pilot = model.make_resamples_pilot(RunContext.of(model.trainer))
         pilot._batches = [Clean(torch.randn(32, 2, generator=generator("x", i)))]

@@ -39,7 +39,9 @@ OFF = 5.0
 """Standard errors that a biased estimate is off by at least."""
 
 D, M, U = 3, 0.7, 1.7
-REPEATS, SAMPLES, BATCHES, BATCH = 250, 8, 2, 4
+REPEATS, SAMPLES, BATCHES, BATCH = 100, 20, 2, 10
+FEW = {"size": 8, "batch": 4}
+"""So few samples that the square of a mean over them is far off the squared mean."""
 
 BINS = pytest.mark.parametrize("bin", [(0.0, 1.0), (0.5, 0.75)], ids=["all", "bin"])
 
@@ -100,11 +102,11 @@ def samples(count, *key):
     return Clean(M + torch.randn(count, D, generator=generator(*key, "data")))
 
 
-def measure(method, repeat, loss, bin=(0.0, 1.0)):
+def measure(method, repeat, loss, bin=(0.0, 1.0), size=SAMPLES, batch=BATCH):
     measurement = GradientMeasurement(loss, lambda *key: generator(repeat, *key), [0, 1])
     if method == "per_sample":
-        return measurement.per_sample(samples(SAMPLES, repeat), low=bin[0], high=bin[1])
-    batches = [samples(BATCH, repeat, unit) for unit in range(BATCHES)]
+        return measurement.per_sample(samples(size, repeat), low=bin[0], high=bin[1])
+    batches = [samples(batch, repeat, unit) for unit in range(BATCHES)]
     return measurement.by_differences(batches, low=bin[0], high=bin[1])
 
 
@@ -151,26 +153,26 @@ def whole_and_parts(u, v):
 @BINS
 def test_total_and_squared_mean_follow_from_two_batch_sizes(bin):
     loss, expected = Model(), closed_form(*bin)
-    batches = 3
+    batches, batch = 3, FEW["batch"]
     plug_in = Moments(3)
 
     def measure_once(repeat):
         measurement = GradientMeasurement(loss, lambda *key: generator(repeat, *key), [0, 1])
-        data = [samples(BATCH, repeat, unit) for unit in range(batches)]
+        data = [samples(batch, repeat, unit) for unit in range(batches)]
         parts = gradients(measurement, data, bin)
         mean_square = whole_and_parts(*(part.square().sum(1).mean() for part in parts))
         square_of_mean = whole_and_parts(*(part.mean(0).square().sum() for part in parts))
         plug_in.add(square_of_mean)
-        return two_batch_sizes(mean_square, square_of_mean, batches, BATCH)
+        return two_batch_sizes(mean_square, square_of_mean, batches, batch)
 
-    found = repeated(measure_once, 2 * REPEATS)
+    found = repeated(measure_once, 4 * REPEATS)
     scores = z_scores(found, expected)
     assert (scores.total.abs() < LIMIT).all()
     assert (scores.squared_mean.abs() < LIMIT).all()
     assert found.mean[:3].isnan().all()
 
     off = (plug_in.mean - expected.squared_mean) / plug_in.error
-    bias = expected.total / (batches * BATCH)
+    bias = expected.total / (batches * batch)
     assert (off > OFF).all(), off
     assert ((off - bias / plug_in.error).abs() < LIMIT).all()
 
@@ -188,7 +190,7 @@ class PlugInSums(NestedSums):
 def test_the_square_of_the_mean_over_draws_would_be_told_from_the_closed_form(method, monkeypatch):
     monkeypatch.setattr("lightning_vr.variance.gradient_sums.NestedSums", PlugInSums)
     loss = Model()
-    moments = repeated(lambda repeat: measure(method, repeat, loss))
+    moments = repeated(lambda repeat: measure(method, repeat, loss, **FEW), 250)
     scores = z_scores(moments, closed_form(0.0, 1.0))
     assert (scores.squared_mean > OFF).all()
     assert (scores.data < -LIMIT).all()
@@ -205,7 +207,7 @@ def test_noise_taken_for_the_timestep_would_be_told_from_the_closed_form(method,
 
     monkeypatch.setattr("lightning_vr.variance.components.nested_components", confused)
     loss = Model()
-    moments = repeated(lambda repeat: measure(method, repeat, loss), 100)
+    moments = repeated(lambda repeat: measure(method, repeat, loss), 50)
     scores = z_scores(moments, closed_form(0.0, 1.0))
     assert (scores.timestep > OFF).all()
 

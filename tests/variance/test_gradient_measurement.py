@@ -258,13 +258,13 @@ def test_both_ways_to_measure_agree_on_a_network(bin):
         return measurement(module, source=lambda *key: generator(repeat, *key))
 
     def per_sample(repeat):
-        return measured(repeat).per_sample(data(32, (2,), repeat), low=low, high=high)
+        return measured(repeat).per_sample(data(48, (2,), repeat), low=low, high=high)
 
     def by_differences(repeat):
-        batches = [data(4, (2,), repeat, unit) for unit in range(2)]
+        batches = [data(8, (2,), repeat, unit) for unit in range(2)]
         return measured(repeat).by_differences(batches, low=low, high=high)
 
-    a, b = repeated(per_sample, 30), repeated(by_differences, 80)
+    a, b = repeated(per_sample, 20), repeated(by_differences, 40)
     z = (a.mean - b.mean) / torch.hypot(a.error, b.error)
     assert (z.abs() < LIMIT).all(), z
     assert (a.mean[3, 0] / torch.hypot(a.error, b.error)[3, 0]) > 2 * LIMIT

@@ -70,7 +70,7 @@ def test_v_dsm_of_two_points_is_the_closed_form():
 def test_v_stf_of_two_points_halves_at_two_references_and_falls_with_more():
     """Many copies of ±1 make references independent; n = 2 is half of V_DSM at every level."""
     curve = measure_target_variance(
-        two_points(512), levels(1.0, 2.0), [1, 2, 4, 16, 64], samples=2048, blocks=256
+        two_points(512), levels(1.0, 2.0), [1, 2, 4, 16, 64], samples=2048, blocks=128
     )
     expected = {
         2: levels(0.4496, 0.795946) / 2,
@@ -151,7 +151,7 @@ def enumerate_by_hand(x0, s, n, draws, group=None):
 def test_every_quantity_is_what_enumeration_by_hand_gives(cloud, s, with_classes):
     group = torch.arange(12) % 3 if with_classes else None
     by_hand = enumerate_by_hand(cloud, s, 5, 30_000, group)
-    curve = measure_target_variance(cloud, levels(s), [5], group=group, samples=4096, blocks=256)
+    curve = measure_target_variance(cloud, levels(s), [5], group=group, samples=8192, blocks=64)
     measured = {
         "dsm": curve.in_x0_space(curve.dsm),
         "stf": curve.in_x0_space(curve.stf[5]),
@@ -166,15 +166,15 @@ def test_every_quantity_is_what_enumeration_by_hand_gives(cloud, s, with_classes
 
 def test_mean_spread_is_v_dsm_less_v_stf():
     x0 = torch.randn(64, 3, generator=torch.Generator().manual_seed(2)).double()
-    curve = measure_target_variance(x0, levels(0.7), [6], samples=4096, blocks=256)
+    curve = measure_target_variance(x0, levels(0.7), [6], samples=4096, blocks=64)
     target = STF(6)
     target.fill(x0, None, indexed=True)
 
     source, spreads = torch.Generator().manual_seed(3), []
-    for _ in range(500):
-        index = torch.randint(64, (16,), generator=source)
-        noise = torch.randn(16, 3, generator=source, dtype=torch.float64)
-        s = torch.full((16,), 0.7, dtype=torch.float64)
+    for _ in range(250):
+        index = torch.randint(64, (32,), generator=source)
+        noise = torch.randn(32, 3, generator=source, dtype=torch.float64)
+        s = torch.full((32,), 0.7, dtype=torch.float64)
         noised = Noised(x0[index] + 0.7 * noise, x0[index], noise, s, s / s, s, s / s, index=index)
         spreads.append(target(noised, Clean(x0[index], index=index), source).spread.mean() / 0.7**4)
 
@@ -208,7 +208,7 @@ def test_mixing_the_two_estimates_of_v_stf_adds_no_bias(s):
 
 def test_standard_errors_cover_the_truth():
     z = {"dsm": [], 4: []}
-    for seed in range(80):
+    for seed in range(48):
         curve = measure_target_variance(
             two_points(128), levels(2.0), [4], samples=256, blocks=32, seed=seed
         )
@@ -225,8 +225,8 @@ def test_standard_errors_cover_the_truth():
 def test_rows_that_share_references_in_the_far_field_hardly_count_apart():
     """16 rows of a block err nearly alike: the standard error is nearly that of 16 times fewer."""
     shared, apart = (
-        measure_target_variance(two_points(128), levels(20.0), [4], samples=1024, blocks=blocks)
-        for blocks in (64, 1024)
+        measure_target_variance(two_points(128), levels(20.0), [4], samples=512, blocks=blocks)
+        for blocks in (32, 512)
     )
     ratio = float(shared.stf[4].error / apart.stf[4].error)
     assert 2 < ratio < 4.5
@@ -236,7 +236,7 @@ def test_class_labels_mask_references():
     """Two classes that noise would mix: each has the curve that it has alone."""
     source = torch.Generator().manual_seed(4)
     x0, group = torch.randn(40, 2, generator=source), torch.arange(40) % 2
-    settings = {"samples": 4096, "blocks": 256}
+    settings = {"samples": 4096, "blocks": 64}
     noise_levels = levels(0.3, 1.0, 5.0)
     both = measure_target_variance(x0, noise_levels, [40], group=group, **settings)
     alone = [
