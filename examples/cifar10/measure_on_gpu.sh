@@ -59,6 +59,10 @@ part() {  # part NAME SECONDS COMMAND...: into a file, never through a pipe
     fi
 }
 
+after_fit() {  # the same for a part that needs the checkpoint of the fit
+    if [ "$last" ]; then part "$@"; else say "$1: not run, as the fit has left no checkpoint"; fi
+}
+
 checkpoint() { ls -t runs/cifar10/version_*/checkpoints/last.ckpt 2> /dev/null | head -1; }
 
 [ "$TOY" ] || nvidia-smi -L > "$out/card.txt" 2>&1
@@ -69,12 +73,12 @@ part steps 110 $steps "$here/configs/cifar10.yaml" \
 part steps_edm 70 $steps "$here/configs/cifar10_edm.yaml" "${segments[@]}" "${edm[@]}"
 part fit 130 $vr fit "${job[@]}" "${short[@]}" $([ "$(checkpoint)" ] && echo --ckpt_path last)
 last=$(checkpoint)
-part predict 30 $vr predict "${job[@]}" --ckpt_path "$last" --num_samples 64
-part export 30 $vr export "${job[@]}" --ckpt_path "$last" --output exported
-part audit 70 $vr audit "${job[@]}" --ckpt_path "$last" --budget $budget
+after_fit predict 30 $vr predict "${job[@]}" --ckpt_path "$last" --num_samples 64
+after_fit export 30 $vr export "${job[@]}" --ckpt_path "$last" --output exported
+after_fit audit 70 $vr audit "${job[@]}" --ckpt_path "$last" --budget $budget
 part ddp 30 env -C ddp $vr fit "${job[@]}" --trainer.strategy ddp --trainer.max_steps 20 \
     --trainer.devices 1
-find runs \( -name "*.csv" -o -name "*.png" -o -name "*.md" \) -exec cp --parents -t "$out" {} +
+find runs \( -name "*.csv" -o -name "*.png" -o -name "*.md" \) -exec cp --parents -t "$out" {} + 2> /dev/null
 # last, as to compile takes long
 part steps_compiled 150 $steps "$here/configs/cifar10.yaml" \
     "${segments[@]}" "${ddpm[@]}" --model.compile_network true
