@@ -35,7 +35,7 @@ class SampleDataset(Dataset[Sample], ABC):
         """
 
     def stored_samples(self) -> tuple[list[Tensor], Tensor | None] | None:
-        """Return samples and labels as files hold them, mapped into memory, in order.
+        """Return samples and labels as they are stored, in files or in memory, in order.
 
         Returns:
             Parts ``(m, *)`` and labels ``(n,)`` or None; None if samples are made when read.

@@ -107,12 +107,23 @@ class DecodedImages(SampleDataset):
         Raises:
             ImageError: If it cannot be read; the error names it.
         """
-        pixels = None if self.cache is None else self.cache.get(index)
+        return scaled(self._pixels(index))
+
+    def stored_samples(self) -> tuple[list[Tensor], Tensor | None] | None:
+        """Decode all images and return their kept pixels, and a copy of the mirrored ones.
+
+        Returns:
+            Parts ``(N, *)`` and labels, or None unless all are kept, with 8 bits.
+        """
+        if self.cache is None or self.cache.capacity < len(self.source):
+            return None
+        for index in range(len(self.source)):
+            self._pixels(index)
+        pixels = self.cache.whole()
         if pixels is None:
-            pixels = self._decoded(index)
-            if self.cache is not None:
-                self.cache.put(index, pixels)
-        return scaled(pixels)
+            return None
+        parts = [pixels, pixels.flip(-1)] if self.horizontal_flip else [pixels]
+        return parts, None if self.label is None else self.label.repeat(len(parts))
 
     def standard_deviation(self) -> float:
         """Return the standard deviation of all pixels of at most 1024 evenly spaced images."""
@@ -124,6 +135,14 @@ class DecodedImages(SampleDataset):
 
         mean, square = (moments / len(chosen)).tolist()
         return math.sqrt(max(square - mean**2, 0.0))
+
+    def _pixels(self, index: int) -> Pixels:
+        pixels = None if self.cache is None else self.cache.get(index)
+        if pixels is None:
+            pixels = self._decoded(index)
+            if self.cache is not None:
+                self.cache.put(index, pixels)
+        return pixels
 
     def _decoded(self, index: int) -> Pixels:
         try:

@@ -16,6 +16,8 @@ from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lightning_vr.data.pixels import Pixels
 
@@ -41,6 +43,7 @@ class PixelCache:
     def __init__(
         self, count: int, shape: tuple[int, ...], *, is_deep: bool, max_bytes: int
     ) -> None:
+        self.count = count
         self.shape = shape
         self._row_bytes = int(np.prod(shape)) * (2 if is_deep else 1)
         self.capacity = min(count, max_bytes // (self._row_bytes + 1))
@@ -79,8 +82,15 @@ class PixelCache:
             self._rows[index, : pixels.nbytes] = pixels.reshape(-1).view(np.uint8)
             self._marks[index] = pixels.itemsize
 
+    def whole(self) -> Tensor | None:
+        """Return all pixels ``(count, *shape)`` where they are, if all are here and of 8 bits."""
+        if self.capacity < self.count or not bool((self._marks == 1).all()):
+            return None
+        pixels = torch.from_numpy(self._rows)[:, : int(np.prod(self.shape))]
+        return pixels.view(-1, *self.shape)
+
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: self.__dict__[name] for name in ("shape", "_row_bytes", "capacity")}
+        state = {name: self.__dict__[name] for name in ("count", "shape", "_row_bytes", "capacity")}
         is_for_process = context.get_spawning_popen() is not None
         if is_for_process and self._file is not None:
             return state | {"file": DupFd(self._file)}

@@ -70,9 +70,9 @@ class STF(Target):
             the rounding of its references (``posterior/stored_references.py`` gives the bound);
             ``"uint8"`` is for pixels in [-1, 1], and exact for those of 8 bits. The own sample is
             always the exact one.
-        storage: ``"memory"``, or ``"data"``: the bank is the files of the data set, mapped, as
-            ``CachedLatents(posterior="mean")`` has them. Then ``encode`` must return the samples as
-            they are, and ``dtype`` is that of the files.
+        storage: ``"memory"``, or ``"data"``: the bank is what the data set stores, the mapped files
+            of ``CachedLatents(posterior="mean")`` or the 8-bit images that ``cache_bytes`` keeps.
+            Then ``encode`` must return the samples as they are, and ``dtype`` is that of the data.
     """
 
     def __init__(

@@ -53,6 +53,6 @@ def check_storage(references: int | str, dtype: str, storage: str) -> None:
         )
     if storage == "data" and dtype != "float32":
         raise ValueError(
-            f"`dtype` must be left out with storage='data', whose files have one, got {dtype!r}: "
+            f"`dtype` must be left out with storage='data', as the data have one, got {dtype!r}: "
             f"write the data in another dtype, or use storage='memory'."
         )

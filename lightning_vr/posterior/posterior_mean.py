@@ -37,6 +37,8 @@ from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums
 
 Prepared: TypeAlias = Bank | PlainReferences
 
+_LARGE = 1e30
+
 
 class Posterior(NamedTuple):
     """The posterior of x0 given x_t under the references.
@@ -150,7 +152,7 @@ def _finish(
     second = (second + sums.weight * pivot_norm) / weight
     spread = second - torch.linalg.vecdot(shift, shift)
     if queries.low_noise is not None and sums.logits is not None:
-        own = torch.where(own_weight > 0, own_weight * queries.own_logit, 0)
+        own = own_weight * queries.own_logit.clamp(min=-_LARGE)  # no weight times -inf is NaN
         moments = (sums.logits + own) / weight, sums.squared_norms / weight
         spread = queries.low_noise.spread(spread, *moments, pivot, shift)
     count = sums.count + (queries.own_logit > -math.inf)

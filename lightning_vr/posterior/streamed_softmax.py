@@ -74,6 +74,7 @@ class SoftmaxSums:
         rows: ``Σ w r``, ``(B, d)``.
         logits: ``Σ w ℓ`` with logits relative to the offset ``(B,)``; None while no reference was
             near, as then nothing needs it.
+        is_empty: Whether no reference is in the sums yet.
     """
 
     maximum: Tensor
@@ -83,6 +84,7 @@ class SoftmaxSums:
     count: Tensor
     rows: Tensor
     logits: Tensor | None = None
+    is_empty: bool = True
 
     @classmethod
     def over(
@@ -126,10 +128,13 @@ class SoftmaxSums:
         self.weight_squared += torch.mul(weights, weights, out=logits).sum(1)
         self.squared_norms.addmv_(weights, squared_norms)
         self.rows.addmm_(weights, rows)
+        self.is_empty = False
 
     def sum_logits(self, queries: Queries) -> None:
         """Keep the sum of logits from now on; before, no reference was near and all were right."""
-        if self.logits is None:
+        if self.is_empty:
+            self.logits = torch.zeros_like(self.weight)
+        elif self.logits is None:
             self.logits = torch.linalg.vecdot(queries.scaled, self.rows)
             self.logits -= queries.curvature * self.squared_norms + queries.offset * self.weight
 
@@ -153,7 +158,8 @@ class SoftmaxSums:
     def unpacked(cls, packed: Tensor) -> "SoftmaxSums":
         """Return the sums from the rows that ``packed`` made, as views of them."""
         maximum, weight, weight_squared, squared_norms, count, logits = packed[:, :6].unbind(dim=1)
-        return cls(maximum, weight, weight_squared, squared_norms, count, packed[:, 6:], logits)
+        sums = maximum, weight, weight_squared, squared_norms, count
+        return cls(*sums, packed[:, 6:], logits, is_empty=False)
 
     def _sum_of_logits(self) -> Tensor:
         return torch.zeros_like(self.weight) if self.logits is None else self.logits
@@ -162,8 +168,10 @@ class SoftmaxSums:
         """Scale to the maximum with ``other (B,)``; return that, and 0 where it is -inf."""
         maximum = torch.maximum(self.maximum, other)
         finite = maximum.masked_fill(maximum == -math.inf, 0)
-        decay = torch.exp(self.maximum - finite)
-        self.maximum = maximum
+        previous, self.maximum = self.maximum, maximum
+        if self.is_empty:
+            return finite
+        decay = torch.exp(previous - finite)
         self.weight *= decay
         self.weight_squared *= decay**2
         self.squared_norms *= decay

@@ -108,18 +108,18 @@ def read_references(
 
 @torch.no_grad()
 def map_references(model: Diffusion, trainer: Trainer, target: STF) -> None:
-    """Give a target the files of the training set as its bank.
+    """Give a target the stored samples of the training set as its bank.
 
     Raises:
-        ValueError: If the data set has no such files, or ``encode`` makes other samples of them.
+        ValueError: If the data set has none, or ``encode`` makes other samples of them.
     """
     dataset = training_loader(trainer).dataset
     found = dataset.stored_samples() if isinstance(dataset, SampleDataset) else None
     if found is None:
         raise ValueError(
-            f"`storage='data'` needs data whose samples are in files as they are, got a "
-            f"{type(dataset).__name__} that makes them: use CachedLatents(posterior='mean'), or "
-            f"storage='memory'."
+            f"`storage='data'` needs data whose samples are stored as they are, got a "
+            f"{type(dataset).__name__} that makes them: use CachedLatents(posterior='mean'), "
+            f"8-bit images that all fit in `cache_bytes`, or storage='memory'."
         )
     parts, labels = found
     labels = labels if model.num_classes is not None else None
@@ -136,7 +136,7 @@ def map_references(model: Diffusion, trainer: Trainer, target: STF) -> None:
         rows = as_numbers(torch.cat([part_rows(parts, int(i)) for i in positions]))
         if not torch.equal(clean.x0.cpu(), rows.reshape(clean.x0.shape)):
             raise ValueError(
-                "`encode` must return samples as they are in the files with storage='data', got "
+                "`encode` must return samples as they are stored with storage='data', got "
                 "other numbers: use storage='memory', which keeps what `encode` returns."
             )
     target.set_bank(_mapped(parts, labels, target.sharded), indexed=True)

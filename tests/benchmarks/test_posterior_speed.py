@@ -3,13 +3,16 @@
 Run with ``pytest tests/benchmarks --benchmark-only -s -n 0``; figures are printed, not asserted.
 """
 
+import math
 import multiprocessing
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_vr.posterior import low_noise
 from lightning_vr.posterior.posterior_mean import posterior_mean
 from lightning_vr.posterior.references import References
 
@@ -66,12 +69,55 @@ def test_speed_of_prepared_references_against_the_formulation_that_materialises_
     print(f"{other / ours:.0f} times as fast")
 
 
+def ratio_of_cpu_seconds(ours, other, rounds):
+    """The least of some rounds of each, as other processes only add to it, each after the other."""
+    taken = {ours: [], other: []}
+    for k in range(2 * rounds):
+        for call in (ours, other)[:: (-1) ** k]:
+            start = time.process_time()
+            call()
+            taken[call].append(time.process_time() - start)
+    return min(taken[ours]) / min(taken[other])
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["alone", "own"])
+@pytest.mark.parametrize("kind", ["training", "low", "near"])
+@pytest.mark.parametrize(("dim", "rounds"), [(64, 200), (192, 80), (784, 20), (3072, 6)])
+@pytest.mark.parametrize("queries", [64, 1024])
+def test_cpu_seconds_of_telling_near_duplicates_apart(
+    benchmark, monkeypatch, queries, dim, rounds, kind, own
+):
+    """Against the same without: n = 1,437, at EDM's noise levels, at 0.01, and with neighbours."""
+    source = torch.Generator().manual_seed(0)
+    x = 0.5 * torch.randn(1437, dim, generator=source)
+    sigma = torch.full((queries,), 0.01)
+    if kind == "training":
+        sigma = torch.exp(1.2 * torch.randn(queries, generator=source) - 1.2)
+    if kind == "near":
+        apart = torch.randn(700, dim, generator=source)
+        x[700:1400] = x[:700] + 0.02 * torch.nn.functional.normalize(apart, dim=1)
+    rows = torch.arange(queries) % 700
+    xt = x[rows] + sigma[:, None] * torch.randn(queries, dim, generator=source)
+    prepared = References.prepare(x)
+    given = {"own": x[rows], "exclude": rows} if own else {}
+
+    def call(tolerance):
+        monkeypatch.setattr(low_noise, "_TOLERANCE", tolerance)
+        posterior_mean(xt, 1.0, sigma, prepared, **given)
+
+    ours, without = partial(call, low_noise._TOLERANCE), partial(call, math.inf)
+    ratio = ratio_of_cpu_seconds(ours, without, max(3, 64 * rounds // queries))
+    benchmark.extra_info["ratio"] = ratio
+    benchmark.pedantic(ours, rounds=1)
+    print(f"\nB={queries} d={dim} {kind}, own={own}: {ratio:.3f} times the CPU seconds of without")
+
+
 @pytest.mark.parametrize("near", [False, True], ids=["apart", "near-duplicates"])
 @pytest.mark.parametrize(
     ("count", "rounds"), [(COUNT, 40), pytest.param(50_000, 5, marks=pytest.mark.slow)]
 )
 def test_cpu_seconds_against_its_own_two_bare_matrix_products(benchmark, count, rounds, near):
-    """The least of some rounds, as other processes only add to it; as STF asks, with own samples.
+    """As STF asks, with own samples.
 
     With near-duplicates all queries have one, two sigmas away at noise 0.01.
     """
@@ -91,13 +137,7 @@ def test_cpu_seconds_against_its_own_two_bare_matrix_products(benchmark, count, 
     def two_products():
         return xt @ prepared.rows.T, weights @ prepared.rows
 
-    taken = {ours: [], two_products: []}
-    for _ in range(rounds):
-        for call, seconds in taken.items():
-            start = time.process_time()
-            call()
-            seconds.append(time.process_time() - start)
-    ratio = min(taken[ours]) / min(taken[two_products])
+    ratio = ratio_of_cpu_seconds(ours, two_products, rounds)
     benchmark.extra_info["ratio"] = ratio
     benchmark.pedantic(ours, rounds=1)
     print(f"\nn={count}: {ratio:.3f} times the CPU seconds of two bare products")

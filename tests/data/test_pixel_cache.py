@@ -52,6 +52,23 @@ def test_what_comes_back_is_a_copy():
     assert np.array_equal(cache.get(0), pixels(0))
 
 
+def test_all_pixels_are_given_where_they_are_once_all_are_here_with_8_bits():
+    cache = PixelCache(2, SHAPE, is_deep=True, max_bytes=2**20)
+    cache.put(0, pixels(0))
+    assert cache.whole() is None
+    cache.put(1, pixels(1))
+    whole = cache.whole()
+    assert np.array_equal(whole.numpy(), np.stack([pixels(0), pixels(1)]))
+    cache.put(1, pixels(2))
+    assert np.array_equal(whole[1].numpy(), pixels(2))
+
+    cache.put(1, pixels(1, np.uint16))
+    assert cache.whole() is None
+    few = PixelCache(2, SHAPE, is_deep=False, max_bytes=60)
+    few.put(0, pixels(0))
+    assert few.whole() is None
+
+
 def test_pixels_of_16_bits_that_have_no_room_are_not_kept():
     cache = PixelCache(1, SHAPE, is_deep=False, max_bytes=2**20)
     cache.put(0, pixels(0, np.uint16))
