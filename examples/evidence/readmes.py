@@ -30,15 +30,12 @@ class Claim:
     page: str
     printed: str
 
-    @property
-    def readme(self) -> Path:
-        return EXAMPLES / self.command.split("/")[0] / "README.md"
-
 
 ORDERS = "error_budget/error_budget.py orders"
-GRIDS = "error_budget/error_budget.py grids --quick"
 SPLIT = "error_budget/error_budget.py split"
-PAPER = "scale/scale_on_paper.py --check"
+TABLES = "scale/scale_on_paper.py"
+"""Each line of whose tables stands on its page."""
+
 CLAIMS = (
     Claim(
         ORDERS,
@@ -70,19 +67,38 @@ def run(study: Study) -> None:
         study.check_time()
         if claim.command not in printed:
             printed[claim.command] = output(claim.command)
-        stated = numbers(claim.page, claim.readme.read_text())
+        page = page_of(claim.command)
+        stated = numbers(claim.page, page.read_text())
         found = numbers(claim.printed, printed[claim.command])
         same = all(agrees(a, b) for a, b in zip(stated, found, strict=True))
-        page = claim.readme.relative_to(EXAMPLES)
         verdict = "same" if same else "DIFFERS"
-        rows.append((page, claim.command, ", ".join(stated), ", ".join(found), verdict))
+        rows.append((name(page), claim.command, ", ".join(stated), ", ".join(found), verdict))
+    study.check_time()
+    rows.append(lines_of_tables())
     print(markdown(("page", "command", "on the page", "printed", ""), rows))
+
+
+def lines_of_tables() -> tuple[str, ...]:
+    """Return how many lines of tables a script prints, and how many of them its page has."""
+    page = page_of(TABLES)
+    lines = [line for line in output(TABLES).splitlines() if line.startswith("|")]
+    there = sum(line in page.read_text().splitlines() for line in lines)
+    verdict = "same" if there == len(lines) > 0 else "DIFFERS"
+    return name(page), TABLES, f"{there} lines of tables", f"{len(lines)} lines", verdict
+
+
+def page_of(command: str) -> Path:
+    return EXAMPLES / command.split("/")[0] / "README.md"
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(EXAMPLES))
 
 
 def output(command: str) -> str:
     script, *arguments = command.split()
     with tempfile.TemporaryDirectory() as folder:
-        call = [sys.executable, EXAMPLES / script, *arguments, "--folder", folder]
+        call = [sys.executable, EXAMPLES / script, *arguments]
         done = subprocess.run(call, check=True, capture_output=True, text=True, cwd=folder)
     return done.stdout
 

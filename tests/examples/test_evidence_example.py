@@ -143,11 +143,14 @@ def test_learning_rates_are_each_arms_own(load, tmp_path):
 def test_a_number_on_a_page_that_changed_is_noticed(load, monkeypatch, capsys, tmp_path):
     readmes = load("readmes")
     monkeypatch.setattr(readmes, "CLAIMS", readmes.CLAIMS[-1:])
-    for found, verdict in (("9.2248", "same"), ("9.2148", "DIFFERS")):
-        text = f"E w m = {found}\nE w m = 9.2423"
+    page = readmes.page_of(readmes.TABLES).read_text().splitlines()
+    line = next(line for line in page if line.startswith("| STF"))
+    for number, cells, verdicts in (("9.2248", "", (2, 0)), ("9.2148", "1", (0, 2))):
+        text = f"E w m = {number}\nE w m = 9.2423\n{line}{cells}"
         monkeypatch.setattr(readmes, "output", lambda command, text=text: text)
         readmes.run(load("study").Study(tmp_path))
-        assert verdict in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert (printed.count("| same |"), printed.count("| DIFFERS |")) == verdicts
 
 
 @pytest.mark.slow
