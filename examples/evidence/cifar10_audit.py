@@ -8,10 +8,10 @@ target has less variance.
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
 from digits_models import LEARNING_RATE
 from lightning.pytorch import Trainer, seed_everything
 from study import Study, processor_clock
+from taylor_mnist import unet
 
 from lightning_vr import CARV, STF, VE, Candidate, DiffusionModule, TaylorCV, audit
 from lightning_vr.auditing import save_report
@@ -35,7 +35,7 @@ def measure(path: Path, folder: Path, is_quick: bool) -> None:
     seed_everything(0, verbose=False)
     steps, batch, channels = (2, 2, [8, 8, 16]) if is_quick else (150, 32, [32, 64, 64])
     module = DiffusionModule(
-        unet(channels),
+        unet(channels, 32, 3),
         VE(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE),
     )
@@ -67,16 +67,3 @@ def candidates() -> list[Candidate]:
         Candidate("pairs", draws=CARV(2, antithetic=True)),
         Candidate("Taylor 0, all draws", control_variate=TaylorCV(gate="open")),
     ]
-
-
-def unet(channels: list[int]) -> UNet2DModel:
-    return UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=channels,
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=["DownBlock2D"] * 3,
-        up_block_types=["UpBlock2D"] * 3,
-    )

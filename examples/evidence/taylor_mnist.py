@@ -59,12 +59,12 @@ def mnist(study: Study) -> Tensor | None:
     return torch.stack([rows[i]["image"] for i in range(len(rows))])
 
 
-def unet(channels: list[int]) -> UNet2DModel:
+def unet(widths: list[int], size: int = 28, channels: int = 1) -> UNet2DModel:
     return UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=channels,
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
         layers_per_block=1,
         norm_num_groups=8,
         down_block_types=["DownBlock2D"] * 3,

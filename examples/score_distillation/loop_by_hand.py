@@ -17,28 +17,13 @@ from statistics import median
 import torch
 from diffusers import UNet2DModel
 from scene import Gaussians
+from score_distillation import GUIDANCE, RATE, VIEWS, unet
 from torch.optim import Optimizer
 
-from lightning_vr import CARV, VP, FrozenTeacher, OrbitViews, ScoreDistillationLoss
+from lightning_vr import CARV, VP, FrozenTeacher, ScoreDistillationLoss
 from lightning_vr.core.rng import generator
 
-GUIDANCE, DIGIT, RATE = 5.0, 3, 0.02
-VIEWS = OrbitViews(1, azimuth=(-30, 30), elevation=(-10, 10))
-
-
-def unet() -> UNet2DModel:
-    """Return the study's network; how fast it is does not depend on its weights."""
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        num_class_embeds=11,
-    )
+DIGIT = 3
 
 
 def ours(scene: Gaussians, network: UNet2DModel, optimizer: Optimizer) -> Callable[[], None]:
@@ -94,6 +79,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     rounds = 5 if parser.parse_args().quick else 400
     torch.set_num_threads(1)  # CPU seconds are then those of the work
+    # how fast it is does not depend on its weights
     network = unet().eval().requires_grad_(False)
     for size in (5, 8, 16):
         # both have the same tensors: where these lie in memory changes the time by more

@@ -71,25 +71,29 @@ class Results:
         return [self.rows[name] for name in names]
 
 
+def unet() -> UNet2DModel:
+    """Return the network of the teacher, for ten digits and none."""
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=11,
+    )
+
+
 def trained_teacher(folder: Path, steps: int) -> FrozenTeacher:
     """Train a diffusion model of digits, unless that is done, and freeze it."""
     path = folder / f"teacher_{steps}.ckpt"
     if not path.exists():
         seed_everything(0)
-        network = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            norm_num_groups=8,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            num_class_embeds=11,
-        )
         settings: dict[str, Any] = {"num_classes": 10, "label_dropout": 0.15}
         optimizer = partial(torch.optim.AdamW, lr=2e-3)
-        module = DiffusionModule(network, VP(), "epsilon", optimizer=optimizer, **settings)
+        module = DiffusionModule(unet(), VP(), "epsilon", optimizer=optimizer, **settings)
         trainer = Trainer(
             max_steps=steps,
             logger=False,
