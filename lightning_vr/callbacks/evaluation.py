@@ -78,7 +78,8 @@ class Evaluation(AfterValidation):
 
     The table is evaluation.csv, evaluation.md and evaluation.json; loggers get its numbers too, as
     ``evaluation/<measure>``. Outside of a fit it is printed. ``python -m lightning_vr test`` adds
-    this callback if none is configured. If ``EMA`` keeps averaged weights, these are evaluated.
+    this callback if none is configured, with the features of a ``FrechetDistance`` if there is one.
+    If ``EMA`` keeps averaged weights, these are evaluated.
 
     Args:
         measures: What to measure; all that the module allows if not given.
