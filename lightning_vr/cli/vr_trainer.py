@@ -154,8 +154,8 @@ class VRTrainer(Trainer):
         """Test a module and measure its samples, in one table in the run's folder.
 
         The table is evaluation.csv, evaluation.md and evaluation.json. The callback ``Evaluation``
-        says what is measured. If none is configured, one with its defaults is added, in the space of
-        the first ``FrechetDistance`` if there is one, and of at least as many samples.
+        says what is measured. If none is configured, one with its defaults is added: with the
+        features of the first ``FrechetDistance``, and at least as many samples, if there is one.
 
         Args:
             model: A module; the weights come from ``ckpt_path`` if it is given.

@@ -10,9 +10,11 @@ teacher and that of a fake model, which learns the student's distribution as it 
 equations 7 and 8; the weight there is ``w = sigma²/alpha · alpha/sigma² = 1`` in x0 space). The
 normaliser is part of the residual of each draw: the mean of normalised draws does not depend on
 how many there are. It is at least ``sigma_data`` times the epsilon of float32, the smallest
-difference that float32 resolves between samples of that size. The gradient is estimated as in ``distillation.py``, with the student as the
-upstream. Draws of one sample of the student cut the variance within it alone: at fixed noise z the
-variance falls as 1/K, and in total it cannot fall below that between samples.
+difference that float32 resolves between samples of that size.
+
+The gradient is estimated as in ``distillation.py``, with the student as the upstream. Draws of one
+sample of the student cut the variance within it alone: at fixed noise z the variance falls as 1/K,
+and in total it cannot fall below that between samples.
 
 Two optimizers step in turn. Lightning's ``global_step`` and ``max_steps`` count the steps of both,
 ``fake_steps + 1`` for each batch; what is random is keyed on the module's own iteration.
