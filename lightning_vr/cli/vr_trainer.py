@@ -30,6 +30,7 @@ from lightning_vr.lifecycle.checkpoints import (
     read_checkpoint,
 )
 from lightning_vr.lifecycle.loggers import run_folder
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of, using_callbacks
 from lightning_vr.pipelines.export_folder import ExportFormat
 from lightning_vr.pipelines.export_folder import export as export_model
 from lightning_vr.pipelines.provenance import Provenance
@@ -166,16 +167,13 @@ class VRTrainer(Trainer):
             weights_only: As ``torch.load`` takes it.
         """
         arguments = (model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
-        configured = any(isinstance(each, Evaluation) for each in self.callbacks)  # type: ignore[attr-defined]
+        own = callbacks_of(self)
+        configured = any(isinstance(each, Evaluation) for each in own)
         # without a data module there is no training set to compare with
         if configured or datamodule is None or not isinstance(model, DiffusionModule):
             return super().test(*arguments)
-        evaluation = _evaluation(self.callbacks)  # type: ignore[attr-defined]
-        self.callbacks.append(evaluation)  # type: ignore[attr-defined]
-        try:
+        with using_callbacks(self, [*own, _evaluation(own)]):
             return super().test(*arguments)
-        finally:
-            self.callbacks.remove(evaluation)  # type: ignore[attr-defined]
 
     def export(
         self,
@@ -254,9 +252,7 @@ class VRTrainer(Trainer):
         )
         # requests cost nothing to load
         warnings.filterwarnings("ignore", "The 'predict_dataloader' does not have many workers")
-        writer = SampleWriter(asked)
-        self.callbacks.append(writer)  # type: ignore[attr-defined]
-        try:
+        with using_callbacks(self, [*callbacks_of(self), SampleWriter(asked)]):
             super().predict(
                 model,
                 loader,
@@ -264,8 +260,6 @@ class VRTrainer(Trainer):
                 ckpt_path=ckpt_path,
                 weights_only=weights_only,
             )
-        finally:
-            self.callbacks.remove(writer)  # type: ignore[attr-defined]
 
     def _load_for_sampling(self, model: DiffusionModule, path: str | Path) -> dict[str, Any]:
         """Load the weights that a run samples with, the averaged ones where it has both."""
