@@ -60,16 +60,20 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     from lightning_vr.posterior.tensor_core_kernel import products
 
     (rows, terms), columns = x.shape, y.shape[1]
+    if rows * columns * terms == 0:
+        return x @ y
     height = 64 if rows <= 64 else 128
     tiles = -(-rows // height) * -(-columns // _COLUMNS)
     # few tiles are divided, until all processors have one; the same way each time
     parts = max(1, min(_processors(x.device) // tiles, terms // _FEWEST_TERMS))
     part = -(-terms // (parts * _TERMS)) * _TERMS
     out = x.new_empty(-(-terms // part), rows, columns)
-    products[tiles, len(out)](
-        x, y, out, rows, columns, terms, part, *x.stride(), *y.stride(),
-        ROWS=height, COLUMNS=_COLUMNS, TERMS=_TERMS, num_warps=height // 16,
-    )  # fmt: skip
+    # Triton launches on the current device
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        products[tiles, len(out)](
+            x, y, out, rows, columns, terms, part, *x.stride(), *y.stride(),
+            ROWS=height, COLUMNS=_COLUMNS, TERMS=_TERMS, num_warps=height // 16,
+        )  # fmt: skip
     return out[0] if len(out) == 1 else out.sum(0)
 
 
