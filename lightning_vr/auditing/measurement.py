@@ -254,6 +254,7 @@ class AuditMeasurement:
         self.skipped |= dict.fromkeys(unknown, f"the budget of {self.budget:g} s is too small")
         needed = still_needed(seconds, look)
         if look == 0 and needed > left:
+            self.bar.total = round(self.budget - left + needed)
             rank_zero_info(
                 f"The audit needs about {self.budget - left + needed:.0f} s, more than its budget "
                 f"of {self.budget:g} s, for the least repetitions of {count + 1} estimators."

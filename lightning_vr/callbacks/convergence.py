@@ -192,6 +192,14 @@ class Convergence(Callback):
             is_logged = self._display.is_new(trainer)
             self._show(trainer, self.records + self._final, is_logged=is_logged)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Draw and tell what was measured until then: a run may end by Ctrl-C."""
+        if self._measurement is not None and self.records and trainer.is_global_zero:
+            self._show(trainer, self.records, is_logged=False)
+            self.on_fit_end(trainer, pl_module)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the sentences."""
         if self._measurement is not None and trainer.is_global_zero:

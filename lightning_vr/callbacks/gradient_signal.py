@@ -188,6 +188,14 @@ class GradientSignal(Callback):
         is_logged = self._display.is_new(trainer)
         report.show(trainer, self.statistics, self._display.folder, is_logged=is_logged)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Draw what was measured until then: a run may end by Ctrl-C."""
+        if self.statistics is None or self.statistics.is_empty or not trainer.is_global_zero:
+            return
+        report.show(trainer, self.statistics, self._display.folder, is_logged=False)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print tables and sentences, or warn that there is nothing to tell."""
         if self.statistics is None or not trainer.is_global_zero:

@@ -231,9 +231,12 @@ class GradientVariance(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Remove hooks."""
+        """Remove hooks, and draw what was measured until then: a run may end by Ctrl-C."""
         if self._probe is not None:
             self._probe.close()
+        if self.statistics is None or self.statistics.is_empty or not trainer.is_global_zero:
+            return
+        report.show(trainer, self.statistics, self._display.folder, is_logged=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, or warn that there is none."""

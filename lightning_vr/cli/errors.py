@@ -60,7 +60,7 @@ _EXPLANATIONS = {
     r"embedded null byte": (
         "`save_dir`, `dirpath` and `path` must have no NUL byte, got one that has: correct it."
     ),
-    r"\[Errno \d+\] (.*): '(.*)'": (
+    r"^\[Errno \d+\] (.*): '(.*)'": (
         r"`trainer.logger.save_dir` or another path must be a folder that can be written, got \2 "
         r"(\1): name one that is."
     ),

@@ -93,10 +93,16 @@ class Clean:
             return cls(x0, batch.get("label"), batch.get("cond"), batch.get("index"))
         raise ValueError(
             f"The batch must be a tensor, (x, label) or a dictionary with 'image' or 'x0', "
-            f"got {type(batch).__name__}: override `encode` of a "
+            f"got {_described(batch)}: override `encode` of a "
             f"DiffusionModule to turn it into Clean(x0, ...), or give a callback on another module "
             f"`clean`, a function from a batch to samples."
         )
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, dict):
+        return f"one with {', '.join(map(repr, batch)) or 'nothing'}"
+    return type(batch).__name__
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ def check_at_least(name: str, value: float, least: float) -> None:
         least: The smallest that it may be.
 
     Raises:
-        ValueError: If it is smaller.
+        ValueError: If it is smaller, or no number.
     """
-    if not value >= least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}: use {least} or more.")
+    if not (_is_number(value) and value >= least):
+        raise ValueError(f"`{name}` must be at least {least}, got {value!r}: use {least} or more.")
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -44,11 +44,11 @@ def check_positive(name: str, value: float) -> None:
     """Raise if a number is not positive and finite.
 
     Raises:
-        ValueError: If it is 0, negative, infinite or NaN.
+        ValueError: If it is 0, negative, infinite, NaN or no number.
     """
-    if not 0 < value < math.inf:
+    if not (_is_number(value) and 0 < value < math.inf):
         raise ValueError(
-            f"`{name}` must be positive and finite, got {value}: use a number above 0."
+            f"`{name}` must be positive and finite, got {value!r}: use a number above 0."
         )
 
 
@@ -58,8 +58,8 @@ def check_finite_number(name: str, value: float) -> None:
     Raises:
         ValueError: If it is.
     """
-    if not math.isfinite(value):
-        raise ValueError(f"`{name}` must be finite, got {value}: use a finite number.")
+    if not (_is_number(value) and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be finite, got {value!r}: use a finite number.")
 
 
 def check_fraction(name: str, value: float) -> None:
@@ -68,10 +68,36 @@ def check_fraction(name: str, value: float) -> None:
     Raises:
         ValueError: If it is outside, or NaN.
     """
-    if not 0 <= value <= 1:
+    if not (_is_number(value) and 0 <= value <= 1):
         raise ValueError(
-            f"`{name}` must be between 0 and 1, got {value}: use a number of this range."
+            f"`{name}` must be between 0 and 1, got {value!r}: use a number of this range."
         )
+
+
+def check_instance(name: str, value: Any, kind: type, example: str) -> None:
+    """Raise if a value is no object of a class: another object, the class itself, or its name.
+
+    Args:
+        name: The argument.
+        value: What it is.
+        kind: The class that it must be of.
+        example: What to use instead.
+
+    Raises:
+        ValueError: If it is of another class.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"`{name}` must be an object of the class {kind.__name__}, got {described(value)}: "
+            f"use {example}."
+        )
+
+
+def described(value: Any) -> str:
+    """Return what a wrong value is, in a few words for a message."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -148,7 +174,7 @@ def check_labels(
         raise ValueError(
             f"`{name}` must be in [0, {num_classes}), as `num_classes` says, but {len(wrong)} of "
             f"{len(labels)} are not, the first at index {first}, which is {int(labels[first])}: "
-            f"set `num_classes` to {max(num_classes, int(labels.max()) + 1)} or fix the labels."
+            f"{_label_advice(int(labels.min()), int(labels.max()))}."
         )
 
 
@@ -182,3 +208,13 @@ def check_one_per_sample(name: str, values: Tensor, count: int) -> None:
             f"`{name}` must return one number for each of the {count} samples, got a tensor of "
             f"shape {tuple(values.shape)}: average over all dimensions but the first."
         )
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__")
+
+
+def _label_advice(smallest: int, largest: int) -> str:
+    if smallest < 0:  # no number of classes makes them right
+        return "number the classes from 0"
+    return f"set `num_classes` to {largest + 1} or fix the labels"

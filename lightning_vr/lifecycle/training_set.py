@@ -187,8 +187,8 @@ def training_loader(trainer: Trainer) -> DataLoader[Any]:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             f"`train_dataloaders` must be one DataLoader of a map-style data set, whose samples "
-            f"have positions, got {type(loader).__name__}: use STF(references='batch') and no "
-            f"callback that reads the whole training set."
+            f"have positions, got {_described(loader)}: STF with a number of references or 'all', "
+            f"Convergence and TargetVariance read it; leave these out, or use STF('batch')."
         )
     return loader
 
@@ -206,7 +206,13 @@ def held_out_loader(trainer: Trainer) -> DataLoader[Any]:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             f"Held-out data must be one DataLoader of a map-style data set, got "
-            f"{type(loader).__name__}: use one, or give samples `conditions` and leave out the "
+            f"{_described(loader)}: use one, or give samples `conditions` and leave out the "
             f"measures of `Evaluation` that compare with it."
         )
     return loader
+
+
+def _described(loader: Any) -> str:
+    if isinstance(loader, DataLoader):
+        return f"one of the iterable data set {type(loader.dataset).__name__}"
+    return f"a {type(loader).__name__}"

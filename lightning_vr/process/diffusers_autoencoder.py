@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_vr.core.digests import digest
 from lightning_vr.core.shared_model import SharedModel
-from lightning_vr.core.validation import check_choice
+from lightning_vr.core.validation import check_choice, check_instance
 from lightning_vr.process.diffusers_network import load_pretrained, network_folder, saved_config
 from lightning_vr.process.network_dtype import DTYPES, NetworkDtype
 
@@ -72,6 +72,8 @@ class Autoencoder(nn.Module):
 
     def __init__(self, folder: AutoencoderFolder) -> None:
         super().__init__()
+        example = "AutoencoderFolder(path, subfolder), or override `encode` for another autoencoder"
+        check_instance("autoencoder", folder, AutoencoderFolder, example)
         self.folder = folder
         model = _load(folder)
         self.in_channels = int(model.config.in_channels)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_vr.core.validation import check_positive
+from lightning_vr.core.validation import check_positive, described
 from lightning_vr.process.predictions import PredictionType
 from lightning_vr.process.schedules import RectifiedFlow, Schedule, is_diffusers_scheduler
 from lightning_vr.process.timesteps import Density, Shifted, Uniform, UniformSteps
@@ -54,8 +54,8 @@ class DiffusersSchedule(Schedule):
         super().__init__()
         if not is_diffusers_scheduler(type(scheduler)):
             raise ValueError(
-                f"`scheduler` must be a diffusers scheduler, got {_name(scheduler)}: use one, as "
-                f"DDPMScheduler()."
+                f"`scheduler` must be a diffusers scheduler, got {described(scheduler)}: use "
+                f"one, as DDPMScheduler()."
             )
         self.scheduler = scheduler
         self._config = _config(scheduler)
@@ -197,13 +197,9 @@ def as_schedule(schedule: Any) -> Schedule:
     if isinstance(schedule, Schedule):
         return schedule
     raise ValueError(
-        f"`schedule` must be a schedule or a diffusers scheduler, got {_name(schedule)}: use EDM() "
-        f"or another schedule of this package, or DiffusersSchedule(scheduler)."
+        f"`schedule` must be a schedule or a diffusers scheduler, got {described(schedule)}: use "
+        f"EDM() or another schedule of this package, or DiffusersSchedule(scheduler)."
     )
-
-
-def _name(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _config(scheduler: Any) -> Mapping[str, Any]:

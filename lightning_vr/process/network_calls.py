@@ -81,7 +81,7 @@ def call_network(
         if not _SHAPE_ERROR.search(str(error)):
             raise
         raise ValueError(
-            f"`network` must take samples of shape {tuple(x.shape[1:])}, but "
+            f"`network` must take samples of shape {tuple(x.shape[1:])}{_with_shapes(cond)}, but "
             f"{type(network).__name__} does not ({str(error).splitlines()[0]}): build it for the "
             f"shape of the data, or choose other data or another `shape` of samples."
         ) from error
@@ -90,6 +90,13 @@ def call_network(
     if call.convention == "Flux":
         output = unpack(output, *x.shape[-2:])
     return _parts(output, x, type(network).__name__)
+
+
+def _with_shapes(cond: Mapping[str, Any] | None) -> str:
+    """Return the shapes of conditions, of which one may be what the network does not take."""
+    tensors = {name: x for name, x in (cond or {}).items() if isinstance(x, Tensor)}
+    shapes = ", ".join(f"`{name}` of shape {tuple(x.shape[1:])}" for name, x in tensors.items())
+    return f" with the condition {shapes}" if shapes else ""
 
 
 def _cast(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lightning_vr.core.validation import (
     check_at_least,
     check_finite_number,
     check_fraction,
+    check_instance,
     check_integer,
     check_positive,
 )
@@ -78,11 +79,9 @@ class Sampler:
     guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver | None):
-            raise ValueError(
-                f"`solver` must be a solver, got {self.solver!r}: use an object, as in "
-                f"Sampler(solver=DDIM(eta=0.5))."
-            )
+        if self.solver is not None:
+            example = "an object, as DDIM(eta=0.5), or DiffusersSolver(scheduler) for a scheduler"
+            check_instance("solver", self.solver, Solver, example)
         check_grid(self.grid)
         if self.steps is not None:
             check_integer("steps", self.steps, 2)

@@ -15,6 +15,7 @@ from lightning_vr.core.conditions import Condition
 from lightning_vr.core.distributed import rank
 from lightning_vr.core.rng import generator
 from lightning_vr.core.types import WHOLE_STEP, Clean, StepPart
+from lightning_vr.core.validation import check_instance
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.proposals import WeightProposal
@@ -73,6 +74,7 @@ class ScoreDistillationLoss(TimeRange, nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_instance("teacher", teacher, FrozenTeacher, "FrozenTeacher(network, schedule)")
         self.teacher = teacher
         self.draws = draws or CARV(8, WeightProposal(), antithetic=True)
         self.weighting = weighting or DistillationWeighting()

@@ -208,6 +208,12 @@ def check_clean(
     _warn_of_range(clean.x0)
     if clean.group is not None:
         check_group(clean.group, num_classes)
+    elif num_classes is not None:
+        raise ValueError(
+            f"Batches must have labels with `num_classes`, which is {num_classes}, got one "
+            f"without: let the data set return `label` (ImageFolder: labels_from_folders=True) and "
+            f"`encode` pass it on as `group`, or leave out `num_classes`."
+        )
     if clean.cond_group is not None:
         _check_cond_group(clean.cond_group, len(clean.x0))
     if positions is None or clean.index is None:
@@ -221,10 +227,17 @@ def check_clean(
 
 
 def _warn_of_range(x0: Tensor) -> None:
-    """Warn if images reach far outside [-1, 1], as pixels from 0 to 255 in floating point do."""
+    """Warn if images are not around 0, or far outside [-1, 1], as pixels from 0 to 255 are."""
     if x0.ndim < 4:
         return
-    largest = float(x0.detach().abs().max())
+    lowest, highest = (float(end) for end in x0.detach().aminmax())
+    largest = max(-lowest, highest)
+    if lowest >= 0 and 0.5 < largest <= 1:
+        warnings.warn(
+            "Images should lie in [-1, 1], but none of these pixels is below 0: scale them, as "
+            "`2 * image - 1` for pixels from 0 to 1.",
+            stacklevel=2,
+        )
     if largest > _LARGEST_PIXEL:
         warnings.warn(
             f"Images should lie in [-1, 1], but these reach {largest:.4g}: scale them, as "

@@ -46,6 +46,7 @@ from lightning_vr.training.checks import (
     check_clean,
     check_conditioning,
     check_estimators,
+    check_group,
     check_objective,
     check_predicts_variance,
     check_upstream,
@@ -53,6 +54,7 @@ from lightning_vr.training.checks import (
 from lightning_vr.training.denoising import Denoising
 from lightning_vr.training.guidance import check_cond_dropout, check_guidance
 from lightning_vr.training.network_settings import prepare_network, use_plain_keys
+from lightning_vr.training.part_classes import check_part_classes
 from lightning_vr.training.upstream import NullCondition
 
 
@@ -113,6 +115,16 @@ class Diffusion(Denoising):
         variance: LearnedVariance | None = None,
     ) -> None:
         super().__init__(num_classes, null_cond)
+        check_part_classes(
+            network=network,
+            timesteps=timesteps,
+            weighting=weighting,
+            draws=draws,
+            target=target,
+            control_variate=control_variate,
+            sampler=sampler,
+            variance=variance,
+        )
         check_choice("prediction", prediction, get_args(PredictionType))
         check_positive("sigma_data", sigma_data)
         self.sampler = sampler or Sampler()
@@ -158,7 +170,8 @@ class Diffusion(Denoising):
     ) -> LossEstimate:
         """Return the loss of a batch: an unbiased estimate, whatever the slots hold.
 
-        The first batch in training and the first in evaluation mode are checked.
+        The first batch in training and the first in evaluation mode are checked, and the labels of
+        all batches on the CPU.
 
         Args:
             batch: What ``encode`` takes.
@@ -169,11 +182,10 @@ class Diffusion(Denoising):
         """
         clean = self.clean(batch)
         if self.training not in self._checked_modes:
-            check_clean(clean, self.num_classes, allow_nonfinite=self.skips_nonfinite)
-            check_upstream(clean, self.target)
-            check_on_levels(clean.x0, None if self.variance is None else self.variance.levels)
-            self.sample_shape = tuple(clean.x0.shape[1:])
-            self._checked_modes.add(self.training)
+            self._check_first(clean, source)
+        elif clean.group is not None and clean.group.is_cpu:
+            # elsewhere this would wait for the device in each step
+            check_group(clean.group, self.num_classes)
         draws = draws or self.draws
         times = draws.times(clean, self.objective, source, part)
         found = self.draw(clean, source, times, draws=draws, target=target)
@@ -291,6 +303,15 @@ class Diffusion(Denoising):
                 progress=progress,
             )
         return x0
+
+    def _check_first(self, clean: Clean, source: torch.Generator) -> None:
+        """Raise if the first batch of a mode cannot be trained on, and note its shape."""
+        check_clean(clean, self.num_classes, allow_nonfinite=self.skips_nonfinite)
+        check_upstream(clean, self.target)
+        check_on_levels(clean.x0, None if self.variance is None else self.variance.levels)
+        sample_arguments.check_source(source, clean.x0.device)
+        self.sample_shape = tuple(clean.x0.shape[1:])
+        self._checked_modes.add(self.training)
 
     def _estimate(self, noised: Noised, target: TargetEstimate) -> LossEstimate:
         if self.variance is not None:

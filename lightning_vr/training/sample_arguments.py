@@ -95,7 +95,11 @@ def source(
         ValueError: If the generator cannot draw on the model's device, or both are given.
     """
     if given is not None:
-        _check_source(given, seed, device_of(model))
+        if seed is not None:
+            raise ValueError(
+                f"`seed` must be None where `source` is given, got {seed}: leave one of them out."
+            )
+        check_source(given, device_of(model))
         return given
     if seed is not None:
         check_integer("seed", seed, 0)
@@ -103,20 +107,21 @@ def source(
     return model.generator("sample", *([calls] if calls else []))
 
 
-def _check_source(source: Any, seed: int | None, device: torch.device) -> None:
-    if seed is not None:
-        raise ValueError(
-            f"`seed` must be None where `source` is given, got {seed}: leave one of them out."
-        )
+def check_source(source: Any, device: torch.device) -> None:
+    """Raise if a value is no generator that draws on a device.
+
+    Raises:
+        ValueError: If it is something else, or on another kind of device.
+    """
     if not isinstance(source, torch.Generator):
         raise ValueError(
-            f"`source` must be a torch.Generator, got {type(source).__name__}: use `seed` for a "
-            f"number."
+            f"`source` must be a torch.Generator, got {type(source).__name__}: use one, as "
+            f"torch.Generator().manual_seed(0) or `model.generator('train', step)`."
         )
     if source.device.type != device.type:
         raise ValueError(
             f"`source` must be on the model's device, {device}, got one on {source.device}: make "
-            f"it with torch.Generator({str(device)!r}), or use `seed`."
+            f"it with torch.Generator({str(device)!r})."
         )
 
 

@@ -2,12 +2,14 @@
 
 import copy
 import csv
+import io
 import json
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
+from rich.console import Console
 from support.denoisers import MIXTURE, mixture_denoiser
 from support.mixtures import quantiles, uniforms
 from support.networks import small_mlp
@@ -25,7 +27,7 @@ from lightning_vr import (
     error_budget,
     posterior_mean,
 )
-from lightning_vr.auditing.error_budget_report import save
+from lightning_vr.auditing.error_budget_report import save, table
 from lightning_vr.auditing.sampling_errors import advise, alternatives
 from lightning_vr.data.dataset import InMemoryDataset
 from lightning_vr.process.reverse_estimate import ReverseEstimate
@@ -144,6 +146,15 @@ def test_a_budget_is_written_as_tables_numbers_and_a_picture(tmp_path):
     page = (tmp_path / "error_budget.md").read_text()
     assert f"| own | 4 | {found.own.initialisation:.3g} |" in page
     assert (tmp_path / "error_budget.png").stat().st_size > 10_000
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    found = error_budget(module(), Points(), Sampler(Heun(), steps=4, **ENDS), samples=8)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(found))
+    said = " ".join(console.export_text().split())
+    assert "on the same trajectories." in said
+    assert "…" not in said
 
 
 def test_given_noise_levels_are_compared_with_the_usual_ones():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from foreign_trainers import DDPM, ddpm_loss, pictures
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from support.comparisons import assert_equal
@@ -80,6 +81,19 @@ def test_a_run_leaves_numbers_a_file_a_picture_and_sentences(tmp_path, capsys):
     for name in names:
         mean = numbers(tmp_path / "convergence.csv", name)[-4:].mean()
         assert float(trainer.callback_metrics[f"convergence/{name}"]) == pytest.approx(float(mean))
+
+
+@pytest.mark.pictures
+def test_a_run_that_is_interrupted_leaves_the_picture_and_the_sentences_too(tmp_path, capsys):
+    class Interrupt(Callback):
+        def on_train_batch_end(self, *_):
+            raise KeyboardInterrupt
+
+    watch = Convergence(**SETTINGS)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, watch, Interrupt())
+    assert (tmp_path / "convergence.png").stat().st_size > 10_000
+    assert watch.summary() in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -148,6 +148,15 @@ def test_a_condition_that_is_missing_is_named(kind, source):
             call_network(network, x, TIMES, None, rest)
 
 
+def test_the_shape_of_a_condition_that_does_not_fit_is_told(source):
+    kind = "conditional UNet"
+    x = torch.randn(3, *shape_of(kind), generator=source)
+    text = torch.randn(3, 5, 3, generator=source)
+    said = r"with the condition `encoder_hidden_states` of shape \(5, 3\), but UNet2D"
+    with pytest.raises(ValueError, match=said):
+        call_network(tiny(kind), x, TIMES, cond={"encoder_hidden_states": text})
+
+
 def test_a_condition_that_the_network_does_not_take_is_named(source):
     x = torch.randn(3, *shape_of("conditional UNet"), generator=source)
     cond = condition("conditional UNet", 3) | {"text": x}

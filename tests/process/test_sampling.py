@@ -172,7 +172,7 @@ def test_the_progress_bar_counts_evaluations(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "rk4"}, "`solver` must be a solver, got 'rk4'"),
+        ({"solver": "rk4"}, "`solver` must be an object of the class Solver, got 'rk4'"),
         ({"grid": [1.0]}, r"`grid` must be .* two or more decreasing noise levels .* got \[1.0\]"),
         ({"grid": [1.0, 2.0]}, r"decreasing noise levels above 0, got \[1.0, 2.0\]"),
         ({"grid": [2.0, 1.0, 0.0]}, "got .* leave out the final 0"),

@@ -315,7 +315,7 @@ def test_the_same_generator_gives_the_same_samples_at_any_batch_size(solver, sou
         (lambda: RK45(atol=math.nan), "`atol` must be positive"),
         (lambda: Sampler(RK45(), steps=9), "`steps` must be left out with RK45, .* got 9"),
         (lambda: Sampler(RK45(), grid="exponential"), "`grid` must be left out with RK45"),
-        (lambda: Sampler("heun"), r"`solver` must be a solver, got 'heun': .*solver=DDIM\("),
+        (lambda: Sampler("heun"), r"`solver` must be an object .* got 'heun': .*as DDIM\("),
     ],
 )
 def test_settings_that_cannot_work_are_refused(build, message):

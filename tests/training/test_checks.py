@@ -100,6 +100,41 @@ def test_images_far_outside_of_their_range_are_warned_of_once(largest, is_far):
     assert all(f"these reach {largest:.4g}" in message for message in found)
 
 
+@pytest.mark.parametrize(("shift", "is_warned"), [(0.0, True), (-0.5, False)])
+def test_pixels_from_0_to_1_are_warned_of(shift, is_warned):
+    images = torch.rand(2, 1, 8, 8, generator=generator("unit range")) + shift
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        DiffusionModule(small_unet()).loss({"image": images}, generator("range"))
+    assert any("none of these pixels is below 0" in str(e.message) for e in caught) == is_warned
+
+
+def classified():
+    return DiffusionModule(small_mlp(num_class_embeds=3), num_classes=2)
+
+
+def test_a_batch_without_labels_is_refused_where_the_model_has_classes():
+    with pytest.raises(ValueError, match=r"must have labels with `num_classes`, which is 2, got"):
+        classified().loss({"x0": torch.zeros(2, 2)}, generator("labels"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "advice"), [(5, "set `num_classes` to 6 or fix"), (-1, "number the classes from 0")]
+)
+def test_labels_out_of_range_are_refused_in_every_batch(wrong, advice):
+    model, x0 = classified(), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=advice):
+        model.loss((x0, torch.tensor([0, wrong])), generator("labels"))
+    model.loss((x0, torch.tensor([0, 1])), generator("labels"))
+    with pytest.raises(ValueError, match=advice):
+        model.loss((x0, torch.tensor([0, wrong])), generator("labels"))
+
+
+def test_a_dictionary_without_images_is_refused_with_the_names_that_it_has():
+    with pytest.raises(ValueError, match="got one with 'pixel_values', 'text': override"):
+        Clean.from_batch({"pixel_values": torch.zeros(2, 2), "text": ["a", "b"]})
+
+
 def test_points_may_lie_anywhere():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -127,7 +127,7 @@ class TestNoise:
             ({"seed": 1.5}, "`seed` must be a whole number .* got 1.5"),
             ({"seed": True}, "`seed` must be a whole number .* got True"),
             ({"seed": 1, "source": generator(0)}, "`seed` must be None where `source` is given"),
-            ({"source": 3}, "`source` must be a torch.Generator, got int: use `seed`"),
+            ({"source": 3}, "`source` must be a torch.Generator, got int: use one, as torch"),
         ],
     )
     def test_what_gives_no_noise_is_refused(self, options, message):

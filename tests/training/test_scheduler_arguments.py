@@ -88,8 +88,8 @@ def test_a_scheduler_is_wrapped_wherever_a_schedule_is_wanted(ddpm):
             "got the class DDPMScheduler: .*DiffusersSchedule\\(scheduler\\)",
         ),
         (VP, "got the class VP: use"),
-        ("VP", "got str: use EDM"),
-        (Uniform(), "got Uniform: use EDM"),
+        ("VP", "got 'VP': use EDM"),
+        (Uniform(), "got a Uniform: use EDM"),
     ],
 )
 def test_what_is_no_schedule_is_refused_with_the_fix(wrong, message):
