@@ -85,6 +85,14 @@ def call_network(
             f"{type(network).__name__} does not ({str(error).splitlines()[0]}): build it for the "
             f"shape of the data, or choose other data or another `shape` of samples."
         ) from error
+    except IndexError as error:
+        # of a later batch: to check each would wait for the device
+        if labels is None:
+            raise
+        raise ValueError(
+            f"`label` must be below the number of classes that {type(network).__name__} embeds, "
+            f"got labels of up to {int(labels.max())} ({error}): fix the labels, or embed more."
+        ) from error
     output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     assert isinstance(output, Tensor)
     if call.convention == "Flux":

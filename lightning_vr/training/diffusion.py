@@ -46,7 +46,6 @@ from lightning_vr.training.checks import (
     check_clean,
     check_conditioning,
     check_estimators,
-    check_group,
     check_objective,
     check_predicts_variance,
     check_upstream,
@@ -170,8 +169,7 @@ class Diffusion(Denoising):
     ) -> LossEstimate:
         """Return the loss of a batch: an unbiased estimate, whatever the slots hold.
 
-        The first batch in training and the first in evaluation mode are checked, and the labels of
-        all batches on the CPU.
+        The first batch in training and the first in evaluation mode are checked.
 
         Args:
             batch: What ``encode`` takes.
@@ -183,9 +181,6 @@ class Diffusion(Denoising):
         clean = self.clean(batch)
         if self.training not in self._checked_modes:
             self._check_first(clean, source)
-        elif clean.group is not None and clean.group.is_cpu:
-            # elsewhere this would wait for the device in each step
-            check_group(clean.group, self.num_classes)
         draws = draws or self.draws
         times = draws.times(clean, self.objective, source, part)
         found = self.draw(clean, source, times, draws=draws, target=target)

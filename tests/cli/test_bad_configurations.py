@@ -523,7 +523,6 @@ OTHERS = [
     again(Bad("", "`data`", "test --data Digits", command="test", data=[])),
     Bad("", "`ckpt_path`", "trained module", command="predict"),
     Bad("--num_samples=0", "num_samples", "above 0", command="predict"),
-    Bad("--conditions=nope.csv", "`conditions`", "correct the path", command="predict"),
     again(Bad("--budget=-1", "budget", "above 0", command="audit")),
     Bad("--candidates=nowhere.yaml", "`candidates`", "YAML file", command="audit"),
     audit("- name: [", "`candidates`", "fix it there"),

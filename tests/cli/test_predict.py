@@ -85,6 +85,13 @@ def test_labels_of_a_file_are_what_samples_are_drawn_for(run, trained, folder):
     assert samples["labels"].tolist() == [3, 5, 3, 5, 3]
 
 
+def test_a_file_of_conditions_that_is_missing_is_named(run, points, capsys):
+    with pytest.raises(SystemExit):
+        run("predict", *points, *FEW, "--conditions=nope.csv", network=[], data=[])
+    said = capsys.readouterr().err
+    assert "error: `conditions` must be a text file in UTF-8, but nope.csv cannot be read" in said
+
+
 def test_prompts_of_a_file_are_encoded_by_the_module_and_stand_beside_the_samples(folder):
     (folder / "prompts.txt").write_text("left\nup\n")
     model = captioned(sampler=Sampler(steps=2))

@@ -121,13 +121,16 @@ def test_a_batch_without_labels_is_refused_where_the_model_has_classes():
 @pytest.mark.parametrize(
     ("wrong", "advice"), [(5, "set `num_classes` to 6 or fix"), (-1, "number the classes from 0")]
 )
-def test_labels_out_of_range_are_refused_in_every_batch(wrong, advice):
+def test_labels_out_of_range_are_refused_with_what_to_do(wrong, advice):
+    with pytest.raises(ValueError, match=advice):
+        classified().loss((torch.zeros(2, 2), torch.tensor([0, wrong])), generator("labels"))
+
+
+def test_labels_of_later_batches_that_have_no_embedding_are_refused():
     model, x0 = classified(), torch.zeros(2, 2)
-    with pytest.raises(ValueError, match=advice):
-        model.loss((x0, torch.tensor([0, wrong])), generator("labels"))
     model.loss((x0, torch.tensor([0, 1])), generator("labels"))
-    with pytest.raises(ValueError, match=advice):
-        model.loss((x0, torch.tensor([0, wrong])), generator("labels"))
+    with pytest.raises(ValueError, match=r"that ResidualMLP embeds, got labels of up to 5 .*: fix"):
+        model.loss((x0, torch.tensor([0, 5])), generator("labels"))
 
 
 def test_a_dictionary_without_images_is_refused_with_the_names_that_it_has():

@@ -67,7 +67,8 @@ def test_a_run_with_every_other_estimator_trains_both_halves_and_its_checkpoint_
 def test_transformers_of_twice_the_channels_learn_and_use_their_variance(kind, source):
     class Conditional(Diffusion):
         def encode(self, batch):
-            return Clean(batch, cond=condition(kind, len(batch)))
+            group = torch.arange(len(batch)) if kind == "DiT" else None
+            return Clean(batch, group, condition(kind, len(batch)))
 
     labels = {"num_classes": 3} if kind == "DiT" else {}
     own = Conditional(
