@@ -145,11 +145,7 @@ class AuditDuringTraining(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what would have paid early and late."""
-        rank_zero_info(
-            self.history.summary()
-            or "AuditDuringTraining has measured nothing: one audit takes more than 2 % of this "
-            "run. Pass `every_n_steps` to have some."
-        )
+        rank_zero_info(self.history.summary() or self._reason_for_none())
         self._rivals = self._measuring = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,6 +166,13 @@ class AuditDuringTraining(Callback):
         self._cost = state_dict["cost"]
         self._logged_step = state_dict["logged_step"]
         self._audited_step = state_dict["audited_step"]
+
+    def _reason_for_none(self) -> str:
+        reason = "one audit takes more than 2 % of this run. Pass `every_n_steps` to have some."
+        if self.every_n_steps is not None:
+            batches = 2 * self.repetitions
+            reason = f"one audit takes {batches} whole batches, and the run ended before."
+        return f"AuditDuringTraining has measured nothing: {reason}"
 
     def _is_due(self, trainer: Trainer, batch_idx: int, device: torch.device) -> bool:
         step = trainer.global_step

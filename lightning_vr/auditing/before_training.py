@@ -10,6 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_vr.core.rng import preserve_global_rng
+from lightning_vr.core.validation import check_instance
 from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
 from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
 from lightning_vr.lifecycle.trainer_callbacks import callbacks_of, using_callbacks
@@ -43,7 +44,14 @@ def measure_before_training(
     Raises:
         MisconfigurationException: If the trainer starts its processes by fork or spawn, or shards
             weights.
+        ValueError: If the data is in no data module.
     """
+    check_instance(
+        "datamodule",
+        datamodule,
+        LightningDataModule,
+        "LightningDataModule.from_datasets(data, batch_size=64) for a data set of your own",
+    )
     callback = _Measuring(lambda trainer: measure(trainer, module))
     with quiet_trainer():
         if trainer is None:

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_vr.core.devices import device_of
+from lightning_vr.core.validation import check_instance
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.loss import ControlVariate
 from lightning_vr.estimators.targets import Target
@@ -138,6 +139,8 @@ def check_candidates(candidates: list[Candidate], module: Any = None) -> None:
         candidates: The candidates.
         module: Their module, if it is known.
     """
+    for candidate in candidates:
+        check_instance("candidates", candidate, Candidate, "Candidate('STF', target=STF('batch'))")
     names = [candidate.name for candidate in candidates]
     if len({*names, CURRENT}) <= len(names):
         raise ValueError(

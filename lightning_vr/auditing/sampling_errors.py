@@ -95,6 +95,8 @@ def advise(budgets: dict[str, ErrorBudget]) -> str:
     if largest == "the learned score":
         low, high = own.score_levels()
         span = f"mostly at noise levels from {low:.2g} to {high:.2g}"
+        if low == high:
+            span = f"mostly at a noise level of {low:.2g}"
         return f"Train more, {span}: {reason}; {by_steps}{by_grid}."
     if largest == "initialisation":
         top = float(own.noise_levels[0])

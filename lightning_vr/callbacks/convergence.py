@@ -28,7 +28,7 @@ from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
 from lightning_vr.lifecycle.loggers import log_numbers, log_picture, training_goes_on
 from lightning_vr.lifecycle.training_set import data_size, training_loader
-from lightning_vr.lifecycle.weight_averaging import averaged_weights
+from lightning_vr.lifecycle.weight_averaging import averaged_weights, is_averaged
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.sampling import evaluating
 from lightning_vr.process.schedules import Schedule
@@ -203,7 +203,8 @@ class Convergence(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the sentences."""
         if self._measurement is not None and trainer.is_global_zero:
-            Console().print(f"Convergence: {self.summary()}", highlight=False)
+            of = " of the averaged weights" if is_averaged(trainer) else ""
+            Console().print(f"Convergence{of}: {self.summary()}", highlight=False)
 
     def summary(self) -> str:
         """Return what was found, in sentences."""

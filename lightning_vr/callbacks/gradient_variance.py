@@ -228,24 +228,22 @@ class GradientVariance(Callback):
             is_logged = self._display.is_new(trainer)
             report.show(trainer, self.statistics, self._display.folder, is_logged=is_logged)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
         """Remove hooks, and draw what was measured until then: a run may end by Ctrl-C."""
         if self._probe is not None:
             self._probe.close()
-        if self.statistics is None or self.statistics.is_empty or not trainer.is_global_zero:
-            return
-        report.show(trainer, self.statistics, self._display.folder, is_logged=False)
+        found = self.statistics
+        if found is not None and not found.is_empty and trainer.is_global_zero:
+            report.show(trainer, found, self._display.folder, is_logged=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, or warn that there is none."""
-        if self.statistics is None or not trainer.is_global_zero:
-            return
-        if self.statistics.is_empty:
-            self.cadence.warn_of_none("GradientVariance", trainer.global_step)
-        if not self.statistics.is_empty:
-            Console().print(report.table(self.statistics))
+        found = self.statistics
+        if found is not None and trainer.is_global_zero:
+            if found.is_empty:
+                self.cadence.warn_of_none("GradientVariance", trainer.global_step)
+            else:
+                Console().print(report.table(found))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments so far."""

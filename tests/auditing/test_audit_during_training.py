@@ -148,6 +148,12 @@ def test_a_run_that_is_too_short_for_one_says_so(caplog):
     assert any("Pass `every_n_steps`" in each for each in caplog.messages)
 
 
+def test_a_run_that_ends_within_its_first_audit_says_so(caplog):
+    with caplog.at_level("INFO"):
+        trained(AuditDuringTraining(RIVALS, every_n_steps=2, repetitions=3), steps=4)
+    assert "measured nothing: one audit takes 6 whole batches, and the run" in caplog.text
+
+
 def test_what_cannot_be_audited_is_refused():
     with pytest.raises(ValueError, match="`repetitions` must be at least 3, got 2"):
         AuditDuringTraining(repetitions=2)

@@ -1,11 +1,14 @@
 """Which estimators are compared: those that ship, or those of a file."""
 
 import pytest
+import torch
 from jsonargparse import ArgumentError
+from torch.utils.data import DataLoader
 
-from lightning_vr.auditing import Candidate
+from lightning_vr.auditing import Candidate, audit
 from lightning_vr.auditing.candidates import check_candidates, read_candidates
 from lightning_vr.auditing.default_candidates import default_candidates
+from lightning_vr.data import EightGaussians
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import IID
 from lightning_vr.estimators.proposals import WeightProposal
@@ -148,3 +151,11 @@ def test_what_changes_the_objective_is_no_candidate(tmp_path):
         Candidate("other", draws=Beta(2, 1))
     with pytest.raises(ValueError, match="got `target`, which changes it"):
         Candidate("other", target=P2Weighting())
+
+
+def test_a_name_is_no_candidate_and_a_loader_no_data_module():
+    module = DiffusionModule(ResidualMLP(2, width=8))
+    with pytest.raises(ValueError, match=r"`candidates` must be .*Candidate, got 'STF': use Cand"):
+        audit(module, EightGaussians(), ["STF"])
+    with pytest.raises(ValueError, match=r"`datamodule` must be .*, got a DataLoader: use Light"):
+        audit(module, DataLoader(torch.zeros(4, 2)))

@@ -31,7 +31,7 @@ from lightning_vr.auditing.error_budget_report import save, table
 from lightning_vr.auditing.sampling_errors import advise, alternatives
 from lightning_vr.data.dataset import InMemoryDataset
 from lightning_vr.process.reverse_estimate import ReverseEstimate
-from lightning_vr.variance.error_budget import measure_error_budgets
+from lightning_vr.variance.error_budget import ErrorBudget, measure_error_budgets
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*`max_epochs`")
 
@@ -88,6 +88,12 @@ def advice(kind="polynomial", rho=7.0, wrong=0.0, high=80.0, solver=None):
 def test_advice_goes_from_the_grid_to_training_as_the_score_gets_worse():
     assert advice(rho=2.0, solver=Euler()).startswith("Take another grid, exponential: discret")
     assert advice(rho=2.0, wrong=0.5, solver=Euler()).startswith("Train more, mostly at noise")
+
+
+def test_one_noise_level_is_not_named_as_a_range(monkeypatch):
+    monkeypatch.setattr(ErrorBudget, "score_levels", lambda _: (2.5, 2.5))
+    said = advice(rho=2.0, wrong=0.5, solver=Euler())
+    assert said.startswith("Train more, mostly at a noise level of 2.5: ")
 
 
 def test_advice_is_to_take_more_steps_where_no_other_grid_is_better():

@@ -195,12 +195,13 @@ def test_validations_of_other_data_in_a_checkpoint_are_dropped(tmp_path, caplog)
     assert [record.step for record in watch.records][:1] == [5]
 
 
-def test_averaged_weights_are_measured_whatever_the_order_of_callbacks(tmp_path):
+def test_averaged_weights_are_measured_whatever_the_order_of_callbacks(tmp_path, capsys):
     tables = []
     for number, order in enumerate((1, -1)):
         callbacks = [Convergence(**SETTINGS), EMA(decay=0.5)][::order]
         trainer = fit(tmp_path / str(number), *callbacks)
         tables.append((tmp_path / str(number) / "convergence.csv").read_text())
+        assert "Convergence of the averaged weights: At step" in capsys.readouterr().out
     assert tables[0] == tables[1]
     plain = fit(tmp_path / "plain", Convergence(**SETTINGS))
     assert (tmp_path / "plain" / "convergence.csv").read_text() != tables[0]
