@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_vr.callbacks.asked_conditions import Asked, asked, validated
 from lightning_vr.core.rng import generator, preserve_global_rng
-from lightning_vr.core.validation import check_at_least
+from lightning_vr.core.validation import check_at_least, check_functions
 from lightning_vr.data.conditions import Conditions, ConditionsSource
 from lightning_vr.lifecycle.weight_averaging import averaged_weights
 from lightning_vr.process.sampling import evaluating
@@ -43,6 +43,7 @@ class AfterValidation(Callback, ABC):
         conditions: ConditionsSource | None = None,
     ) -> None:
         check_at_least("every_n_validations", every_n_validations, 1)
+        check_functions(sample=sample)
         self.sample = sample
         self.conditions = None if conditions is None else Conditions.of(conditions)
         self.every_n_validations = every_n_validations

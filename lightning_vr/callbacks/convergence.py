@@ -24,7 +24,7 @@ from lightning_vr.callbacks.training_samples import training_samples
 from lightning_vr.core.batches import batch_size
 from lightning_vr.core.distributed import world_size
 from lightning_vr.core.rng import preserve_global_rng
-from lightning_vr.core.validation import check_at_least
+from lightning_vr.core.validation import check_at_least, check_functions
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
 from lightning_vr.lifecycle.loggers import log_numbers, log_picture, training_goes_on
 from lightning_vr.lifecycle.training_set import data_size, training_loader
@@ -112,6 +112,7 @@ class Convergence(Callback):
         check_at_least("noise_levels", noise_levels, 2)
         check_at_least("samples", samples, BLOCKS)
         check_at_least("max_data", max_data, 2)
+        check_functions(loss=loss, clean=clean)
         self.every_n_steps, self.noise_levels = every_n_steps, noise_levels
         self.samples, self.max_data = samples, max_data
         self.loss, self.clean = loss, clean

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_vr.core.devices import device_of
+from lightning_vr.core.validation import check_functions
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.process.timesteps import Density, Uniform
@@ -38,6 +39,7 @@ class GivenTraining:
     timesteps: Density | None = None
 
     def __post_init__(self) -> None:
+        check_functions(loss=self.loss, clean=self.clean, draw=self.draw)
         if self.schedule is not None:
             object.__setattr__(self, "schedule", as_schedule(self.schedule))
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from lightning_vr.callbacks import target_variance_report as report
 from lightning_vr.callbacks.training_samples import training_samples
 from lightning_vr.core.types import LossEstimate
-from lightning_vr.core.validation import check_at_least
+from lightning_vr.core.validation import check_at_least, check_functions
 from lightning_vr.estimators.stf import STF
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
 from lightning_vr.lifecycle.loggers import log_numbers, run_folder
@@ -87,6 +87,7 @@ class TargetVariance(Callback):
         check_at_least("noise_levels", noise_levels, 2)
         check_at_least("samples", samples, 64)
         check_at_least("max_data", max_data, 1)
+        check_functions(clean=clean)
         for count in references or []:
             check_at_least("references", count, 1)
         self.references = references

@@ -93,6 +93,19 @@ def check_instance(name: str, value: Any, kind: type, example: str) -> None:
         )
 
 
+def check_functions(**functions: Any) -> None:
+    """Raise if an argument, unless it is None, is no function.
+
+    Raises:
+        ValueError: Naming the first that is none.
+    """
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            raise ValueError(
+                f"`{name}` must be a function, got {described(value)}: pass the function itself."
+            )
+
+
 def described(value: Any) -> str:
     """Return what a wrong value is, in a few words for a message."""
     if isinstance(value, type):

@@ -76,7 +76,8 @@ class Diffusion(Denoising):
         control_variate: A term of the loss whose gradient has mean zero.
         sigma_data: Standard deviation of the data, for the preconditioning of ``"edm"``.
         num_classes: Number of class labels that the network is conditioned on. Its embedding needs
-            one more, the last, for dropped labels. Without it labels are ignored.
+            one more, the last, for dropped labels, and each batch has labels. Without it they are
+            ignored.
         label_dropout: Fraction of labels to drop, for classifier-free guidance.
         cond_dropout: Fraction of further conditions to drop, together with labels where both are.
         null_cond: What stands for a dropped condition: ``"zeros"``, or a row of numbers for each

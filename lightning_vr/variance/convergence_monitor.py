@@ -20,7 +20,12 @@ from lightning_vr.core.devices import device_of
 from lightning_vr.core.rng import generator, preserve_global_rng, seed_global_rng
 from lightning_vr.core.rows import detached
 from lightning_vr.core.types import Clean, Noised
-from lightning_vr.core.validation import check_at_least, check_finite, check_samples
+from lightning_vr.core.validation import (
+    check_at_least,
+    check_finite,
+    check_functions,
+    check_samples,
+)
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.sampling import evaluating
 from lightning_vr.process.timesteps import Density
@@ -91,6 +96,7 @@ class ConvergenceMonitor:
         check_at_least("samples", samples, BLOCKS)
         check_at_least("max_data", max_data, 2)
         check_at_least("batch_size", batch_size, 1)
+        check_functions(loss=loss)
         self.loss, self.every_n_steps, self.batch_size = loss, every_n_steps, batch_size
         self.records: list[Record] = []
         self.floors: Floors | None = None
