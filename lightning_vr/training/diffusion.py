@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_vr.core.conditions import Condition, expanded
 from lightning_vr.core.devices import device_of
 from lightning_vr.core.gradients import mean_in_chunks
+from lightning_vr.core.rng import split
 from lightning_vr.core.rows import Rows, tensors
 from lightning_vr.core.sharding import whole_weights
 from lightning_vr.core.types import (
@@ -174,9 +175,11 @@ class Diffusion(Denoising):
             check_on_levels(clean.x0, None if self.variance is None else self.variance.levels)
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
-        draws = draws or self.draws
+        draws, target_source = draws or self.draws, split(source)
         times = draws.times(clean, self.objective, source, part)
-        found = self.draw(clean, source, times, draws=draws, target=target)
+        found = self.draw(
+            clean, source, times, draws=draws, target=target, target_source=target_source
+        )
         return self.compute_loss(*found, draws=draws)
 
     def draw(
@@ -187,6 +190,7 @@ class Diffusion(Denoising):
         *,
         draws: Draws | None = None,
         target: Target | None = None,
+        target_source: torch.Generator | None = None,
     ) -> tuple[Noised, TargetEstimate]:
         """Noise clean samples at given times and estimate what to regress on.
 
@@ -196,13 +200,14 @@ class Diffusion(Denoising):
             times: Times from ``draws.times``.
             draws: Used in place of the model's own.
             target: Used in place of the model's own.
+            target_source: Generator of the target's randomness; ``source`` if not given.
         """
         noised = (draws or self.draws).noise(clean, self.schedule, times, source)
         if self.training:
             null = self.null_condition(noised.cond) if self.cond_dropout > 0 else None
             fractions = self.label_dropout, self.cond_dropout
             noised = drop_conditions(noised, *fractions, null, source)
-        found = (target or self.target)(noised, clean, source)
+        found = (target or self.target)(noised, clean, target_source or source)
         if self.control_variate is not None:
             noised = self.control_variate.draw(noised, source)
         return noised, found

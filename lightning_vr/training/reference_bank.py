@@ -8,7 +8,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_vr.core.devices import device_of
 from lightning_vr.core.distributed import rank, world_size
+from lightning_vr.core.rng import generator, split
 from lightning_vr.core.types import Clean
 from lightning_vr.data.dataset import SampleDataset
 from lightning_vr.estimators.stf import STF
@@ -64,6 +66,23 @@ def refill_target(model: Diffusion, trainer: Trainer) -> None:
     is_filled = isinstance(model.target, STF) and model.target.bank is not None
     if is_filled and model.target.data_version != _data_version(trainer):
         fill_target(model, trainer)
+
+
+def prefetch_references(model: Diffusion, trainer: Trainer, micro_step: int) -> None:
+    """Begin to read what the next step will draw, where that is not in memory.
+
+    Which step is next is a guess, after the last one for example. A wrong one costs time alone: a
+    step uses what was read only if it draws the same.
+    """
+    target = model.target
+    if not (isinstance(target, STF) and target.reads_ahead):
+        return
+    is_stepping = micro_step + 1 == trainer.accumulate_grad_batches or trainer.is_last_batch
+    step = (trainer.global_step + 1, 0) if is_stepping else (trainer.global_step, micro_step + 1)
+    # of a sharded bank all ranks use what the first one draws
+    drawing_rank = 0 if target.sharded else rank()
+    source = generator(model.run_seed, drawing_rank, "train", *step, device=device_of(model))
+    target.prefetch(split(source))
 
 
 def _data_version(trainer: Trainer) -> Any:
