@@ -4,10 +4,12 @@
     python examples/scale/reading_ahead.py --quick
 
 Steps do what those of a ``DiffusionModule`` do. Each run has a process of its own, and the same
-references as the others. The files are dropped from the system's cache before it, or are in it.
+references as the others. The files are in the system's cache, or are dropped from it in each step
+before the next references are read.
 """
 
 import argparse
+import ctypes
 import os
 import tempfile
 import time
@@ -23,9 +25,10 @@ from torch import Tensor, multiprocessing
 from lightning_vr import STF, Diffusion
 from lightning_vr.core.rng import generator, split
 from lightning_vr.data import CachedLatents
-from lightning_vr.posterior import StoredReferences
+from lightning_vr.posterior import References, StoredReferences
 
 BATCH, DRAWN, STEPS = 64, 1024, 12
+PAGE, MADV_DONTNEED = os.sysconf("SC_PAGE_SIZE"), 4
 
 
 def stored(folder: str) -> list[Tensor]:
@@ -41,9 +44,25 @@ def squared_norms(folder: str, answer: Callable[..., None]) -> None:
     answer((bank.squared_norms.numpy(), bank.centre.numpy()))
 
 
-def drop_from_cache(folder: str) -> None:
-    """Let the system forget files that no process maps."""
-    os.sync()
+class TimedReferences(StoredReferences):
+    """Notes how long the last reading of drawn ones kept a step waiting."""
+
+    waited = 0.0
+
+    def take(self, index: Tensor) -> References:
+        start = time.perf_counter()
+        found = super().take(index)
+        TimedReferences.waited = time.perf_counter() - start
+        return found
+
+
+def drop_from_cache(folder: str, parts: list[Tensor]) -> None:
+    """Let the system forget files: first the pages that are mapped here, then what it keeps."""
+    for part in parts:
+        offset = part.data_ptr() % PAGE
+        mapped = ctypes.c_void_p(part.data_ptr() - offset), ctypes.c_size_t(part.nbytes + offset)
+        if ctypes.CDLL(None).madvise(*mapped, MADV_DONTNEED) != 0:
+            raise OSError("The system does not drop pages.")
     for path in Path(folder).rglob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -53,43 +72,34 @@ def drop_from_cache(folder: str) -> None:
 def measure(
     folder: str, kept: list, reads_ahead: bool, is_cold: bool, answer: Callable[..., None]
 ) -> None:
-    """Send medians over the steps but the first: wall s of a wait and a step, CPU s of a step."""
+    """Send medians over steps: s in which a step waits for references, s of it, CPU s of it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-    network = UNet2DModel(32, 4, 4, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, **blocks)
+    channels = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
     target = STF(DRAWN, storage="data")
-    model = Diffusion(network, target=target, sigma_data=1.0)
+    model = Diffusion(UNet2DModel(32, 4, 4, **blocks, **channels), target=target, sigma_data=1.0)
     optimizer = torch.optim.AdamW(model.parameters())
-    norms, centre = map(torch.from_numpy, kept)
-    bank = StoredReferences(tuple(part.flatten(1) for part in stored(folder)), norms, centre)
+    parts, (norms, centre) = stored(folder), map(torch.from_numpy, kept)
+    bank = TimedReferences(tuple(part.flatten(1) for part in parts), norms, centre)
     target.set_bank(bank, indexed=True)
-    if is_cold:
-        drop_from_cache(folder)
     x0 = torch.randn(BATCH, *SHAPE, generator=generator("bank", 0))  # the first of the first file
-    target.compare = lambda *_: None  # it would read them
     batch = {"x0": x0, "index": torch.arange(BATCH)}
-    waits, taken = [], []
 
-    def timed_take(bank: StoredReferences, index: Tensor, take=StoredReferences.take) -> object:
-        start = time.perf_counter()
-        found = take(bank, index)
-        waits.append(time.perf_counter() - start)
-        return found
-
-    StoredReferences.take = timed_take
-    for step in range(STEPS):
+    loss, found = model.loss(batch, model.generator("train", 0)).loss, []
+    for step in range(1, STEPS + 1):
+        if is_cold:
+            drop_from_cache(folder, parts)
         start = time.perf_counter(), time.process_time()
-        loss = model.loss(batch, model.generator("train", step)).loss
         if reads_ahead:
-            target.prefetch(split(model.generator("train", step + 1)))
+            target.prefetch(split(model.generator("train", step)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        ends = time.perf_counter(), time.process_time()
-        taken.append([waits[-1], *(end - begin for begin, end in zip(start, ends, strict=True))])
-        print(taken[-1],flush=True)
-    answer(torch.tensor(taken[1:]).median(0).values.tolist())
+        loss = model.loss(batch, model.generator("train", step)).loss
+        end = time.perf_counter(), time.process_time()
+        found.append([TimedReferences.waited, end[0] - start[0], end[1] - start[1]])
+    answer(torch.tensor(found).median(dim=0).values.tolist())
 
 
 def alone(function: Callable[..., None], *arguments: object):
