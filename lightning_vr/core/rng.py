@@ -27,7 +27,7 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
 
 
 def split(source: torch.Generator) -> torch.Generator:
-    """Return another generator that is a pure function of a generator's state, which stays."""
+    """Return a fresh generator that is a pure function of the state of ``source``, and leave it."""
     return generator("split", source.get_state().numpy().tobytes().hex(), device=source.device)
 
 

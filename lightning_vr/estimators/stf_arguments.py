@@ -59,12 +59,10 @@ def check_storage(references: int | str, dtype: str, storage: str) -> None:
 
 
 def check_bank(references: int | str, size: int, indexed: bool) -> None:
-    """Raise if a bank cannot give the references.
+    """Raise if a bank of this size, with or without indices, cannot give the references.
 
-    Args:
-        references: A number of references, or ``"all"``.
-        size: Number of samples in the bank.
-        indexed: Whether the batches carry the samples' positions in it.
+    Raises:
+        ValueError: With what is allowed.
     """
     if references == "all" and not indexed:
         raise ValueError(

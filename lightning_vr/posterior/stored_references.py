@@ -79,13 +79,13 @@ class _Ahead:
     def __reduce__(self) -> tuple[type["_Ahead"], tuple[()]]:
         return (_Ahead, ())
 
-    def read(self, key: object, read: Callable[[], "_Found"]) -> Tensor:
+    def read(self, key: object, read: Callable[[], _Found]) -> Tensor:
         """Return the rows that ``read`` finds, from the thread if that has read this ``key``."""
         begun, self._next = self._next, None
         ready = None if begun is None else begun.result()  # it writes into a chunk
         return ready[1] if ready is not None and ready[0] == key else read()[1]
 
-    def begin(self, read: Callable[[], "_Found"]) -> None:
+    def begin(self, read: Callable[[], _Found]) -> None:
         """Begin to read in the thread; what goes wrong there the next ``read`` raises."""
         self._pool = self._pool or ThreadPoolExecutor(1, "references")
         self._next = self._pool.submit(read)

@@ -3,9 +3,9 @@
     batch → encode → draws → target → network → loss
 
 Each slot has a plain default: ``IID`` draws, the ``DSM`` target, no control variate. All randomness
-comes from the generator that ``loss`` is given; ``generator`` makes one that is keyed by the run's
-seed, the rank and whatever tells one draw from others, so that ranks draw different noise and a run
-that resumes draws the same.
+comes from the generator that ``loss`` is given, the target's from one that is split off first;
+``generator`` makes one that is keyed by the run's seed, the rank and whatever tells one draw from
+others, so that ranks draw different noise and a run that resumes draws the same.
 """
 
 from typing import Any, get_args
@@ -175,7 +175,8 @@ class Diffusion(Denoising):
             check_on_levels(clean.x0, None if self.variance is None else self.variance.levels)
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
-        draws, target_source = draws or self.draws, split(source)
+        draws = draws or self.draws
+        target_source = split(source)  # first: what the target draws is known without the batch
         times = draws.times(clean, self.objective, source, part)
         found = self.draw(
             clean, source, times, draws=draws, target=target, target_source=target_source
