@@ -23,9 +23,10 @@ from scale_on_paper import aligned
 from torch import Tensor, multiprocessing
 
 from lightning_vr import STF, Diffusion
-from lightning_vr.core.rng import generator, split
+from lightning_vr.core.rng import generator
 from lightning_vr.data import CachedLatents
 from lightning_vr.posterior import References, StoredReferences
+from lightning_vr.training.reference_bank import prefetch
 
 BATCH, DRAWN, STEPS = 64, 1024, 12
 PAGE, MADV_DONTNEED = os.sysconf("SC_PAGE_SIZE"), 4
@@ -86,17 +87,17 @@ def measure(
     x0 = torch.randn(BATCH, *SHAPE, generator=generator("bank", 0))  # the first of the first file
     batch = {"x0": x0, "index": torch.arange(BATCH)}
 
-    loss, found = model.loss(batch, model.generator("train", 0)).loss, []
+    estimate, found = model.loss(batch, model.generator("train", 0)), []
     for step in range(1, STEPS + 1):
         if is_cold:
             drop_from_cache(folder, parts)
         start = time.perf_counter(), time.process_time()
         if reads_ahead:
-            target.prefetch(split(model.generator("train", step)))
+            prefetch(model, target, estimate.noised, model.generator("train", step))
         optimizer.zero_grad()
-        loss.backward()
+        estimate.loss.backward()
         optimizer.step()
-        loss = model.loss(batch, model.generator("train", step)).loss
+        estimate = model.loss(batch, model.generator("train", step))
         end = time.perf_counter(), time.process_time()
         found.append([TimedReferences.waited, end[0] - start[0], end[1] - start[1]])
     answer(torch.tensor(found).median(dim=0).values.tolist())

@@ -26,11 +26,6 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def split(source: torch.Generator) -> torch.Generator:
-    """Return a fresh generator that is a pure function of the state of ``source``, and leave it."""
-    return generator("split", source.get_state().numpy().tobytes().hex(), device=source.device)
-
-
 def set_global_rng(source: torch.Generator) -> Callable[[], None]:
     """Let torch's global generators start from a keyed one's seed, for dropout and the like.
 

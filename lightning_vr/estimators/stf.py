@@ -145,9 +145,10 @@ class STF(Target):
         return isinstance(local, StoredReferences)
 
     def prefetch(self, generator: torch.Generator) -> None:
-        """Begin to read what ``forward`` will draw from such a generator, or rank 0's if sharded.
+        """Begin to read what ``forward`` will draw from a generator in this state.
 
-        Nothing changes but the time, also if ``forward`` is given another one.
+        It is that of rank 0 if the bank is sharded. Nothing changes but the time, also if
+        ``forward`` is given another one.
         """
         bank = self._filled_bank(generator.device)
         bank.prefetch(self._draw_positions(bank, generator))

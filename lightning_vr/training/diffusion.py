@@ -3,9 +3,9 @@
     batch → encode → draws → target → network → loss
 
 Each slot has a plain default: ``IID`` draws, the ``DSM`` target, no control variate. All randomness
-comes from the generator that ``loss`` is given, the target's from one that is split off first;
-``generator`` makes one that is keyed by the run's seed, the rank and whatever tells one draw from
-others, so that ranks draw different noise and a run that resumes draws the same.
+comes from the generator that ``loss`` is given; ``generator`` makes one that is keyed by the run's
+seed, the rank and whatever tells one draw from others, so that ranks draw different noise and a run
+that resumes draws the same.
 """
 
 from typing import Any, get_args
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lightning_vr.core.conditions import Condition, expanded
 from lightning_vr.core.devices import device_of
 from lightning_vr.core.gradients import mean_in_chunks
-from lightning_vr.core.rng import split
 from lightning_vr.core.rows import Rows, tensors
 from lightning_vr.core.sharding import whole_weights
 from lightning_vr.core.types import (
@@ -176,11 +175,8 @@ class Diffusion(Denoising):
             self.sample_shape = tuple(clean.x0.shape[1:])
             self._checked_modes.add(self.training)
         draws = draws or self.draws
-        target_source = split(source)  # first: what the target draws is known without the batch
         times = draws.times(clean, self.objective, source, part)
-        found = self.draw(
-            clean, source, times, draws=draws, target=target, target_source=target_source
-        )
+        found = self.draw(clean, source, times, draws=draws, target=target)
         return self.compute_loss(*found, draws=draws)
 
     def draw(
@@ -191,7 +187,6 @@ class Diffusion(Denoising):
         *,
         draws: Draws | None = None,
         target: Target | None = None,
-        target_source: torch.Generator | None = None,
     ) -> tuple[Noised, TargetEstimate]:
         """Noise clean samples at given times and estimate what to regress on.
 
@@ -201,17 +196,23 @@ class Diffusion(Denoising):
             times: Times from ``draws.times``.
             draws: Used in place of the model's own.
             target: Used in place of the model's own.
-            target_source: Generator of the target's randomness; ``source`` if not given.
         """
-        noised = (draws or self.draws).noise(clean, self.schedule, times, source)
-        if self.training:
-            null = self.null_condition(noised.cond) if self.cond_dropout > 0 else None
-            fractions = self.label_dropout, self.cond_dropout
-            noised = drop_conditions(noised, *fractions, null, source)
-        found = (target or self.target)(noised, clean, target_source or source)
+        noised = self.noised(clean, source, times, draws)
+        found = (target or self.target)(noised, clean, source)
         if self.control_variate is not None:
             noised = self.control_variate.draw(noised, source)
         return noised, found
+
+    def noised(
+        self, clean: Clean, source: torch.Generator, times: Times, draws: Draws | None = None
+    ) -> Noised:
+        """Noise clean samples; in training drop some of their conditions. Arguments as ``draw``."""
+        noised = (draws or self.draws).noise(clean, self.schedule, times, source)
+        if not self.training:
+            return noised
+        null = self.null_condition(noised.cond) if self.cond_dropout > 0 else None
+        fractions = self.label_dropout, self.cond_dropout
+        return drop_conditions(noised, *fractions, null, source)
 
     def compute_loss(
         self, noised: Noised, target: TargetEstimate, *, draws: Draws | None = None

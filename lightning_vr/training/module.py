@@ -163,7 +163,7 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
         source = self.generator("train", self.global_step, micro_step)
 
         estimate = self.loss(batch, source, part=part)
-        prefetch_references(self, self.trainer, micro_step)
+        prefetch_references(self, self.trainer, micro_step, estimate.noised)
         self.estimate = detached(estimate)  # a trained upstream has made all of its parts
         with torch.no_grad():
             self.draws.observe(self.estimate, self.objective)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_vr.core.rng import generator, preserve_global_rng, split
+from lightning_vr.core.rng import generator, preserve_global_rng
 
 
 def draw(*key):
@@ -34,19 +34,6 @@ def test_the_global_stream_is_not_used():
     state = torch.get_rng_state()
     draw(3, "measure")
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_generator_that_is_split_stays_and_gives_another_for_each_of_its_states(z_score):
-    source, firsts = generator(3), []
-    for _ in range(3):
-        state = source.get_state()
-        rows = [torch.randn(1000, generator=split(source)) for _ in range(2)]
-        assert torch.equal(*rows)
-        assert torch.equal(source.get_state(), state)
-        firsts.append(rows[0][0].item())
-        own = torch.randn(1000, generator=source)
-        assert abs(z_score(rows[0] * own)) < 4
-    assert len(set(firsts)) == 3
 
 
 def states():

@@ -58,7 +58,7 @@ from lightning_vr import (
     TargetEstimate,
     TaylorCV,
 )
-from lightning_vr.core.rng import generator, split
+from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import concatenated, tensors
 from lightning_vr.core.types import LossEstimate, StepPart
 from lightning_vr.estimators.loss import diffusion_loss
@@ -272,9 +272,8 @@ def drawn(module, batch, step, part, parts, device):
     clean = Clean(batch["x0"], index=batch["index"])
     source = generator(SEED, 0, "train", step, part, device=device)
     share = StepPart(part, parts, generator(SEED, "strata", step, device=device))
-    references = split(source)
     times = module.draws.times(clean, module.objective, source, share)
-    noised, target = module.draw(clean, source, times, target_source=references)
+    noised, target = module.draw(clean, source, times)
     return {"noised": tensors(noised), "target": tensors(target)}
 
 

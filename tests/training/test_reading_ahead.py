@@ -16,7 +16,7 @@ from support.stops import StopAt, StoppedError
 from support.trainers import quiet_trainer
 from torch import nn
 
-from lightning_vr import STF, DiffusionModule
+from lightning_vr import CARV, STF, DiffusionModule, LearnedProposal
 from lightning_vr.data import CachedLatents
 from lightning_vr.posterior import StoredReferences
 from lightning_vr.training import module as training_module
@@ -40,13 +40,13 @@ class Targets(Callback):
         self.found.append(module.estimate.target.x0)
 
 
-def fit(folder, *callbacks, ckpt_path=None, posterior="mean", stf=None, **options):
+def fit(folder, *callbacks, ckpt_path=None, posterior="mean", stf=None, slots=dict, **options):
     """A fit of five batches an epoch; all targets, and the weights at its end."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         network = small_mlp(num_class_embeds=4)
     target, seen = STF(DRAWN, **(stf or {"storage": "data"})), Targets()
-    module = DiffusionModule(network, target=target, num_classes=3)
+    module = DiffusionModule(network, target=target, num_classes=3, **slots())
     data = CachedLatents(str(folder), batch_size=5, posterior=posterior)
     trainer = quiet_trainer(seen, *callbacks, **({"max_epochs": EPOCHS} | options))
     torch.manual_seed(5)
@@ -105,6 +105,16 @@ def test_all_but_the_first_are_read_in_the_step_before_and_the_numbers_are_the_s
     reads, ahead, drawn = both(cache, accumulate_grad_batches=window, val_check_interval=2)
     assert reads.count("own") == 1
     assert reads.count("ahead") == EPOCHS * BATCHES  # the last is for a step that never comes
+    assert same(ahead, drawn)
+
+
+def test_what_is_drawn_before_references_is_foretold_for_all_draws(cache, both):
+    def slots():
+        draws = CARV(4, LearnedProposal(), antithetic=True)
+        return {"draws": draws, "label_dropout": 0.3}
+
+    reads, ahead, drawn = both(cache, slots=slots, accumulate_grad_batches=2)
+    assert reads.count("own") == 1
     assert same(ahead, drawn)
 
 
