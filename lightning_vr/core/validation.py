@@ -102,7 +102,8 @@ def check_functions(**functions: Any) -> None:
     for name, value in functions.items():
         if value is not None and not callable(value):
             raise ValueError(
-                f"`{name}` must be a function, got {described(value)}: pass the function itself."
+                f"`{name}` must be a function, got {described(value)}: pass one, as a lambda or "
+                f"functools.partial."
             )
 
 

@@ -71,10 +71,12 @@ class StepRecord:
         gradient = first_of_ranks(self._first_gradient())
         if gradient is None:
             return None, "a loss overflows: lower the learning rate."
-        return None, (
-            f"the gradient of `{gradient}`, though every loss is finite: clip gradients, lower the "
-            f"learning rate, or train with more precision."
-        )
+        # of modules of other kinds no draws are known
+        but = ", though every loss is finite" if self.batches else ""
+        advice = "clip gradients, lower the learning rate, or train with more precision."
+        if not self.batches:
+            advice = f"look for NaN in the data and the loss, {advice}"
+        return None, f"the gradient of `{gradient}`{but}: {advice}"
 
     def _first_culprit(self) -> tuple[int, str] | None:
         """Return the first sample, or else the first loss, that is not finite, with its rank."""

@@ -36,7 +36,7 @@ from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import detached
 from lightning_vr.core.sharding import whole_weights
 from lightning_vr.core.types import Clean, LossEstimate, Noised, StepPart
-from lightning_vr.core.validation import check_at_least
+from lightning_vr.core.validation import check_at_least, check_instance
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.lifecycle.finite_guard import OnNonFinite
@@ -111,6 +111,7 @@ class DistributionMatching(TimeRange, EstimatorModule):
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         super().__init__()
+        check_instance("teacher", teacher, FrozenTeacher, "FrozenTeacher(network, schedule)")
         self.automatic_optimization = False
         check_at_least("fake_steps", fake_steps, 1)
         self._description = describe_arguments(self)

@@ -25,7 +25,7 @@ from lightning_vr.core.devices import device_of, uncompiled
 from lightning_vr.core.rng import generator, preserve_global_rng
 from lightning_vr.core.rows import Rows, mapped, rows_at, tensors
 from lightning_vr.core.types import Clean, Noised
-from lightning_vr.core.validation import check_choice, check_integer
+from lightning_vr.core.validation import check_choice, check_instance, check_integer
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.loss import diffusion_loss, network_output
@@ -81,6 +81,7 @@ class GradientFeatures:
         seed: int = 0,
     ) -> None:
         self.model = model.model if isinstance(model, FrozenTeacher) else model
+        check_instance("model", self.model, Diffusion, "a DiffusionModule or a FrozenTeacher")
         self.draws = draws or CARV(16, antithetic=True)
         self.shared, self.seed = shared, seed
         if not callable(output):

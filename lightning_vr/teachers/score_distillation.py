@@ -19,6 +19,7 @@ from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator
 from lightning_vr.core.rows import detached
 from lightning_vr.core.types import Clean, Noised, StepPart
+from lightning_vr.core.validation import check_instance
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.estimators.draws import Draws
 from lightning_vr.estimators.proposals import WeightProposal
@@ -90,6 +91,7 @@ class ScoreDistillation(TimeRange, MonitoredSchedules, EstimatorModule):
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         super().__init__()
+        check_instance("teacher", teacher, FrozenTeacher, "FrozenTeacher(network, schedule)")
         self.teacher, self.upstream, self.views = teacher, upstream, views
         self.draws = draws or CARV(8, WeightProposal(), antithetic=True)
         self.weighting = weighting or DistillationWeighting()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_vr.core.devices import without_compiler
 from lightning_vr.core.digests import digest
-from lightning_vr.core.validation import check_integer
+from lightning_vr.core.validation import check_instance, check_integer
 from lightning_vr.lifecycle.own_state import BASE, STATE
 from lightning_vr.lifecycle.weight_averaging import drop_weights, update_weights
 
@@ -66,6 +66,7 @@ class Adapter:
 
     def __init__(self, network: nn.Module, lora: LoRA) -> None:
         plain = without_compiler(network)
+        check_instance("adapter", lora, LoRA, "LoRA(rank=8)")
         _check(plain, lora)
         try:
             from peft import LoraConfig, inject_adapter_in_model

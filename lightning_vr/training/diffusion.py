@@ -116,14 +116,7 @@ class Diffusion(Denoising):
     ) -> None:
         super().__init__(num_classes, null_cond)
         check_part_classes(
-            network=network,
-            timesteps=timesteps,
-            weighting=weighting,
-            draws=draws,
-            target=target,
-            control_variate=control_variate,
-            sampler=sampler,
-            variance=variance,
+            network, timesteps, weighting, draws, target, control_variate, sampler, variance
         )
         check_choice("prediction", prediction, get_args(PredictionType))
         check_positive("sigma_data", sigma_data)

@@ -16,6 +16,7 @@ from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.core.rng import generator, seed_global_rng
 from lightning_vr.core.rows import detached
 from lightning_vr.core.types import LossEstimate, StepPart
+from lightning_vr.core.validation import check_functions
 from lightning_vr.estimators.draws import IID, Draws
 from lightning_vr.estimators.learned_variance import LearnedVariance
 from lightning_vr.estimators.loss import ControlVariate
@@ -116,6 +117,7 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
         # afterwards, as a checkpoint describes the network without it
         self._adapter = None if adapter is None else Adapter(self.network, adapter)
         self.note_sigma_data(sigma_data, has_weighting=weighting is not None)
+        check_functions(optimizer=optimizer, lr_scheduler=lr_scheduler)
         self.optimizer = Uncopied(optimizer)
         self.lr_scheduler = None if lr_scheduler is None else Uncopied(lr_scheduler)
         self.on_nonfinite = on_nonfinite

@@ -25,12 +25,15 @@ _PARTS: dict[str, tuple[type, str]] = {
 }
 
 
-def check_part_classes(**parts: Any) -> None:
+def check_part_classes(*parts: Any) -> None:
     """Raise if a part of a model, unless it is None, is no object of its class.
+
+    Args:
+        *parts: The network, and what fills the other parts in the order of this file.
 
     Raises:
         ValueError: Naming the part and what to use.
     """
-    for name, value in parts.items():
+    for name, value in zip(_PARTS, parts, strict=True):
         if value is not None or name == "network":
             check_instance(name, value, *_PARTS[name])

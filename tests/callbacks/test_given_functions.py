@@ -31,5 +31,5 @@ GIVEN = {"schedule": VP()}
     ],
 )
 def test_what_is_no_function_is_refused_when_the_callback_is_built(build, name):
-    with pytest.raises(ValueError, match=f"`{name}` must be a function, got '.*': pass the"):
+    with pytest.raises(ValueError, match=f"`{name}` must be a function, got '.*': pass one"):
         build()

@@ -186,3 +186,12 @@ def test_prepare_training_needs_no_super(tmp_path):
 
     fit(tmp_path, kind=Prepared, max_epochs=1)
     assert Prepared.prepared == 1
+
+
+def test_a_loss_that_is_not_finite_is_not_said_to_be(tmp_path):
+    class Broken(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * float("nan")
+
+    with pytest.raises(SynchronizedError, match=r"the gradient of `layers.*look for NaN in the"):
+        fit(tmp_path, kind=Broken)

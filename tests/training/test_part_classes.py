@@ -12,10 +12,14 @@ from lightning_vr import (
     VP,
     AutoencoderFolder,
     Diffusion,
+    DiffusionModule,
+    DistributionMatching,
+    GradientFeatures,
     LatentDiffusionModule,
     LearnedVariance,
     LogNormal,
     Sampler,
+    ScoreDistillation,
     ScoreDistillationLoss,
     TaylorCV,
 )
@@ -49,6 +53,20 @@ def test_an_autoencoder_and_a_teacher_that_are_none_are_refused():
         LatentDiffusionModule(small_mlp(), autoencoder=vars(AutoencoderFolder("vae")))
     with pytest.raises(ValueError, match=r"`teacher` must be .*, got a ResidualMLP: use Frozen"):
         ScoreDistillationLoss(small_mlp())
+    for kind in (ScoreDistillation, DistributionMatching):
+        with pytest.raises(ValueError, match=r"`teacher` must be .*, got a ResidualMLP: use Fro"):
+            kind(small_mlp())
+    with pytest.raises(ValueError, match=r"`model` must be .*, got a ResidualMLP: use a Diffus"):
+        GradientFeatures(small_mlp())
+
+
+def test_an_adapter_and_an_optimizer_that_are_none_are_refused():
+    with pytest.raises(ValueError, match=r"`adapter` must be .*, got a dict: use LoRA\(rank=8\)"):
+        DiffusionModule(small_mlp(), adapter={"rank": 8})
+    network = small_mlp()
+    optimizer = torch.optim.AdamW(network.parameters())
+    with pytest.raises(ValueError, match=r"`optimizer` must be a function, got an? AdamW: pass"):
+        DiffusionModule(network, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("solver", [VP(), "ddim"])
