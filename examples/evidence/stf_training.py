@@ -3,11 +3,13 @@
 Source: Xu, Tong and Jaakkola 2023, arXiv 2302.00670, figures 4a and 5, section 6.3, appendix E.1.
 """
 
+import math
 import statistics
 
 import numpy as np
 from digits_models import STEPS, frechet, model
 from matplotlib.figure import Figure
+from scipy.special import fdtri
 from study import Study, Table, interval, markdown, mean_and_half
 
 from lightning_vr import Sampler
@@ -42,12 +44,20 @@ def report(table: Table, steps: tuple[int, ...]) -> None:
         last = table.select("distance", arm=arm, step=steps[-1])
         plain = table.select("distance", arm=ARMS[0], step=steps[-1])
         less = interval([a - b for a, b in zip(last, plain, strict=True)], 2)
-        spread = f"{statistics.stdev(last):.2f}" if len(last) > 1 else ""
+        spread = spread_below(last, plain) if len(last) > 1 else ("", "")
         seconds = interval(table.select("seconds", arm=arm, step=steps[-1]), 1)
         faster = interval([speedup(table, arm, seed, steps) for seed in seeds], 2)
-        rows.append((arm, *cells, less, spread, seconds, faster))
-    header = ("arm", *(f"step {step}" for step in steps), "less n = 1", "deviation", "seconds")
-    print(markdown((*header, "times faster to the end of n = 1"), rows))
+        rows.append((arm, *cells, less, *spread, seconds, faster))
+    header = ("arm", *(f"step {step}" for step in steps), "less n = 1", "deviation")
+    last = "that of n = 1 over it", "seconds", "times faster to the end of n = 1"
+    print(markdown((*header, *last), rows))
+
+
+def spread_below(found: list[float], plain: list[float]) -> tuple[str, str]:
+    """Return the standard deviation, and that of plain over it with the interval of the F test."""
+    deviation, count = statistics.stdev(found), len(found) - 1
+    ratio, factor = statistics.stdev(plain) / deviation, math.sqrt(fdtri(count, count, 0.975))
+    return f"{deviation:.2f}", f"{ratio:.2g} ({ratio / factor:.2g} to {ratio * factor:.2g})"
 
 
 def speedup(table: Table, arm: str, seed: str, steps: tuple[int, ...]) -> float:

@@ -97,6 +97,12 @@ def test_half_an_interval_is_that_of_students_t(load):
     assert half == pytest.approx(4.3027 * 1.8028 / 3**0.5, rel=1e-4)  # t of 2 degrees of freedom
 
 
+def test_the_interval_of_a_ratio_of_deviations_is_that_of_the_f_test(load):
+    # the quantile of F with 2 and 2 degrees of freedom is p / (1 - p), here 39
+    said = load("stf_training").spread_below([1.0, 2.0, 3.0], [10.0, 20.0, 30.0])
+    assert said == ("1.00", f"10 ({10 / 39**0.5:.2g} to {10 * 39**0.5:.2g})")
+
+
 def test_a_target_that_follows_the_law_is_seen_to(load):
     levels = torch.tensor([1.0, 10.0], dtype=torch.float64)
     curve = MeasuredCurve(levels**-2, 0 * levels)
