@@ -46,11 +46,15 @@ def report(table: Table, steps: tuple[int, ...]) -> None:
         less = interval([a - b for a, b in zip(last, plain, strict=True)], 2)
         spread = spread_below(last, plain) if len(last) > 1 else ("", "")
         seconds = interval(table.select("seconds", arm=arm, step=steps[-1]), 1)
-        faster = interval([speedup(table, arm, seed, steps) for seed in seeds], 2)
-        rows.append((arm, *cells, less, *spread, seconds, faster))
+        savings = (
+            interval([speedup(table, arm, seed, steps, unit) for seed in seeds], 2)
+            for unit in ("step", "seconds")
+        )
+        rows.append((arm, *cells, less, *spread, seconds, *savings))
     header = ("arm", *(f"step {step}" for step in steps), "less n = 1", "deviation")
-    last = "that of n = 1 over it", "seconds", "times faster to the end of n = 1"
-    print(markdown((*header, *last), rows))
+    ratios = "that of n = 1 over it", "seconds"
+    sooner = "times fewer steps to the end of n = 1", "times fewer seconds"
+    print(markdown((*header, *ratios, *sooner), rows))
 
 
 def spread_below(found: list[float], plain: list[float]) -> tuple[str, str]:
@@ -60,18 +64,18 @@ def spread_below(found: list[float], plain: list[float]) -> tuple[str, str]:
     return f"{deviation:.2f}", f"{ratio:.2g} ({ratio / factor:.2g} to {ratio * factor:.2g})"
 
 
-def speedup(table: Table, arm: str, seed: str, steps: tuple[int, ...]) -> float:
-    """Return the seconds of n = 1 over those of an arm to the last distance of n = 1.
+def speedup(table: Table, arm: str, seed: str, steps: tuple[int, ...], unit: str) -> float:
+    """Return the cost of n = 1, in a column as unit, over that of an arm to its last distance.
 
     Distances are interpolated linearly in both logarithms.
     """
     goal = np.log(table.select("distance", arm=ARMS[0], seed=seed, step=steps[-1])[0])
-    plain = table.select("seconds", arm=ARMS[0], seed=seed, step=steps[-1])[0]
-    seconds, distances = (
+    plain = table.select(unit, arm=ARMS[0], seed=seed, step=steps[-1])[0]
+    costs, distances = (
         np.log([table.select(name, arm=arm, seed=seed, step=step)[0] for step in steps])
-        for name in ("seconds", "distance")
+        for name in (unit, "distance")
     )
-    return float(plain / np.exp(np.interp(-goal, -distances, seconds)))
+    return float(plain / np.exp(np.interp(-goal, -distances, costs)))
 
 
 def draw(table: Table, steps: tuple[int, ...], study: Study) -> None:
