@@ -41,7 +41,7 @@ def is_sharded_folder(path: Any) -> bool:
 
 def gathered(checkpoint: Any) -> Any:
     """Return a checkpoint with whole tensors on the CPU of rank 0; all ranks call it."""
-    # a tensor may stand in two places, as an average does
+    # one tensor may stand in two places, as an average does
     found: dict[int, Tensor] = {}
 
     def whole(x: DTensor) -> Tensor:
@@ -60,10 +60,13 @@ def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
         OSError: On all ranks, if any of them could not write its file.
     """
     rows: list[Tensor] = []
+    numbers: dict[int, int] = {}  # as in `gathered`
 
     def note(x: DTensor) -> dict[str, Any]:
-        rows.append(local(x).detach().cpu())
-        return {_SHARDED: len(rows) - 1, "shape": list(x.shape)}
+        if id(x) not in numbers:
+            numbers[id(x)] = len(rows)
+            rows.append(local(x).detach().cpu())
+        return {_SHARDED: numbers[id(x)], "shape": list(x.shape)}
 
     noted, partial = _mapped(checkpoint, note), hidden_folder(path)
     with ExitStack() as stack:

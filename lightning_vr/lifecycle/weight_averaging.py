@@ -262,4 +262,6 @@ def _aside(x: Tensor) -> Tensor:
 
 
 def _weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    """Return parameters and buffers by the names of checkpoints."""
+    state = module.state_dict(keep_vars=True)
+    return {name: x for name, x in state.items() if isinstance(x, Tensor)}
