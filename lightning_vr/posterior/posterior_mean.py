@@ -126,7 +126,7 @@ def posterior_mean(
         else:
             sums = SoftmaxSums.over(prepared, queries, chunk_size)
 
-        if own is None and query_group is not None:
+        if own is None and not (query_group is None and exclude is None):
             _check_every_row_has_a_reference(sums.count, query_group)
         log_density = offset - 0.5 * length
         log_density += 0.5 * query.shape[1] * torch.log(precision / (2 * math.pi))
@@ -160,9 +160,14 @@ def _finish(
     return Posterior((base + shift).reshape(xt.shape), ess, spread.clamp_(min=0), log_evidence)
 
 
-def _check_every_row_has_a_reference(count: Tensor, query_group: Tensor) -> None:
+def _check_every_row_has_a_reference(count: Tensor, query_group: Tensor | None) -> None:
     if bool((count == 0).any()):
         row = int((count == 0).nonzero()[0])
+        if query_group is None:
+            raise ValueError(
+                f"`exclude` must leave each row a reference, got the only one for row {row}: give "
+                f"more references, or `own`."
+            )
         raise ValueError(
             f"`query_group` must leave each row a reference, got group "
             f"{query_group[row].tolist()} for row {row}, which no reference has: give references "

@@ -464,6 +464,12 @@ TWO = torch.zeros(2, dtype=torch.int64)
             {"query_group": TWO + 5, "reference_group": torch.arange(4)},
             r"`query_group` must leave each row a reference, got group 5 for row 0",
         ),
+        (
+            X,
+            R[:1],
+            {"exclude": torch.tensor([-1, 0])},
+            "`exclude` must leave each row a reference, got the only one for row 1",
+        ),
     ],
 )
 def test_invalid_inputs_raise(xt, references, options, message):
