@@ -215,6 +215,8 @@ def watched(rank):
     assert all(bool(x.isfinite().all()) for x in predicted)
     with pytest.raises(ValueError, match="save a checkpoint, and export what"):
         to_pipeline(module)
+    with pytest.raises(ValueError, match="that an earlier fit has sharded: save a checkpoint"):
+        fit("ddp", module)
 
     with pytest.raises(SynchronizedError, match=r"the gradient of `network\.\S+`, though every"):
         fit("file", build(), BreakGradient(rank=1))
