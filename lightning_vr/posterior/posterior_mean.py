@@ -38,6 +38,7 @@ from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums
 Prepared: TypeAlias = Bank | PlainReferences
 
 _LARGE = 1e30
+_SIGMA = 1e-18, 1e18
 
 
 class Posterior(NamedTuple):
@@ -94,7 +95,7 @@ def posterior_mean(
 
     Raises:
         ValueError: On complex or integer samples, shapes that do not fit, a number sigma that is
-            not positive, a row without a reference, or ranks whose queries differ in more than
+            not positive or out of range, a row without a reference, or ranks whose queries differ in more than
             their number.
     """
     if len(xt) > 0 or not isinstance(references, ShardedReferences):
@@ -219,6 +220,11 @@ def _check(
         )
     if isinstance(sigma, (int, float)):
         check_positive("sigma", sigma)
+        if not _SIGMA[0] <= sigma <= _SIGMA[1]:
+            raise ValueError(
+                f"`sigma` must be between {_SIGMA[0]} and {_SIGMA[1]}, whose squares float32 holds, "
+                f"got {sigma}: scale the samples."
+            )
     if query_group is not None and local.group is None:
         raise ValueError(
             "`reference_group` must be given with `query_group`, got None: give the labels of the "
