@@ -95,8 +95,8 @@ def posterior_mean(
 
     Raises:
         ValueError: On complex or integer samples, shapes that do not fit, a number sigma that is
-            not positive or out of range, a row without a reference, or ranks whose queries differ in more than
-            their number.
+            not positive or out of range, a row without a reference, or ranks whose queries differ
+            in more than their number.
     """
     if len(xt) > 0 or not isinstance(references, ShardedReferences):
         check_samples("xt", xt)
@@ -222,8 +222,8 @@ def _check(
         check_positive("sigma", sigma)
         if not _SIGMA[0] <= sigma <= _SIGMA[1]:
             raise ValueError(
-                f"`sigma` must be between {_SIGMA[0]} and {_SIGMA[1]}, whose squares float32 holds, "
-                f"got {sigma}: scale the samples."
+                f"`sigma` must be between {_SIGMA[0]} and {_SIGMA[1]}, whose squares float32 "
+                f"holds, got {sigma}: scale the samples."
             )
     if query_group is not None and local.group is None:
         raise ValueError(
