@@ -14,7 +14,7 @@ Averages are taken elementwise and in float32 or better, of this rank's rows alo
 sharded. Lightning's ``WeightAveraging`` copies the whole module, which sharded ones do not allow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_vr.core.sharding import local, placed_like
 from lightning_vr.core.validation import check_at_least
@@ -166,7 +167,9 @@ class EMA(WeightAveraging):
         self.warmup = warmup
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
-        self._trained: dict[str, Tensor] = {}
+        # those in whose place the average is: for a validation run, and from the end of a fit on
+        self._swapped: dict[str, Tensor] = {}
+        self._replaced: dict[str, Tensor] = {}
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Return whether the step, from 0, updates the averages."""
@@ -178,24 +181,20 @@ class EMA(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin without averages."""
         if stage == "fit":
-            self._trained = {}
+            self._swapped, self._replaced = {}, {}
             found: Any = Averages(self.decays, self.lengths, warmup=self.warmup)
             self._average_model = found
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the averages; the weights that train stand where Lightning's class has them."""
+        """Save the averages, the first as the weights, and those that train as Lightning does."""
         averages: Any = self._average_model
         if averages is None or not averages.weights:
             return
-        other = self._trained or averages.weights[0]
-        checkpoint["current_model_state"] = checkpoint["state_dict"]
-        checkpoint["state_dict"] = checkpoint["state_dict"] | {
-            name: x.to(checkpoint["state_dict"][name].dtype)
-            for name, x in other.items()
-            if name in checkpoint["state_dict"]
-        }
+        now, trained = checkpoint["state_dict"], self._replaced or self._swapped
+        checkpoint["current_model_state"] = _with(now, trained)
+        checkpoint["state_dict"] = _with(now, averages.weights[0])
         checkpoint[AVERAGES] = averages.state()
 
     def on_load_checkpoint(
@@ -213,23 +212,39 @@ class EMA(WeightAveraging):
     @torch.no_grad()
     def _swap_models(self, pl_module: LightningModule) -> None:
         """Put the first average into the module, or the weights that train back."""
-        averages: Any = self._average_model
-        if self._trained:
-            _copy(self._trained, pl_module)
-            self._trained = {}
-            return
-        if averages.weights:
-            own = saved_parameters(pl_module)
-            averaged = {name: own[name] for name in averages.weights[0]}
-            self._trained = for_each(averaged, lambda _, p: p.detach().clone())
-            _copy(averages.weights[0], pl_module)
+        if self._swapped:
+            _copy(self._swapped, pl_module)
+            self._swapped = {}
+        else:
+            self._swapped = self._put_average(pl_module, lambda _, p: p.detach().clone())
 
     @torch.no_grad()
     def _copy_average_to_current(self, pl_module: LightningModule) -> None:
-        """Put the first average into the module."""
+        """Put the first average into the module, to stay."""
+        self._replaced = self._put_average(pl_module, lambda _, p: aside(p))
+
+    def _put_average(
+        self, module: LightningModule, keep: Callable[[str, nn.Parameter], Tensor]
+    ) -> dict[str, Tensor]:
+        """Put the first average into the module, and return what was there; nothing without one."""
         averages: Any = self._average_model
-        if averages.weights:
-            _copy(averages.weights[0], pl_module)
+        if not averages.weights:
+            return {}
+        own = saved_parameters(module)
+        before = for_each({name: own[name] for name in averages.weights[0]}, keep)
+        _copy(averages.weights[0], module)
+        return before
+
+
+def aside(x: Tensor) -> Tensor:
+    """Return a copy of a weight on the CPU, as a device may have no room, or of its own rows."""
+    return x.detach().clone() if isinstance(x, DTensor) else x.detach().to("cpu", copy=True)
+
+
+def _with(state: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Return a state with some of its weights replaced, in its own dtypes."""
+    own = {name: x.to(state[name].dtype) for name, x in weights.items() if name in state}
+    return state | own
 
 
 def _copy(weights: dict[str, Tensor], module: nn.Module) -> None:

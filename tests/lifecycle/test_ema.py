@@ -274,9 +274,16 @@ def test_any_module_has_averages_once_there_are_some(tmp_path):
     torch.testing.assert_close(parameters_to_vector(model.parameters()), average)
     assert not torch.equal(seen.weights[-1], start)
 
-    trainer = fit(model, EMA(0.5))
+    with pytest.raises(StoppedError):  # while the average is in place
+        fit(Foreign(), seen, EMA(0.5), StopAt("on_validation_batch_end", 1, tmp_path / "stop.ckpt"))
+    trainer = fit(model, seen, EMA(0.5))
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     end = parameters_to_vector(model.parameters()).detach().clone()
+    for name, step in (("stop", -1 - STEPS), ("end", -1)):
+        saved = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        average, trained = saved["averaging_state"]["weights"][0], saved["current_model_state"]
+        assert all(torch.equal(saved["state_dict"][key], x) for key, x in average.items())
+        assert torch.equal(parameters_to_vector(trained.values()), seen.weights[step])
     data = EightGaussians(batch_size=16, num_samples=64, num_validation=16)
     trainer.validate(model, data, verbose=False, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
     assert torch.equal(parameters_to_vector(model.parameters()), end)
