@@ -48,7 +48,7 @@ class Draws(Slot, ABC):
         return draws
 
     def has_chunks(self, device: torch.device) -> bool:
-        """Return whether so many draws that they pass in several chunks exist."""
+        """Return whether more draws pass in several chunks, however many a batch has now."""
         return self.chunk(sys.maxsize, device) < sys.maxsize
 
     @abstractmethod
