@@ -26,6 +26,7 @@ from lightning_vr.core.types import TargetEstimate, Times
 from lightning_vr.estimators.draws import IID
 from lightning_vr.process.network_calls import NetworkOutput
 from lightning_vr.process.reverse_steps import ReverseSteps
+from lightning_vr.process.weightings import Weighting
 
 STEPS = 20
 
@@ -262,7 +263,7 @@ def test_a_network_that_says_nothing_about_the_variance_is_refused_at_the_first_
         model(network=small_mlp()).loss(torch.zeros(2, 2), source)
 
 
-class NoWeightAtZero(torch.nn.Module):
+class NoWeightAtZero(Weighting):
     """A weighting that leaves out the first timestep."""
 
     def forward(self, schedule, t):
