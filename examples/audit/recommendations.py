@@ -177,7 +177,11 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=1.0, help="of the steps of each workload")
     parser.add_argument("--cpu-seconds", action="store_true", help="as seconds of the audits")
     parser.add_argument("--folder", type=Path, default=Path("runs/audit_recommendations"))
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.only, options.fraction = ["gaussians_16"], 0.01
+        options.seeds, options.budget = 1, 1.0
     if options.cpu_seconds:
         measurement.time = devices.time = SimpleNamespace(perf_counter=time.process_time)
     if options.list:

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,21 +21,8 @@ ROWS = (
     "taylor_optimizers",
     "combined",
     "prediction_gaps",
-    "readmes",
 )
 """Those that train, sample or start processes."""
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import scripts of the study, which are gone afterwards: other studies have such names."""
-    monkeypatch.setattr(sys, "path", [str(EVIDENCE), *sys.path])
-    before = dict(sys.modules)
-    yield import_module
-    for name in sys.modules.keys() - before.keys():
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and Path(file).parent.parent == EVIDENCE.parent:
-            del sys.modules[name]
 
 
 def run_rows(load, monkeypatch, capsys, *arguments):
@@ -140,17 +126,14 @@ def test_learning_rates_are_each_arms_own(load, tmp_path):
     assert fewer_steps(table, "a", "0", "averaged", True) == pytest.approx(5)
 
 
-def test_a_number_on_a_page_that_changed_is_noticed(load, monkeypatch, capsys, tmp_path):
-    readmes = load("readmes")
-    monkeypatch.setattr(readmes, "CLAIMS", readmes.CLAIMS[-1:])
-    page = readmes.page_of(readmes.TABLES).read_text().splitlines()
-    line = next(line for line in page if line.startswith("| STF"))
-    for number, cells, verdicts in (("9.2248", "", (2, 0)), ("9.2148", "1", (0, 2))):
-        text = f"E w m = {number}\nE w m = 9.2423\n{line}{cells}"
-        monkeypatch.setattr(readmes, "output", lambda command, text=text: text)
-        readmes.run(load("study").Study(tmp_path))
-        printed = capsys.readouterr().out
-        assert (printed.count("| same |"), printed.count("| DIFFERS |")) == verdicts
+def test_a_check_that_fails_ends_the_call_with_its_message(load, monkeypatch, tmp_path):
+    def run(study):
+        raise load("study").CheckFailedError("2 commands failed.")
+
+    monkeypatch.setattr(load("readmes"), "run", run)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "readmes", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"readmes: 2 commands failed\."):
+        load("run").main()
 
 
 @pytest.mark.slow
