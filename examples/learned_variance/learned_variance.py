@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.width, options.timesteps = 4, 8, [2, 4]
+        options.steps, options.width, options.timesteps = 10, 8, [2, 4]
         options.samples, options.sets, options.held_out = 20, 2, 4
 
     data = Digits()
