@@ -29,20 +29,19 @@ def run(study: Study) -> None:
 def run_page(page: Path, study: Study, table: Table, tree: str) -> int:
     """Run the commands of a page, print a line for each, and return how many failed."""
     commands = [(command, *command.in_small(study.data)) for command in commands_of(page)]
-    keys = {small: (tree, command.name, small) for command, small, _ in commands if small}
-    is_known = all(table.has(*key) for key in keys.values())
-    results: dict[str, tuple[str, float]] = {}
-    if is_known:
-        results = {
-            small: ("", table.select("seconds", **dict(zip(KEYS, key, strict=True)))[0])
-            for small, key in keys.items()
-        }
+    keys = {
+        small: dict(zip(KEYS, (tree, command.name, small), strict=True))
+        for command, small, _ in commands
+        if small
+    }
+    results = earlier(table, keys)
+    is_new = not results
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), page.read_text())
         for command, small, reason in commands:
             line = f"| {command.name} | `{command.text}` |"
             if not small:
-                print(f"{line} not run: {reason} | |")
+                print(f"{line} not run: {reason} | |", flush=True)
                 continue
             if small not in results:
                 study.check_time()
@@ -50,12 +49,19 @@ def run_page(page: Path, study: Study, table: Table, tree: str) -> int:
             failure, seconds = results[small]
             print(f"{line} {'FAILED' if failure else 'ran'} | {seconds:.0f} |", flush=True)
             if failure:
-                print(indent(f"\n{small}\n{failure}\n", "    "))
+                print(indent(f"\n{small}\n{failure}\n", "    "), flush=True)
     failed = sum(bool(failure) for failure, _ in results.values())
-    if not failed and not is_known:
+    if is_new and not failed:
         for small, key in keys.items():
-            table.add(**dict(zip(KEYS, key, strict=True)), seconds=results[small][1])
+            table.add(**key, seconds=results[small][1])
     return failed
+
+
+def earlier(table: Table, keys: dict[str, dict[str, str]]) -> dict[str, tuple[str, float]]:
+    """Return the results of a page whose commands have all run, else nothing."""
+    if not all(table.has(*key.values()) for key in keys.values()):
+        return {}
+    return {small: ("", table.select("seconds", **key)[0]) for small, key in keys.items()}
 
 
 def digest() -> str:
