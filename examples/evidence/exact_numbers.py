@@ -34,14 +34,10 @@ TABLES = ("scale/scale_on_paper.py", "scale/scale_on_paper.py --check")
 """Each line that these print stands on their page."""
 
 _NUMBER = r"([\d.,e+-]+)"
-_EULER = (
-    rf"^\| {_NUMBER} \| {_NUMBER} \| {_NUMBER} \| {_NUMBER} \| {_NUMBER} \| (\S*) *\| (\S*) *\|$"
-)
-_HEUN = rf"^\| {_NUMBER} \| {_NUMBER} \| {_NUMBER} \| {_NUMBER} \| {_NUMBER} \| (\S*) *\|$"
+_FIVE = r"^\| " + r" \| ".join([_NUMBER] * 5)
+_EULER, _HEUN = rf"{_FIVE} \| (\S*) *\| (\S*) *\|$", rf"{_FIVE} \| (\S*) *\|$"
 _K = rf"^K = +(\d+): biases {_NUMBER}, error {_NUMBER}, bound / error {_NUMBER}, directional bound "
-_GRID = r"^\| [\d.]+ \| (?:polynomial|exponential) \| " + r" \| ".join(
-    [r"([\d.]+) \(([\d.]+)\)"] * 6
-)
+_GRID = r"^\| [\d.]+ \| (?:poly|expo)\w+ \| " + r" \| ".join([r"([\d.]+) \(([\d.]+)\)"] * 6)
 
 
 @dataclass(frozen=True)
@@ -95,6 +91,11 @@ CLAIMS = (
         f"{BUDGET} narrow --solver Heun --quantiles 4096",
         _HEUN,
         _K + rf"/ error {_NUMBER},.*?(?:, orders {_NUMBER} and .*)?$",
+    ),
+    Claim(
+        f"{BUDGET} narrow --width 0.035 --quantiles 4096",
+        r"--quantiles 4096` it is ([\d.]+), the log-amplification ([\d.]+) log K",
+        r"order of the error ([\d.]+)[\s\S]*log-amplification ~ ([\d.]+) log K",
     ),
     Claim(
         "scale/bank_memory.py",
