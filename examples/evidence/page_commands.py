@@ -85,7 +85,7 @@ RULES = (
     Rule(r"-m lightning_vr predict ", "--num_samples 10"),
     Rule(r"-m lightning_vr test ", _FEW_SAMPLES),
     Rule(r"-m lightning_vr export "),
-    Rule(r"-m lightning_vr audit ", "--budget 1"),
+    Rule(r"-m lightning_vr audit ", "--budget 1 --data.batch_size 8"),
     Rule(r"-m lightning_vr error_budget ", "--samples 4"),
     # scripts that are as small as their data, or take seconds
     Rule(r"python examples/cifar10/(unpack|train_classifier)\.py "),
