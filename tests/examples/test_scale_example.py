@@ -1,5 +1,6 @@
 """The costs of STF on paper against counts of processes that communicate by gloo."""
 
+import os
 import runpy
 import sys
 from dataclasses import replace
@@ -146,6 +147,25 @@ def test_a_bank_of_each_kind_is_measured(monkeypatch, tmp_path, kind):
     numbers = {"float32": 4, "bfloat16": 2, "mapped": 0}[kind]
     paper = 1e6 * (example["on_paper"](1000, numbers) - example["on_paper"](0, numbers))
     assert paper == pytest.approx(1000 * (6 * numbers + 4))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="drops files from Linux's cache")
+@pytest.mark.parametrize("reads_ahead", [False, True])
+def test_the_wait_for_drawn_references_is_a_part_of_a_step(monkeypatch, tmp_path, reads_ahead):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    example = runpy.run_path(str(EXAMPLE.with_name("reading_ahead.py")), run_name="reading_ahead")
+    for names in (example["measure"].__globals__, example["write_cache"].__globals__):
+        for name, value in {"SHAPE": (4, 4, 4), "SHARD": 8}.items():
+            monkeypatch.setitem(names, name, value)
+    for name, value in {"BATCH": 4, "DRAWN": 6, "STEPS": 2}.items():
+        monkeypatch.setitem(example["measure"].__globals__, name, value)
+    example["write_cache"](tmp_path, 16, torch.float32)
+    kept, answers = [], []
+    example["squared_norms"](str(tmp_path), kept.append)
+    example["measure"](str(tmp_path), kept[0], reads_ahead, True, answers.append)
+    ((waited, step, cpu),) = answers
+    assert 0 < waited < step
+    assert cpu > 0
 
 
 @pytest.fixture
