@@ -6,7 +6,7 @@ S times faster has to be judged S times faster. An average of a fixed decay does
 2024, arXiv 2312.02696, equations 121 to 127) lags by a fixed part of the steps so far, 1 / (γ + 2).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,6 +37,7 @@ class JudgedLoss(HeldOutLoss):
         repeats: Draws of each held-out sample.
         decays: Of exponential averages; 0 gives the weights that train.
         lengths: Of power-function averages.
+        goals: Losses by name of an average; the run ends when all of them are reached.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class JudgedLoss(HeldOutLoss):
         repeats: int,
         decays: Sequence[float] = (DECAY,),
         lengths: Sequence[float] = (LENGTH,),
+        goals: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(every, repeats)
         self.averages = Averages(decays, lengths, warmup=False)
+        self.goals = goals
         self.losses = {
             **{f"decay {each:g}": [] for each in decays},
             **{f"length {each:g}": [] for each in lengths},
@@ -61,6 +64,13 @@ class JudgedLoss(HeldOutLoss):
         for losses, weights in zip(self.losses.values(), self.averages.weights, strict=True):
             with replaced(module, weights):
                 losses.append(self.measure(module))
+        if self.goals is not None:
+            trainer.should_stop = all(min(self.losses[n]) <= x for n, x in self.goals.items())
+
+    def last_losses(self) -> dict[str, float]:
+        """Return the means over the last 30 % of the run."""
+        first = int(0.7 * len(self.steps))
+        return {name: sum(x[first:]) / len(x[first:]) for name, x in self.losses.items()}
 
 
 @contextmanager

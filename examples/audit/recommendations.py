@@ -61,10 +61,17 @@ LONGER = 1.5
 AUDIT_SEED = 100
 
 
-def train(name: str, seed: int, steps: int, every: int, **slots: object) -> JudgedLoss:
+def train(
+    name: str,
+    seed: int,
+    steps: int,
+    every: int,
+    goals: dict[str, float] | None = None,
+    **slots: object,
+) -> JudgedLoss:
     seed_everything(seed, verbose=False)
     module, data = WORKLOADS[name].build(**slots)
-    held_out = JudgedLoss(every, repeats=4 if name.startswith("digits") else 1)
+    held_out = JudgedLoss(every, repeats=4 if name.startswith("digits") else 1, goals=goals)
     Trainer(max_steps=steps, callbacks=[held_out], **QUIET).fit(module, datamodule=data)
     return held_out
 
@@ -111,19 +118,19 @@ def realised(name: str, seed: int, fraction: float, summary: dict, folder: Path)
     path = folder / "candidate.yaml"
     path.write_text(yaml.safe_dump([{"name": summary["candidate"], **summary["config"]}]))
     (candidate,) = read_candidates(path)
-    other = train(name, seed, int(LONGER * steps), every, **candidate.slots())
+    goals = plain.last_losses()
+    other = train(name, seed, int(LONGER * steps), every, goals, **candidate.slots())
     return {
-        column: fewer_steps(plain, other, judge) * summary["time_ratio"]
+        column: fewer_steps(plain, other, judge, goals[judge]) * summary["time_ratio"]
         for column, judge in JUDGES.items()
     }
 
 
-def fewer_steps(plain: JudgedLoss, other: JudgedLoss, judge: str) -> float:
-    """Return the plain run's steps to its last loss over those of another run."""
-    losses = np.array(plain.losses[judge])
-    goal = losses[int(0.7 * len(losses)) :].mean()
-    base = steps_to(goal, np.array(plain.steps), losses)
-    own = steps_to(goal, np.array(other.steps), np.array(other.losses[judge]))
+def fewer_steps(plain: JudgedLoss, other: JudgedLoss, judge: str, goal: float) -> float:
+    """Return the plain run's steps to a loss over those of another run."""
+    base, own = (
+        steps_to(goal, np.array(run.steps), np.array(run.losses[judge])) for run in (plain, other)
+    )
     # what never comes there is at least so much slower
     return base / (other.steps[-1] if math.isnan(own) else own)
 
