@@ -128,8 +128,8 @@ def draw_panel(axes: "Axes", outcomes: list[Outcome], ends: tuple[float, float])
     ticks = [x for x in (0.9, 1, 1.1, 1.2, 1.3, 1.4, 2, 3, 5, 10) if ends[0] < x < ends[1]]
     if ends[1] > 2:
         ticks = [x for x in ticks if x == int(x)]
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter(NullFormatter())
