@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from workloads import QUIET, adamw, unet
 
 from lightning_vr import DSM, EDM, EMA, STF, VE, Candidate, DiffusionModule, ResidualMLP, audit
 from lightning_vr.auditing import save_report
@@ -40,17 +40,7 @@ EVALUATIONS = 30
 def network(workload: str) -> torch.nn.Module:
     if workload == "eight_gaussians":
         return ResidualMLP(2, width=128)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=[32, 64],
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=["DownBlock2D"] * 2,
-        up_block_types=["UpBlock2D"] * 2,
-        num_class_embeds=11,
-    )
+    return unet(is_labelled=True)
 
 
 def build(
@@ -62,8 +52,7 @@ def build(
         "target": target,
         "sigma_data": 1.0 if workload == "eight_gaussians" else 0.75,
     }
-    learning_rate = 1e-3 if workload == "eight_gaussians" else 2e-3
-    settings["optimizer"] = functools.partial(torch.optim.AdamW, lr=learning_rate)
+    settings["optimizer"] = adamw(1e-3 if workload == "eight_gaussians" else 2e-3)
     if workload == "eight_gaussians":
         data = EightGaussians(batch_size=32 * batch_factor, num_samples=8192, num_validation=4096)
         return DiffusionModule(**settings), data
@@ -116,16 +105,8 @@ def train(
     seed_everything(seed, verbose=False)
     module, data = build(workload, target, batch_factor)
     held_out = HeldOutLoss(steps // EVALUATIONS, repeats=1 if workload == "eight_gaussians" else 4)
-    Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[EMA(decay=0.98), held_out],
-    ).fit(module, datamodule=data)
+    callbacks = [EMA(decay=0.98), held_out]
+    Trainer(max_steps=steps, callbacks=callbacks, **QUIET).fit(module, datamodule=data)
     return held_out, module
 
 

@@ -6,7 +6,7 @@
 #
 # In the working directory: cifar10/train and cifar10/classifier.pt (examples/cifar10/README.md).
 #
-# A call begins no part that may not end within LIMIT seconds (570; all together take up to 660).
+# A call begins no part that may not end within LIMIT seconds (570; all together take up to 760).
 # The same command again goes on: parts that ended well have a file OUT/NAME.done and are left out.
 # Runs and their checkpoints are in WORK (OUT/work); OUT gets their tables and pictures. The status
 # is 0 whatever fails: OUT/parts.txt says what ran. The distance is one of 2000 samples here.
@@ -29,6 +29,7 @@ ddpm=() edm=(--data.batch_size 128)
 targets=(DSM "STF(4096)" "STF(all)")
 short=(--trainer.max_steps 600 --trainer.val_check_interval 600)
 waits=(-m gpu)
+ratios=()
 if [ "$TOY" ]; then
     tiny=(--model.network.init_args.layers_per_block 1 --model.network.init_args.norm_num_groups 4
           --data.batch_size 8 --data.num_workers 0)
@@ -40,6 +41,7 @@ if [ "$TOY" ]; then
     targets=(DSM "STF(all)")
     short=(--trainer.max_steps 4 --trainer.val_check_interval 4)
     waits=(-m "not gpu")
+    ratios=(--device cpu)
 fi
 
 say() { echo "$*" | tee -a "$out/parts.new"; }
@@ -68,6 +70,8 @@ checkpoint() { ls -t runs/cifar10/version_*/checkpoints/last.ckpt 2> /dev/null |
 [ "$TOY" ] || nvidia-smi -L > "$out/card.txt" 2>&1
 rm -f "$out/parts.new"
 part waits 40 python -m pytest -n 0 -q "${waits[@]}" "$here/tests/training/test_fused_optimizers.py"
+part kernel 40 python -m pytest -n 0 -q "${waits[@]}" "$here/tests/posterior/test_tensor_cores.py"
+part posterior 60 python "$here/examples/scale/scale_on_gpu.py" "${ratios[@]}"
 part steps 110 $steps "$here/configs/cifar10.yaml" \
     "${segments[@]}" "${ddpm[@]}" --targets "${targets[@]}"
 part steps_edm 70 $steps "$here/configs/cifar10_edm.yaml" "${segments[@]}" "${edm[@]}"

@@ -19,6 +19,7 @@ import csv
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def trained_teacher(data: Data, folder: Path, steps: int) -> FrozenTeacher:
     network, path = Flat(size, data.classes), folder / f"{data.name}_{steps}.pt"
     settings: dict[str, Any] = {"num_classes": data.classes, "label_dropout": 0.15}
     settings["sigma_data"] = 0.75 if data.is_digits else 1.0
-    optimizer = lambda p: torch.optim.AdamW(p, 1e-3)  # noqa: E731
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
     module = DiffusionModule(network, VP(), "edm", optimizer=optimizer, **settings)
     if not path.exists():
         quiet_trainer(max_steps=steps).fit(module, data.module(128))
@@ -124,7 +125,7 @@ def trained_teacher(data: Data, folder: Path, steps: int) -> FrozenTeacher:
 
 
 def matching(teacher: FrozenTeacher, draws: CARV) -> DistributionMatching:
-    optimizer = lambda p: torch.optim.AdamW(p, 2e-4, betas=(0.0, 0.999))  # noqa: E731
+    optimizer = partial(torch.optim.AdamW, lr=2e-4, betas=(0.0, 0.999))
     return DistributionMatching(teacher, draws=draws, fake_steps=2, optimizer=optimizer)
 
 

@@ -138,7 +138,7 @@ def polynomial_against_exponential(options: argparse.Namespace) -> None:
     axes = figure.subplots(1, 3, sharey=True)
     for at, epsilon in zip(axes, (0.0, 0.05, 0.3), strict=True):
         grids = {
-            f"{kind} {n}": spaced(kind, n, 7.0, LOW, HIGH, SCHEDULE)  # type: ignore[arg-type]
+            f"{kind} {n}": spaced(kind, n, 7.0, LOW, HIGH, SCHEDULE)
             for kind in ("polynomial", "exponential")
             for n in steps
         }

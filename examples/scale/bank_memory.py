@@ -89,7 +89,7 @@ def measure(kind: str, folder: str, answer: Callable[..., None]) -> None:
     torch.set_num_threads(1)
     parts, _ = CachedLatents(folder, posterior="mean")._part("train").stored_samples() or ([], None)
     options = {"storage": "data"} if kind == "mapped" else {"dtype": kind}
-    target = STF("all", **options)  # type: ignore[arg-type]
+    target = STF("all", **options)
     own = torch.stack([parts[0][i].float() for i in range(BATCH)])
     one, index = torch.ones(BATCH), torch.arange(BATCH)
     sigma, noise = torch.logspace(-1, 1, BATCH), torch.randn(own.shape)

@@ -96,7 +96,7 @@ def main() -> None:
     optimizer = partial(torch.optim.Adam, lr=RATE)
     settings = {"draws": CARV(1, scope="none"), "views": BASE, "optimizer": optimizer}
     module = Scene(teacher, gaussians, **settings)
-    devices.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[attr-defined]
+    devices.time = SimpleNamespace(perf_counter=time.process_time)
     rivals = candidates()[:2] if arguments.quick else candidates()
     data = TwoGaussians(1, 2, num_samples=64, num_validation=2)
     found = audit(module, data, rivals, budget=5 if arguments.quick else arguments.budget)

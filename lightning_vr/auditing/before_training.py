@@ -12,6 +12,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning_vr.core.rng import preserve_global_rng
 from lightning_vr.lifecycle.quiet_trainer import quiet_trainer
 from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of, using_callbacks
 from lightning_vr.training.estimator_module import EstimatorModule
 
 _MODULE_STATE = ("seed", "estimate", "sample_shape")
@@ -63,10 +64,12 @@ def measure_before_training(
                 "'auto', or 'ddp' on several devices, whatever the run is trained with."
             )
         state = [name for name in _MODULE_STATE if hasattr(module, name)]
-        with _restored(module, *state), _restored_settings(trainer):
-            _set_up(trainer, callback)
-            with preserve_global_rng():
-                trainer.fit(module, datamodule=datamodule)
+        with (
+            _restored(module, *state),
+            _running_alone(trainer, callback),
+            preserve_global_rng(),
+        ):
+            trainer.fit(module, datamodule=datamodule)
     return callback.results[0]
 
 
@@ -94,20 +97,15 @@ def _restored(owner: Any, *names: str) -> Iterator[None]:
 
 
 @contextmanager
-def _restored_settings(trainer: Trainer) -> Iterator[None]:
-    """Put the settings of a trainer back afterwards, also after an error."""
+def _running_alone(trainer: Trainer, callback: Callback) -> Iterator[None]:
+    """Let a trainer run the callback alone, in one epoch; put its settings back afterwards."""
+    savers = [each for each in callbacks_of(trainer) if isinstance(each, SaveConfigCallback)]
     with (
-        _restored(trainer, "callbacks", "limit_val_batches"),
+        using_callbacks(trainer, [*savers, callback]),
+        _restored(trainer, "limit_val_batches"),
         _restored(trainer.fit_loop, "max_epochs"),
         _restored(trainer.fit_loop.epoch_loop, "max_steps"),
     ):
+        trainer.limit_val_batches = 0
+        trainer.fit_loop.max_epochs = 1
         yield
-
-
-def _set_up(trainer: Trainer, callback: Callback) -> None:
-    """Let a trainer run the callback alone, in one epoch."""
-    others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    savers = [other for other in others if isinstance(other, SaveConfigCallback)]
-    trainer.callbacks = [*savers, callback]  # type: ignore[attr-defined]
-    trainer.limit_val_batches = 0
-    trainer.fit_loop.max_epochs = 1

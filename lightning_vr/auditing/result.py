@@ -186,6 +186,11 @@ class Audit:
         return next((each for each in self.finalists if each.config == others), None)
 
     def _why_not(self) -> str:
+        if float(self.current.components.total[0]) == 0:  # as of a network that is all zeros
+            return (
+                "Variance reduction does not pay here. The gradient has no variance at these "
+                "weights: audit a checkpoint that has been trained."
+            )
         rivals = self.estimators[1:]
         unclear = [
             measured

@@ -76,8 +76,9 @@ class AfterValidation(Callback, ABC):
         """Evaluate with the averaged weights, if a callback keeps some."""
         if trainer.sanity_checking:
             return
-        number = self._validations + (trainer.state.fn == TrainerFn.FITTING)
-        if number % self.every_n_validations == 0:
+        is_fit = trainer.state.fn == TrainerFn.FITTING
+        number = self._validations + is_fit
+        if not is_fit or number % self.every_n_validations == 0:
             with averaged_weights(trainer, pl_module):
                 self.evaluate(trainer, pl_module)
         self._validations = number  # not before: an error in it lets a resumed run evaluate again

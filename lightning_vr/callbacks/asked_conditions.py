@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_vr.core.conditions import Condition, condition_rows
 from lightning_vr.core.rng import generator, preserve_global_rng, seed_global_rng
 from lightning_vr.data.conditions import Conditions
-from lightning_vr.lifecycle.training_set import held_out_loader, transfer_batch
+from lightning_vr.lifecycle.training_set import data_size, held_out_loader, transfer_batch
 from lightning_vr.process.sampling import evaluating
 from lightning_vr.training.module import DiffusionModule
 from lightning_vr.training.upstream import Upstream
@@ -43,7 +43,7 @@ def validated(trainer: Trainer, module: DiffusionModule, numbers: Tensor) -> Ask
     if type(module).encode is Upstream.encode:
         return Asked(classes, None)
     loader = held_out_loader(trainer)
-    size = len(loader.dataset)  # type: ignore[arg-type]
+    size = data_size(loader)
     positions, rows = torch.unique(numbers % size, return_inverse=True)
     some: DataLoader[Any] = DataLoader(
         loader.dataset,

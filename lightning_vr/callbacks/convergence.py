@@ -27,7 +27,7 @@ from lightning_vr.core.rng import preserve_global_rng
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
 from lightning_vr.lifecycle.loggers import log_numbers, log_picture, training_goes_on
-from lightning_vr.lifecycle.training_set import training_loader
+from lightning_vr.lifecycle.training_set import data_size, training_loader
 from lightning_vr.lifecycle.weight_averaging import averaged_weights
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.sampling import evaluating
@@ -225,7 +225,7 @@ class Convergence(Callback):
         others = (
             None if held_out is None else FixedDraws("held-out", held_out, times, found.schedule)
         )
-        size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        size = data_size(training_loader(trainer))
         clean = None if self.loss is None else found.clean
         references = training_samples(trainer, module, clean, self.max_data, "Convergence")
         with preserve_global_rng(), evaluating(module):

@@ -77,7 +77,7 @@ def draw(floors: Floors, records: list[Record], path: Path) -> None:
 
 
 def _draw_levels(axes: "Axes", floors: Floors, curves: LossCurves) -> None:
-    levels = floors.noise_levels.numpy()
+    levels = floors.noise_levels
     axes.set(xscale="log", yscale="log", xlabel="noise level  s = σ / α  (unit of the data)")
     axes.set(ylabel="loss per dimension", ylim=_limits(curves))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -93,13 +93,13 @@ def _draw_levels(axes: "Axes", floors: Floors, curves: LossCurves) -> None:
     axes.legend(fontsize=8, loc="lower left")
 
 
-def _draw_band(axes: "Axes", levels: object, curves: LossCurves, name: str) -> None:
+def _draw_band(axes: "Axes", levels: Tensor, curves: LossCurves, name: str) -> None:
     """Draw a standard error on either side of the bounds of a curve, or of the curve itself."""
     low, high = (getattr(curves, f"{name}_{end}", getattr(curves, name)) for end in ("low", "high"))
     lower, upper = low.mean - low.error, high.mean + high.error
     if bool(lower.isfinite().all()) and bool(upper.isfinite().all()):
         lower = lower.clamp(min=1e-12)
-        axes.fill_between(levels, lower, upper, color=_COLOURS[name], alpha=0.2, linewidth=0)  # type: ignore[arg-type]
+        axes.fill_between(levels, lower, upper, color=_COLOURS[name], alpha=0.2, linewidth=0)
 
 
 def _draw_run(axes: "Axes", floors: Floors, records: list[Record]) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_vr.callbacks.training_samples import finite_rows
 from lightning_vr.core.distributed import gather_objects
-from lightning_vr.core.rows import Rows, concatenated, mapped, tensors
+from lightning_vr.core.rows import Rows, concatenated, mapped, rows_at, tensors
 from lightning_vr.core.types import Clean
 from lightning_vr.lifecycle.training_set import held_out_loader, loader_batches, training_loader
 
@@ -58,7 +58,7 @@ def _samples(
         parts.append(mapped(rows | {"index": at}, lambda x: x.detach().cpu()))
     found = concatenated([part for of_rank in gather_objects(parts) for part in of_rank])
     order = found["index"].argsort()
-    samples = Clean(**mapped(found, lambda x: x[order]))
+    samples = Clean(**rows_at(found, order))
     assert samples.index is not None
     finite = finite_rows(samples.x0, samples.index, module, "Convergence")
     return samples if finite is None else samples.rows(finite)

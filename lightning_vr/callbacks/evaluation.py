@@ -50,7 +50,7 @@ from lightning_vr.lifecycle.loggers import (
     run_folder,
     training_goes_on,
 )
-from lightning_vr.lifecycle.training_set import held_out_loader, training_loader
+from lightning_vr.lifecycle.training_set import data_size, held_out_loader, training_loader
 from lightning_vr.metrics import Features
 from lightning_vr.metrics.memorisation import check_held_out
 from lightning_vr.process.likelihood import Likelihood
@@ -78,7 +78,8 @@ class Evaluation(AfterValidation):
 
     The table is evaluation.csv, evaluation.md and evaluation.json; loggers get its numbers too, as
     ``evaluation/<measure>``. Outside of a fit it is printed. ``python -m lightning_vr test`` adds
-    this callback if none is configured. If ``EMA`` keeps averaged weights, these are evaluated.
+    this callback if none is configured, with the features of a ``FrechetDistance`` if there is one.
+    If ``EMA`` keeps averaged weights, these are evaluated.
 
     Args:
         measures: What to measure; all that the module allows if not given.
@@ -208,7 +209,7 @@ class Evaluation(AfterValidation):
         self._features = self._real = None
         names = set(self._chosen(module))
         if names & {"memorisation", *_OF_HELD_OUT}:
-            held_out = len(held_out_loader(trainer).dataset)  # type: ignore[arg-type]
+            held_out = data_size(held_out_loader(trainer))
             if "memorisation" in names:
                 check_held_out(held_out, QUANTILE)
         if "bits_per_dimension" in names and isinstance(module, DiffusionModule):
@@ -217,7 +218,7 @@ class Evaluation(AfterValidation):
             return
         features = features_of_training_set(trainer, module, self.clean, self.features)
         check_counts(features, self.measures, *self._counts())
-        count = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        count = data_size(training_loader(trainer))
         check_data(count, features, names, self.subset_size)
         self._features = features.to(trainer.strategy.root_device)
 

@@ -24,7 +24,7 @@ from lightning_vr.callbacks.training_samples import finite_rows
 from lightning_vr.core.distributed import rank, world_size
 from lightning_vr.data.conditions import ConditionsSource
 from lightning_vr.lifecycle.loggers import log_numbers
-from lightning_vr.lifecycle.training_set import training_batches, training_loader
+from lightning_vr.lifecycle.training_set import data_size, training_batches, training_loader
 from lightning_vr.metrics import Features, FrechetMetric
 
 
@@ -86,7 +86,7 @@ class FrechetDistance(AfterValidation):
         self._metric = None  # of an earlier fit's data
         features = self._features(trainer, pl_module)
         self.logged = (self._name(features),)
-        count = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        count = data_size(training_loader(trainer))
         check_training_set(count, features, "FrechetDistance")
 
     def evaluate(self, trainer: Trainer, module: LightningModule) -> None:

@@ -19,8 +19,9 @@ from lightning_vr.core.devices import dtype_of, timed, widest_float
 from lightning_vr.core.distributed import gather_objects, rank, world_size
 from lightning_vr.core.progress import progress_bar
 from lightning_vr.core.rng import generator
-from lightning_vr.core.rows import Rows, concatenated, in_chunks, mapped, tensors
+from lightning_vr.core.rows import Rows, concatenated, in_chunks, mapped, rows_at, tensors
 from lightning_vr.lifecycle.training_set import held_out_loader, loader_batches
+from lightning_vr.process.diffusers_schedule import DiffusersSchedule
 from lightning_vr.process.likelihood import Likelihood
 from lightning_vr.process.reverse_steps import Variance
 from lightning_vr.process.sampling import evaluating
@@ -98,8 +99,8 @@ def bound_rows(
 
 def _usual_bound(module: DiffusionModule) -> VariationalBound:
     levels = None if module.variance is None else module.variance.levels
-    steps: int = module.schedule.steps  # type: ignore[assignment]  # of a table
-    return VariationalBound(min(_BOUND_STEPS, steps), levels)
+    assert isinstance(module.schedule, DiffusersSchedule), "others have no variational bound"
+    return VariationalBound(min(_BOUND_STEPS, module.schedule.steps), levels)
 
 
 def _asked(block: Rows) -> dict[str, Any]:
@@ -192,4 +193,4 @@ def _held_out(trainer: Trainer, module: DiffusionModule, samples: int) -> Rows:
         parts.append(mapped(kept | {"at": at}, lambda x: x.cpu()))
     found = concatenated([part for of_rank in gather_objects(parts) for part in of_rank])
     order = found["at"].argsort()
-    return mapped(found, lambda x: x[order])
+    return rows_at(found, order)

@@ -14,7 +14,7 @@ from lightning_vr.core.rng import generator, preserve_global_rng
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.data.conditions import ConditionsSource
 from lightning_vr.lifecycle.loggers import log_picture, run_folder, training_goes_on
-from lightning_vr.lifecycle.training_set import held_out_loader
+from lightning_vr.lifecycle.training_set import data_size, held_out_loader
 from lightning_vr.training.module import DiffusionModule
 
 
@@ -96,7 +96,7 @@ class SampleGrid(AfterValidation):
         elif self.sample is None and isinstance(module, DiffusionModule):
             if self.asked(module, torch.tensor([0])).cond is None:
                 return None
-            count = len(held_out_loader(module.trainer).dataset)  # type: ignore[arg-type]
+            count = data_size(held_out_loader(module.trainer))
         else:
             return None
         return self.samples // min(count, math.isqrt(self.samples))

@@ -24,7 +24,7 @@ from lightning_vr.core.validation import check_at_least
 from lightning_vr.estimators.stf import STF
 from lightning_vr.lifecycle.curve_log import CurveLog, log_rows, open_curve_log
 from lightning_vr.lifecycle.loggers import log_numbers, run_folder
-from lightning_vr.lifecycle.training_set import training_loader
+from lightning_vr.lifecycle.training_set import data_size, training_loader
 from lightning_vr.process.diffusers_schedule import as_schedule
 from lightning_vr.process.schedules import Schedule
 from lightning_vr.training.module import DiffusionModule
@@ -218,7 +218,7 @@ class TargetVariance(Callback):
         if self.curve is None:
             return False
         own = own_references(trainer, module, self.curve.size)
-        size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        size = data_size(training_loader(trainer))
         changes = []
         if self._data_size != size:
             changes.append(f"{self._data_size} training samples, there are {size} now")
@@ -235,7 +235,7 @@ class TargetVariance(Callback):
         clean = training_samples(trainer, module, self.clean, self.max_data, "TargetVariance")
         if clean is None:
             return
-        self._data_size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+        self._data_size = data_size(training_loader(trainer))
         size = len(clean.x0)
         counts = list(self.references or [n for n in _DEFAULT_REFERENCES if n <= size])
         own = own_references(trainer, module, size)

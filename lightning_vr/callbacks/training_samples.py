@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_vr.core.types import Clean
-from lightning_vr.lifecycle.training_set import encoded_training_set, training_loader
+from lightning_vr.lifecycle.training_set import data_size, encoded_training_set, training_loader
 from lightning_vr.posterior.references import References
 from lightning_vr.training.module import DiffusionModule
 
@@ -36,7 +36,7 @@ def training_samples(
         max_data: Largest number of samples, evenly spaced.
         reader: The callback that reads them, for messages.
     """
-    size = len(training_loader(trainer).dataset)  # type: ignore[arg-type]
+    size = data_size(training_loader(trainer))
     if size > max_data and trainer.is_global_zero:
         log.warning(
             "%s uses %d of the %d training samples, as many as `max_data` allows.",

@@ -1,14 +1,14 @@
 """Lightning's trainer that evaluates, draws samples, compares estimators, caches, exports."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -20,6 +20,7 @@ from lightning_vr.auditing.report import RECOMMENDED, not_measured, save, table
 from lightning_vr.auditing.run import audit as run_audit
 from lightning_vr.auditing.sampling_errors import error_budget as run_error_budget
 from lightning_vr.callbacks.evaluation import Evaluation
+from lightning_vr.callbacks.frechet_distance import FrechetDistance
 from lightning_vr.cli.sample_writer import SampleWriter
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.data.conditions import Conditions, ConditionsSource
@@ -29,6 +30,7 @@ from lightning_vr.lifecycle.checkpoints import (
     read_checkpoint,
 )
 from lightning_vr.lifecycle.loggers import run_folder
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of, using_callbacks
 from lightning_vr.pipelines.export_folder import ExportFormat
 from lightning_vr.pipelines.export_folder import export as export_model
 from lightning_vr.pipelines.provenance import Provenance
@@ -153,7 +155,8 @@ class VRTrainer(Trainer):
         """Test a module and measure its samples, in one table in the run's folder.
 
         The table is evaluation.csv, evaluation.md and evaluation.json. The callback ``Evaluation``
-        says what is measured; one with its defaults is added if none is configured.
+        says what is measured. If none is configured, one with its defaults is added: with the
+        features of the first ``FrechetDistance``, and at least as many samples, if there is one.
 
         Args:
             model: A module; the weights come from ``ckpt_path`` if it is given.
@@ -164,16 +167,13 @@ class VRTrainer(Trainer):
             weights_only: As ``torch.load`` takes it.
         """
         arguments = (model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
-        configured = any(isinstance(each, Evaluation) for each in self.callbacks)  # type: ignore[attr-defined]
+        own = callbacks_of(self)
+        configured = any(isinstance(each, Evaluation) for each in own)
         # without a data module there is no training set to compare with
         if configured or datamodule is None or not isinstance(model, DiffusionModule):
             return super().test(*arguments)
-        evaluation = Evaluation()
-        self.callbacks.append(evaluation)  # type: ignore[attr-defined]
-        try:
+        with using_callbacks(self, [*own, _evaluation(own)]):
             return super().test(*arguments)
-        finally:
-            self.callbacks.remove(evaluation)  # type: ignore[attr-defined]
 
     def export(
         self,
@@ -252,9 +252,7 @@ class VRTrainer(Trainer):
         )
         # requests cost nothing to load
         warnings.filterwarnings("ignore", "The 'predict_dataloader' does not have many workers")
-        writer = SampleWriter(asked)
-        self.callbacks.append(writer)  # type: ignore[attr-defined]
-        try:
+        with using_callbacks(self, [*callbacks_of(self), SampleWriter(asked)]):
             super().predict(
                 model,
                 loader,
@@ -262,8 +260,6 @@ class VRTrainer(Trainer):
                 ckpt_path=ckpt_path,
                 weights_only=weights_only,
             )
-        finally:
-            self.callbacks.remove(writer)  # type: ignore[attr-defined]
 
     def _load_for_sampling(self, model: DiffusionModule, path: str | Path) -> dict[str, Any]:
         """Load the weights that a run samples with, the averaged ones where it has both."""
@@ -271,6 +267,19 @@ class VRTrainer(Trainer):
         model.on_load_checkpoint(checkpoint)
         load_weights(model, checkpoint["state_dict"], path, strict=model.strict_loading)
         return checkpoint
+
+
+def _evaluation(callbacks: Iterable[Callback]) -> Evaluation:
+    """Return the default evaluation, of what a ``FrechetDistance`` compares if there is one."""
+    like = next((each for each in callbacks if isinstance(each, FrechetDistance)), None)
+    found = Evaluation()
+    if like is None:
+        return found
+    names = ("features", "real_samples", "sample", "clean", "cache")
+    settings: dict[str, Any] = {name: getattr(like, name) for name in names}
+    found = Evaluation(samples=max(found.samples, like.samples), **settings)
+    found.conditions = like.conditions
+    return found
 
 
 def _check_samples(model: Any, command: str) -> None:

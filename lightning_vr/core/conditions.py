@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_vr.core.rows import mapped
+from lightning_vr.core.rows import mapped, rows_at
 
 Condition = dict[str, Any]
 
@@ -51,7 +51,7 @@ def expanded(cond: Any, count: int, device: torch.device | None = None) -> Condi
 
 def condition_rows(cond: Condition | None, index: Any) -> Condition | None:
     """Return the rows of a condition at ``index``, a slice or positions ``(n,)``."""
-    return None if cond is None else mapped(cond, lambda x: x[index])
+    return None if cond is None else rows_at(cond, index)
 
 
 def replaced(cond: Condition, null: Condition, where: Tensor) -> Condition:

@@ -46,11 +46,15 @@ def mapped(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
     }
 
 
+def rows_at(rows: Rows, index: slice | Tensor | tuple[slice, None]) -> Rows:
+    """Return the rows at an index of each tensor."""
+    return mapped(rows, lambda x: x[index])
+
+
 def in_chunks(rows: Rows, chunk: int) -> Iterator[Rows]:
     """Yield ``chunk`` rows at a time."""
     for start in range(0, row_count(rows), chunk):
-        part = slice(start, start + chunk)
-        yield mapped(rows, lambda x, part=part: x[part])  # type: ignore[misc]
+        yield rows_at(rows, slice(start, start + chunk))
 
 
 def tensors(bundle: Any) -> Rows:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vr.core.distributed import all_gather_numbers
-from lightning_vr.core.rows import Rows, leaves, mapped, row_count
+from lightning_vr.core.rows import Rows, leaves, mapped, row_count, rows_at
 from lightning_vr.core.sharding import synchronize_gradients
 
 
@@ -43,7 +43,7 @@ def sharded_gradients(
             x.grad = None
         for start, stop in bounds:
             synchronize_gradients(module, enabled=stop == bounds[-1][1])
-            found = function(mapped(rows, lambda x: x[start:stop]))  # noqa: B023
+            found = function(rows_at(rows, slice(start, stop)))
             losses.append(found.detach())
             with torch.autocast(found.device.type, enabled=False):
                 (found.sum() * (scale / bounds[-1][1])).backward()  # type: ignore[no-untyped-call]

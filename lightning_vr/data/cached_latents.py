@@ -140,7 +140,7 @@ class LatentDataset(SampleDataset):
         return sample
 
     @property
-    def version(self) -> tuple[int, int] | None:  # type: ignore[override]
+    def version(self) -> tuple[int, int] | None:
         """Seed and epoch of the draws, None for means."""
         if self.posterior == "mean":
             return None

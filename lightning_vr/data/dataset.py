@@ -18,13 +18,12 @@ Sample = dict[str, Tensor]
 
 
 class SampleDataset(Dataset[Sample], ABC):
-    """A map-style data set of :data:`Sample` dicts.
+    """A map-style data set of :data:`Sample` dicts."""
 
-    Attributes:
-        version: Which version of its samples it gives, where each epoch has another; else None.
-    """
-
-    version: tuple[int, int] | None = None
+    @property
+    def version(self) -> tuple[int, int] | None:
+        """Which version of its samples it gives, where each epoch has another; else None."""
+        return None
 
     def start_epoch(self, seed: int, epoch: int) -> None:
         """Give the samples of an epoch; override it where they are drawn anew in each.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 
 from lightning_vr.data.image_error import UnsuitableImageError
 
@@ -119,11 +119,11 @@ def has_alpha(image: Image.Image) -> bool:
     return palette is not None and palette.mode.endswith("A")
 
 
-def _scale_transparency(image: Image.Image) -> None:
+def _scale_transparency(image: ImageFile.ImageFile) -> None:
     """Scale the transparent value of a PNG as Pillow scales the pixels."""
     value = image.info["transparency"]
-    arguments = image.tile[0][3] if image.tile else ""  # type: ignore[attr-defined]
-    raw_mode = arguments if isinstance(arguments, str) else arguments[0]
+    arguments = image.tile[0][3] if image.tile else ""
+    raw_mode = arguments[0] if isinstance(arguments, tuple) else arguments or ""
     scale = _GREY_SCALES.get(raw_mode, 1)
     if isinstance(value, int) and value * scale <= 255:
         image.info["transparency"] = value * scale

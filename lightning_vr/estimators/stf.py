@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_vr.core.distributed import gather_rows, rank, row_counts, world_size
 from lightning_vr.core.rng import generator as keyed_generator
 from lightning_vr.core.types import Clean, Noised, TargetEstimate
-from lightning_vr.estimators.stf_arguments import check_references, check_storage
+from lightning_vr.estimators.stf_arguments import check_bank, check_references, check_storage
 from lightning_vr.estimators.targets import Target, own_sample
 from lightning_vr.posterior.posterior_mean import posterior_mean
 from lightning_vr.posterior.references import References
@@ -132,11 +132,26 @@ class STF(Target):
             indexed: Whether the batches carry the samples' positions in the training set.
         """
         if self.references != "batch":
-            self._check_bank(len(bank), indexed)
+            check_bank(self.references, len(bank), indexed)
             self.bank, self._indexed, self._has_compared = bank, indexed, False
         if self.min_noise_level == "auto":
             self._switch = self._mixing_noise_level(bank)
             log.info("STF: references matter above noise level %.3g", self._switch)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether ``prefetch`` pays: references are drawn, and kept as they are stored."""
+        local = None if self.bank is None or self.references == "all" else self.bank.local
+        return isinstance(local, StoredReferences)
+
+    def prefetch(self, generator: torch.Generator) -> None:
+        """Begin to read what ``forward`` will draw from a generator in this state.
+
+        It is that of rank 0 if the bank is sharded. Nothing changes but the time, also if
+        ``forward`` is given another one.
+        """
+        bank = self._filled_bank(generator.device)
+        bank.prefetch(self._draw_positions(bank, generator))
 
     def forward(self, noised: Noised, clean: Clean, generator: torch.Generator) -> TargetEstimate:
         own = own_sample(noised)
@@ -212,17 +227,20 @@ class STF(Target):
     def _draw_from_bank(
         self, bank: Bank, noised: Noised, generator: torch.Generator
     ) -> tuple[Bank, Tensor]:
-        count, device = int(self.references), noised.t.device
-        last = torch.full_like(noised.t, count - 1, dtype=torch.int64)
+        index = bank.from_rank_zero(self._draw_positions(bank, generator))
+        last = torch.full_like(noised.t, len(index) - 1, dtype=torch.int64)
         if not self._indexed:
-            index = torch.randint(len(bank), (count,), generator=generator, device=device)
-            return bank.take(bank.from_rank_zero(index)), last
-        index = torch.randperm(len(bank), generator=generator, device=device)[:count]
-        index = bank.from_rank_zero(index)
-        position = torch.full((len(bank),), -1, dtype=torch.int64, device=device)
-        position[index] = torch.arange(count, device=device)
+            return bank.take(index), last
+        position = index.new_full((len(bank),), -1)
+        position[index] = torch.arange(len(index), device=index.device)
         own = position[self._index(noised)]
         return bank.take(index), torch.where(own >= 0, own, last)
+
+    def _draw_positions(self, bank: Bank, generator: torch.Generator) -> Tensor:
+        size, count = len(bank), int(self.references)
+        if not self._indexed:
+            return torch.randint(size, (count,), generator=generator, device=generator.device)
+        return torch.randperm(size, generator=generator, device=generator.device)[:count]
 
     def _filled_bank(self, device: torch.device) -> Bank:
         if self.bank is None:
@@ -260,19 +278,6 @@ class STF(Target):
                 "exchangeable with it: the target is biased. Leave out the random augmentation or "
                 "latent, give each version an index of its own, or use references='batch'.",
                 self.references,
-            )
-
-    def _check_bank(self, size: int, indexed: bool) -> None:
-        if self.references == "all" and not indexed:
-            raise ValueError(
-                "`references='all'` needs sample indices, got none: let the data set return "
-                "`index` and `encode` pass it on, or use a number of references. Without indices "
-                "the own sample would count twice, once as its copy in the bank, which is a bias."
-            )
-        if self.references != "all" and int(self.references) > size:
-            raise ValueError(
-                f"`references` must be at most {size}, the size of the training set, got "
-                f"{self.references}: use fewer, or 'all'."
             )
 
     def _warn_of_condition(self) -> None:

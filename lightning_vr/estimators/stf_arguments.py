@@ -56,3 +56,22 @@ def check_storage(references: int | str, dtype: str, storage: str) -> None:
             f"`dtype` must be left out with storage='data', as the data have one, got {dtype!r}: "
             f"write the data in another dtype, or use storage='memory'."
         )
+
+
+def check_bank(references: int | str, size: int, indexed: bool) -> None:
+    """Raise if a bank of this size, with or without indices, cannot give the references.
+
+    Raises:
+        ValueError: With what is allowed.
+    """
+    if references == "all" and not indexed:
+        raise ValueError(
+            "`references='all'` needs sample indices, got none: let the data set return "
+            "`index` and `encode` pass it on, or use a number of references. Without indices "
+            "the own sample would count twice, once as its copy in the bank, which is a bias."
+        )
+    if references != "all" and int(references) > size:
+        raise ValueError(
+            f"`references` must be at most {size}, the size of the training set, got "
+            f"{references}: use fewer, or 'all'."
+        )

@@ -32,6 +32,7 @@ from lightning_vr.lifecycle.atomic_files import remove_abandoned, replacing
 from lightning_vr.lifecycle.loggers import is_training, run_folder
 from lightning_vr.lifecycle.nonfinite_cause import first_broken_weight
 from lightning_vr.lifecycle.sharded_checkpoints import gathered, is_sharded_folder, load_folder
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 
 
 class UnwrittenCheckpointError(SynchronizedError):
@@ -243,8 +244,7 @@ def _folders(trainer: Trainer, folder: Path) -> set[Path]:
     if folder.name.startswith("version_"):
         found |= set(folder.parent.glob("version_*"))
     found |= {each / name for each in found for name in ("checkpoints", "samples")}
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    savers = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
+    savers = [each for each in callbacks_of(trainer) if isinstance(each, ModelCheckpoint)]
     paths = [each.dirpath for each in savers if each.dirpath is not None]
     if trainer.ckpt_path is not None:
         paths.append(str(Path(trainer.ckpt_path).parent))

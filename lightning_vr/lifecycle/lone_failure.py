@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_vr.core.distributed import SynchronizedError, leave_ranks, rank, world_size
 from lightning_vr.core.peers import announce_end, lost_rank
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def end_alone_on_failure(trainer: Trainer, is_stop_synchronized: Callable[[], bo
         trainer: The trainer; the hook of its first callback is wrapped.
         is_stop_synchronized: Returns whether all ranks stop at the same place, if asked to.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[Any] = callbacks_of(trainer)
     if not callbacks:
         callbacks.append(Callback())
     first = callbacks[0]

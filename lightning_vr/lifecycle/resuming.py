@@ -30,6 +30,7 @@ from lightning_vr.lifecycle.epoch_sums import EpochSums
 from lightning_vr.lifecycle.learned_state import LearnedState
 from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.restarting import forget_restart, log_row, restart
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 from lightning_vr.lifecycle.weight_averaging import update_weights
 
 _SAVED = ("position", "window", "row", "metrics", "sums", "csv_rows")
@@ -146,7 +147,7 @@ class Resuming:
         if not self._loaded:
             return
         if self._position.has_begun:
-            for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+            for callback in callbacks_of(module.trainer):
                 if isinstance(callback, GradientAccumulationScheduler):
                     callback.on_train_epoch_start(module.trainer)
         window, batches = self._loaded["window"], module.trainer.accumulate_grad_batches

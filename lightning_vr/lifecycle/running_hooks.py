@@ -15,6 +15,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
+
 MODULE = "module"
 """Stands for the module where callbacks have names."""
 
@@ -27,7 +29,7 @@ def callback_names(trainer: Trainer) -> dict[str, Callback]:
     """Return the callbacks by names that are the same in the next run."""
     named: dict[str, Callback] = {}
     counts: dict[str, int] = {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         key = callback.state_key
         counts[key] = counts.get(key, 0) + 1
         named[f"{key}#{counts[key]}"] = callback
@@ -86,7 +88,7 @@ def _left(trainer: Trainer, frame: FrameType, has_raised: bool, hook: str) -> li
     """Return the callbacks that the hook has not ended for, None for the module."""
     values = frame.f_locals
     by_kind = hook == "on_train_epoch_end"  # callbacks that monitor come after the module
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     last = [each for each in callbacks if isinstance(each, _MONITORING)] if by_kind else []
     if frame.f_code is _MODULE_CODE:
         return [*([None] if has_raised else []), *last]

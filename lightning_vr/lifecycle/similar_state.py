@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_vr.lifecycle.checkpoint_errors import damaged
 from lightning_vr.lifecycle.own_state import has_names
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 
 _LARGEST = torch.finfo(torch.float32).max
 _LARGEST_COUNT = 2**53
@@ -28,8 +29,7 @@ def check_callbacks(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: With the value that is not what it must be.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         saved, name = checkpoint["callbacks"], callback.state_key
         if type(callback).__module__.startswith("lightning") and name in saved:
             kind = f"callbacks.{type(callback).__name__}"

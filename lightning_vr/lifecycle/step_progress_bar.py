@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
+
 
 class StepProgressBar(RichProgressBar):
     """Lightning's default progress bar; where epochs are not limited it shows optimizer steps."""
@@ -60,7 +62,7 @@ class StepProgressBar(RichProgressBar):
 
 def use_step_progress_bar(trainer: Trainer) -> None:
     """Put a ``StepProgressBar`` in the place of Lightning's default progress bar."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     for i, callback in enumerate(callbacks):
         if type(callback) is RichProgressBar:
             callbacks[i] = StepProgressBar()

@@ -10,6 +10,7 @@ from lightning_vr.core.devices import without_compiler
 from lightning_vr.lifecycle.ema import EMA
 from lightning_vr.lifecycle.precision import loss_scaler
 from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 
 
 def check_strategy(trainer: Trainer, module: LightningModule) -> None:
@@ -64,7 +65,7 @@ def _check_sharded(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         ValueError: With the callback or the part.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, WeightAveraging) and not isinstance(callback, EMA):
             raise ValueError(
                 f"`callbacks` must not hold {type(callback).__name__} with the strategy 'sharded', "

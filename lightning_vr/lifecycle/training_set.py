@@ -4,9 +4,9 @@ Training draws the same with and without the pass: it has a loader of its own, a
 states are restored. Under DDP each rank reads every W-th sample.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sized
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
@@ -164,9 +164,14 @@ def check_equal_chances(trainer: Trainer) -> None:
 
 def _rank_positions(loader: DataLoader[Any], limit: int | None) -> list[int]:
     """Return the positions that this rank reads, of at most ``limit`` evenly spaced ones."""
-    size = len(loader.dataset)  # type: ignore[arg-type]
+    size = data_size(loader)
     count = size if limit is None else min(limit, size)
     return [i * size // count for i in range(count)][rank() :: world_size()]
+
+
+def data_size(loader: DataLoader[Any]) -> int:
+    """Return the number of samples behind a loader of a map-style data set."""
+    return len(cast(Sized, loader.dataset))
 
 
 def training_loader(trainer: Trainer) -> DataLoader[Any]:

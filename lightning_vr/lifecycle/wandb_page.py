@@ -5,10 +5,11 @@ of one thing stand together. The table of runs has the last value of a number, a
 training should make small also the smallest. Plots of ``epoch`` against the step are left out.
 """
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_vr.lifecycle.loggers import training_goes_on
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 
 _SMALL = ("val/loss", "convergence/excess", "evaluation/bits_per_dimension")
 _SMALL_PREFIX = "frechet_distance/"
@@ -21,7 +22,7 @@ def define_page(trainer: Trainer) -> None:
     Lightning has defined the step of all names. It holds for those of a prefix too, so that only a
     whole name can be defined otherwise; callbacks know theirs once they have seen the data.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     logged = [name for each in callbacks for name in getattr(each, "logged", ())]
     measured = [x for x in logged if x.startswith(_SMALL_PREFIX) and x != _SMALL_PREFIX]
     for logger in trainer.loggers:

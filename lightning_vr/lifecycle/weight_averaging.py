@@ -31,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_vr.core.sharding import whole_weights
 from lightning_vr.estimators.slot import SLOTS
 from lightning_vr.lifecycle.ema import Averages
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 
 _TRAINED = "current_model_state"
 """Where a checkpoint keeps the weights that train, if ``state_dict`` holds their average."""
@@ -234,8 +235,7 @@ def keep_learned(checkpoint: dict[str, Any]) -> None:
 
 
 def _averaging(trainer: Trainer) -> list[WeightAveraging]:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+    return [each for each in callbacks_of(trainer) if isinstance(each, WeightAveraging)]
 
 
 def _update(average: Any, module: torch.nn.Module) -> None:

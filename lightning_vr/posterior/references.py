@@ -47,6 +47,9 @@ class WholeReferences:
         """Return the first rank's ``x``, where ranks have shards of references: ``x`` itself."""
         return x
 
+    def prefetch(self, index: Tensor) -> None:
+        """Begin to read the references at ``index (m,)``, for ``take``; those in memory are."""
+
 
 @dataclass(frozen=True)
 class References(WholeReferences):

@@ -114,6 +114,11 @@ class ShardedReferences:
         positions = (row >= 0).nonzero().squeeze(1)
         return ShardedReferences(self.local.take(row[positions]), positions, len(index))
 
+    def prefetch(self, index: Tensor) -> None:
+        """Begin to read this rank's share of the references at ``index (m,)``, for ``take``."""
+        row = self.rows_at(index)
+        self.local.prefetch(row[row >= 0])
+
     def to(self, device: torch.device) -> "ShardedReferences":
         """Return the same references on ``device``."""
         return replace(self, local=self.local.to(device), positions=self.positions.to(device))

@@ -2,7 +2,8 @@
 
 The rows may be bfloat16, float16 or 8-bit pixels, in memory or mapped from files, and in several
 parts. A chunk is read, made float32 and centred when it is asked for; on the CPU a thread does so
-for the next one meanwhile, and after the last for the first of the next step.
+for the next one meanwhile, and after the last for the first of the next step. Drawn references are
+read in that thread too, if ``prefetch`` was told which ones.
 
 Rounding moves a reference by ``δ``, bfloat16 by at most ``2^-8 |r|`` in each number. Pixels of 8
 bits are not rounded by uint8, nor are rows that were read from such files. The own sample stays as
@@ -63,28 +64,31 @@ def _from_levels(x: Tensor) -> Tensor:
     return x.div_(127.5).sub_(1)
 
 
+_Found = tuple[object, Tensor]
+"""What was read, and the rows."""
+
+
 class _Ahead:
-    """Reads what is asked for next in a thread, in turn into two chunks; pickles read anew."""
+    """Reads what is asked for next in a thread, chunks in turn into two; pickles read anew."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._key: object = None
-        self._next: Future[Tensor] | None = None
+        self._next: Future[_Found] | None = None
         self._chunks: list[Tensor] = []
 
     def __reduce__(self) -> tuple[type["_Ahead"], tuple[()]]:
         return (_Ahead, ())
 
-    def read(self, key: object, read: Callable[[], Tensor]) -> Tensor:
-        """Return what ``read`` returns, from the thread if it was begun with this ``key``."""
-        ready = None if self._next is None else self._next.result()  # it writes into a chunk
-        self._next = None
-        return ready if ready is not None and key == self._key else read()
+    def read(self, key: object, read: Callable[[], _Found]) -> Tensor:
+        """Return the rows that ``read`` finds, from the thread if that has read this ``key``."""
+        begun, self._next = self._next, None
+        ready = None if begun is None else begun.result()  # it writes into a chunk
+        return ready[1] if ready is not None and ready[0] == key else read()[1]
 
-    def begin(self, key: object, read: Callable[[], Tensor]) -> None:
-        """Begin to read in the thread."""
+    def begin(self, read: Callable[[], _Found]) -> None:
+        """Begin to read in the thread; what goes wrong there the next ``read`` raises."""
         self._pool = self._pool or ThreadPoolExecutor(1, "references")
-        self._key, self._next = key, self._pool.submit(read)
+        self._next = self._pool.submit(read)
 
     def chunk(self, size: int, like: Tensor) -> Tensor:
         """Return the chunk of the last but one call, or a new one if that is too small."""
@@ -139,18 +143,14 @@ class StoredReferences(WholeReferences):
 
     def take(self, index: Tensor) -> References:
         """Read the references at ``index (m,)`` alone, centred as before."""
-        rows = self.centre.new_empty(len(index), len(self.centre))
-        place, start = index.to(self.parts[0].device), 0
-        for part in self.parts:
-            here = ((place >= start) & (place < start + len(part))).nonzero().squeeze(1)
-            if len(here) > 0:
-                # in order, as a disk is read
-                order = here[place[here].argsort()]
-                rows[order.to(rows.device)] = as_numbers(part[place[order] - start]).to(rows)
-            start += len(part)
-        rows -= self.centre
+        numbers = self._ahead.read(index.tolist(), partial(self._gather, index))
+        rows = numbers.to(self.centre.device).sub_(self.centre)
         group = None if self.group is None else self.group[index]
         return References(rows, self.squared_norms[index], self.centre, group)
+
+    def prefetch(self, index: Tensor) -> None:
+        """Begin to read the references at ``index (m,)`` in a thread, for the next ``take``."""
+        self._ahead.begin(partial(self._gather, index))
 
     def to(self, device: torch.device) -> "StoredReferences":
         """Return the same references on ``device``; rows on the CPU stay there, and are sent."""
@@ -176,10 +176,22 @@ class StoredReferences(WholeReferences):
             rows = self._ahead.read((start, size), partial(self._read, start, size))
             if self.centre.device.type == "cpu":
                 following = (start + size) if start != starts[-1] else 0
-                self._ahead.begin((following, size), partial(self._read, following, size))
+                self._ahead.begin(partial(self._read, following, size))
             yield start, rows.to(dtype), self.squared_norms[start : start + size].to(dtype)
 
-    def _read(self, start: int, size: int) -> Tensor:
+    def _gather(self, index: Tensor) -> _Found:
+        place, start = index.to(self.parts[0].device), 0
+        numbers = torch.empty(len(place), len(self.centre), device=place.device)
+        for part in self.parts:
+            here = ((place >= start) & (place < start + len(part))).nonzero().squeeze(1)
+            if len(here) > 0:
+                # in order, as a disk is read
+                order = here[place[here].argsort()]
+                numbers[order] = as_numbers(part[place[order] - start])
+            start += len(part)
+        return place.tolist(), numbers
+
+    def _read(self, start: int, size: int) -> _Found:
         stop = min(start + size, len(self))
         rows, first = self._ahead.chunk(size, self.centre)[: stop - start], 0
         for part in self.parts:
@@ -189,7 +201,7 @@ class StoredReferences(WholeReferences):
             first += len(part)
         if self.parts[0].dtype == torch.uint8:
             _from_levels(rows)
-        return rows.sub_(self.centre)
+        return (start, size), rows.sub_(self.centre)
 
 
 def mean_of_some(parts: Sequence[Tensor]) -> Tensor:

@@ -10,11 +10,8 @@ the second matrix product twice as slow.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +20,12 @@ from lightning_vr.core import devices
 from lightning_vr.posterior.low_noise import LowNoiseRows
 from lightning_vr.posterior.references import PlainReferences, References, columns
 from lightning_vr.posterior.stored_references import StoredReferences
+from lightning_vr.posterior.tensor_cores import Product, exact_products
 
 _NEGLIGIBLE = -60.0
 """Log weight relative to the largest below which a weight is set to zero."""
 
 _NO_WEIGHT = math.exp(_NEGLIGIBLE)
-
-_OLD_FLAG = ("allow_tf32", False)
 
 
 @dataclass
@@ -97,14 +93,21 @@ class SoftmaxSums:
         a, b, c, d = (torch.zeros_like(queries.own_logit) for _ in range(4))
         sums = cls(queries.own_logit, a, b, c, d, torch.zeros_like(queries.scaled))
         chunks = references.chunks(chunk_size, len(queries.scaled), queries.scaled.dtype)
-        with _without_tf32(queries.scaled.device):
+        with exact_products(queries.scaled) as product:
             for start, rows, norms in chunks:
-                logits = (queries.scaled @ rows.T).addr_(queries.curvature, norms, alpha=-1)
+                logits = product(queries.scaled, rows.T).addr_(queries.curvature, norms, alpha=-1)
                 sums.count += _mask(logits, start, queries, references.group)
-                sums.add(logits, rows, norms, queries)
+                sums.add(logits, rows, norms, queries, product)
         return sums
 
-    def add(self, logits: Tensor, rows: Tensor, squared_norms: Tensor, queries: Queries) -> None:
+    def add(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        squared_norms: Tensor,
+        queries: Queries,
+        product: Product = torch.matmul,
+    ) -> None:
         """Add references by their ``logits (B, c)``, not relative to offsets; overwrites these."""
         largest, near, low = logits.amax(1), None, queries.low_noise
         if low is not None:
@@ -127,7 +130,10 @@ class SoftmaxSums:
             self.logits += torch.mul(weights, logits, out=logits).sum(1).addcmul_(finite, weight)
         self.weight_squared += torch.mul(weights, weights, out=logits).sum(1)
         self.squared_norms.addmv_(weights, squared_norms)
-        self.rows.addmm_(weights, rows)
+        if product is torch.matmul:
+            self.rows.addmm_(weights, rows)
+        else:
+            self.rows += product(weights, rows)
         self.is_empty = False
 
     def sum_logits(self, queries: Queries) -> None:
@@ -193,27 +199,6 @@ def label_mismatch(query_group: Tensor, reference_group: Tensor) -> Tensor:
         for wanted, given in zip(columns(query_group).T, columns(reference_group).T, strict=True)
     ]
     return torch.stack(found).any(dim=0) if len(found) > 1 else found[0]
-
-
-@contextmanager
-def _without_tf32(device: torch.device) -> Iterator[None]:
-    """Multiply matrices in true float32, whatever ``set_float32_matmul_precision`` says.
-
-    Logits are small differences of large products: with the ten bits of TF32, weights at low noise
-    would be wrong by a factor.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    matmul: Any = torch.backends.cuda.matmul
-    # up to torch 2.8 there is only a flag; later versions do not read it once both were set
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else _OLD_FLAG
-    kept = getattr(matmul, name)
-    setattr(matmul, name, exact)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, kept)
 
 
 def _mask(

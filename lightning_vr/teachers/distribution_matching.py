@@ -9,9 +9,12 @@ teacher and that of a fake model, which learns the student's distribution as it 
 (Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation", arXiv 2311.18828,
 equations 7 and 8; the weight there is ``w = sigma²/alpha · alpha/sigma² = 1`` in x0 space). The
 normaliser is part of the residual of each draw: the mean of normalised draws does not depend on
-how many there are. The gradient is estimated as in ``distillation.py``, with the student as the
-upstream. Draws of one sample of the student cut the variance within it alone: at fixed noise z the
-variance falls as 1/K, and in total it cannot fall below that between samples.
+how many there are. It is at least ``sigma_data`` times the epsilon of float32, the smallest
+difference that float32 resolves between samples of that size.
+
+The gradient is estimated as in ``distillation.py``, with the student as the upstream. Draws of one
+sample of the student cut the variance within it alone: at fixed noise z the variance falls as 1/K,
+and in total it cannot fall below that between samples.
 
 Two optimizers step in turn. Lightning's ``global_step`` and ``max_steps`` count the steps of both,
 ``fake_steps + 1`` for each batch; what is random is keyed on the module's own iteration.
@@ -135,7 +138,9 @@ class DistributionMatching(TimeRange, EstimatorModule):
         if not self.normalizer:
             return fake - real
         magnitude = (noised.x0 - real).flatten(1).abs().mean(dim=1)
-        return (fake - real) / expand(magnitude, real)
+        # an untrained teacher may return the sample itself: 0 / 0
+        least = torch.finfo(torch.float32).eps * self.teacher.model.sigma_data
+        return (fake - real) / expand(magnitude.clamp(min=least), real)
 
     def generate(self, like: Clean, source: torch.Generator) -> Clean:
         """Return the student's samples in the shape and under the conditions of others."""

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_vr.core.devices import device_of, uncompiled
 from lightning_vr.core.rng import generator, preserve_global_rng
-from lightning_vr.core.rows import Rows, mapped, tensors
+from lightning_vr.core.rows import Rows, mapped, rows_at, tensors
 from lightning_vr.core.types import Clean, Noised
 from lightning_vr.core.validation import check_choice, check_integer
 from lightning_vr.estimators.carv import CARV
@@ -208,7 +208,7 @@ class GradientFeatures:
         taken = vmap(grad(one), in_dims=(None, 0), randomness="different")
         chunk = max(1, _CHUNK_ELEMENTS // self.size)
         for start in range(0, samples, chunk):
-            part = mapped(rows, lambda x: x[start : start + chunk])  # noqa: B023
+            part = rows_at(rows, slice(start, start + chunk))
             with (
                 preserve_global_rng(),
                 uncompiled(),

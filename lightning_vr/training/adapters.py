@@ -123,14 +123,15 @@ def merged(network: nn.Module) -> nn.Module:
 
 def adapter_alone(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return the weights of a network's adapter by peft's names, and its settings, or None."""
-    if not hasattr(network, "peft_config"):
+    adapters: Any = getattr(network, "peft_config", None)
+    if adapters is None:
         return None
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(network)
     return {name: x.detach().contiguous() for name, x in weights.items()}, {
         name: sorted(value) if isinstance(value, set) else value
-        for name, value in network.peft_config["default"].to_dict().items()  # type: ignore[index, union-attr]
+        for name, value in adapters["default"].to_dict().items()
     }
 
 

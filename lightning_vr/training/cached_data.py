@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_vr.core.digests import digest
 from lightning_vr.core.rng import preserve_global_rng
+from lightning_vr.lifecycle.training_set import data_size
 
 _PROBES = 16
 
@@ -26,11 +27,6 @@ def split_loaders(datamodule: LightningDataModule) -> dict[str, DataLoader[Any]]
                 f"{type(loader).__name__}: give it one."
             )
     return dict(found)
-
-
-def data_size(loader: DataLoader[Any]) -> int:
-    """Return the number of samples behind a loader."""
-    return len(loader.dataset)  # type: ignore[arg-type]
 
 
 def data_digest(datamodule: Any, loaders: dict[str, DataLoader[Any]]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_vr.core.devices import device_of, timed, widest_float
 from lightning_vr.core.distributed import all_reduce_mean, least, world_size
 from lightning_vr.core.gradients import mean_gradients
-from lightning_vr.core.rows import Rows, concatenated, mapped, row_count
+from lightning_vr.core.rows import Rows, concatenated, row_count, rows_at
 from lightning_vr.core.types import Clean, Noised, TargetEstimate
 from lightning_vr.estimators.loss import diffusion_loss
 from lightning_vr.estimators.taylor.coefficients import Cost, PilotStatistics
@@ -170,7 +170,7 @@ class ControlMeasurement:
         ends = [(0, cut), (cut, count)] if cut else [(0, count)]
         halves = [
             [
-                self._gradient(self._unsigned, mapped(rows, lambda x: x[noise + i : noise + j]))[1]  # noqa: B023
+                self._gradient(self._unsigned, rows_at(rows, slice(noise + i, noise + j)))[1]
                 for noise in (0, count)
             ]
             for i, j in ends
@@ -195,7 +195,7 @@ class ControlMeasurement:
             index = (bins == b).nonzero()[:, 0]
             if not len(index):
                 continue
-            some = mapped(rows, lambda x: x[index])  # noqa: B023
+            some = rows_at(rows, index)
             fraction = len(index) / count
             factor = scale * fraction**2
             values, gradient = self._gradient(self._signed, some)

@@ -197,15 +197,22 @@ class Diffusion(Denoising):
             draws: Used in place of the model's own.
             target: Used in place of the model's own.
         """
-        noised = (draws or self.draws).noise(clean, self.schedule, times, source)
-        if self.training:
-            null = self.null_condition(noised.cond) if self.cond_dropout > 0 else None
-            fractions = self.label_dropout, self.cond_dropout
-            noised = drop_conditions(noised, *fractions, null, source)
+        noised = self.noised(clean, source, times, draws)
         found = (target or self.target)(noised, clean, source)
         if self.control_variate is not None:
             noised = self.control_variate.draw(noised, source)
         return noised, found
+
+    def noised(
+        self, clean: Clean, source: torch.Generator, times: Times, draws: Draws | None = None
+    ) -> Noised:
+        """Noise clean samples; in training drop some of their conditions. Arguments as ``draw``."""
+        noised = (draws or self.draws).noise(clean, self.schedule, times, source)
+        if not self.training:
+            return noised
+        null = self.null_condition(noised.cond) if self.cond_dropout > 0 else None
+        fractions = self.label_dropout, self.cond_dropout
+        return drop_conditions(noised, *fractions, null, source)
 
     def compute_loss(
         self, noised: Noised, target: TargetEstimate, *, draws: Draws | None = None

@@ -9,13 +9,12 @@ A cache holds one version of each sample: random augmentation would be frozen, a
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -43,8 +42,9 @@ from lightning_vr.data.latent_files import (
 from lightning_vr.lifecycle.atomic_files import replacing
 from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.lifecycle.stopping import raise_if_asked
-from lightning_vr.lifecycle.training_set import transfer_batch
-from lightning_vr.training.cached_data import data_digest, data_size, split_loaders
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of, using_callbacks
+from lightning_vr.lifecycle.training_set import data_size, transfer_batch
+from lightning_vr.training.cached_data import data_digest, split_loaders
 from lightning_vr.training.checks import check_clean
 from lightning_vr.training.latents import LatentDiffusionModule
 
@@ -105,21 +105,11 @@ def cache_latents(
     writer = _CacheWriter(module, loaders, Path(path).expanduser(), identity, batch_size)
     writer.num_classes = getattr(datamodule, "num_classes", None) or module.num_classes
     trainer = trainer or Trainer(logger=False, enable_checkpointing=False)
-    with _progress_bar_alone(trainer):
+    # nothing is trained that others could watch
+    bars = [each for each in callbacks_of(trainer) if isinstance(each, ProgressBar)]
+    with using_callbacks(trainer, bars):
         # that of a subclass may draw samples
         Trainer.predict(trainer, writer, return_predictions=False)
-
-
-@contextmanager
-def _progress_bar_alone(trainer: Trainer) -> Iterator[None]:
-    """Leave out callbacks for a while, as nothing is trained that they could watch."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
-    trainer.callbacks = bars  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
 class _OwnShards(DistributedSampler[int]):

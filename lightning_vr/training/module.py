@@ -41,7 +41,7 @@ from lightning_vr.training.estimator_module import EstimatorModule
 from lightning_vr.training.hand_over import HandOver
 from lightning_vr.training.monitors import MonitoredSchedules
 from lightning_vr.training.noisy_losses import DiffusionLoss, Precision
-from lightning_vr.training.reference_bank import fill_target, refill_target
+from lightning_vr.training.reference_bank import fill_target, prefetch_references, refill_target
 from lightning_vr.training.resamples_pilot import ResamplesPilot
 from lightning_vr.training.sigma_data import AutoSigmaData, SigmaData
 from lightning_vr.training.training_checks import check_ranks, check_sharded
@@ -163,6 +163,7 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
         source = self.generator("train", self.global_step, micro_step)
 
         estimate = self.loss(batch, source, part=part)
+        prefetch_references(self, self.trainer, micro_step, estimate.noised)
         self.estimate = detached(estimate)  # a trained upstream has made all of its parts
         with torch.no_grad():
             self.draws.observe(self.estimate, self.objective)

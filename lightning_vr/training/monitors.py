@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_vr.lifecycle.precision import clippable
 from lightning_vr.lifecycle.resumable_module import ResumableModule
 from lightning_vr.lifecycle.run_context import RunContext
+from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 from lightning_vr.training.training_checks import check_optimization, check_schedules
 
 _LOGGING = {"log", "log_dict", "log_numbers", "callback_metrics", "logger", "loggers"}
@@ -114,7 +115,7 @@ def check_monitors(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         ValueError: With the numbers that are logged.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     monitors = _monitors(trainer, callbacks)
     if not monitors or not _is_known(module) or not all(map(_logs_only_known, callbacks)):
         return

@@ -34,10 +34,10 @@ def prepare_network(
     Raises:
         ValueError: If it has no checkpoints.
     """
-    plain = without_compiler(network)
+    plain: Any = without_compiler(network)  # types do not know what diffusers adds
     for part in plain.modules():
         if hasattr(part, "token_drop"):
-            setattr(part, "dropout_prob", 0.0)  # noqa: B010  # of diffusers, not known to the types
+            part.dropout_prob = 0.0
     if gradient_checkpointing:
         if not getattr(plain, "_supports_gradient_checkpointing", False):
             raise ValueError(
@@ -45,7 +45,7 @@ def prepare_network(
                 f"a {type(plain).__name__}: use a model of diffusers, or torch.utils.checkpoint in "
                 f"your own `forward`."
             )
-        plain.enable_gradient_checkpointing()  # type: ignore[operator]
+        plain.enable_gradient_checkpointing()
     if compile_network and plain is network:
         network.compile()
     return network

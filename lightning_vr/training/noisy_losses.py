@@ -43,7 +43,7 @@ class DrawnLoss(NoisyLoss):
         self.precision = precision
 
     @property
-    def couples_rows(self) -> bool:  # type: ignore[override]
+    def couples_rows(self) -> bool:
         """Whether a slot shares randomness within a batch."""
         return bool(self.module.draws.couples_rows)
 
@@ -79,7 +79,7 @@ class DiffusionLoss(DrawnLoss):
         super().__init__(module, precision)
 
     @property
-    def couples_rows(self) -> bool:  # type: ignore[override]
+    def couples_rows(self) -> bool:
         """Whether a slot shares randomness within a batch."""
         return self.module.draws.couples_rows or self.module.target.couples_rows
 

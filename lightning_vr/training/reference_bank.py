@@ -9,7 +9,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_vr.core.distributed import rank, world_size
-from lightning_vr.core.types import Clean
+from lightning_vr.core.rng import generator
+from lightning_vr.core.types import Clean, Noised, StepPart
 from lightning_vr.data.dataset import SampleDataset
 from lightning_vr.estimators.stf import STF
 from lightning_vr.estimators.targets import Target
@@ -64,6 +65,44 @@ def refill_target(model: Diffusion, trainer: Trainer) -> None:
     is_filled = isinstance(model.target, STF) and model.target.bank is not None
     if is_filled and model.target.data_version != _data_version(trainer):
         fill_target(model, trainer)
+
+
+def prefetch_references(
+    model: Diffusion, trainer: Trainer, micro_step: int, noised: Noised
+) -> None:
+    """Begin to read what the next step will draw, where that is not in memory.
+
+    Which step is next is a guess, after the last one for example.
+    """
+    target = model.target
+    if not (isinstance(target, STF) and target.reads_ahead):
+        return
+    is_stepping = micro_step + 1 == trainer.accumulate_grad_batches or trainer.is_last_batch
+    step = (trainer.global_step + 1, 0) if is_stepping else (trainer.global_step, micro_step + 1)
+    # of a sharded bank all ranks use what the first one draws
+    drawing_rank = 0 if target.sharded else rank()
+    source = generator(model.run_seed, drawing_rank, "train", *step, device=noised.t.device)
+    prefetch(model, target, noised, source)
+
+
+@torch.no_grad()
+def prefetch(model: Diffusion, target: STF, noised: Noised, source: torch.Generator) -> None:
+    """Begin to read what a step will draw from a generator in the state of ``source``.
+
+    A wrong guess costs time alone: a step uses what was read only if it draws the same.
+
+    Args:
+        model: The model that takes the step.
+        target: Its target, whose references are drawn and stored.
+        noised: The draws of the last step, whose batch is taken to be as large.
+        source: The generator, which is drawn from.
+    """
+    # times and noise come first, from the same generator: draw as many
+    last = Clean(noised.x0, noised.group, noised.cond, cond_group=noised.cond_group)
+    clean = last.rows(slice(None, None, model.draws.draws_per_sample))
+    part = StepPart(shared=generator("strata", device=source.device))
+    model.noised(clean, source, model.draws.times(clean, model.objective, source, part))
+    target.prefetch(source)
 
 
 def _data_version(trainer: Trainer) -> Any:

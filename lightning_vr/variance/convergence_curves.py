@@ -5,8 +5,9 @@ by block, so that noise which both share drops out.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,20 +163,20 @@ def records_state(records: list[Record]) -> dict[str, Tensor | None]:
     }
 
 
-def records_from(state: dict[str, Tensor | None]) -> list[Record]:
+def records_from(state: Mapping[str, Any]) -> list[Record]:
     """Return the records that ``records_state`` has returned.
 
     Raises:
         ValueError: If they are none.
     """
-    steps, direct, held_out = state["steps"], state["direct"], state["held_out"]
+    steps, direct, held_out = (state[name] for name in ("steps", "direct", "held_out"))
     if direct is None:
         return []
     for name, x in (("direct", direct), ("held_out", held_out)):
         if x is not None:
-            check_saved_tensor(name, x, (len(steps), *direct.shape[1:]))  # type: ignore[arg-type]
+            check_saved_tensor(name, x, (len(steps), *direct.shape[1:]))
     others = [None] * len(direct) if held_out is None else list(held_out)
     return [
         Record(int(step), *parts)
-        for step, *parts in zip(steps.tolist(), direct, others, strict=True)  # type: ignore[union-attr]
+        for step, *parts in zip(steps.tolist(), direct, others, strict=True)
     ]

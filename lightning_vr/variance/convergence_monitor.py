@@ -56,7 +56,8 @@ class ConvergenceMonitor:
             is measured without its floor.
         schedule: Scales of sample and noise: a schedule, or a scheduler of diffusers.
         timesteps: Density of t; the schedule's usual one if not given.
-        every_n_steps: Measure at the first step and at each multiple of this number.
+        every_n_steps: Measure at the first step and at each multiple of this number, however long
+            steps are; the callback ``Convergence`` keeps measuring at 2 % of the training time.
         noise_levels: Number of equally likely bins of the noise level.
         samples: Number of draws at each of them, for each set; a multiple of 16 is used.
         max_data: Largest number of training samples, evenly spaced, that the optimum is computed

@@ -114,34 +114,31 @@ def _trend(floors: Floors, records: list[Record]) -> list[str]:
 
 
 def _held_out(floors: Floors, records: list[Record]) -> list[str]:
-    with_held_out = [record for record in records if record.held_out is not None]
-    if not with_held_out:
+    found = [(record, record.held_out) for record in records if record.held_out is not None]
+    if not found:
         return []
-    sentences = [*_gap_opens(floors, with_held_out)]
-    last = with_held_out[-1]
-    assert last.held_out is not None
+    sentences = [*_gap_opens(floors, found)]
+    last, held_out = found[-1]
     if floors.held_out_high is not None and not bool(floors.held_out_high.isnan().any()):
-        better = _is_positive(floors.held_out_high - last.held_out)
+        better = _is_positive(floors.held_out_high - held_out)
         if bool(better.any()):
             where = _joined(floors, _ranges(better))
             sentences.append(
                 f"{where.capitalize()} held-out data are denoised better than by the training "
                 f"set's optimum: to come closer to it there would be memorisation."
             )
-    copied = _is_memorised(floors, last)
+    copied = _is_memorised(floors, last, held_out)
     if bool(copied.any()):
         where = _joined(floors, _ranges(copied))
         sentences.append(f"{where.capitalize()} the training samples are memorised.")
     return sentences
 
 
-def _gap_opens(floors: Floors, records: list[Record]) -> list[str]:
+def _gap_opens(floors: Floors, records: list[tuple[Record, Tensor]]) -> list[str]:
     """Say since when the held-out loss rises while the training loss falls."""
-    last = records[-1]
-    best = min(records, key=lambda record: float(record.held_out.mean()))  # type: ignore[union-attr]
-    assert last.held_out is not None
-    assert best.held_out is not None
-    rise = last.held_out - best.held_out
+    last, now = records[-1]
+    best, lowest = min(records, key=lambda each: float(each[1].mean()))
+    rise = now - lowest
     falls = _is_positive((best.direct - last.direct).mean(dim=0))
     if best is last or not _is_positive(rise.mean(dim=0)) or not bool(falls):
         return []
@@ -154,13 +151,12 @@ def _gap_opens(floors: Floors, records: list[Record]) -> list[str]:
     ]
 
 
-def _is_memorised(floors: Floors, last: Record) -> Tensor:
+def _is_memorised(floors: Floors, last: Record, held_out: Tensor) -> Tensor:
     """Return at which levels the network is near the training set's optimum and far off others.
 
     That is where its distance is less than a quarter of the gap between held-out and training loss.
     """
-    assert last.held_out is not None
-    gap = last.held_out - (last.direct + floors.low)
+    gap = held_out - (last.direct + floors.low)
     return _is_positive(gap) & _is_positive(gap / 4 - last.direct)
 
 

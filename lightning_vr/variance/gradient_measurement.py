@@ -34,8 +34,8 @@ from lightning_vr.core.rows import (
     concatenated,
     interleaved,
     leaves,
-    mapped,
     row_count,
+    rows_at,
 )
 from lightning_vr.core.sharding import is_sharded, local
 from lightning_vr.core.types import Clean, Times
@@ -58,8 +58,10 @@ class NoisyLoss(nn.Module, ABC):
     It holds the module that it differentiates as a child, and maps rows to their losses.
     """
 
-    couples_rows: bool = False
-    """Whether the losses of a batch share randomness, which single draws do not show."""
+    @property
+    def couples_rows(self) -> bool:
+        """Whether the losses of a batch share randomness, which single draws do not show."""
+        return False
 
     def chunk(self, rows: int, device: torch.device) -> int:
         """Return how many rows pass through the network at a time on a device."""
@@ -153,7 +155,7 @@ class GradientMeasurement:
             size = DRAWS_PER_UNIT * len(parts[0][0].x0)
             chunk = _chunk(sum(p.numel() for p in parameters.values()))
             for start, stop in _slices(len(parts), size, chunk):
-                part = mapped(rows, lambda x: x[start:stop, None])  # noqa: B023
+                part = rows_at(rows, (slice(start, stop), None))
                 with SameTensors():
                     taken = gradients(parameters, part)
                 found = self._unscaled(taken.values())

@@ -61,6 +61,14 @@ def test_what_is_not_certain_is_said_to_be_so():
     assert 'Open are "nearly"' in nearly
 
 
+def test_a_gradient_without_variance_is_said_to_be_one():
+    nothing = an_audit(replace(measured("a", 1.0), multiplier=around(float("nan"), 0.0)))
+    still = replace(nothing.current, components=components(0.0, 0.0, 0.0, 0.0))
+    advice = replace(nothing, estimators=[still, *nothing.estimators[1:]]).advice
+    assert "The gradient has no variance at these weights" in advice
+    assert "nan" not in advice
+
+
 def test_a_cheaper_estimator_of_equal_variance_is_no_variance_reduction():
     audit = an_audit(measured("plain", 1.0, seconds=0.005, width=0.01))
     assert audit.advice.startswith("Variance reduction does not pay here. Train with plain")

@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from lightning.pytorch import LightningModule
+from support.networks import small_unet
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -61,16 +62,7 @@ class DDPM(LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.unet = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8,),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-        )
+        self.unet = small_unet()
         self.scheduler = DDPMScheduler(num_train_timesteps=100)
 
     def training_step(self, batch, batch_idx):

@@ -162,6 +162,10 @@ def test_every_n_validations_skips_the_others_also_across_a_resume(tmp_path):
     resumed = SampleGrid(samples=4, every_n_validations=3)
     resumed.load_state_dict(grid.state_dict())
     assert resumed.state_dict() == {"validations": 4}
+    # a checkpoint brings the count along; a validation that was asked for is always evaluated
+    trainer(tmp_path, resumed).validate(module(), datamodule=data(), verbose=False)
+    assert (tmp_path / "samples/validate.png").exists()
+    assert resumed.state_dict() == {"validations": 4}
 
 
 class Foreign(LightningModule):

@@ -2,9 +2,7 @@
 
 import inspect
 import re
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -70,15 +68,6 @@ def few(monkeypatch):
         given = inspect.signature(kind).parameters.values()
         defaults = tuple(short.get(each.name, each.default) for each in given)
         monkeypatch.setattr(kind.__init__, "__defaults__", defaults)
-
-
-@pytest.fixture(autouse=True)
-def no_jobs(monkeypatch):
-    """A run of wandb imports all of its launch of jobs, to find that there is none."""
-    name = "wandb.sdk.launch.inputs.internal"
-    jobs = ModuleType(name)
-    jobs.StagedLaunchInputs = lambda: SimpleNamespace(apply=lambda run: None)
-    monkeypatch.setitem(sys.modules, name, jobs)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import json
 
 from commands import write
 
+from lightning_vr import Evaluation, FrechetDistance
+
 
 def test_a_test_writes_and_prints_the_table_without_being_asked_to(run, capsys):
     path = run("fit") / "checkpoints/last.ckpt"
@@ -19,6 +21,24 @@ def test_a_test_writes_and_prints_the_table_without_being_asked_to(run, capsys):
     printed = capsys.readouterr().out
     assert (folder / "evaluation.md").read_text() in printed
     assert "test/loss" in (folder / "metrics.csv").read_text()
+
+
+def test_a_test_compares_where_the_frechet_distance_of_the_configuration_does(
+    run, folder, monkeypatch
+):
+    features = {"network": {"class_path": "torch.nn.Flatten"}, "dimension": 2, "name": "own"}
+    settings = {"features": {"class_path": "lightning_vr.metrics.Features", "init_args": features}}
+    settings |= {"samples": 1001, "real_samples": 200, "conditions": {"label": [0]}}
+    callback = {"class_path": "FrechetDistance", "init_args": settings}
+    config = write(folder / "distance.yaml", trainer={"callbacks": [callback]})
+    evaluated = []
+    for kind in (FrechetDistance, Evaluation):
+        monkeypatch.setattr(kind, "evaluate", lambda self, *_: evaluated.append(self))
+    run("test", f"--config={config}")
+    given, added = evaluated
+    assert isinstance(added, Evaluation)
+    assert (added.features.name, added.samples, added.real_samples) == ("own", 1001, 200)
+    assert added.conditions is given.conditions is not None
 
 
 def test_a_configured_evaluation_is_the_only_one(run, folder):

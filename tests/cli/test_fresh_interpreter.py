@@ -1,6 +1,5 @@
 """What only a process of its own can show: light imports, and how the process ends."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -10,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import NETWORK, POINTS, SHORT
+from support.configured import everything
 from support.trainers import quiet_trainer
 
-from lightning_vr import STF, VP, DiffusionModule, LogNormal, ResidualMLP, Sampler
 from lightning_vr.core.rng import generator
 from lightning_vr.data import EightGaussians
 
@@ -20,18 +19,8 @@ from lightning_vr.data import EightGaussians
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """The end of such a process, and what it has shown before."""
-    module = DiffusionModule(
-        ResidualMLP(width=8, depth=1),
-        schedule=VP(),
-        prediction="v",
-        timesteps=LogNormal(-1.0, 1.0),
-        target=STF("all"),
-        sampler=Sampler(steps=3),
-        optimizer=functools.partial(torch.optim.AdamW, lr=0.01, betas=(0.9, 0.95)),
-        lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=3),
-    )
     trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
-    trainer.fit(module, EightGaussians(num_samples=256))
+    trainer.fit(everything(), EightGaussians(num_samples=256))
     checkpoint = tmp_path_factory.mktemp("fresh") / "module.ckpt"
     trainer.save_checkpoint(checkpoint, weights_only=False)
 

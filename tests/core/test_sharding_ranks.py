@@ -1,5 +1,7 @@
 """Parameters that are sharded over two ranks, against the same parameters whole on each."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -114,7 +116,7 @@ class Loss(NoisyLoss):
 
 def components_by_differences(rank):
     """A unit of sharded gradients is a batch of all ranks, of twice as many samples."""
-    source = lambda *key: generator(rank, *key)  # noqa: E731
+    source = partial(generator, rank)
     batches = [Clean(rows(rank + 2 * i)["x"]) for i in range(3)]
     model = Model()
     groups = [0, 0, 0, 1, 1, 1]

@@ -44,6 +44,8 @@ def test_a_checkpoint_of_digits_is_judged(tmp_path, monkeypatch, capsys):
 
 
 def test_an_audit_is_compared_with_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "audit"))
+    monkeypatch.setitem(sys.modules, "workloads", import_module("workloads"))
     example = runpy.run_path(str(EXAMPLES / "audit/audit_against_training.py"))
     settings = example["main"].__globals__
     monkeypatch.setitem(settings, "EVALUATIONS", 4)

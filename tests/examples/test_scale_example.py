@@ -1,5 +1,6 @@
 """The costs of STF on paper against counts of processes that communicate by gloo."""
 
+import os
 import runpy
 import sys
 from dataclasses import replace
@@ -148,6 +149,25 @@ def test_a_bank_of_each_kind_is_measured(monkeypatch, tmp_path, kind):
     assert paper == pytest.approx(1000 * (6 * numbers + 4))
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="drops files from Linux's cache")
+@pytest.mark.parametrize("reads_ahead", [False, True])
+def test_the_wait_for_drawn_references_is_a_part_of_a_step(monkeypatch, tmp_path, reads_ahead):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    example = runpy.run_path(str(EXAMPLE.with_name("reading_ahead.py")), run_name="reading_ahead")
+    for names in (example["measure"].__globals__, example["write_cache"].__globals__):
+        for name, value in {"SHAPE": (4, 4, 4), "SHARD": 8}.items():
+            monkeypatch.setitem(names, name, value)
+    for name, value in {"BATCH": 4, "DRAWN": 6, "STEPS": 2}.items():
+        monkeypatch.setitem(example["measure"].__globals__, name, value)
+    example["write_cache"](tmp_path, 16, torch.float32)
+    kept, answers = [], []
+    example["squared_norms"](str(tmp_path), kept.append)
+    example["measure"](str(tmp_path), kept[0], reads_ahead, True, answers.append)
+    ((waited, step, cpu),) = answers
+    assert 0 < waited < step
+    assert cpu > 0
+
+
 @pytest.fixture
 def on_gpu(paper, monkeypatch):
     """The names of the script for a GPU."""
@@ -165,35 +185,3 @@ def test_posterior_means_are_compared_with_other_ways_in_one_run(on_gpu, monkeyp
     xt, sigma = x[:7] + torch.randn(7, 4, generator=source), torch.ones(7)
     means = on_gpu["materialised"](xt, sigma, x, 3)
     torch.testing.assert_close(means, posterior_mean(xt, 1.0, sigma, x).mean)
-
-
-def test_three_products_of_halves_have_the_digits_of_float32(on_gpu):
-    example = SimpleNamespace(**runpy.run_path(str(EXAMPLE.with_name("tensor_cores.py"))))
-    source = torch.Generator().manual_seed(0)
-    x, y = torch.randn(8, 96, generator=source), torch.randn(96, 8, generator=source)
-    high, low = example.halves(x)
-    assert torch.equal(high + low, x)
-    assert int((high.view(torch.int32) & 0x1FFF).abs().max()) == 0
-    assert float((low / x).abs().max()) <= 2**-11
-
-    exact = x.double() @ y.double()
-    rounded, cut = (
-        example.product(x, y, lambda a, b, cuts=cuts: example.emulated(a, b, cuts=cuts))
-        for cuts in (False, True)
-    )
-    single = example.emulated(x, y, cuts=False)
-    assert float((single.double() - exact).abs().max()) > 1e-3
-    assert float((rounded.double() - exact).abs().max()) < 1e-5
-    # sums of positive terms are too small if bits are cut off
-    positive = example.emulated(x.abs(), y.abs(), cuts=True)
-    assert bool((positive <= example.emulated(x.abs(), y.abs(), cuts=False)).all())
-    assert float((cut.double() - exact).abs().max()) < 1e-4
-
-
-def test_sums_that_are_cut_off_are_too_rough_for_logits_unless_they_are_short(on_gpu):
-    example = SimpleNamespace(**runpy.run_path(str(EXAMPLE.with_name("tensor_cores.py"))))
-    single, rounded, cut, in_pieces = example.logit_errors(1.0, 55.0, 1024)
-    assert single < 2
-    assert rounded < 4
-    assert cut > 10
-    assert in_pieces < 4

@@ -5,9 +5,11 @@ import functools
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from support.configured import everything
+from support.networks import small_unet
 from torch import nn
 
-from lightning_vr import STF, VP, DiffusionModule, LogNormal, ResidualMLP, Sampler
+from lightning_vr import VP, DiffusionModule, ResidualMLP, Sampler
 from lightning_vr.cli import VRCLI
 from lightning_vr.data import Digits, EightGaussians
 
@@ -131,19 +133,6 @@ def same_weights(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def everything():
-    return DiffusionModule(
-        network(),
-        schedule=VP(),
-        prediction="v",
-        timesteps=LogNormal(-1.0, 1.0),
-        target=STF("all"),
-        sampler=Sampler(steps=3),
-        optimizer=functools.partial(torch.optim.AdamW, lr=0.01, betas=(0.9, 0.95)),
-        lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=3),
-    )
-
-
 def test_all_arguments_reload(saved):
     module = everything()
     again = DiffusionModule.load_from_checkpoint(saved(module))
@@ -206,21 +195,12 @@ def test_subclasses_reload_from_the_base_class(make, saved):
 
 
 def test_what_diffusers_makes_reloads(saved):
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import DDPMScheduler
     from diffusers.optimization import get_cosine_schedule_with_warmup
 
     from lightning_vr import DiffusersSchedule
 
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
+    unet = small_unet()
     cosine = functools.partial(
         get_cosine_schedule_with_warmup, num_warmup_steps=2, num_training_steps=9
     )

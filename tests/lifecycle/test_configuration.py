@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from support.networks import small_unet
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,16 +71,6 @@ from lightning_vr.lifecycle.configuration import UndescribableError, describe, i
 from lightning_vr.process import Solver
 
 LEVELS = [0.1, 10.0]
-UNET = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8,),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-}
 
 
 class Plain:
@@ -149,7 +140,7 @@ def _objects():
         *(Sampler(steps=4), ResidualMLP(width=8), ResidualMLP(width=8, num_class_embeds=3)),
         *(Numeric(), Nested(Nested(ResidualMLP(width=8))), Plain(Plain(1.5), [Plain(None)])),
         DiffusersSchedule(diffusers.FlowMatchEulerDiscreteScheduler()),
-        diffusers.UNet2DModel(**UNET),
+        small_unet(),
         diffusers.DDPMScheduler(beta_end=0.01),
     ]
 

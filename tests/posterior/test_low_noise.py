@@ -1,17 +1,38 @@
 """Near-duplicates at low noise: what float32 must tell apart in products that it rounds."""
 
 import math
+import runpy
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_vr.core import devices
-from lightning_vr.posterior import low_noise
+from lightning_vr.posterior import low_noise, streamed_softmax
 from lightning_vr.posterior.posterior_mean import posterior_mean
 from lightning_vr.posterior.references import References
 
 WIDE = torch.float64
 COUNT, QUERIES = 12, 6
+TABLE = [(55, 0.002), (55, 0.01), (30, 0.01), (55, 0.05)]
+TENSOR_CORES = Path(__file__).parents[2] / "examples/scale/tensor_cores.py"
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """Multiply as the kernel does in tensor cores, whose sums are cut off."""
+    product = runpy.run_path(str(TENSOR_CORES))["as_kernel"]
+    calls = []
+
+    @contextmanager
+    def emulated(x):
+        calls.append(x)
+        yield product
+
+    monkeypatch.setattr(streamed_softmax, "exact_products", emulated)
+    yield
+    assert calls
 
 
 def near_duplicates(norm, sigma, distance=2.0, copies=1, alpha=1.0, dim=3072):
@@ -53,7 +74,7 @@ def assert_right(found, expected, scale):
 
 
 @pytest.mark.parametrize("prepare", [References.prepare, lambda x: x], ids=["prepared", "plain"])
-@pytest.mark.parametrize(("norm", "sigma"), [(55, 0.002), (55, 0.01), (30, 0.01), (55, 0.05)])
+@pytest.mark.parametrize(("norm", "sigma"), TABLE)
 def test_weights_of_two_near_duplicates_are_right_to_one_in_a_thousand(norm, sigma, prepare):
     xt, own, x = near_duplicates(norm, sigma)
     expected = in_float64(xt, 1.0, sigma, x)
@@ -62,6 +83,28 @@ def test_weights_of_two_near_duplicates_are_right_to_one_in_a_thousand(norm, sig
         for size in (None, 5):
             found = posterior_mean(xt, 1.0, sigma, prepare(x), chunk_size=size, **given)
             assert_right(found, expected, sigma)
+
+
+@pytest.mark.parametrize(("norm", "sigma"), TABLE)
+def test_they_are_as_right_with_the_arithmetic_of_tensor_cores(norm, sigma, tensor_cores):
+    xt, own, x = near_duplicates(norm, sigma)
+    given = {"own": x[own], "exclude": own}
+    assert_right(posterior_mean(xt, 1.0, sigma, x, **given), in_float64(xt, 1.0, sigma, x), sigma)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 4.0, 8.0])
+def test_weights_of_images_are_right_to_1e_5_with_it(sigma, tensor_cores):
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, 4, 4, generator=source)
+    x = torch.nn.functional.interpolate(x, size=32, mode="bilinear").flatten(1)
+    own = torch.arange(4)
+    xt = x[own] + sigma * torch.randn(4, 3072, generator=source)
+    found = posterior_mean(xt, 1.0, sigma, References.prepare(x), own=x[own], exclude=own)
+    expected = in_float64(xt, 1.0, sigma, x)
+    means = torch.stack([found.mean.double(), expected[0]]).flatten(0, 1)
+    found, expected = torch.linalg.lstsq(x.double().T, means.T).solution.T.chunk(2)
+    torch.testing.assert_close(expected.sum(1), torch.ones(4, dtype=WIDE))
+    assert float((found - expected).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.7])

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from lightning_vr.posterior import streamed_softmax as softmax_sums
 from lightning_vr.posterior.references import References
 from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums, label_mismatch
 
@@ -65,17 +64,3 @@ def test_a_row_without_a_reference_in_a_shard_has_sums_of_zero():
     references, queries = problem()
     sums = SoftmaxSums.over(references.take(torch.arange(9)), queries, None)
     assert sums.packed()[4].tolist() == [-math.inf, *[0] * 9]
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch < 2.9")
-@pytest.mark.parametrize("chosen", ["highest", "high"])
-def test_products_are_in_float32_and_then_as_they_were(chosen):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(chosen)
-    try:
-        with softmax_sums._without_tf32(torch.device("cuda")):
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-        assert torch.get_float32_matmul_precision() == chosen
-        assert torch.backends.cuda.matmul.allow_tf32 == (chosen == "high")
-    finally:
-        torch.set_float32_matmul_precision(before)

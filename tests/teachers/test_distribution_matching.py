@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from scenes import fit, teacher, weights
 from support.comparisons import assert_equal
+from support.networks import small_mlp
 from support.stops import StopAt, StoppedError
 from torch import nn
 
@@ -15,6 +16,7 @@ from lightning_vr import (
     VP,
     Clean,
     DistributionMatching,
+    FrozenTeacher,
     LearnedProposal,
     TableProposal,
     WeightProposal,
@@ -92,7 +94,19 @@ def test_without_the_normaliser_the_direction_is_the_difference_of_x0():
     noised = CARV(1)(clean, module.objective, generator("x0"))
     difference = plain.residual(noised)
     scale = (noised.x0 - module.teacher.denoise(noised)).abs().mean(dim=1, keepdim=True)
-    torch.testing.assert_close(module.residual(noised), difference / scale)
+    assert torch.equal(module.residual(noised), difference / scale)
+
+
+def test_an_untrained_teacher_gives_a_finite_direction_and_none_where_the_fake_agrees():
+    untrained = FrozenTeacher(small_mlp(), VP(), "x0", sigma_data=2.0)  # its output is 0
+    module = DistributionMatching(untrained, optimizer=torch.optim.SGD, fake_steps=1)
+    noised = CARV(1)(Clean(torch.zeros(6, 2)), module.objective, generator("x0"))
+    assert torch.equal(module.residual(noised), torch.zeros(6, 2))
+    fit(module, length=2)
+    with torch.no_grad():
+        module.fake.network.project_out.bias.fill_(0.5)
+    expected = torch.full((6, 2), 0.5 / (2.0 * 2.0**-23))
+    torch.testing.assert_close(module.residual(noised), expected)
 
 
 def test_the_student_makes_what_the_teacher_denoises_from_noise_alone():

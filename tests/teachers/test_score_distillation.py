@@ -1,6 +1,7 @@
 """A scene that a frozen teacher trains, under a Trainer."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_the_components_of_a_pilot_are_those_of_plain_repetitions():
 
     units = [clean(i) for i in range(60)]
     loss = NoisyDistillation(module)
-    source = lambda *key: generator("measure", *key)  # noqa: E731
+    source = partial(generator, "measure")
     found = GradientMeasurement(loss, source, [0] * len(parameters)).by_differences(units, 0)
     measured = 2 * float((found.timestep + found.noise)[0])
     assert measured == pytest.approx(expected, rel=0.25)

@@ -1,6 +1,7 @@
 """GradientVariance on modules with a frozen teacher, whose outermost part is views or samples."""
 
 import csv
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`
 
 
 def matching():
-    optimizer = lambda p: torch.optim.Adam(p, 0.01)  # noqa: E731
+    optimizer = partial(torch.optim.Adam, lr=0.01)
     return DistributionMatching(teacher(prediction="x0"), fake_steps=1, optimizer=optimizer)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.devices import widest_float
-from lightning_vr.core.rows import concatenated, mapped, tensors
+from lightning_vr.core.rows import concatenated, rows_at, tensors
 from lightning_vr.core.types import Noised, TargetEstimate
 from lightning_vr.core.validation import check_at_least, check_choice, check_finite_number
 from lightning_vr.estimators.loss import ControlVariate, Network, network_output
@@ -216,7 +216,7 @@ class TaylorCV(ControlVariate):
 
 
 def _rows(noised: Noised, rows: Tensor) -> Noised:
-    return Noised(**mapped(tensors(noised), lambda x: x[rows]))
+    return Noised(**rows_at(tensors(noised), rows))
 
 
 def _check_order(order: int, expectation: str, probes: int) -> None:
