@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from lightning_vr.data import ImageFolder
 from lightning_vr.metrics import ImageClassifier
 
-BATCH_SIZE = 128
 LEARNING_RATE = 4e-3
 
 
@@ -26,9 +25,10 @@ def main() -> None:
     parser.add_argument("output", help="file to write")
     parser.add_argument("--size", type=int, default=32, help="side of the images, in pixels")
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--batch_size", type=int, default=128)
     options = parser.parse_args()
 
-    data = ImageFolder(options.folder, options.size, BATCH_SIZE, labels_from_folders=True)
+    data = ImageFolder(options.folder, options.size, options.batch_size, labels_from_folders=True)
     data.setup()
     start = time.perf_counter()
     classifier = train(data, options.epochs)

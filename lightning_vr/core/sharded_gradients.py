@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_vr.core.distributed import all_gather_numbers
+from lightning_vr.core.distributed import SynchronizedError, all_gather_numbers
 from lightning_vr.core.rows import Rows, leaves, mapped, row_count, rows_at
 from lightning_vr.core.sharding import synchronize_gradients
 
@@ -30,7 +30,7 @@ def sharded_gradients(
     trained parameters are sharded as these are, those by the rows are of this rank's mean.
 
     Raises:
-        ValueError: If this rank has fewer rows than another has chunks.
+        SynchronizedError: If one has fewer rows than another has chunks.
     """
     rows = mapped(rows, lambda x: x.detach().requires_grad_(x.requires_grad))
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -60,11 +60,14 @@ def _bounds(count: int, chunk: int) -> list[tuple[int, int]]:
 
     A rank that has fewer rows than others takes smaller chunks.
     """
-    number = max(own for (own,) in all_gather_numbers([-(-count // chunk)]))
-    if number > count:
-        raise ValueError(
+    own = -(-count // chunk)
+    everyone = all_gather_numbers([own, count])
+    number, least = max(n for n, _ in everyone), min(rows for _, rows in everyone)
+    if number > least:
+        raise SynchronizedError(
             f"A batch of sharded training must have at least {number} rows on each rank, as many "
-            f"as another rank has chunks, got {count}: give all ranks batches of the same size."
+            f"as a rank has chunks, got {least}: give all ranks batches of the same size."
         )
-    ends = [i * count // number for i in range(number + 1)]
-    return list(itertools.pairwise(ends))
+    # as without shards where that gives as many: dropout draws by the shapes of chunks
+    ends = [min(i * chunk, count) if own == number else i * count // number for i in range(number)]
+    return list(itertools.pairwise([*ends, count]))

@@ -58,15 +58,19 @@ def shard(module: nn.Module, mesh: DeviceMesh, block_size: int) -> None:
         block_size: Least number of parameters of a block.
 
     Raises:
-        ValueError: If a trained parameter is in no module that is called.
+        ValueError: If a trained parameter is in no module that is called, two of these share one,
+            or one is a single number.
     """
     if is_sharded(module):
         return
     called = list(_called(module))
+    _check(called)
     for x in [*module.parameters(), *module.buffers()]:
         x.detach().copy_(broadcast(x.detach().contiguous()))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     for child in called:
+        for p in child.parameters():
+            p.data = p.data.contiguous()  # rows are cut from contiguous ones
         for block in _blocks(child, block_size):
             fully_shard(block, **options)
         fully_shard(child, **options)
@@ -111,6 +115,27 @@ def _called(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if _trains(child):
             yield from [child] if _is_called(child) else _called(child)
+
+
+def _check(called: list[nn.Module]) -> None:
+    """Raise if a parameter would be whole in one child and sharded in another, or has no rows."""
+    owners: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for child in called:
+        for path, part in child.named_modules():
+            for name, p in part.named_parameters(recurse=False):
+                where = f"`{f'{path}.{name}'.strip('.')}` of the {type(child).__name__}"
+                owner, first = owners.setdefault(id(p), (part, child))
+                if owner is not part and first is not child:
+                    raise ValueError(
+                        f"A parameter to be sharded must be in one child of the module, but "
+                        f"{where} is in the {type(first).__name__} too: put both into a module "
+                        f"that is called, or train with 'ddp'."
+                    )
+                if p.ndim == 0:
+                    raise ValueError(
+                        f"A parameter to be sharded must have rows, but {where} is a single "
+                        f"number: make it one of shape (1,), or train with 'ddp'."
+                    )
 
 
 def _trains(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ The plain estimator draws one independent time and noise for each sample. It is 
 estimators remove parts of its noise.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
@@ -45,6 +46,10 @@ class Draws(Slot, ABC):
     def chunk(self, draws: int, device: torch.device) -> int:
         """Return how many of a batch's draws pass through the network at a time on a device."""
         return draws
+
+    def has_chunks(self, device: torch.device) -> bool:
+        """Return whether more draws pass in several chunks, however many a batch has now."""
+        return self.chunk(sys.maxsize, device) < sys.maxsize
 
     @abstractmethod
     def times(

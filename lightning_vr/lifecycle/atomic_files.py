@@ -86,7 +86,7 @@ def new_folder(path: Path) -> Iterator[None]:
 def replace_by_hidden_folder(path: Path) -> None:
     """Put the hidden folder of ``path`` in its place: there is always the old or the new one."""
     old = _beside(path, _OLD)
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     else:
@@ -94,6 +94,30 @@ def replace_by_hidden_folder(path: Path) -> None:
     hidden_folder(path).rename(path)
     flush_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_at_once(path: Path) -> None:
+    """Remove a file, link or folder, of which a process that is killed leaves no part in place."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    hidden = hidden_folder(path)
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def replace_link(link: Path, target: Path) -> bool:
+    """Let a link lead to another file or folder; return whether the file system could do so."""
+    hidden = link.with_name(f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
+    try:
+        hidden.symlink_to(os.path.relpath(target, link.parent))
+        hidden.replace(link)
+    except OSError:  # no links, or a folder is there
+        with suppress(OSError):
+            hidden.unlink()
+        return False
+    return True
 
 
 def recovered(path: Path) -> Path:
@@ -121,6 +145,9 @@ def remove_abandoned(folder: Path) -> None:
 
 def _remove_abandoned(partial: Path) -> bool:
     """Remove what no process is writing any more; return whether it is gone."""
+    if partial.is_symlink():
+        partial.unlink(missing_ok=True)
+        return True
     lock = _lock(partial)
     if lock is None:
         return False

@@ -28,7 +28,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_vr.core.distributed import SynchronizedError, gather_objects, rank, world_size
-from lightning_vr.lifecycle.atomic_files import remove_abandoned, replacing
+from lightning_vr.lifecycle.atomic_files import (
+    remove_abandoned,
+    remove_at_once,
+    replace_link,
+    replacing,
+)
 from lightning_vr.lifecycle.loggers import is_training, run_folder
 from lightning_vr.lifecycle.nonfinite_cause import first_broken_weight
 from lightning_vr.lifecycle.sharded_checkpoints import gathered, is_sharded_folder, load_folder
@@ -55,6 +60,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         # the last checkpoint, if it could not be written, and the files kept in place of such ones
         self._failed: str | None = None
         self._kept: list[tuple[str, Any]] = []
+        self._linked: list[Any] = []
         # of each folder whose last write has failed: the checkpoint and the reason
         self._unwritten: dict[Path, tuple[str, str]] = {}
         self._is_over = False
@@ -132,8 +138,20 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if self._failed is not None:
             self._kept.append((self._failed, path))
             return
-        super().remove_checkpoint(path)
+        if self.trainer is not None and _is_linked(path, self.trainer):
+            self._linked.append(path)
+            return
+        if "://" in str(path):
+            super().remove_checkpoint(path)
+        else:
+            remove_at_once(Path(path))
         self._remove_kept_for(path)
+
+    def remove_unlinked(self) -> None:
+        """Remove checkpoints that stayed as the link to the last one led to them."""
+        linked, self._linked = self._linked, []
+        for path in linked:
+            self.remove_checkpoint(path)
 
     def teardown(self) -> None:
         """Save elsewhere what an error or a signal ends, if the last checkpoint was not written."""
@@ -148,7 +166,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def begin(self, trainer: Trainer) -> None:
         """Forget an earlier fit."""
         self.trainer, self._failed, self._is_over = trainer, None, False
-        self._kept, self._unwritten = [], {}
+        self._kept, self._linked, self._unwritten = [], [], {}
 
     def finish(self, trainer: Trainer) -> None:
         """Raise if the last checkpoint was not written; all ranks call it at the end of a fit.
@@ -224,16 +242,21 @@ def finish_checkpoints(trainer: Trainer) -> None:
 
 
 def _link_whole_files(callback: ModelCheckpoint) -> None:
-    """Let ``save_last="link"`` keep the older link where the new file could not be written.
+    """Let ``save_last="link"`` lead to a whole file at each moment, written before or now.
 
     ``_link_checkpoint`` is as seen in Lightning 2.6.
     """
     link = type(callback)._link_checkpoint
 
     def link_if_written(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        is_first, io = trainer.is_global_zero, trainer.strategy.checkpoint_io
+        is_due = not is_first or os.path.exists(filepath)
+        if is_first and is_due and "://" not in linkpath:
+            is_due = not replace_link(Path(linkpath), Path(filepath))
         # to itself it links nothing, and the ranks still meet
-        is_written = not trainer.is_global_zero or os.path.exists(filepath)
-        link(trainer, filepath if is_written else linkpath, linkpath)
+        link(trainer, filepath if is_due else linkpath, linkpath)
+        if isinstance(io, DurableCheckpointIO):
+            io.remove_unlinked()
 
     callback._link_checkpoint = link_if_written  # type: ignore[method-assign]
 
@@ -261,6 +284,16 @@ def _write_to_first(checkpoint: dict[str, Any], folders: list[Path]) -> Path | N
             _write(checkpoint, path)
             return path
     return None
+
+
+def _is_linked(path: Any, trainer: Trainer) -> bool:
+    """Return whether the link to the last checkpoint, which is about to move, leads to a path."""
+    callbacks = trainer.checkpoint_callbacks
+    if "://" in str(path) or all(getattr(x, "save_last", None) != "link" for x in callbacks):
+        return False
+    # a ModelCheckpoint of a run that was killed early has lost the name of its link
+    beside = Path(path).parent.glob("*.ckpt")
+    return any(each.is_symlink() and _place(each) == _place(path) for each in beside)
 
 
 def _place(path: Any) -> str:

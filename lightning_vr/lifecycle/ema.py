@@ -14,18 +14,21 @@ Averages are taken elementwise and in float32 or better, of this rank's rows alo
 sharded. Lightning's ``WeightAveraging`` copies the whole module, which sharded ones do not allow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_vr.core.sharding import local, placed_like
 from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.checkpoint_errors import damaged
 from lightning_vr.lifecycle.power_averages import exponent
+from lightning_vr.lifecycle.saved_parameters import for_each, once, saved_parameters
 
 AVERAGES = "averaging_state"
 """Where a checkpoint keeps averages: what Lightning calls the rest of its own."""
@@ -51,17 +54,18 @@ class Averages:
 
     @torch.no_grad()
     def update_parameters(self, module: nn.Module) -> None:
-        """Take in the weights as they are now."""
-        now = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        """Take in the weights as they are now; one that begins to train begins its average."""
+        now = self._averaged(module)
         self.n_averaged += 1
-        if not self.weights:
-            self.weights = [
-                {name: _precise(x) for name, x in now.items()} for _ in self._factors(1)
-            ]
-            return
+        self.weights = self.weights or [{} for _ in self._factors(1)]
         for average, factor in zip(self.weights, self._factors(int(self.n_averaged)), strict=True):
-            own = [local(average[name]) for name in now]
-            weights = [local(x).to(a.dtype) for x, a in zip(now.values(), own, strict=True)]
+            new = {name: p for name, p in now.items() if name not in average}
+            average |= for_each(new, lambda _, p: _precise(p.detach()))
+            old = once({name: p for name, p in now.items() if name not in new})
+            if not old:
+                continue
+            own = [local(average[name]) for name in old]
+            weights = [local(p).to(a.dtype) for p, a in zip(old.values(), own, strict=True)]
             # as torch's AveragedModel rounds: lerp would differ in the last digit
             part = torch._foreach_mul(weights, 1 - factor)
             torch._foreach_mul_(own, factor)
@@ -82,22 +86,34 @@ class Averages:
         Raises:
             ValueError: If it keeps other averages, or of other weights.
         """
-        own = {name: p for name, p in module.named_parameters() if p.requires_grad}
         kept = (state.get("decays"), state.get("lengths")) if isinstance(state, dict) else None
         if kept != (self.decays, self.lengths):
             raise ValueError(
                 f"`EMA` must keep the averages of the checkpoint {path} (decays and lengths "
                 f"{kept}), got {(self.decays, self.lengths)}: configure the same, or leave EMA out."
             )
-        for average in state["weights"]:
+        count, saved = state.get("n_averaged"), state.get("weights")
+        if not isinstance(count, Tensor) or count.numel() != 1:
+            raise damaged(f"{AVERAGES}.n_averaged", "a number of updates", count, path)
+        number = len(self._factors(1))
+        if not isinstance(saved, list) or [type(x) for x in saved] != [dict] * number:
+            raise damaged(f"{AVERAGES}.weights", f"a list of {number} averages", saved, path)
+        own = self._averaged(module, saved[0])
+        for average in saved:
             for name, p in own.items():
                 if not isinstance(x := average.get(name), Tensor) or x.shape != p.shape:
                     raise damaged(f"{AVERAGES}.{name}", f"of shape {tuple(p.shape)}", x, path)
-        self.n_averaged = state["n_averaged"].clone()
+        self.n_averaged = count.clone()
         self.weights = [
-            {name: _precise(placed_like(average[name], p)) for name, p in own.items()}
-            for average in state["weights"]
+            for_each(own, lambda name, p: _precise(placed_like(average[name], p)))  # noqa: B023
+            for average in saved
         ]
+
+    def _averaged(self, module: nn.Module, known: Any = ()) -> dict[str, nn.Parameter]:
+        """Return the parameters that train, and those that have a (``known``) average already."""
+        known = self.weights[0] if self.weights else known
+        own = saved_parameters(module)
+        return {name: p for name, p in own.items() if p.requires_grad or name in known}
 
     def _factors(self, count: int) -> list[float]:
         """Return the factor on each average at its update number ``count``."""
@@ -109,9 +125,9 @@ class Averages:
 class EMA(WeightAveraging):
     """Keeps averages of the weights; the first counts for evaluation, samples and export.
 
-    It works on one device, with DDP and with ``ShardedStrategy``. Weights that do not train, and
-    buffers, are not averaged. All averages are in checkpoints: ``saved_average`` reads one of them,
-    or one of another relative length::
+    It works in any module, on one device, with DDP and with ``ShardedStrategy``. Weights that never
+    train, and buffers, are not averaged. All averages are in checkpoints: ``saved_average`` reads
+    one of them, or one of another relative length::
 
         Trainer(callbacks=[EMA(decay=[0.999, 0.9999], relative_lengths=[0.05, 0.1])])
 
@@ -151,7 +167,9 @@ class EMA(WeightAveraging):
         self.warmup = warmup
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
-        self._trained: dict[str, Tensor] = {}
+        # those in whose place the average is: for a validation run, and from the end of a fit on
+        self._swapped: dict[str, Tensor] = {}
+        self._replaced: dict[str, Tensor] = {}
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Return whether the step, from 0, updates the averages."""
@@ -163,24 +181,20 @@ class EMA(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin without averages."""
         if stage == "fit":
-            self._trained = {}
+            self._swapped, self._replaced = {}, {}
             found: Any = Averages(self.decays, self.lengths, warmup=self.warmup)
             self._average_model = found
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the averages; the weights that train stand where Lightning's class has them."""
+        """Save the averages, the first as the weights, and those that train as Lightning does."""
         averages: Any = self._average_model
         if averages is None or not averages.weights:
             return
-        other = self._trained or averages.weights[0]
-        checkpoint["current_model_state"] = checkpoint["state_dict"]
-        checkpoint["state_dict"] = checkpoint["state_dict"] | {
-            name: x.to(checkpoint["state_dict"][name].dtype)
-            for name, x in other.items()
-            if name in checkpoint["state_dict"]
-        }
+        now, trained = checkpoint["state_dict"], self._replaced or self._swapped
+        checkpoint["current_model_state"] = _with(now, trained)
+        checkpoint["state_dict"] = _with(now, averages.weights[0])
         checkpoint[AVERAGES] = averages.state()
 
     def on_load_checkpoint(
@@ -188,7 +202,8 @@ class EMA(WeightAveraging):
     ) -> None:
         """Go on from saved averages and the weights that train; without any, begin anew."""
         averages: Any = self._average_model
-        if averages is None or "current_model_state" not in checkpoint:
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        if averages is None or not is_fitting or "current_model_state" not in checkpoint:
             return
         averages.load(checkpoint.get(AVERAGES), pl_module, trainer.ckpt_path)
         weights = {"state_dict": checkpoint["current_model_state"]}
@@ -197,26 +212,45 @@ class EMA(WeightAveraging):
     @torch.no_grad()
     def _swap_models(self, pl_module: LightningModule) -> None:
         """Put the first average into the module, or the weights that train back."""
-        averages: Any = self._average_model
-        if self._trained:
-            _copy(self._trained, pl_module)
-            self._trained = {}
-            return
-        named = pl_module.named_parameters()
-        self._trained = {name: p.detach().clone() for name, p in named if p.requires_grad}
-        _copy(averages.weights[0], pl_module)
+        if self._swapped:
+            _copy(self._swapped, pl_module)
+            self._swapped = {}
+        else:
+            self._swapped = self._put_average(pl_module, lambda _, p: p.detach().clone())
 
     @torch.no_grad()
     def _copy_average_to_current(self, pl_module: LightningModule) -> None:
-        """Put the first average into the module."""
+        """Put the first average into the module, to stay."""
+        self._replaced = self._put_average(pl_module, lambda _, p: aside(p))
+
+    def _put_average(
+        self, module: LightningModule, keep: Callable[[str, nn.Parameter], Tensor]
+    ) -> dict[str, Tensor]:
+        """Put the first average into the module, and return what was there; nothing without one."""
         averages: Any = self._average_model
-        _copy(averages.weights[0], pl_module)
+        if not averages.weights:
+            return {}
+        own = saved_parameters(module)
+        before = for_each({name: own[name] for name in averages.weights[0]}, keep)
+        _copy(averages.weights[0], module)
+        return before
+
+
+def aside(x: Tensor) -> Tensor:
+    """Return a copy of a weight on the CPU, as a device may have no room, or of its own rows."""
+    return x.detach().clone() if isinstance(x, DTensor) else x.detach().to("cpu", copy=True)
+
+
+def _with(state: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Return a state with some of its weights replaced, in its own dtypes."""
+    own = {name: x.to(state[name].dtype) for name, x in weights.items() if name in state}
+    return state | own
 
 
 def _copy(weights: dict[str, Tensor], module: nn.Module) -> None:
-    parameters = dict(module.named_parameters())
-    for name, x in weights.items():
-        local(parameters[name]).copy_(local(x))
+    for name, p in once(saved_parameters(module)).items():
+        if name in weights:
+            local(p).copy_(local(weights[name]))
 
 
 def _precise(x: Tensor) -> Tensor:

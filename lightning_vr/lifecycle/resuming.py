@@ -30,6 +30,7 @@ from lightning_vr.lifecycle.epoch_sums import EpochSums
 from lightning_vr.lifecycle.learned_state import LearnedState
 from lightning_vr.lifecycle.own_state import STATE
 from lightning_vr.lifecycle.restarting import forget_restart, log_row, restart
+from lightning_vr.lifecycle.saved_parameters import once, saved_parameters
 from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 from lightning_vr.lifecycle.weight_averaging import update_weights
 
@@ -165,7 +166,7 @@ class Resuming:
                 f"{window['lost']} batches are lost, and the next optimizer step uses only the "
                 f"rest of its {batches} batches."
             )
-        parameters = dict(module.named_parameters())
+        parameters = saved_parameters(module)
         for name, gradient in window["gradients"].items():
             if name not in parameters or parameters[name].shape != gradient.shape:
                 allowed = "the gradient of a parameter of the module"
@@ -271,7 +272,7 @@ class Resuming:
         gradients = {
             # what is sharded has been reduced over the ranks
             name: parameter.grad if is_sharded(module) else mean(parameter.grad).cpu()
-            for name, parameter in module.named_parameters()
+            for name, parameter in once(saved_parameters(module)).items()
             if parameter.grad is not None
         }
         return window | {"gradients": gradients}

@@ -2,13 +2,15 @@
 
 Both hold what a checkpoint of whole weights holds, optimizer states and averages included. One file
 *is* such a checkpoint: rank 0 gathers tensor by tensor. A folder has ``meta.pt``, the checkpoint
-with a note in place of each sharded tensor, and ``rank-<i>.pt`` with the rows of each rank. It is
-written beside its place and renamed, so that it is whole or not there. Either is read on any number
+with a note in place of each sharded tensor, and ``rank-<i>.pt`` with the rows of each rank; a mark
+in all of them tells them from those of other folders. It is written beside its place and renamed,
+so that it is whole or not there. Either is read on any number
 of ranks, sharded or not: only rows that a rank keeps are read there. No file needs more than
 ``torch.load(weights_only=True)``, while the metadata of ``torch.distributed.checkpoint`` is a
 pickle, which a stranger's checkpoint must not be.
 """
 
+import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,7 +43,7 @@ def is_sharded_folder(path: Any) -> bool:
 
 def gathered(checkpoint: Any) -> Any:
     """Return a checkpoint with whole tensors on the CPU of rank 0; all ranks call it."""
-    # a tensor may stand in two places, as an average does
+    # one tensor may stand in two places, as an average does
     found: dict[int, Tensor] = {}
 
     def whole(x: DTensor) -> Tensor:
@@ -60,19 +62,24 @@ def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
         OSError: On all ranks, if any of them could not write its file.
     """
     rows: list[Tensor] = []
+    numbers: dict[int, int] = {}  # as in `gathered`
 
     def note(x: DTensor) -> dict[str, Any]:
-        rows.append(local(x).detach().cpu())
-        return {_SHARDED: len(rows) - 1, "shape": list(x.shape)}
+        if id(x) not in numbers:
+            numbers[id(x)] = len(rows)
+            rows.append(local(x).detach().cpu())
+        return {_SHARDED: numbers[id(x)], "shape": list(x.shape)}
 
     noted, partial = _mapped(checkpoint, note), hidden_folder(path)
     with ExitStack() as stack:
         _on_rank_zero(lambda: stack.enter_context(new_folder(path)))
-        error = None
+        (mark, *_), error = gather_objects(secrets.token_hex(8)), None
         try:
-            _write(rows, partial / _file(rank()))
+            part = {"mark": mark, "rank": rank(), "rows": rows}
+            _write(part, partial / _file(rank()))
             if rank() == 0:
-                _write({"checkpoint": noted, "ranks": world_size()}, partial / _META)
+                meta = {"mark": mark, "ranks": world_size(), "checkpoint": noted}
+                _write(meta, partial / _META)
         except OSError as found:
             error = str(found)
         reasons = [each for each in gather_objects(error) if each is not None]
@@ -89,24 +96,40 @@ def load_folder(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
         mesh: The ranks to shard its tensors over as they were, in rows; whole if not given.
 
     Raises:
-        ValueError: If a file of it is missing or damaged.
+        ValueError: If a file of it is missing, damaged or of another folder.
     """
     path = recovered(path)
-    meta = _read(path / _META)
-    files = [path / _file(number) for number in range(meta["ranks"])]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(
-            f"`ckpt_path` must be a whole checkpoint, but the folder {path} lacks "
-            f"{', '.join(missing)}: copy all of its files, or use another checkpoint."
-        )
-    parts = [_read(file) for file in files]
+    meta = _read(path / _META, mark=str, ranks=int, checkpoint=dict)
+    parts = [_part(path / _file(number), meta["mark"], number) for number in range(meta["ranks"])]
 
     def load(note: dict[str, Any]) -> Tensor:
         return _rows([part[note[_SHARDED]] for part in parts], torch.Size(note["shape"]), mesh)
 
-    loaded: dict[str, Any] = _mapped(meta["checkpoint"], load, _is_note)
+    try:
+        loaded: dict[str, Any] = _mapped(meta["checkpoint"], load, _is_note)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:  # or a list in itself
+        raise ValueError(
+            f"`ckpt_path` must be a checkpoint of this package, but what the files of the folder "
+            f"{path} hold does not fit together ({type(error).__name__}): use another checkpoint."
+        ) from error
     return loaded
+
+
+def _part(file: Path, mark: str, number: int) -> list[Tensor]:
+    """Return the rows of a rank."""
+    if not file.is_file():
+        raise ValueError(
+            f"`ckpt_path` must be a whole checkpoint, but the folder {file.parent} lacks "
+            f"{file.name}: copy all of its files, or use another checkpoint."
+        )
+    part = _read(file, mark=str, rank=int, rows=list)
+    if (part["mark"], part["rank"]) != (mark, number):
+        raise ValueError(
+            f"`ckpt_path` must be one checkpoint, but {file} is of another, or of another rank: "
+            f"copy all files of one folder together, or use another checkpoint."
+        )
+    rows: list[Tensor] = part["rows"]
+    return rows
 
 
 def _mapped(
@@ -130,6 +153,8 @@ def _is_note(x: Any) -> bool:
 
 def _rows(parts: list[Tensor], shape: torch.Size, mesh: DeviceMesh | None) -> Tensor:
     """Return a tensor of the rows of all ranks, or this rank's rows of it."""
+    if (sum(map(len, parts)), *parts[0].shape[1:]) != tuple(shape):
+        raise ValueError("the rows are those of another shape")
     if mesh is None:
         return torch.cat(parts)
     # as torch shards: equal chunks, of which the last may be smaller or missing
@@ -150,9 +175,13 @@ def _write(state: Any, path: Path) -> None:
         torch.save(state, file)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, **kinds: type) -> dict[str, Any]:
+    """Return what a file holds: a dictionary with values of some kinds."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not all(isinstance(found[name], kind) for name, kind in kinds.items()):
+            raise TypeError
+        return found  # type: ignore[no-any-return]
     except Exception as error:  # whatever torch meets in a damaged file
         raise ValueError(
             f"`ckpt_path` must be a checkpoint that loads safely, but its file {path} does not "

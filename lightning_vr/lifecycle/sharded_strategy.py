@@ -21,6 +21,7 @@ from lightning_vr.core.validation import check_at_least
 from lightning_vr.lifecycle.checkpoint_io import DurableCheckpointIO
 from lightning_vr.lifecycle.loggers import is_training
 from lightning_vr.lifecycle.nonfinite_cause import first_broken_weight
+from lightning_vr.lifecycle.saved_parameters import saved_parameters
 from lightning_vr.lifecycle.sharded_checkpoints import (
     gathered,
     is_sharded_folder,
@@ -119,7 +120,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load weights, whole or sharded."""
-        own = dict(self._module.named_parameters())
+        own = saved_parameters(self._module)
         weights = {
             name: placed_like(x, own[name]) if name in own else x
             for name, x in checkpoint["state_dict"].items()

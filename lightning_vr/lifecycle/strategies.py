@@ -7,6 +7,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_vr.core.devices import without_compiler
+from lightning_vr.core.sharding import is_sharded
 from lightning_vr.lifecycle.ema import EMA
 from lightning_vr.lifecycle.precision import loss_scaler
 from lightning_vr.lifecycle.sharded_strategy import ShardedStrategy
@@ -14,21 +15,27 @@ from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 
 
 def check_strategy(trainer: Trainer, module: LightningModule) -> None:
-    """Raise if weights are sharded, the whole module is compiled, or the device has no float64.
+    """Raise if weights are sharded otherwise, the module is compiled, or there is no float64.
 
     Raises:
         ValueError: Naming the argument of the trainer or of ``fit``.
     """
     strategy = trainer.strategy
     is_ours = isinstance(strategy, ShardedStrategy)
-    is_sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and not is_ours
-    if is_sharded or getattr(strategy, "zero_stage_3", False):
+    shards = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and not is_ours
+    if shards or getattr(strategy, "zero_stage_3", False):
         raise ValueError(
             f"`strategy` must leave all weights on each rank, as 'ddp' does, or be 'sharded', got "
             f"{type(strategy).__name__}, which shards them: use 'sharded', 'ddp', or one device."
         )
     if is_ours:
         _check_sharded(trainer, module)
+    elif is_sharded(module):
+        raise ValueError(
+            f"`model` must have its weights whole with {type(strategy).__name__}, got ones that an "
+            f"earlier fit has sharded: save a checkpoint, and use what load_from_checkpoint makes "
+            f"of it."
+        )
     # seen in Lightning 2.6; a test compiles a module both ways
     if module._compiler_ctx is not None or module._compiled_call_impl is not None:
         raise ValueError(

@@ -25,12 +25,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_vr.core.sharding import whole_weights
 from lightning_vr.estimators.slot import SLOTS
-from lightning_vr.lifecycle.ema import Averages
+from lightning_vr.lifecycle.ema import EMA, Averages, aside
 from lightning_vr.lifecycle.trainer_callbacks import callbacks_of
 
 _TRAINED = "current_model_state"
@@ -107,6 +106,8 @@ class AveragedWeights:
         if callback is None:
             state["state_dict"] = dict(trained)
             return
+        if isinstance(callback, EMA):
+            return  # it knows which are in place
         averaged = state["state_dict"]
         for name in _weights(module).keys() & averaged.keys():
             if self.are_swapped:
@@ -135,7 +136,8 @@ class AveragedWeights:
         def replace(module: LightningModule) -> None:
             if average_that_counts(trainer) is not callback:
                 return
-            self._replaced = {name: _aside(x) for name, x in _weights(module).items()}
+            if not isinstance(callback, EMA):
+                self._replaced = {name: aside(x) for name, x in _weights(module).items()}
             kind._copy_average_to_current(callback, module)
 
         def load(*args: Any) -> None:
@@ -256,10 +258,7 @@ def _take_average(weights: dict[str, Any], callback: WeightAveraging) -> None:
             weights[name] = value.detach().to(weights[name].dtype)
 
 
-def _aside(x: Tensor) -> Tensor:
-    """Return a copy of a weight on the CPU, as a device may have no room, or of its own rows."""
-    return x.detach().clone() if isinstance(x, DTensor) else x.detach().to("cpu", copy=True)
-
-
 def _weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    """Return parameters and buffers by the names of checkpoints."""
+    state = module.state_dict(keep_vars=True)
+    return {name: x for name, x in state.items() if isinstance(x, Tensor)}

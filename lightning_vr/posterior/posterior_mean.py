@@ -38,6 +38,7 @@ from lightning_vr.posterior.streamed_softmax import Queries, SoftmaxSums
 Prepared: TypeAlias = Bank | PlainReferences
 
 _LARGE = 1e30
+_SIGMA = 1e-18, 1e18
 
 
 class Posterior(NamedTuple):
@@ -94,8 +95,8 @@ def posterior_mean(
 
     Raises:
         ValueError: On complex or integer samples, shapes that do not fit, a number sigma that is
-            not positive, a row without a reference, or ranks whose queries differ in more than
-            their number.
+            not positive or out of range, a row without a reference, or ranks whose queries differ
+            in more than their number.
     """
     if len(xt) > 0 or not isinstance(references, ShardedReferences):
         check_samples("xt", xt)
@@ -126,7 +127,7 @@ def posterior_mean(
         else:
             sums = SoftmaxSums.over(prepared, queries, chunk_size)
 
-        if own is None and query_group is not None:
+        if own is None and not (query_group is None and exclude is None):
             _check_every_row_has_a_reference(sums.count, query_group)
         log_density = offset - 0.5 * length
         log_density += 0.5 * query.shape[1] * torch.log(precision / (2 * math.pi))
@@ -160,9 +161,14 @@ def _finish(
     return Posterior((base + shift).reshape(xt.shape), ess, spread.clamp_(min=0), log_evidence)
 
 
-def _check_every_row_has_a_reference(count: Tensor, query_group: Tensor) -> None:
+def _check_every_row_has_a_reference(count: Tensor, query_group: Tensor | None) -> None:
     if bool((count == 0).any()):
         row = int((count == 0).nonzero()[0])
+        if query_group is None:
+            raise ValueError(
+                f"`exclude` must leave each row a reference, got the only one for row {row}: give "
+                f"more references, or `own`."
+            )
         raise ValueError(
             f"`query_group` must leave each row a reference, got group "
             f"{query_group[row].tolist()} for row {row}, which no reference has: give references "
@@ -214,6 +220,11 @@ def _check(
         )
     if isinstance(sigma, (int, float)):
         check_positive("sigma", sigma)
+        if not _SIGMA[0] <= sigma <= _SIGMA[1]:
+            raise ValueError(
+                f"`sigma` must be between {_SIGMA[0]} and {_SIGMA[1]}, whose squares float32 "
+                f"holds, got {sigma}: scale the samples."
+            )
     if query_group is not None and local.group is None:
         raise ValueError(
             "`reference_group` must be given with `query_group`, got None: give the labels of the "

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from lightning_vr.core.distributed import (
+    SynchronizedError,
     all_gather_numbers,
     all_reduce_sum,
     broadcast,
     exchange_rows,
     gather_rows,
     rank,
+    row_counts,
     world_size,
 )
 from lightning_vr.core.validation import check_samples
@@ -55,11 +57,11 @@ class ShardedReferences:
             in_place: Whether to centre ``x`` itself, so that no second copy of it is made.
 
         Raises:
-            ValueError: If ``x`` is not this rank's shard.
+            ValueError: If ``x`` is not this rank's shard, or a rank has none.
         """
+        size = _total(len(x))
         check_samples("references", x)
         flat = flat_rows(x)
-        size = int(all_reduce_sum(torch.tensor(len(flat), device=x.device)))
         positions = torch.arange(rank(), size, world_size(), device=x.device)
         if len(positions) != len(flat):
             raise ValueError(
@@ -77,10 +79,13 @@ class ShardedReferences:
         Args:
             x: References ``rank, rank + W, ...`` of all, in order, ``(m, *)`` each.
             group: Their labels ``(m,)`` or ``(m, k)``, or None.
+
+        Raises:
+            ValueError: If a rank has none.
         """
+        size = _total(sum(map(len, x)))
         centre = all_reduce_sum(mean_of_some([part.flatten(1) for part in x])) / world_size()
         local = StoredReferences.prepare(x, group, centre)
-        size = int(all_reduce_sum(torch.tensor(len(local), device=centre.device)))
         return cls(local, torch.arange(rank(), size, world_size(), device=centre.device), size)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ShardedReferences":
@@ -122,6 +127,17 @@ class ShardedReferences:
     def to(self, device: torch.device) -> "ShardedReferences":
         """Return the same references on ``device``."""
         return replace(self, local=self.local.to(device), positions=self.positions.to(device))
+
+
+def _total(count: int) -> int:
+    """Return how many references all ranks have."""
+    counts = row_counts(count)
+    if 0 in counts:
+        raise SynchronizedError(
+            f"`sharded` must be False with fewer references than processes, got {sum(counts)} for "
+            f"{len(counts)}: keep all of them on each."
+        )
+    return sum(counts)
 
 
 Bank: TypeAlias = References | StoredReferences | ShardedReferences

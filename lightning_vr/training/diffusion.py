@@ -17,7 +17,7 @@ from lightning_vr.core.conditions import Condition, expanded
 from lightning_vr.core.devices import device_of
 from lightning_vr.core.gradients import mean_in_chunks
 from lightning_vr.core.rows import Rows, tensors
-from lightning_vr.core.sharding import whole_weights
+from lightning_vr.core.sharding import is_sharded, whole_weights
 from lightning_vr.core.types import (
     WHOLE_STEP,
     Clean,
@@ -218,8 +218,10 @@ class Diffusion(Denoising):
         self, noised: Noised, target: TargetEstimate, *, draws: Draws | None = None
     ) -> LossEstimate:
         """Return the loss of the network, in chunks if the draws ask for them."""
-        chunk = (draws or self.draws).chunk(len(noised.t), noised.t.device)
-        if chunk >= len(noised.t):
+        draws, count, device = draws or self.draws, len(noised.t), noised.t.device
+        chunk = draws.chunk(count, device)
+        # ranks that share weights pass through them alike, however few draws one of them has
+        if chunk >= count and not (draws.has_chunks(device) and is_sharded(self)):
             return self._estimate(noised, target)
         rows = {"noised": tensors(noised), "target": tensors(target)}
         loss, terms = mean_in_chunks(self, self.loss_terms, rows, chunk, scale=self.loss_scale())

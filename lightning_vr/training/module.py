@@ -223,9 +223,9 @@ class DiffusionModule(HandOver, AutoSigmaData, MonitoredSchedules, EstimatorModu
             self._adapter.complete(self.network, checkpoint)
 
     def _evaluation_step(self, stage: str, batch: Any, batch_idx: int) -> None:
+        source = self.generator("evaluate", batch_idx)  # by the seed that is in force outside
         # a random `encode` draws from another key than the noise
         with seed_global_rng(self.generator("evaluate", "global", batch_idx)):
-            source = self.generator("evaluate", batch_idx)
             estimate = self.loss(batch, source, draws=IID(), target=DSM())
         self._log_loss(stage, estimate, sync_dist=True)
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_vr.core.gradients import mean_in_chunks
 from lightning_vr.core.rng import generator
+from lightning_vr.core.sharded_gradients import sharded_gradients
 from lightning_vr.core.types import Clean
 from lightning_vr.estimators.carv import CARV
 from lightning_vr.process.networks import ResidualMLP
@@ -174,6 +175,16 @@ def test_each_row_passes_once_in_chunks_of_at_most_the_given_size(model, rows, c
         mean_in_chunks(model, model.losses, rows, chunk)
     assert max(model.seen) == min(chunk, ROWS)
     assert sum(model.seen) == ROWS
+
+
+@chunks
+def test_sharded_and_whole_parameters_have_the_same_chunks_which_dropout_draws_for(
+    model, rows, chunk
+):
+    mean_in_chunks(model, model.losses, rows, chunk)
+    seen = list(model.seen)
+    sharded_gradients(model, model.losses, rows, chunk)
+    assert model.seen == 2 * seen
 
 
 def test_the_memory_of_activations_is_that_of_one_chunk(model, rows):

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_vr.core.distributed import all_reduce_mean
+from lightning_vr.core.distributed import all_reduce_mean, broadcast
 from lightning_vr.core.gradients import mean_gradients, mean_in_chunks
 from lightning_vr.core.rng import generator
 from lightning_vr.core.sharding import is_sharded, local, placed_like, shard, whole_weights
@@ -156,6 +156,24 @@ def refusals(rank):
         shard(model, init_device_mesh("cpu", (2,)), block_size=1)
     assert not is_sharded(model)
 
+    shared = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    shared["b"].weight = shared["a"].weight
+    number = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    number["a"].scale = nn.Parameter(torch.tensor(1.0))
+    for model, message in ((shared, "is in the Linear too"), (number, "`scale` .* single number")):
+        with pytest.raises(ValueError, match=message):
+            shard(model, init_device_mesh("cpu", (2,)), block_size=1)
+        assert not is_sharded(model)
+
+
+def other_layouts(rank):
+    """Weights that are not contiguous, as those of images in channels_last, have rows too."""
+    model = nn.Sequential(nn.Linear(2, 3))
+    expected = model[0].weight.detach().clone()
+    model[0].weight = nn.Parameter(expected.T.contiguous().T)
+    shard(nn.ModuleList([model]), init_device_mesh("cpu", (2,)), block_size=1)
+    assert torch.equal(model[0].weight.full_tensor(), broadcast(expected))
+
 
 CLAIMS = [
     gradients_in_chunks,
@@ -163,6 +181,7 @@ CLAIMS = [
     components_by_differences,
     what_is_gathered_by_itself,
     refusals,
+    other_layouts,
 ]
 
 

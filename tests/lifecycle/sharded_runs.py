@@ -111,6 +111,18 @@ def weights(module):
     return torch.cat([p.detach().flatten() for p in whole])
 
 
+class Shared(torch.nn.Module):
+    """Two maps with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        self.last.weight = self.first.weight
+
+    def forward(self, x, t):
+        return self.last(torch.tanh(self.first(x)))
+
+
 class SlowToEncode(DiffusionModule):
     """Several draws of each sample pay."""
 

@@ -11,7 +11,13 @@ from support.forks import exit_code
 
 from lightning_vr.callbacks.pictures import save_picture
 from lightning_vr.lifecycle import atomic_files, sharded_checkpoints
-from lightning_vr.lifecycle.atomic_files import new_folder, remove_abandoned, replacing
+from lightning_vr.lifecycle.atomic_files import (
+    new_folder,
+    remove_abandoned,
+    remove_at_once,
+    replace_link,
+    replacing,
+)
 from lightning_vr.lifecycle.sharded_checkpoints import load_folder, save_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
@@ -158,6 +164,33 @@ def test_a_folder_is_there_again_if_a_process_was_killed_while_it_was_replaced(t
     remove_abandoned(tmp_path)  # a run that starts there keeps it
     assert load_folder(path) == {"number": 1}
     assert path.is_dir()
+    assert not hidden(tmp_path)
+
+
+def test_a_folder_that_a_process_was_killed_in_removing_is_gone(tmp_path):
+    path = tmp_path / "old.ckpt"
+    save_folder({"number": 1}, path)
+
+    def die():
+        kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        atomic_files.shutil.rmtree = lambda path, **_: Path(path).exists() and kill()
+        remove_at_once(path)
+
+    assert exit_code(die, seconds=60) == -signal.SIGKILL
+    assert not path.exists()
+    remove_abandoned(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path):
+    link, targets = tmp_path / "last.ckpt", [tmp_path / "1.ckpt", tmp_path / "2.ckpt"]
+    for number, target in enumerate(targets):
+        save_folder({"number": number}, target)
+        assert replace_link(link, target)
+        assert load_folder(link) == {"number": number}
+    save_folder({"number": 2}, link)
+    assert [load_folder(each)["number"] for each in (*targets, link)] == [0, 1, 2]
+    assert not replace_link(link, targets[0])  # a folder is there
     assert not hidden(tmp_path)
 
 

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.networks import small_mlp
 from support.stops import StopAt, StoppedError
 from support.trainers import quiet_trainer
+from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from lightning_vr import EMA, DiffusionModule, saved_average
@@ -33,7 +34,9 @@ def fit(model, *callbacks, **options):
     settings = {"max_steps": STEPS, "max_epochs": -1, "enable_checkpointing": saves}
     path = options.pop("ckpt_path", None)
     loading = {"ckpt_path": path, "weights_only": True} if path else {}
-    quiet_trainer(*callbacks, **(settings | options)).fit(model, data, **loading)
+    trainer = quiet_trainer(*callbacks, **(settings | options))
+    trainer.fit(model, data, **loading)
+    return trainer
 
 
 class Seen(Callback):
@@ -164,3 +167,123 @@ def test_averages_of_another_kind_than_a_checkpoint_has_are_refused(tmp_path):
         saved_average([read_checkpoint(path)], decay=0.5)
     with pytest.raises(ValueError, match="needs checkpoints with power-function averages"):
         saved_average([read_checkpoint(path)], relative_length=0.1)
+
+
+class Shared(nn.Module):
+    """Two maps with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.last.weight = self.first.weight
+
+    def forward(self, x, t):
+        return self.last(torch.tanh(self.first(x)))
+
+
+def shared():
+    torch.manual_seed(0)
+    return DiffusionModule(Shared())
+
+
+class Wrapper(nn.Module):
+    """Names a network as what torch.compile returns does."""
+
+    def __init__(self):
+        super().__init__()
+        self._orig_mod = small_mlp(std=0.3)
+
+    def forward(self, x, t):
+        return self._orig_mod(x, t)
+
+
+def wrapped():
+    return DiffusionModule(Wrapper())
+
+
+@pytest.mark.parametrize("make", [shared, wrapped])
+def test_weights_with_several_names_are_averaged_saved_and_resumed_under_all(make, tmp_path):
+    options = {"val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 1}
+    ends = []
+    for path in (None, tmp_path / "stop.ckpt"):
+        if path is not None:
+            with pytest.raises(StoppedError):
+                fit(make(), EMA(0.5), StopAt("on_validation_batch_end", 1, path), **options)
+        seen, model = Seen(), make()
+        saver = ModelCheckpoint(tmp_path, filename=f"end-{path is None}", every_n_train_steps=STEPS)
+        fit(model, seen, EMA(0.5), saver, ckpt_path=path, **options)
+        ends.append(parameters_to_vector(model.parameters()))
+
+        saved = read_checkpoint(tmp_path / f"end-{path is None}.ckpt")
+        trained = make()
+        trained.load_state_dict(saved["current_model_state"])
+        assert torch.equal(parameters_to_vector(trained.parameters()), seen.weights[-1])
+        for averaged in (saved["state_dict"], saved_average([saved], decay=0.5)):
+            assert all(torch.equal(x, averaged[name]) for name, x in model.state_dict().items())
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], seen.weights[-1])
+
+
+class Switched(Callback):
+    """Trains the first weight in some steps only."""
+
+    def __init__(self, trains):
+        self.trains = trains
+
+    def on_train_batch_start(self, trainer, module, *args):
+        first = next(module.network.parameters())
+        first.requires_grad_(self.trains[trainer.global_step])
+
+
+@pytest.mark.parametrize(
+    ("trains", "start"), [([True] * 3 + [False] * 5, 0), ([False] * 3 + [True] * 5, 3)]
+)
+def test_a_weight_is_averaged_from_when_it_first_trains(trains, start):
+    seen, model = Seen(), module()
+    options = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    fit(model, Switched(trains), seen, EMA(0.5), **options)
+    size = next(model.network.parameters()).numel()
+    expected = seen.weights[start][:size]
+    for weights in seen.weights[start + 1 :]:
+        expected = 0.5 * expected + 0.5 * weights[:size]
+    found = next(model.network.parameters()).detach().flatten()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found, seen.weights[-1][:size])
+
+
+class Foreign(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.linear(batch["x0"]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("weight", self.linear.weight.sum())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_any_module_has_averages_once_there_are_some(tmp_path):
+    seen, model = Seen(), Foreign()
+    start = parameters_to_vector(model.parameters()).detach().clone()
+    fit(model, seen, EMA(0.5, update_starting_at_step=6))  # validates before, too
+    average = 0.5 * seen.weights[6] + 0.5 * seen.weights[7]
+    torch.testing.assert_close(parameters_to_vector(model.parameters()), average)
+    assert not torch.equal(seen.weights[-1], start)
+
+    with pytest.raises(StoppedError):  # while the average is in place
+        fit(Foreign(), seen, EMA(0.5), StopAt("on_validation_batch_end", 1, tmp_path / "stop.ckpt"))
+    trainer = fit(model, seen, EMA(0.5))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    end = parameters_to_vector(model.parameters()).detach().clone()
+    for name, step in (("stop", -1 - STEPS), ("end", -1)):
+        saved = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        average, trained = saved["averaging_state"]["weights"][0], saved["current_model_state"]
+        assert all(torch.equal(saved["state_dict"][key], x) for key, x in average.items())
+        assert torch.equal(parameters_to_vector(trained.values()), seen.weights[step])
+    data = EightGaussians(batch_size=16, num_samples=64, num_validation=16)
+    trainer.validate(model, data, verbose=False, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert torch.equal(parameters_to_vector(model.parameters()), end)

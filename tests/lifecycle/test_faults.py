@@ -43,6 +43,7 @@ from lightning_vr import (
 )
 from lightning_vr.callbacks import sample_grid as samples
 from lightning_vr.data import EightGaussians
+from lightning_vr.lifecycle import checkpoint_io
 from lightning_vr.lifecycle.checkpoint_io import DurableCheckpointIO, UnwrittenCheckpointError
 from lightning_vr.lifecycle.finite_guard import MOST_SKIPPED, FiniteGuard
 
@@ -453,6 +454,21 @@ class TestFullDisk:
         ):
             trainer(saved, limit_val_batches=0).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
         assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+    def test_a_link_to_the_last_checkpoint_leads_to_one_at_each_moment(self, tmp_path, monkeypatch):
+        def remove(path):
+            remove_at_once(path)
+            led_to.append(torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"])
+
+        led_to, remove_at_once = [], checkpoint_io.remove_at_once
+        monkeypatch.setattr(checkpoint_io, "remove_at_once", remove)
+        saved = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last="link")
+        trainer(saved, limit_val_batches=0).fit(module(), DataLoader(Spoilt(1.0), batch_size=8))
+        assert led_to == [4, 6, 8]
+        assert sorted(each.name for each in tmp_path.iterdir()) == [
+            "epoch=1-step=8.ckpt",
+            "last.ckpt",
+        ]
 
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
     def test_a_disk_that_stays_full_is_an_error_at_the_end_that_names_another_place(

@@ -10,6 +10,7 @@ from lifecycle.sharded_runs import (
     FACTORS,
     SGD,
     BreakGradient,
+    Shared,
     SlowToEncode,
     averages,
     build,
@@ -19,6 +20,7 @@ from lifecycle.sharded_runs import (
     weights,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from support.comparisons import assert_equal
@@ -76,6 +78,36 @@ def weights_by_strategy(rows):
 )
 def test_weights_of_sharded_training_are_those_of_ddp(rows):
     launch(lambda _: weights_by_strategy(rows), 2)
+
+
+class Shorten(Callback):
+    """Leaves the last rank a few rows of each batch."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_rank > 0:
+            for name in batch:
+                batch[name] = batch[name][:4]
+
+
+def weights_by_rows(folder):
+    """One rank has several chunks of draws, the other fewer draws than a chunk."""
+    found = []
+    for how, start in (("ddp", None), ("file", None), ("folder", folder / "end.ckpt")):
+        torch.manual_seed(0)
+        module = build(CHUNKED, optimizer=SGD, network=Shared())
+        where = {} if start is None else {"ckpt_path": start}
+        trainer = fit(how, module, Shorten(), averages(), max_steps=3 if start else 2, **where)
+        trainer.save_checkpoint(folder / "end.ckpt")
+        found.append(weights(module))
+    torch.testing.assert_close(*found[:2], **ROUNDING)
+    assert not torch.equal(*found[1:])
+
+
+def test_ranks_may_have_other_numbers_of_rows_and_weights_several_names(tmp_path):
+    launch(lambda _: weights_by_rows(tmp_path), 2)
+    saved = read_checkpoint(tmp_path / "end.ckpt")
+    for state in (saved["state_dict"], saved["current_model_state"]):
+        assert torch.equal(state["network.first.weight"], state["network.last.weight"])
 
 
 def stop(how, path, hook="on_train_batch_end", count=3):
@@ -183,6 +215,8 @@ def watched(rank):
     assert all(bool(x.isfinite().all()) for x in predicted)
     with pytest.raises(ValueError, match="save a checkpoint, and export what"):
         to_pipeline(module)
+    with pytest.raises(ValueError, match="that an earlier fit has sharded: save a checkpoint"):
+        fit("ddp", module)
 
     with pytest.raises(SynchronizedError, match=r"the gradient of `network\.\S+`, though every"):
         fit("file", build(), BreakGradient(rank=1))

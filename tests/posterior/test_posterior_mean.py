@@ -464,6 +464,12 @@ TWO = torch.zeros(2, dtype=torch.int64)
             {"query_group": TWO + 5, "reference_group": torch.arange(4)},
             r"`query_group` must leave each row a reference, got group 5 for row 0",
         ),
+        (
+            X,
+            R[:1],
+            {"exclude": torch.tensor([-1, 0])},
+            "`exclude` must leave each row a reference, got the only one for row 1",
+        ),
     ],
 )
 def test_invalid_inputs_raise(xt, references, options, message):
@@ -471,7 +477,8 @@ def test_invalid_inputs_raise(xt, references, options, message):
         posterior_mean(xt, 1.0, 1.0, references, **options)
 
 
-@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
-def test_a_sigma_that_is_not_a_positive_number_raises(sigma):
-    with pytest.raises(ValueError, match=f"`sigma` must be positive .* got {sigma}"):
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf, 1e-30, 1e30])
+def test_a_sigma_that_is_not_a_positive_number_of_float32_raises(sigma):
+    number = str(sigma).replace("+", r"\+")
+    with pytest.raises(ValueError, match=f"`sigma` must be (positive|between) .* got {number}"):
         posterior_mean(X, 1.0, sigma, R)

@@ -165,6 +165,8 @@ def posteriors(rank):
     messages = [
         error_message(lambda: posterior_mean(query, 1.0, 1.0, sharded, **label)),
         error_message(lambda: ShardedReferences.prepare(x if rank == 0 else x[:3])),
+        error_message(lambda: ShardedReferences.prepare(x[: 1 - rank])),
+        error_message(lambda: ShardedReferences.stored([x] if rank == 0 else [])),
     ]
     return found, messages
 
@@ -258,7 +260,8 @@ def test_a_subset_stays_on_its_ranks_and_keeps_its_order_and_repetitions(results
 
 
 def test_ranks_whose_queries_differ_all_raise(results):
-    for _, (labelled, parts) in results:
+    for _, (labelled, parts, *too_few) in results:
+        assert all("fewer references than processes, got" in message for message in too_few)
         assert "`xt` must have one dtype and one number of labels on all ranks" in labelled
         assert "`x` must be every" in parts
 

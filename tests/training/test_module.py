@@ -211,6 +211,11 @@ class TestRandomness:
         trainer(Keep(), max_epochs=3, num_sanity_val_steps=0).fit(module, loader(), loader())
         assert len(losses) == 3
         assert losses[0] == losses[1] == losses[2]
+        module.seed = None  # as that of a module that was loaded: the seed of the program counts
+        torch.manual_seed(3)
+        found = [trainer().validate(module, loader(), verbose=False) for _ in range(2)]
+        module.seed = torch.initial_seed()
+        assert [*found, trainer().validate(module, loader(), verbose=False)] == 3 * found[:1]
 
     @pytest.mark.parametrize("seed", [-1, 0, 2**63 - 1])
     def test_any_seed_that_torch_takes_can_train(self, seed):
