@@ -4,15 +4,15 @@ A frozen network stands for the upstream; its width sets what a sample costs.
 Source: Bettencourt et al. 2026, arXiv 2605.21489, figure 21.
 """
 
-import statistics
 import time
+from functools import partial
 
 import numpy as np
 import torch
 from digits_models import clean_digits, model
 from scipy.optimize import nnls
-from study import Study, Table, markdown
-from torch import nn
+from study import Study, Table, bootstrap, markdown
+from torch import Tensor, nn
 
 from lightning_vr import CARV, Diffusion
 from lightning_vr.core.rng import generator
@@ -57,31 +57,28 @@ def timed(found: Diffusion, upstream: nn.Module, samples: int, draws: int) -> fl
 
 
 def report(table: Table) -> None:
+    """Print coefficients and misfits with 95 % intervals over repeats."""
     rows = []
     for width in WIDTHS:
-        medians = np.array(
-            [
-                statistics.median(table.select("seconds", width=width, samples=r, draws=k))
-                for r, k in SIZES
-            ]
-        )
-        r, k = np.array(SIZES, float).T
-        published = fit(np.stack([r, r * k], axis=1), medians)
-        fixed = fit(np.stack([np.ones_like(r), r, r * k], axis=1), medians)
-        alpha = published[0][0] / published[0][1]
-        rows.append(
-            (
-                width,
-                f"{alpha:.2f}",
-                f"{100 * published[1]:.0f} %",
-                " + ".join(
-                    f"{1e3 * x:.2f} {s}" for x, s in zip(fixed[0], ("", "R", "RK"), strict=True)
-                ),
-                f"{100 * fixed[1]:.0f} %",
-            )
-        )
-    header = ("width", "α of αR + RK", "largest misfit", "with a fixed part, ms", "largest misfit")
-    print(markdown(header, rows))
+        cells = [table.select("seconds", width=width, samples=r, draws=k) for r, k in SIZES]
+        repeats = np.array(cells).T
+
+        def estimate(chosen: Tensor, j: int, repeats: np.ndarray = repeats) -> float:
+            return coefficients(np.median(repeats[chosen], axis=0))[j]
+
+        found = (bootstrap(partial(estimate, j=j), len(repeats)) for j in range(6))
+        rows.append((width, *("{:.3g} ({:.3g} to {:.3g})".format(*each) for each in found)))
+    header = ("width", "α of αR + RK", "largest misfit, %", "fixed part, ms", "ms of R", "ms of RK")
+    print(markdown((*header, "largest misfit, %"), rows))
+
+
+def coefficients(seconds: np.ndarray) -> tuple[float, ...]:
+    """Return α and its misfit in percent; fixed part and parts of R and RK in ms, and theirs."""
+    r, k = np.array(SIZES, float).T
+    published = fit(np.stack([r, r * k], axis=1), seconds)
+    fixed = fit(np.stack([np.ones_like(r), r, r * k], axis=1), seconds)
+    alpha = published[0][0] / published[0][1]
+    return float(alpha), 100 * published[1], *(1e3 * fixed[0]).tolist(), 100 * fixed[1]
 
 
 def fit(columns: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, float]:

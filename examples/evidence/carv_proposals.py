@@ -3,7 +3,7 @@
 The second moment of a draw's gradient under a proposal q is ``E_q[(p/q)² w² m]`` with the weight w
 on the squared error of the network and m the moment at unit weight. Measured is m in 16 equally
 likely bins of t; from it follow the moments under q = p, under q ∝ p w (``WeightProposal``), and
-under the best ``q ∝ p w sqrt(m)``, which knows m.
+under the best ``q ∝ p w sqrt(m)``, which knows m. Intervals are over networks of three seeds.
 Source: Bettencourt et al. 2026, arXiv 2605.21489, equation 24, table 6, figures 13 and 23.
 """
 
@@ -30,26 +30,26 @@ WEIGHTS: dict[str, Weighting] = {
 
 
 def run(study: Study) -> None:
-    keys = ("step", "batch", "weight")
+    keys = ("step", "seed", "weight")
     table = Table(study.folder / "carv_proposals.csv", keys, ("best", "by_weight"))
-    steps, batches, size = ((2, 4), 2, 32) if study.is_quick else ((50, 400), 10, 64)
-    for step in steps:
-        found, _ = model("vp, n = 1", 0, step, study)
-        for batch in range(batches):
-            if table.has(step, batch, next(iter(WEIGHTS))):
+    steps, seeds, size = ((2, 4), (0, 1), 32) if study.is_quick else ((50, 400), (0, 1, 2), 640)
+    for seed in seeds:
+        for step in reversed(steps):  # the longest training keeps all
+            if table.has(step, seed, next(iter(WEIGHTS))):
                 continue
+            found, _ = model("vp, n = 1", seed, step, study)
             study.check_time()
-            moments = second_moments(found, size, batch)
+            moments = second_moments(found, size, seed)
             for name, weighting in WEIGHTS.items():
                 best, by_weight = left(found, weighting, moments)
-                table.add(step=step, batch=batch, weight=name, best=best, by_weight=by_weight)
+                table.add(step=step, seed=seed, weight=name, best=best, by_weight=by_weight)
     report(table, steps)
 
 
-def second_moments(found: Diffusion, size: int, batch: int) -> Tensor:
+def second_moments(found: Diffusion, size: int, seed: int) -> Tensor:
     """Return ``E ‖g‖²`` of the parameters' gradient at unit weight on epsilon in each bin."""
     measurement = GradientMeasurement(DiffusionLoss(found), generator, parameter_groups(found)[1])
-    parts = measurement.per_sample_by_level(clean_digits(size, f"batch {batch}"), BINS, batch)
+    parts = measurement.per_sample_by_level(clean_digits(size, f"moments {seed}"), BINS, seed)
     return torch.stack([part.second_moment[0] for part in parts]).double()
 
 

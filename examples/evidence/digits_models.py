@@ -39,7 +39,7 @@ class Job:
         target: Makes its target.
         prediction: What the network predicts.
         timesteps: Density of the noise level, or None for the schedule's own.
-        steps: Steps of training.
+        steps: Steps of training, unless a row asks for more.
     """
 
     schedule: Callable[[], Schedule]
@@ -96,7 +96,7 @@ def model(name: str, seed: int, step: int, study: Study) -> tuple[Diffusion, flo
     """Return a model with averaged weights after so many steps, and the seconds it took."""
     if not path_of(name, seed, step, study).exists():
         study.check_time()
-        train(name, seed, study)
+        train(name, seed, max(step, JOBS[name].steps), study)
     kept = torch.load(path_of(name, seed, step, study), weights_only=True)
     found = JOBS[name].build()
     found.load_state_dict(kept["weights"])
@@ -108,16 +108,16 @@ def path_of(name: str, seed: int, step: int, study: Study) -> Path:
     return study.folder / f"{name.replace(', n = ', '_')}_{seed}_{step}.pt"
 
 
-def train(name: str, seed: int, study: Study) -> None:
+def train(name: str, seed: int, steps: int, study: Study) -> None:
     """Train a model and keep its averaged weights on the way."""
-    job, kept = JOBS[name], (2, 4) if study.is_quick else STEPS
+    kept = (2, 4) if study.is_quick else STEPS
     torch.manual_seed(seed)
-    trained = job.build()
+    trained = JOBS[name].build()
     images = training_images()
     trained.target.fill(images, None, indexed=True)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=LEARNING_RATE)
     averaged, started = copy.deepcopy(trained), time.process_time()
-    for step in range(1, min(job.steps, kept[-1]) + 1):
+    for step in range(1, min(steps, kept[-1]) + 1):
         rows = torch.randint(len(images), (BATCH,), generator=generator(seed, "batch", step))
         batch = {"image": images[rows], "index": rows}
         loss = trained.loss(batch, generator(seed, "train", step)).loss

@@ -19,7 +19,7 @@ def run(study: Study) -> None:
     seeds, noises, levels, count = (
         ((0,), 1, (4,), 64) if study.is_quick else (SEEDS, 2, (8, 16, 32), 1000)
     )
-    for step in (2, 4) if study.is_quick else (100, 800):
+    for step in (4, 2) if study.is_quick else (800, 100):
         for seed in seeds:
             found, _ = model("edm, n = 1", seed, step, study)
             for n in levels:

@@ -3,11 +3,13 @@
 Source: Xu, Tong and Jaakkola 2023, arXiv 2302.00670, figures 4a and 5, section 6.3, appendix E.1.
 """
 
+import math
 import statistics
 
 import numpy as np
 from digits_models import STEPS, frechet, model
 from matplotlib.figure import Figure
+from scipy.special import fdtri
 from study import Study, Table, interval, markdown, mean_and_half
 
 from lightning_vr import Sampler
@@ -42,26 +44,38 @@ def report(table: Table, steps: tuple[int, ...]) -> None:
         last = table.select("distance", arm=arm, step=steps[-1])
         plain = table.select("distance", arm=ARMS[0], step=steps[-1])
         less = interval([a - b for a, b in zip(last, plain, strict=True)], 2)
-        spread = f"{statistics.stdev(last):.2f}" if len(last) > 1 else ""
+        spread = spread_below(last, plain) if len(last) > 1 else ("", "")
         seconds = interval(table.select("seconds", arm=arm, step=steps[-1]), 1)
-        faster = interval([speedup(table, arm, seed, steps) for seed in seeds], 2)
-        rows.append((arm, *cells, less, spread, seconds, faster))
-    header = ("arm", *(f"step {step}" for step in steps), "less n = 1", "deviation", "seconds")
-    print(markdown((*header, "times faster to the end of n = 1"), rows))
+        savings = (
+            interval([speedup(table, arm, seed, steps, unit) for seed in seeds], 2)
+            for unit in ("step", "seconds")
+        )
+        rows.append((arm, *cells, less, *spread, seconds, *savings))
+    header = ("arm", *(f"step {step}" for step in steps), "less n = 1", "deviation")
+    ratios = "that of n = 1 over it", "seconds"
+    sooner = "times fewer steps to the end of n = 1", "times fewer seconds"
+    print(markdown((*header, *ratios, *sooner), rows))
 
 
-def speedup(table: Table, arm: str, seed: str, steps: tuple[int, ...]) -> float:
-    """Return the seconds of n = 1 over those of an arm to the last distance of n = 1.
+def spread_below(found: list[float], plain: list[float]) -> tuple[str, str]:
+    """Return the standard deviation, and that of plain over it with the interval of the F test."""
+    deviation, count = statistics.stdev(found), len(found) - 1
+    ratio, factor = statistics.stdev(plain) / deviation, math.sqrt(fdtri(count, count, 0.975))
+    return f"{deviation:.2f}", f"{ratio:.2g} ({ratio / factor:.2g} to {ratio * factor:.2g})"
+
+
+def speedup(table: Table, arm: str, seed: str, steps: tuple[int, ...], unit: str) -> float:
+    """Return the cost of n = 1, in a column as unit, over that of an arm to its last distance.
 
     Distances are interpolated linearly in both logarithms.
     """
     goal = np.log(table.select("distance", arm=ARMS[0], seed=seed, step=steps[-1])[0])
-    plain = table.select("seconds", arm=ARMS[0], seed=seed, step=steps[-1])[0]
-    seconds, distances = (
+    plain = table.select(unit, arm=ARMS[0], seed=seed, step=steps[-1])[0]
+    costs, distances = (
         np.log([table.select(name, arm=arm, seed=seed, step=step)[0] for step in steps])
-        for name in ("seconds", "distance")
+        for name in (unit, "distance")
     )
-    return float(plain / np.exp(np.interp(-goal, -distances, seconds)))
+    return float(plain / np.exp(np.interp(-goal, -distances, costs)))
 
 
 def draw(table: Table, steps: tuple[int, ...], study: Study) -> None:

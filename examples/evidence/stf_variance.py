@@ -10,13 +10,14 @@ import math
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from study import Study, interval, markdown
 from torch import Tensor
 
 from lightning_vr.core.rng import generator
 from lightning_vr.data import Digits, ImageFolder, TwoGaussians
 from lightning_vr.posterior.posterior_mean import posterior_mean
-from lightning_vr.variance.target_curves import TargetVarianceCurve
+from lightning_vr.variance.target_curves import MeasuredCurve, TargetVarianceCurve
 from lightning_vr.variance.target_measurement import measure_target_variance
 
 COUNTS = (4, 16, 64, 256, 1024)
@@ -73,18 +74,19 @@ def phases(curves: dict[str, TargetVarianceCurve]) -> str:
         effective = curve.ess[curve.size].mean
         inside = (effective >= 1.1) & (effective <= 0.5 * curve.size)
         rise = divergence[1:] / divergence[:-1] - 1
-        terms = (second_term(name, curve) / variance)[inside]
+        terms = second_term(name, curve) / variance
+        errors = relative_error(curve.dsm), 0.5 * relative_error(curve.divergence)
+        halves = 1.96 * terms * torch.hypot(*errors)
         cells = (
             float(levels[inside].min()),
             float(levels[inside].max()),
             float(levels[variance.argmax()]),
             float(levels[(variance * levels**2).argmax()]),
         )
-        rises, ratios = (
-            f"{float(rise.max()):+.1e}",
-            f"{float(terms.min()):.2g} to {float(terms.max()):.2g}",
-        )
-        rows.append((name, curve.size, *(f"{x:.2g}" for x in cells), rises, ratios))
+        ends = terms[inside].argmin(), terms[inside].argmax()
+        ratios = (f"{terms[inside][i]:.2g} ± {halves[inside][i]:.1g}" for i in ends)
+        rises = f"{float(rise.max()):+.1e}"
+        rows.append((name, curve.size, *(f"{x:.2g}" for x in cells), rises, " to ".join(ratios)))
     header = ("set", "N", "phase 2 from s", "to", "peak of V_DSM", "of V_DSM s²")
     last = "largest rise of D", "second over first term of theorem 2 in phase 2"
     return markdown((*header, *last), rows)
@@ -96,8 +98,7 @@ def law(curves: dict[str, TargetVarianceCurve]) -> str:
     for name, curve in curves.items():
         for n, stf in curve.stf.items():
             ratio = (n - 1) * stf.mean / curve.dsm.mean
-            errors = (stf.error / stf.mean) ** 2 + (curve.dsm.error / curve.dsm.mean) ** 2
-            half = 1.96 * ratio * errors.sqrt()
+            half = 1.96 * ratio * torch.hypot(relative_error(stf), relative_error(curve.dsm))
             peak = int(curve.dsm.mean.argmax())
             cells = [f"{float(ratio[i]):.2f} ± {float(half[i]):.2f}" for i in (peak, -1)]
             cells += [lowest_from(curve.noise_levels, ratio < 2)]
@@ -108,6 +109,10 @@ def law(curves: dict[str, TargetVarianceCurve]) -> str:
     header = ("set", "n", "(n - 1) V_STF / V_DSM at the peak", "far away", "below 2 from s")
     last = "V_DSM / V_STF at the peak", "above 10 from s", "largest V_STF over the bound"
     return markdown((*header, *last), rows)
+
+
+def relative_error(curve: MeasuredCurve) -> Tensor:
+    return curve.error / curve.mean
 
 
 def lowest_from(levels: Tensor, holds: Tensor) -> str:
@@ -169,7 +174,9 @@ def draw(curves: dict[str, TargetVarianceCurve], study: Study) -> None:
         row[1].loglog(levels, dsm, "k", label="V_DSM")
         for n, stf in curve.stf.items():
             row[1].loglog(levels, stf.mean, label=f"V_STF, n = {n}")
-            row[2].semilogx(levels, (n - 1) * stf.mean / dsm, label=f"n = {n}")
+            is_known = torch.maximum(relative_error(stf), relative_error(curve.dsm)) < 0.25
+            ratio = ((n - 1) * stf.mean / dsm)[is_known]
+            row[2].semilogx(levels[is_known], ratio, label=f"n = {n}")
         row[1].set_ylim(1e-10 * float(dsm.max()), 3 * float(dsm.max()))
         row[1].set_title("variance of the target, units of the score")
         row[2].axhline(1, color="black", linewidth=0.8)
@@ -179,4 +186,8 @@ def draw(curves: dict[str, TargetVarianceCurve], study: Study) -> None:
             each.set_xlabel("noise level  s = σ / α")
             each.legend(fontsize=8)
             each.grid(alpha=0.3)
-    figure.savefig(study.folder / "target_variance.png", dpi=90)
+    path = study.folder / "target_variance.png"
+    figure.savefig(path, dpi=90)
+    with Image.open(path) as drawn:
+        few_colours = drawn.convert("RGB").quantize(64)
+    few_colours.save(path, optimize=True)

@@ -72,10 +72,35 @@ def test_a_row_stops_at_its_budget_and_keeps_what_it_has(load, tmp_path):
     assert again.select("loss", arm="plain") == [0.5]
 
 
+def test_a_row_gets_a_model_of_more_steps_than_its_job_has(load, monkeypatch, tmp_path):
+    models, study = load("digits_models"), load("study")
+    monkeypatch.setattr(models, "STEPS", (1, 2))
+    monkeypatch.setitem(models.JOBS, "short", models.Job(models.VE, steps=1))
+    weights = [
+        models.model("short", 0, step, study.Study(tmp_path))[0].state_dict() for step in (1, 2)
+    ]
+    assert any(not torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+
+
+def test_parts_of_a_steps_cost_are_found(load):
+    cost = load("carv_cost")
+    seconds = cost.np.array([0.010 + 0.002 * r + 0.001 * r * k for r, k in cost.SIZES])
+    found = cost.coefficients(seconds)
+    assert found[2:5] == pytest.approx((10, 2, 1))
+    assert found[5] == pytest.approx(0, abs=1e-6)
+    assert found[1] > 20  # without the fixed part
+
+
 def test_half_an_interval_is_that_of_students_t(load):
     mean, half = load("study").mean_and_half([1.0, 2.0, 4.5])
     assert mean == pytest.approx(2.5)
     assert half == pytest.approx(4.3027 * 1.8028 / 3**0.5, rel=1e-4)  # t of 2 degrees of freedom
+
+
+def test_the_interval_of_a_ratio_of_deviations_is_that_of_the_f_test(load):
+    # the quantile of F with 2 and 2 degrees of freedom is p / (1 - p), here 39
+    said = load("stf_training").spread_below([1.0, 2.0, 3.0], [10.0, 20.0, 30.0])
+    assert said == ("1.00", f"10 ({10 / 39**0.5:.2g} to {10 * 39**0.5:.2g})")
 
 
 def test_a_target_that_follows_the_law_is_seen_to(load):
