@@ -1,8 +1,8 @@
 """Which weights judge a run, and their held-out loss in the course of it.
 
 A saving is a ratio of steps, so the judge must keep ratios: an arm that takes the plain run's path
-S times faster has to be judged S times faster. An average of a fixed decay does not. It lags by
-1 / (1 - decay) steps, and no arm comes to a loss in fewer. A power-function average (Karras et al.
+S times faster has to be judged S times faster. An average of a fixed decay does not keep them: it
+lags by 1 / (1 - decay) steps, however few an arm needs. A power-function average (Karras et al.
 2024, arXiv 2312.02696, equations 121 to 127) lags by a fixed part of the steps so far, 1 / (γ + 2).
 """
 
