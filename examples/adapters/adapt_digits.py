@@ -127,7 +127,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("runs/adapters"))
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.base_steps = options.steps = 2
     base, digits = options.folder / "base", torch.tensor([5, 6, 7, 8, 9] * 3)
     if not base.exists():
         train_base(base, options.base_steps)

@@ -161,7 +161,12 @@ def main() -> None:
     parser.add_argument("--timed_steps", type=int, default=10)
     parser.add_argument("--base_steps", type=int, default=600)
     parser.add_argument("--folder", type=Path, default=Path("runs/adapters"))
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.batch_sizes = options.trained = [1]
+        options.base_steps, options.steps, options.timed_steps = 2, 4, 2
+        options.seeds, options.budget = 2, 1.0
     base, saved = options.folder / "base", options.folder / "audits.json"
     if not base.exists():
         train_base(base, options.base_steps)

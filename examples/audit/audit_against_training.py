@@ -238,7 +238,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=120.0)
     parser.add_argument("--folder", type=Path, default=Path("runs/audit_against_training"))
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.workload, options.seeds, options.budget = "eight_gaussians", 1, 1.0
+        WORKLOADS["eight_gaussians"] = 2 * EVALUATIONS
     options.folder.mkdir(parents=True, exist_ok=True)
     for workload in [options.workload] if options.workload else WORKLOADS:
         if options.only != "training":

@@ -244,7 +244,10 @@ def main() -> None:
     parser.add_argument("--audits", type=int, default=200)
     parser.add_argument("--reference", type=int, default=1500, help="repetitions of the truth")
     parser.add_argument("--folder", type=Path, default=Path("runs/audit_coverage"))
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.audits, options.reference = 1, 4
     options.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     jobs = [options.job] if options.job else list(JOBS)

@@ -53,7 +53,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--every", type=int, help="steps from one audit to the next, not 2 %%")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.every = 20, 10
     seed_everything(0, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     settings = {"sigma_data": 0.75, "optimizer": adamw(1e-3)}

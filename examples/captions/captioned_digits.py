@@ -109,7 +109,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--sampler_steps", type=int, default=18)
     parser.add_argument("--folder", type=Path, default=Path("runs/captions"))
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.width, options.samples, options.sampler_steps = 3, 8, 20, 2
 
     seed_everything(0)
     module = CaptionedDigits(

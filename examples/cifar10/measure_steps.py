@@ -42,7 +42,10 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=6, help="of each; the first is dropped")
     parser.add_argument("--steps", type=int, default=20, help="in a segment")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=["DSM"])
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options, flags = parser.parse_known_args()
+    if options.quick:
+        options.segments = options.steps = 2
     with open(options.config) as file:
         settings = yaml.safe_load(file)["trainer"]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

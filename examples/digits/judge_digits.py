@@ -19,7 +19,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.samples = 50
 
     module = DiffusionModule.load_from_checkpoint(options.checkpoint, map_location="cpu")
     labels = torch.arange(options.samples) % 10

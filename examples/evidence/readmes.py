@@ -1,116 +1,74 @@
-"""Numbers of the studies' pages that are exact, checked against this tree.
+"""What the pages say, checked against this tree: exact numbers, and that each command runs.
 
-Exact are numbers that no random draw and no clock is in: closed forms, quadratures, counts. Each is
-read from the page itself, and looked for in what the page's command prints.
+Each page has a folder of its own, in which its commands run in small, one after the other as a
+reader types them. What ran in an earlier call on the same tree is not run again.
 """
 
-import re
-import subprocess
-import sys
+import hashlib
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 
-from study import Study, markdown
+import exact_numbers
+from page_commands import PAGES, ROOT, commands_of, prepare, run_in
+from study import CheckFailedError, Study, Table
 
-EXAMPLES = Path(__file__).parents[1]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Numbers on a page that a command must print.
-
-    Attributes:
-        command: Script and arguments, below ``examples``.
-        page: Pattern whose groups are the numbers on the page.
-        printed: Pattern whose groups are the same numbers in what is printed.
-    """
-
-    command: str
-    page: str
-    printed: str
-
-
-ORDERS = "error_budget/error_budget.py orders"
-SPLIT = "error_budget/error_budget.py split"
-TABLES = "scale/scale_on_paper.py"
-"""Each line of whose tables stands on its page."""
-
-CLAIMS = (
-    Claim(
-        ORDERS,
-        r"order of Euler goes from ([\d.]+) to ([\d.]+)",
-        r"Euler,  64 steps.* order ([\d.]+)[\s\S]*Euler, 512 steps.* order ([\d.]+)",
-    ),
-    Claim(
-        ORDERS,
-        r"that of Heun from ([\d.]+) to ([\d.]+)\.",
-        r"Heun ,  64 steps.* order ([\d.]+)[\s\S]*Heun , 512 steps.* order ([\d.]+)",
-    ),
-    Claim(
-        SPLIT,
-        r"E w² m goes from ([\d.]+) to ([\d.]+)",
-        r"E w² m = ([\d.]+)[\s\S]*E w² m = ([\d.]+)",
-    ),
-    Claim(
-        SPLIT,
-        r"E w m stays at ([\d.]+) against ([\d.]+)\.",
-        r"E w m = ([\d.]+)[\s\S]*E w m = ([\d.]+)",
-    ),
-)
+KEYS = ("tree", "page", "command")
 
 
 def run(study: Study) -> None:
-    printed: dict[str, str] = {}
-    rows = []
-    for claim in CLAIMS:
-        study.check_time()
-        if claim.command not in printed:
-            printed[claim.command] = output(claim.command)
-        page = page_of(claim.command)
-        stated = numbers(claim.page, page.read_text())
-        found = numbers(claim.printed, printed[claim.command])
-        same = all(agrees(a, b) for a, b in zip(stated, found, strict=True))
-        verdict = "same" if same else "DIFFERS"
-        rows.append((name(page), claim.command, ", ".join(stated), ", ".join(found), verdict))
-    study.check_time()
-    rows.append(lines_of_tables())
-    print(markdown(("page", "command", "on the page", "printed", ""), rows))
+    differing = exact_numbers.check(study)
+    table = Table(study.folder / "readmes.csv", KEYS, ("seconds",))
+    tree = digest()
+    print("\n| page | command | | processor seconds |\n|---|---|---|---|")
+    failed = sum(run_page(page, study, table, tree) for page in PAGES)
+    if differing or failed:
+        raise CheckFailedError(f"{differing} numbers or tables differ, {failed} commands failed.")
 
 
-def lines_of_tables() -> tuple[str, ...]:
-    """Return how many lines of tables a script prints, and how many of them its page has."""
-    page = page_of(TABLES)
-    lines = [line for line in output(TABLES).splitlines() if line.startswith("|")]
-    there = sum(line in page.read_text().splitlines() for line in lines)
-    verdict = "same" if there == len(lines) > 0 else "DIFFERS"
-    return name(page), TABLES, f"{there} lines of tables", f"{len(lines)} lines", verdict
-
-
-def page_of(command: str) -> Path:
-    return EXAMPLES / command.split("/")[0] / "README.md"
-
-
-def name(page: Path) -> str:
-    return str(page.relative_to(EXAMPLES))
-
-
-def output(command: str) -> str:
-    script, *arguments = command.split()
+def run_page(page: Path, study: Study, table: Table, tree: str) -> int:
+    """Run the commands of a page, print a line for each, and return how many failed."""
+    commands = [(command, *command.in_small(study.data)) for command in commands_of(page)]
+    keys = {
+        small: dict(zip(KEYS, (tree, command.name, small), strict=True))
+        for command, small, _ in commands
+        if small
+    }
+    results = earlier(table, keys)
+    is_new = not results
     with tempfile.TemporaryDirectory() as folder:
-        call = [sys.executable, EXAMPLES / script, *arguments]
-        done = subprocess.run(call, check=True, capture_output=True, text=True, cwd=folder)
-    return done.stdout
+        prepare(Path(folder), page.read_text())
+        for command, small, reason in commands:
+            line = f"| {command.name} | `{command.text}` |"
+            if not small:
+                print(f"{line} not run: {reason} | |", flush=True)
+                continue
+            if small not in results:
+                study.check_time()
+                results[small] = run_in(Path(folder), small)
+            failure, seconds = results[small]
+            print(f"{line} {'FAILED' if failure else 'ran'} | {seconds:.0f} |", flush=True)
+            if failure:
+                print(indent(f"\n{small}\n{failure}\n", "    "), flush=True)
+    failed = sum(bool(failure) for failure, _ in results.values())
+    if is_new and not failed:
+        for small, key in keys.items():
+            table.add(**key, seconds=results[small][1])
+    return failed
 
 
-def numbers(pattern: str, text: str) -> tuple[str, ...]:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"{pattern!r} must be in the text: the page or the script has changed.")
-    return found.groups()
+def earlier(table: Table, keys: dict[str, dict[str, str]]) -> dict[str, tuple[str, float]]:
+    """Return the results of a page whose commands have all run, else nothing."""
+    if not all(table.has(*key.values()) for key in keys.values()):
+        return {}
+    return {small: ("", table.select("seconds", **key)[0]) for small, key in keys.items()}
 
 
-def agrees(stated: str, found: str) -> bool:
-    """Return whether the number found rounds to the one stated."""
-    decimals = len(stated.partition(".")[2])
-    return abs(float(found) - float(stated)) <= 0.5001 * 10**-decimals
+def digest() -> str:
+    """Return a number of what the commands run: code, configurations and pages."""
+    found = hashlib.sha256()
+    for folder in ("lightning_vr", "configs", "examples"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".pt", ".sh", ".yaml", ".md"):
+                found.update(path.read_bytes())
+    return found.hexdigest()[:12]

@@ -8,12 +8,13 @@ What is in the tables of ``--folder`` is not measured again: several short runs 
 
 import argparse
 import logging
+import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from study import OutOfTimeError, Study
+from study import CheckFailedError, OutOfTimeError, Study
 
 ROWS = {
     "stf_variance": "STF, figures 2 and 3, theorem 2: phases, V_DSM, D, V_STF against n",
@@ -31,7 +32,7 @@ ROWS = {
     "combined": "Beyond the papers: pairs in training; pairs, strata, learned q, STF together",
     "predictions": "Beyond the papers: predicted against realised savings of all audits",
     "prediction_gaps": "Beyond the papers: why audits predict more savings than come true",
-    "readmes": "Exact numbers of the studies' pages against what their commands print",
+    "readmes": "The pages: their exact numbers, and that their commands run",
 }
 
 
@@ -52,6 +53,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_num_threads(1)
+    failures = []
     for name in options.only or ROWS:
         print(f"\n## {name}", flush=True)
         study = Study(folder, options.data, options.budget, options.quick, options.predictions)
@@ -61,6 +63,10 @@ def main() -> None:
             row.run(study)
         except OutOfTimeError:
             print(f"{name}: {options.budget:g} seconds are used up; run it again to carry on.")
+        except CheckFailedError as error:
+            failures.append(f"{name}: {error}")
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,10 @@ def main():
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--width", type=int, default=32, help="of the network")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.batches, options.width = 2, 1, 8
     rows = []
     for name, settings in WORKLOADS.items():
         found = moments(*trained(settings, options.steps, options.width), options.batches)

@@ -1,7 +1,7 @@
 """A model of the digits goes to diffusers: trained, exported, sampled without this package.
 
     python examples/hand_over/hand_over.py --prediction velocity --steps 300
-    python examples/hand_over/hand_over.py --ckpt_path last.ckpt
+    python examples/hand_over/hand_over.py --ckpt_path FILE.ckpt
 
 The samples of both sides begin with the same noise, and the largest difference is printed.
 """
@@ -109,7 +109,10 @@ def main():
     parser.add_argument("--prediction", choices=SCHEDULES, default="velocity")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--folder", default="handed_over")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 2
 
     if options.ckpt_path:
         module = DiffusionModule.load_from_checkpoint(options.ckpt_path)

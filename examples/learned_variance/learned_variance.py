@@ -114,7 +114,11 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=5, help="sets of samples, two or more")
     parser.add_argument("--held-out", type=int, default=128, help="digits for the bound")
     parser.add_argument("--timesteps", type=int, nargs="+", default=[25, 100, 1000])
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.width, options.timesteps = 10, 8, [2, 4]
+        options.samples, options.sets, options.held_out = 20, 2, 4
 
     data = Digits()
     train_set, held_out_set = data.build_datasets()

@@ -154,7 +154,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=20, help="draws of each held-out digit")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.seeds, options.width, options.repeats = 10, 1, 16, 1
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
 

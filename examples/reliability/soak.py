@@ -166,7 +166,10 @@ def main() -> None:
     parser.add_argument("--data", choices=[*DATA], default="digits")
     parser.add_argument("--steps", type=int, default=-1, help="stop after so many, if sooner")
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     given = parser.parse_args()
+    if given.quick:
+        given.steps = 30
 
     soak = Soak(60 * given.minutes)
     config = settings(given.folder, given.steps, given.data)

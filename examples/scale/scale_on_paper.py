@@ -215,7 +215,7 @@ def fill_traffic(work: Workload, mode: Mode, ranks: int) -> Traffic:
     if stored_references(work, mode, ranks) == 0:
         return Traffic()
     if mode.sharded:
-        return Traffic(reduced=INTEGER + FLOAT * work.dim)
+        return Traffic(gathered=INTEGER, reduced=FLOAT * work.dim)
     part, columns = math.ceil(work.count / ranks), 2 + work.label
     return Traffic(gathered=INTEGER * (columns * (1 + part) + 1) + FLOAT * work.dim * part)
 

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,21 +21,8 @@ ROWS = (
     "taylor_optimizers",
     "combined",
     "prediction_gaps",
-    "readmes",
 )
 """Those that train, sample or start processes."""
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import scripts of the study, which are gone afterwards: other studies have such names."""
-    monkeypatch.setattr(sys, "path", [str(EVIDENCE), *sys.path])
-    before = dict(sys.modules)
-    yield import_module
-    for name in sys.modules.keys() - before.keys():
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and Path(file).parent.parent == EVIDENCE.parent:
-            del sys.modules[name]
 
 
 def run_rows(load, monkeypatch, capsys, *arguments):
@@ -135,14 +121,15 @@ def test_a_control_variate_that_explains_half_of_the_variance_is_worth_two(load)
 
 
 def test_predictions_are_compared_with_what_came_true(load, monkeypatch, capsys, tmp_path):
-    header = "workload,recommended,predicted,low,high,noise_ratio,time_ratio,seed,realised"
-    rows = ["a,pairs,2.0,1.8,2.2,1,1,0,2.0", "a,pairs,2.0,1.8,2.2,1,1,1,2.0"]
-    rows += ["b,pairs,3.0,2.8,3.2,1,1,0,1.5", "c,,,,,1,,,"]
-    (tmp_path / "results.csv").write_text("\n".join([header, *rows]))
+    header = "workload,candidate,is_recommended,predicted,low,high,noise_ratio,time_ratio,seed"
+    rows = ["a,pairs,True,2.0,1.8,2.2,1,1,0,2.0,1.5", "a,pairs,True,2.0,1.8,2.2,1,1,1,2.0,1.5"]
+    rows += ["b,pairs,True,3.0,2.8,3.2,1,1,0,1.5,1.5", "c,strata,False,1.1,0.9,1.3,1,1,0,1.0,1.0"]
+    (tmp_path / "results.csv").write_text("\n".join([header + ",realised,fixed_decay", *rows]))
     arguments = ["--only", "predictions", "--predictions", tmp_path / "results.csv"]
     printed = run_rows(load, monkeypatch, capsys, *arguments, "--folder", tmp_path)
-    assert "within a factor of 1.25: 1 of 2" in printed
-    assert "nothing to come true: c" in printed
+    assert "by length 0.1: 2 of 3, of the recommended 1 of 2" in printed
+    assert "by decay 0.98: 1 of 3, of the recommended 0 of 2" in printed
+    assert "| c | strata | no | 1.10 (0.90 to 1.30) |" in printed
     assert (tmp_path / "predictions.png").stat().st_size > 10_000
 
 
@@ -155,27 +142,25 @@ def test_a_candidate_on_the_plain_runs_path_saves_the_harmonic_mean(load):
 
 
 def test_learning_rates_are_each_arms_own(load, tmp_path):
+    gaps = load("prediction_gaps")
     keys = ("job", "arm", "factor", "seed")
-    table = load("study").Table(tmp_path / "t.csv", keys, ("averaged", "raw"))
-    for arm, factor, steps in (("plain", 1, 300), ("plain", 3, 200), ("recommended", 1, 100)):
-        table.add(job="a", arm=arm, factor=factor, seed=0, averaged=steps, raw=steps)
-    table.add(job="a", arm="recommended", factor=3, seed=0, averaged=40, raw=40)
-    fewer_steps = load("prediction_gaps").fewer_steps
-    assert fewer_steps(table, "a", "0", "averaged", False) == pytest.approx(3)
-    assert fewer_steps(table, "a", "0", "averaged", True) == pytest.approx(5)
+    table = load("study").Table(tmp_path / "t.csv", keys, [gaps.JUDGE])
+    needed = {("plain", 1.0): 300, ("plain", 0.3): 200, ("recommended", 1.0): 100}
+    for (arm, factor), steps in (needed | {("recommended", 3.0): 40}).items():
+        table.add(job="a", arm=arm, factor=factor, seed=0, **{gaps.JUDGE: steps})
+    assert gaps.fewer_steps(table, "a", "0", gaps.JUDGE) == pytest.approx(3)
+    assert gaps.fewer_steps(table, "a", "0", gaps.JUDGE, is_tuned=True) == pytest.approx(5)
+    assert gaps.best_factors(table, "a") == "× 0.3, × 3"
 
 
-def test_a_number_on_a_page_that_changed_is_noticed(load, monkeypatch, capsys, tmp_path):
-    readmes = load("readmes")
-    monkeypatch.setattr(readmes, "CLAIMS", readmes.CLAIMS[-1:])
-    page = readmes.page_of(readmes.TABLES).read_text().splitlines()
-    line = next(line for line in page if line.startswith("| STF"))
-    for number, cells, verdicts in (("9.2248", "", (2, 0)), ("9.2148", "1", (0, 2))):
-        text = f"E w m = {number}\nE w m = 9.2423\n{line}{cells}"
-        monkeypatch.setattr(readmes, "output", lambda command, text=text: text)
-        readmes.run(load("study").Study(tmp_path))
-        printed = capsys.readouterr().out
-        assert (printed.count("| same |"), printed.count("| DIFFERS |")) == verdicts
+def test_a_check_that_fails_ends_the_call_with_its_message(load, monkeypatch, tmp_path):
+    def run(study):
+        raise load("study").CheckFailedError("2 commands failed.")
+
+    monkeypatch.setattr(load("readmes"), "run", run)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "readmes", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"readmes: 2 commands failed\."):
+        load("run").main()
 
 
 @pytest.mark.slow

@@ -77,28 +77,6 @@ def test_intervals_of_audits_are_compared_with_many_repetitions(tmp_path, monkey
         assert f"| eight_gaussians | {repetitions} | STF(64) | 1 |" in printed
 
 
-def test_recommendations_are_compared_with_training_and_not_done_twice(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "audit"))
-    for name in ("audit_against_training", "workloads"):
-        monkeypatch.setitem(sys.modules, name, import_module(name))
-    monkeypatch.setattr(sys.modules["audit_against_training"], "EVALUATIONS", 2)
-    draws = {"class_path": "CARV", "init_args": {"resamples": 1}}
-    found = {"recommended": "strata", "config": {"draws": draws}, "advice": "Train with strata"}
-    found |= {"predicted": [1.2, 1.1, 1.3], "time_ratio": 0.9, "noise_ratio": 2.0}
-    (tmp_path / "gaussians_16.json").write_text(json.dumps(found))
-    arguments = ["--only", "gaussians_16", "--fraction", "0.001", "--seeds", "2"]
-    monkeypatch.setattr(sys, "argv", ["recommendations.py", *arguments, "--folder", str(tmp_path)])
-    path = str(EXAMPLES / "audit/recommendations.py")
-    runpy.run_path(path, run_name="__main__")
-    printed = capsys.readouterr().out
-    assert "| gaussians_16 | 2 | strata | 1.20 (1.10 to 1.30) |" in printed
-    assert "seed 1" in printed
-    runpy.run_path(path, run_name="__main__")
-    assert "seed 1" not in capsys.readouterr().out
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_the_callbacks_attach_to_a_trainer_that_is_not_ours(tmp_path, monkeypatch):
     few = partial(TargetVariance, noise_levels=4, samples=64)
