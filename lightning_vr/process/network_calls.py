@@ -86,8 +86,8 @@ def call_network(
             f"shape of the data, or choose other data or another `shape` of samples."
         ) from error
     except IndexError as error:
-        # of a later batch: to check each would wait for the device
-        if labels is None:
+        # an embedding's own words; of a later batch, as to check each would wait for the device
+        if labels is None or "index out of range in self" not in str(error):
             raise
         raise ValueError(
             f"`label` must be below the number of classes that {type(network).__name__} embeds, "
