@@ -58,10 +58,11 @@ class Averages:
         now = self._averaged(module)
         self.n_averaged += 1
         self.weights = self.weights or [{} for _ in self._factors(1)]
+        # all averages have the same weights
+        new = {name: p for name, p in now.items() if name not in self.weights[0]}
+        old = once({name: p for name, p in now.items() if name not in new})
         for average, factor in zip(self.weights, self._factors(int(self.n_averaged)), strict=True):
-            new = {name: p for name, p in now.items() if name not in average}
             average |= for_each(new, lambda _, p: _precise(p.detach()))
-            old = once({name: p for name, p in now.items() if name not in new})
             if not old:
                 continue
             own = [local(average[name]) for name in old]
